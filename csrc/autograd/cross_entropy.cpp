@@ -1,0 +1,90 @@
+#include "ops/cross_entropy.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/softmax.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/target_distribution.h"
+#include "autograd/transforms.h"
+#include "ops/checks.h"
+
+namespace fastnn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// grad * (softmax * sum(q) - q): the kernel's formula, in differentiable operators.
+at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
+                              const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                              const at::Tensor& total_weight, int64_t ignore_index,
+                              std::string_view reduction, double label_smoothing) {
+  const int64_t dim = class_dim(input);
+  const at::Tensor q =
+      has_class_probabilities(input, target)
+          ? probability_distribution(input, target, weight, label_smoothing)
+          : index_distribution(input, target, weight, ignore_index, label_smoothing);
+  const at::Tensor grad_rows = grad_per_row(grad, input, total_weight, reduction);
+  return grad_rows * (at::softmax(input, dim) * q.sum(dim, /*keepdim=*/true) - q);
+}
+
+struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                            const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                            std::string_view reduction, double label_smoothing) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, lse, total_weight] =
+        cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing);
+    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), lse, total_weight});
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &input = saved[0], &target = saved[1], &lse = saved[3], &total_weight = saved[4];
+    const auto weight = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    const std::string_view reduction = ctx->saved_data["reduction"].toStringView();
+    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    const at::Tensor& grad = grad_outputs[0];
+
+    variable_list grads(6);
+    if (!grad.defined()) return grads;
+    grads[0] = backward_must_be_composite()
+                   ? composite_backward(grad, input, target, weight, total_weight, ignore_index,
+                                        reduction, label_smoothing)
+                   : cross_entropy_backward(grad, input, target, weight, lse, total_weight,
+                                            ignore_index, reduction, label_smoothing);
+    return grads;
+  }
+};
+
+at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target,
+                                  const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                  std::string_view reduction, double label_smoothing) {
+  // The fused backward gives the logits' gradient alone: probabilities or weights that want one
+  // take torch's composite.
+  if (in_functorch() || has_tangent(input) || has_tangent(target) || has_tangent(weight) ||
+      needs_grad(target) || needs_grad(weight) ||
+      !cross_entropy_is_fusable(input, target, weight, label_smoothing)) {
+    return cross_entropy_composite(input, target, weight, ignore_index, reduction, label_smoothing);
+  }
+  if (needs_grad(input)) {
+    return CrossEntropy::apply(input, target, weight, ignore_index, reduction, label_smoothing);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
+  m.impl("cross_entropy", cross_entropy_autograd);
+}
+
+}  // namespace fastnn

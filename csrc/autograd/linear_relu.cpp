@@ -1,0 +1,71 @@
+#include "ops/linear_relu.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/threshold_backward.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/transforms.h"
+
+namespace fastnn {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+variable_list composite_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                 const at::Tensor& weight, const at::Tensor& output,
+                                 std::array<bool, 3> mask) {
+  const at::Tensor grad_linear = at::threshold_backward(grad_output, output, 0);
+  const at::Tensor rows = grad_linear.reshape_symint({-1, weight.sym_size(0)});
+  variable_list grads(3);
+  if (mask[0]) grads[0] = grad_linear.matmul(weight);
+  if (mask[1]) grads[1] = rows.t().matmul(input.reshape_symint({-1, weight.sym_size(1)}));
+  if (mask[2]) grads[2] = rows.sum(0);
+  return grads;
+}
+
+struct LinearReLU : torch::autograd::Function<LinearReLU> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    at::Tensor output = linear_relu(input, weight, bias);
+    ctx->save_for_backward({input, weight, output});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &input = saved[0], &weight = saved[1], &output = saved[2];
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      ctx->needs_input_grad(2)};
+    if (!grad_outputs[0].defined()) return variable_list(3);
+    if (backward_must_be_composite()) {
+      return composite_backward(grad_outputs[0], input, weight, output, mask);
+    }
+    auto [grad_input, grad_weight, grad_bias] =
+        linear_relu_backward(grad_outputs[0], input, weight, output, mask);
+    return {grad_input, grad_weight, grad_bias};
+  }
+};
+
+at::Tensor linear_relu_autograd(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias) {
+  if (in_functorch() || has_tangent(input) || has_tangent(weight) || has_tangent(bias) ||
+      !linear_relu_is_fusable(input, weight, bias)) {
+    return linear_relu_composite(input, weight, bias);
+  }
+  if (needs_grad(input) || needs_grad(weight) || needs_grad(bias)) {
+    return LinearReLU::apply(input, weight, bias);
+  }
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return linear_relu(input, weight, bias);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
+  m.impl("linear_relu", linear_relu_autograd);
+}
+
+}  // namespace fastnn

@@ -1,0 +1,57 @@
+#include "autograd/target_distribution.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "ops/checks.h"
+
+namespace fastnn {
+namespace {
+
+double number_of_classes(const at::Tensor& input) {
+  return static_cast<double>(input.sym_size(class_dim(input)).guard_int(__FILE__, __LINE__));
+}
+
+at::Tensor times_class_weight(const at::Tensor& distribution,
+                              const std::optional<at::Tensor>& weight) {
+  if (!weight) return distribution;
+  std::vector<int64_t> sizes(distribution.dim(), 1);
+  sizes[class_dim(distribution)] = -1;
+  return distribution * weight->view(sizes);
+}
+
+}  // namespace
+
+at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
+                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                              double label_smoothing) {
+  const int64_t dim = class_dim(input);
+  const at::Tensor classes =
+      (input.dim() == 1 ? target.reshape({1}) : target.unsqueeze(dim)).to(at::kLong);
+  const at::Tensor ignored = classes == ignore_index;
+  const at::Tensor one_hot =
+      at::zeros_like(input).scatter(dim, classes.masked_fill(ignored, 0), 1 - label_smoothing);
+  const at::Tensor smooth = one_hot + label_smoothing / number_of_classes(input);
+  return times_class_weight(smooth, weight).masked_fill(ignored, 0);
+}
+
+at::Tensor probability_distribution(const at::Tensor& input, const at::Tensor& probabilities,
+                                    const std::optional<at::Tensor>& weight,
+                                    double label_smoothing) {
+  return times_class_weight(
+      probabilities * (1 - label_smoothing) + label_smoothing / number_of_classes(input), weight);
+}
+
+at::Tensor grad_per_row(const at::Tensor& grad_output, const at::Tensor& input,
+                        const at::Tensor& total_weight, std::string_view reduction) {
+  switch (parse_reduction(reduction)) {
+    case at::Reduction::None:
+      return grad_output.unsqueeze(class_dim(input));
+    case at::Reduction::Mean:
+      return (grad_output / total_weight).to(input.scalar_type());
+    default:
+      return grad_output;
+  }
+}
+
+}  // namespace fastnn

@@ -1,0 +1,25 @@
+// The target distribution of a loss as a tensor of the input's shape, for derivatives of any order.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace fastnn {
+
+// Class indices as a distribution over the classes: (1 - label_smoothing) * weight at the target
+// plus label_smoothing / C * weight at every class; zero for ignored rows.
+at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
+                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                              double label_smoothing);
+
+// Class probabilities as such: weight * ((1 - label_smoothing) * p + label_smoothing / C).
+at::Tensor probability_distribution(const at::Tensor& input, const at::Tensor& probabilities,
+                                    const std::optional<at::Tensor>& weight,
+                                    double label_smoothing);
+
+// A loss's incoming gradient for each row, shaped to broadcast against the input.
+at::Tensor grad_per_row(const at::Tensor& grad_output, const at::Tensor& input,
+                        const at::Tensor& total_weight, std::string_view reduction);
+
+}  // namespace fastnn

@@ -1,0 +1,16 @@
+// Which instruction set's kernels run.
+#pragma once
+
+#include "cpu/simd/kernels.h"
+
+namespace fastnn::cpu {
+
+// The best of the sets the library was built for that this CPU and operating system offer;
+// FASTNN_CPU_CAPABILITY=default|avx2|avx512 goes down from it. Read once.
+const char* capability();
+
+// The kernels of that set. T: double, float, simd::bfloat16 or simd::float16.
+template <typename T>
+const simd::Kernels<T>& kernels();
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,171 @@
+// cross_entropy on the CPU: one pass over the logits forward (each row stays in cache between its
+// maximum and its sum), one backward.
+#include "ops/cross_entropy.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <torch/library.h>
+
+#include "cpu/loss.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// Whether the classes are neighbours in memory although they are not the last dimension, as in
+// channels_last; the kernels then walk them as they lie.
+bool has_classes_last(const at::Tensor& input) {
+  return input.dim() > 2 && input.movedim(1, -1).is_contiguous();
+}
+
+// A tensor of the input's shape, laid out for the kernels.
+at::Tensor arranged(const at::Tensor& tensor, bool classes_last) {
+  return classes_last ? tensor.movedim(1, -1).contiguous() : tensor.contiguous();
+}
+
+void check_arguments(const at::Tensor& input, const at::Tensor& target,
+                     const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                     double label_smoothing) {
+  constexpr auto op = "cross_entropy";
+  TORCH_CHECK_VALUE(input.dim() >= 1, op, ": Expected input of 1 or more dimensions (got 0)");
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
+              ": label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  if (!has_class_probabilities(input, target)) {
+    check_class_indices(op, input, target, weight);
+    return;
+  }
+  check_same_device(op, input, "target", target);
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()), op,
+              ": Expected floating point type for target with class probabilities, got ",
+              target.scalar_type());
+  check_same_dtype(op, input, "target", target);
+  TORCH_CHECK(ignore_index < 0, op,
+              ": ignore_index is not supported for floating point target, got ", ignore_index);
+  check_class_weight(op, input, weight);
+}
+
+// The kernels' operands, and the tensors that keep them alive.
+struct Operands {
+  bool classes_last;
+  simd::Layout layout;
+  at::Tensor logits;
+  at::Tensor target;
+  std::optional<at::Tensor> weight;
+  bool probabilities;
+  int64_t ignore_index;
+  double label_smoothing;
+
+  Operands(const at::Tensor& input, const at::Tensor& target_, const std::optional<at::Tensor>& w,
+           int64_t ignore_index, double label_smoothing)
+      : classes_last(has_classes_last(input)),
+        logits(arranged(input, classes_last)),
+        weight(contiguous(w)),
+        probabilities(has_class_probabilities(input, target_)),
+        ignore_index(ignore_index),
+        label_smoothing(label_smoothing) {
+    layout = layout_around(logits.sizes(), classes_last ? logits.dim() - 1 : class_dim(input));
+    target = probabilities ? arranged(target_, classes_last) : contiguous_indices(target_);
+  }
+
+  template <typename T>
+  simd::CrossEntropy<T> as() const {
+    return {.layout = layout,
+            .logits = const_data<T>(logits),
+            .target = indices(),
+            .target_probs = probabilities ? const_data<T>(target) : nullptr,
+            .weight = const_data_or_null<T>(weight),
+            .ignore_index = ignore_index,
+            .label_smoothing = label_smoothing};
+  }
+
+  const int64_t* indices() const {
+    return probabilities ? nullptr : target.const_data_ptr<int64_t>();
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
+    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    int64_t ignore_index, std::string_view reduction_name, double label_smoothing) {
+  check_arguments(input, target, weight, ignore_index, label_smoothing);
+  const auto reduction = parse_reduction(reduction_name);
+  const Operands operands(input, target, weight, ignore_index, label_smoothing);
+  const auto accumulate = input.options().dtype(accumulate_dtype(input));
+  const std::vector<int64_t> row_sizes = per_row_sizes(input);
+  std::vector<int64_t> lse_sizes = row_sizes;
+  lse_sizes.insert(lse_sizes.begin(), 2);
+
+  const at::Tensor lse = at::empty(lse_sizes, accumulate);
+  const bool per_row = reduction == at::Reduction::None;
+  const at::Tensor losses = per_row ? at::empty(row_sizes, input.options()) : at::Tensor();
+  const int64_t rows = operands.layout.rows();
+  simd::LossSums sums;
+  FirstBadTarget bad;
+  dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
+    const auto& kernel = kernels<T>();
+    const auto args = operands.as<T>();
+    auto* max = data<simd::accum<T>>(lse);
+    T* loss = per_row ? data<T>(losses) : nullptr;
+    sums = sum_over_rows(
+        rows, operands.layout.classes, [&](int64_t begin, int64_t end, simd::LossSums& sum) {
+          bad.update(kernel.cross_entropy(args, begin, end, max, max + rows, loss, sum));
+        });
+  });
+  if (!operands.probabilities) {
+    bad.raise_if_any(operands.indices(), operands.layout.classes, ignore_index);
+  }
+  // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
+  if (input.numel() == 0) sums.weight = 0;
+  return {per_row ? losses : reduced_loss(sums, reduction, input), lse,
+          scalar_tensor(sums.weight, accumulate)};
+}
+
+at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                                      const at::Tensor& target,
+                                      const std::optional<at::Tensor>& weight,
+                                      const at::Tensor& lse, const at::Tensor& total_weight,
+                                      int64_t ignore_index, std::string_view reduction_name,
+                                      double label_smoothing) {
+  constexpr auto op = "cross_entropy_backward";
+  check_arguments(input, target, weight, ignore_index, label_smoothing);
+  const auto reduction = parse_reduction(reduction_name);
+  check_loss_backward(op, grad_output, input, total_weight, reduction);
+  std::vector<int64_t> lse_sizes = per_row_sizes(input);
+  lse_sizes.insert(lse_sizes.begin(), 2);
+  check_same_device(op, input, "lse", lse);
+  check_sizes(op, "lse", lse, lse_sizes);
+  TORCH_CHECK(lse.scalar_type() == accumulate_dtype(input), op, ": expected lse to have dtype ",
+              accumulate_dtype(input), ", but got ", lse.scalar_type());
+
+  const Operands operands(input, target, weight, ignore_index, label_smoothing);
+  const at::Tensor grad = grad_output.contiguous();
+  const at::Tensor saved_lse = lse.contiguous();
+  const bool per_row = reduction == at::Reduction::None;
+  const double scale = grad_scale(total_weight, reduction);
+  const at::Tensor grad_logits = at::empty_like(operands.logits);
+  const int64_t rows = operands.layout.rows();
+  FirstBadTarget bad;
+  dispatch(input.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = kernels<T>();
+    const auto args = operands.as<T>();
+    const auto* max = const_data<simd::accum<T>>(saved_lse);
+    const T* g = const_data<T>(grad);
+    T* grad_x = data<T>(grad_logits);
+    at::parallel_for(0, rows, grain(operands.layout.classes), [&](int64_t begin, int64_t end) {
+      bad.update(kernel.cross_entropy_backward(args, begin, end, max, max + rows, g, per_row, scale,
+                                               grad_x));
+    });
+  });
+  if (!operands.probabilities) {
+    bad.raise_if_any(operands.indices(), operands.layout.classes, ignore_index);
+  }
+  return operands.classes_last ? grad_logits.movedim(-1, 1) : grad_logits;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("cross_entropy_forward", cross_entropy_forward_cpu);
+  m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
+}
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,74 @@
+// log_softmax on the CPU: each row is read from memory once.
+#include "ops/log_softmax.h"
+
+#include <ATen/WrapDimUtils.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/log_softmax.h>
+#include <torch/library.h>
+
+#include "cpu/launch.h"
+#include "ops/checks.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// A 0-d tensor is a row of one class.
+simd::Layout layout_of(const at::Tensor& tensor, int64_t dim) {
+  if (tensor.dim() == 0) return {1, 1, 1};
+  return layout_around(tensor.sizes(), dim);
+}
+
+at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
+  if (!log_softmax_is_fusable(input)) return at::log_softmax(input, dim);
+  dim = at::maybe_wrap_dim(dim, input.dim());
+  const at::Tensor x = input.contiguous();
+  const at::Tensor output = at::empty(input.sizes(), input.options());
+  if (output.numel() == 0) return output;
+
+  const simd::Layout layout = layout_of(x, dim);
+  dispatch(x.scalar_type(), "log_softmax", [&]<typename T>() {
+    const auto& kernel = kernels<T>();
+    T* out = data<T>(output);
+    const T* in = const_data<T>(x);
+    at::parallel_for(0, layout.rows(), grain(layout.classes), [&](int64_t begin, int64_t end) {
+      kernel.log_softmax(out, in, layout, begin, end);
+    });
+  });
+  return output;
+}
+
+at::Tensor log_softmax_backward_cpu(const at::Tensor& grad_output, const at::Tensor& output,
+                                    int64_t dim) {
+  constexpr auto op = "log_softmax_backward";
+  TORCH_CHECK(is_supported_dtype(output.scalar_type()), op, ": expected a floating-point output, ",
+              "but got ", output.scalar_type());
+  check_same_device(op, output, "grad_output", grad_output);
+  check_same_dtype(op, output, "grad_output", grad_output);
+  check_sizes(op, "grad_output", grad_output, output.sizes());
+  dim = at::maybe_wrap_dim(dim, output.dim());
+  const at::Tensor grad = grad_output.contiguous();
+  const at::Tensor out = output.contiguous();
+  const at::Tensor grad_input = at::empty(output.sizes(), output.options());
+  if (grad_input.numel() == 0) return grad_input;
+
+  const simd::Layout layout = layout_of(out, dim);
+  dispatch(out.scalar_type(), op, [&]<typename T>() {
+    const auto& kernel = kernels<T>();
+    T* grad_in = data<T>(grad_input);
+    const T* grad_data = const_data<T>(grad);
+    const T* out_data = const_data<T>(out);
+    at::parallel_for(0, layout.rows(), grain(layout.classes), [&](int64_t begin, int64_t end) {
+      kernel.log_softmax_backward(grad_in, grad_data, out_data, layout, begin, end);
+    });
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("log_softmax", log_softmax_cpu);
+  m.impl("log_softmax_backward", log_softmax_backward_cpu);
+}
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,89 @@
+// What the launchers of nll_loss and cross_entropy share: targets, and sums over rows that are the
+// same on any number of threads.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <atomic>
+
+#include "cpu/launch.h"
+#include "ops/checks.h"
+
+namespace fastnn::cpu {
+
+// Class indices as the kernels take them, one for each row.
+inline at::Tensor contiguous_indices(const at::Tensor& target) {
+  return target.to(at::kLong).contiguous();
+}
+
+// The lowest position of a target out of range, over all threads.
+class FirstBadTarget {
+ public:
+  void update(int64_t position) {
+    int64_t known = position_.load(std::memory_order_relaxed);
+    while (position < known && !position_.compare_exchange_weak(known, position)) {}
+  }
+  // Called after the parallel region: nothing may be thrown in it.
+  void raise_if_any(const int64_t* target, int64_t classes, int64_t ignore_index) const {
+    const int64_t position = position_.load();
+    if (position != simd::kNoBadTarget) raise_bad_target(target[position], classes, ignore_index);
+  }
+
+ private:
+  std::atomic<int64_t> position_{simd::kNoBadTarget};
+};
+
+// Calls f(begin, end, sums) over rows in chunks whose size depends on the work alone, and adds the
+// chunks' sums in order: the result has the same bits on any number of threads.
+template <typename F>
+simd::LossSums sum_over_rows(int64_t rows, int64_t elements_per_row, F f) {
+  const int64_t chunk = grain(elements_per_row);
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  std::vector<simd::LossSums> sums(chunks);
+  at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      f(i * chunk, std::min((i + 1) * chunk, rows), sums[i]);
+    }
+  });
+  simd::LossSums total;
+  for (const auto& sum : sums) {
+    total.loss += sum.loss;
+    total.weight += sum.weight;
+  }
+  return total;
+}
+
+inline at::Tensor scalar_tensor(double value, at::TensorOptions options) {
+  at::Tensor result = at::empty({}, options);
+  result.fill_(value);
+  return result;
+}
+
+inline at::Tensor reduced_loss(const simd::LossSums& sums, at::Reduction::Reduction reduction,
+                               const at::Tensor& input) {
+  const double loss = reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss;
+  return scalar_tensor(loss, input.options());
+}
+
+// The checks of a loss's backward that its forward has not made: it may be called on its own.
+inline void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
+                                const at::Tensor& input, const at::Tensor& total_weight,
+                                at::Reduction::Reduction reduction) {
+  check_same_device(op, input, "grad_output", grad_output);
+  check_same_dtype(op, input, "grad_output", grad_output);
+  check_same_device(op, input, "total_weight", total_weight);
+  const bool per_row = reduction == at::Reduction::None;
+  check_sizes(op, "grad_output", grad_output,
+              per_row ? per_row_sizes(input) : std::vector<int64_t>{});
+  TORCH_CHECK(total_weight.dim() == 0 && total_weight.scalar_type() == accumulate_dtype(input), op,
+              ": expected total_weight to be the 0-d ", accumulate_dtype(input),
+              " tensor that the forward returned, but got ", total_weight.scalar_type(),
+              " of shape ", total_weight.sizes());
+}
+
+// What multiplies each row's gradient: 'mean' has divided by the total weight.
+inline double grad_scale(const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
+  return reduction == at::Reduction::Mean ? 1 / total_weight.item<double>() : 1;
+}
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,119 @@
+// sgd_step_ on the CPU: one parallel region over all tensors, in chunks that fit a cache.
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "cpu/launch.h"
+#include "ops/checks.h"
+
+namespace fastnn::cpu {
+namespace {
+
+constexpr int64_t kChunk = 1 << 14;  // elements: 192 KiB of float parameter, gradient and buffer
+
+void check_list(const char* name, at::TensorList tensors, at::TensorList params) {
+  TORCH_CHECK(tensors.size() == params.size(), "sgd_step_: expected as many ", name, " as params (",
+              params.size(), "), but got ", tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const std::string which = std::string(name) + "[" + std::to_string(i) + "]";
+    const auto& tensor = tensors[i];
+    TORCH_CHECK(tensor.device() == params[i].device(), "sgd_step_: expected ", which,
+                " on its parameter's device ", params[i].device(), ", but it is on ",
+                tensor.device());
+    TORCH_CHECK(tensor.scalar_type() == params[i].scalar_type(), "sgd_step_: expected ", which,
+                " to have its parameter's dtype ", params[i].scalar_type(), ", but got ",
+                tensor.scalar_type());
+    TORCH_CHECK(tensor.layout() == at::kStrided, "sgd_step_: expected ", which,
+                " to be dense, but got layout ", tensor.layout());
+    check_sizes("sgd_step_", which, tensor, params[i].sizes());
+  }
+}
+
+// A tensor as one run of memory in the parameter's order: itself where it lies so, else a copy.
+at::Tensor in_order_of(const at::Tensor& param, const at::Tensor& tensor) {
+  if (param.is_non_overlapping_and_dense() && tensor.strides() == param.strides()) return tensor;
+  return at::empty_like(param).copy_(tensor);
+}
+
+void copy_back(const at::Tensor& flat, const at::Tensor& tensor) {
+  if (!flat.is_same(tensor)) tensor.copy_(flat);
+}
+
+// One parameter's tensors, each as one run of memory.
+struct Item {
+  at::Tensor param;
+  at::Tensor grad;
+  at::Tensor buffer;  // undefined without momentum
+};
+
+// A piece of one item: what one call of the kernel takes.
+struct Chunk {
+  const Item* item;
+  int64_t begin;
+  int64_t size;
+};
+
+std::vector<Chunk> split(const std::vector<Item>& items) {
+  std::vector<Chunk> chunks;
+  for (const Item& item : items) {
+    const int64_t n = item.param.numel();
+    for (int64_t begin = 0; begin < n; begin += kChunk) {
+      chunks.push_back({&item, begin, std::min(kChunk, n - begin)});
+    }
+  }
+  return chunks;
+}
+
+void step_chunk(const Chunk& chunk, const simd::SGD& options, double grad_scale) {
+  dispatch(chunk.item->param.scalar_type(), "sgd_step_", [&]<typename T>() {
+    const auto at_begin = [&](const at::Tensor& tensor) { return data<T>(tensor) + chunk.begin; };
+    kernels<T>().sgd_step(at_begin(chunk.item->param), at_begin(chunk.item->grad),
+                          chunk.item->buffer.defined() ? at_begin(chunk.item->buffer) : nullptr,
+                          chunk.size, options, grad_scale);
+  });
+}
+
+void sgd_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                  double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+                  bool maximize, bool is_first_step, const std::optional<at::Tensor>& grad_scale,
+                  const std::optional<at::Tensor>& found_inf) {
+  const bool has_momentum = momentum != 0;
+  check_list("params", params, params);
+  check_list("grads", grads, params);
+  if (has_momentum) check_list("momentum_buffers", momentum_buffers, params);
+  for (const auto& param : params) {
+    TORCH_CHECK(is_supported_dtype(param.scalar_type()), "sgd_step_: expected params of dtype ",
+                "float64, float32, bfloat16 or float16, but got ", param.scalar_type());
+  }
+  if (found_inf && found_inf->item<double>() != 0) return;
+  const double scale = grad_scale ? grad_scale->item<double>() : 1;
+
+  std::vector<Item> items;
+  items.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    items.push_back({in_order_of(params[i], params[i]), in_order_of(params[i], grads[i]),
+                     has_momentum ? in_order_of(params[i], momentum_buffers[i]) : at::Tensor()});
+  }
+
+  const simd::SGD options{lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step};
+  const std::vector<Chunk> chunks = split(items);
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks) elements += chunk.size;
+  const int64_t chunk_size = chunks.empty() ? 1 : elements / int64_t(chunks.size());
+  at::parallel_for(0, chunks.size(), grain(chunk_size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) step_chunk(chunks[i], options, scale);
+  });
+
+  for (size_t i = 0; i < params.size(); ++i) {
+    copy_back(items[i].param, params[i]);
+    if (scale != 1) copy_back(items[i].grad, grads[i]);
+    if (has_momentum) copy_back(items[i].buffer, momentum_buffers[i]);
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("sgd_step_", sgd_step_cpu);
+}
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,30 @@
+// Compiled once for each instruction set, with FASTNN_SIMD_TARGET naming it (see setup.py).
+#include "cpu/simd/kernels.h"
+
+#include "cpu/simd/cross_entropy.h"
+#include "cpu/simd/linear_relu.h"
+#include "cpu/simd/log_softmax.h"
+#include "cpu/simd/sgd.h"
+
+namespace fastnn::simd::FASTNN_SIMD_TARGET {
+
+template <typename T>
+const Kernels<T>& kernels() {
+  static constexpr Kernels<T> table = {
+      .bias_relu = bias_relu<T>,
+      .relu_backward = relu_backward<T>,
+      .log_softmax = log_softmax<T>,
+      .log_softmax_backward = log_softmax_backward<T>,
+      .cross_entropy = cross_entropy<T>,
+      .cross_entropy_backward = cross_entropy_backward<T>,
+      .sgd_step = sgd_step<T>,
+  };
+  return table;
+}
+
+template const Kernels<double>& kernels<double>();
+template const Kernels<float>& kernels<float>();
+template const Kernels<bfloat16>& kernels<bfloat16>();
+template const Kernels<float16>& kernels<float16>();
+
+}  // namespace fastnn::simd::FASTNN_SIMD_TARGET

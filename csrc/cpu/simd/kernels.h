@@ -1,0 +1,87 @@
+// The CPU kernels as a table of function pointers per storage type, one table for each instruction
+// set that kernels.cpp was compiled for; kernels<T>() gives the one in use.
+#pragma once
+
+#include "cpu/simd/types.h"
+
+namespace fastnn::simd {
+
+// The operands of cross entropy's kernels. Targets are class indices (`target`) or probabilities
+// in the logits' layout (`target_probs`); the other is null, and `weight` may be.
+template <typename T>
+struct CrossEntropy {
+  Layout layout;
+  const T* logits;
+  const int64_t* target;
+  const T* target_probs;
+  const T* weight;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// Sums over rows, in double whatever the storage: a loss over many rows keeps its digits.
+struct LossSums {
+  double loss = 0;
+  double weight = 0;
+};
+
+struct SGD {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool nesterov;
+  bool maximize;
+  bool is_first_step;
+};
+
+constexpr int64_t kNoBadTarget = INT64_MAX;
+
+template <typename T>
+struct Kernels {
+  // out[r, c] = max(out[r, c] + bias[c], 0) for rows [begin, end); bias may be null.
+  void (*bias_relu)(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end);
+
+  // grad_linear = output > 0 ? grad : 0, and its sum over rows into grad_bias (may be null), for
+  // columns [begin, end).
+  void (*relu_backward)(T* grad_linear, T* grad_bias, const T* grad, const T* output, int64_t rows,
+                        int64_t cols, int64_t begin, int64_t end);
+
+  // For the rows at positions [begin, end).
+  void (*log_softmax)(T* output, const T* input, Layout layout, int64_t begin, int64_t end);
+  void (*log_softmax_backward)(T* grad_input, const T* grad, const T* output, Layout layout,
+                               int64_t begin, int64_t end);
+
+  // Both return the first position whose target is out of range, or kNoBadTarget. The forward
+  // writes each row's log-sum-exp (its maximum, and the log of the sum past it) and, unless
+  // `losses` is null, its loss; it adds to `sums`.
+  int64_t (*cross_entropy)(const CrossEntropy<T>& args, int64_t begin, int64_t end, accum<T>* max,
+                           accum<T>* log_sum, T* losses, LossSums& sums);
+  // grad_output holds one value, or one per row; `scale` multiplies it.
+  int64_t (*cross_entropy_backward)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
+                                    const accum<T>* max, const accum<T>* log_sum,
+                                    const T* grad_output, bool grad_per_row, double scale,
+                                    T* grad_input);
+
+  // One step over n elements. `momentum_buffer` is null without momentum. With a `grad_scale`
+  // other than 1 the gradient is divided by it and written back.
+  void (*sgd_step)(T* param, T* grad, T* momentum_buffer, int64_t n, const SGD& options,
+                   double grad_scale);
+};
+
+namespace generic {
+template <typename T>
+const Kernels<T>& kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <typename T>
+const Kernels<T>& kernels();
+}
+namespace avx512 {
+template <typename T>
+const Kernels<T>& kernels();
+}
+#endif
+
+}  // namespace fastnn::simd

@@ -1,0 +1,41 @@
+// Storage types, the type each is summed in, and the layout of rows: what the SIMD kernels and
+// their launchers share. No ATen here: the kernels take raw pointers and sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace fastnn::simd {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct accum_of {
+  using type = float;
+};
+template <>
+struct accum_of<double> {
+  using type = double;
+};
+// float64 sums in float64, everything narrower in float32.
+template <typename T>
+using accum = typename accum_of<T>::type;
+
+// An (outer, classes, inner) view of a contiguous tensor: class c of row (o, i) is element
+// (o * classes + c) * inner + i. A row's number, its position, is o * inner + i.
+struct Layout {
+  int64_t outer;
+  int64_t classes;
+  int64_t inner;
+
+  int64_t rows() const {
+    return outer * inner;
+  }
+};
+
+}  // namespace fastnn::simd

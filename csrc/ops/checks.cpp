@@ -1,0 +1,81 @@
+#include "ops/checks.h"
+
+#include <c10/util/Exception.h>
+
+namespace fastnn {
+
+bool is_supported_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+void check_same_dtype(std::string_view op, const at::Tensor& input, std::string_view name,
+                      const at::Tensor& other) {
+  TORCH_CHECK(other.scalar_type() == input.scalar_type(), op, ": expected ", name,
+              " to have input's dtype ", input.scalar_type(), ", but got ", other.scalar_type());
+}
+
+void check_same_device(std::string_view op, const at::Tensor& input, std::string_view name,
+                       const at::Tensor& other) {
+  TORCH_CHECK(other.device() == input.device(), op, ": expected ", name,
+              " to be on input's device ", input.device(), ", but it is on ", other.device());
+}
+
+void check_sizes(std::string_view op, std::string_view name, const at::Tensor& tensor,
+                 at::IntArrayRef expected) {
+  TORCH_CHECK(tensor.sizes() == expected, op, ": expected ", name, " to have shape ", expected,
+              ", but got ", tensor.sizes());
+}
+
+at::Reduction::Reduction parse_reduction(std::string_view reduction) {
+  if (reduction == "mean") return at::Reduction::Mean;
+  if (reduction == "sum") return at::Reduction::Sum;
+  if (reduction == "none") return at::Reduction::None;
+  TORCH_CHECK_VALUE(false, reduction,
+                    " is not a valid value for reduction: expected 'none', 'mean' or 'sum'");
+}
+
+std::vector<int64_t> per_row_sizes(const at::Tensor& input) {
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.erase(sizes.begin() + class_dim(input));
+  return sizes;
+}
+
+void check_class_weight(std::string_view op, const at::Tensor& input,
+                        const std::optional<at::Tensor>& weight) {
+  if (!weight) return;
+  check_same_device(op, input, "weight", *weight);
+  const int64_t classes = input.size(class_dim(input));
+  TORCH_CHECK(weight->dim() == 1 && weight->numel() == classes, op,
+              ": weight tensor should be defined either for all ", classes,
+              " classes or no classes but got weight tensor of shape: ", weight->sizes());
+  check_same_dtype(op, input, "weight", *weight);
+}
+
+void check_class_indices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
+                         const std::optional<at::Tensor>& weight) {
+  check_same_device(op, input, "target", target);
+  TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, op,
+              ": expected target dtype to be Long or Byte, but got ", target.scalar_type());
+  const std::vector<int64_t> expected = per_row_sizes(input);
+  if (input.dim() == 1) {
+    TORCH_CHECK(target.dim() == 0 || (target.dim() == 1 && target.size(0) == 1), op,
+                ": Expected target size [], got ", target.sizes());
+  } else {
+    const int64_t batch = target.dim() == 0 ? 0 : target.size(0);
+    TORCH_CHECK_VALUE(target.dim() > 0 && batch == input.size(0), op,
+                      ": Expected input batch_size (", input.size(0),
+                      ") to match target batch_size (", batch, ").");
+    TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), op, ": Expected target size ",
+                at::IntArrayRef(expected), ", got ", target.sizes());
+  }
+  check_class_weight(op, input, weight);
+}
+
+void raise_bad_target(int64_t target, int64_t classes, int64_t ignore_index) {
+  TORCH_CHECK_INDEX(false, "Target ", target, " is out of bounds: input has ", classes,
+                    " classes, so that a target must be in [0, ", classes,
+                    ") or equal ignore_index (", ignore_index, ").");
+}
+
+}  // namespace fastnn

@@ -1,0 +1,45 @@
+// Checks of arguments that several operators share. Each message names the operator, the argument,
+// what it got and what is allowed.
+#pragma once
+
+#include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+namespace fastnn {
+
+// float64, float32, bfloat16, float16: the dtypes the kernels are written for.
+bool is_supported_dtype(at::ScalarType dtype);
+
+// Raises unless `other` has the dtype and the device of `input`.
+void check_same_dtype(std::string_view op, const at::Tensor& input, std::string_view name,
+                      const at::Tensor& other);
+void check_same_device(std::string_view op, const at::Tensor& input, std::string_view name,
+                       const at::Tensor& other);
+
+// Raises unless `tensor` has exactly these sizes.
+void check_sizes(std::string_view op, std::string_view name, const at::Tensor& tensor,
+                 at::IntArrayRef expected);
+
+at::Reduction::Reduction parse_reduction(std::string_view reduction);
+
+// The dimension that holds the classes of a loss's input: 0 for (C), else 1.
+inline int64_t class_dim(const at::Tensor& input) {
+  return input.dim() == 1 ? 0 : 1;
+}
+
+// The shape of one value per row of a loss's input: its own without the class dimension.
+std::vector<int64_t> per_row_sizes(const at::Tensor& input);
+
+// The shape and dtype of the arguments of a loss over class indices.
+void check_class_indices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
+                         const std::optional<at::Tensor>& weight);
+void check_class_weight(std::string_view op, const at::Tensor& input,
+                        const std::optional<at::Tensor>& weight);
+
+// Raises for the class index `target`, which is out of range.
+[[noreturn]] void raise_bad_target(int64_t target, int64_t classes, int64_t ignore_index);
+
+}  // namespace fastnn

@@ -1,0 +1,98 @@
+#include "ops/cross_entropy.h"
+
+#include <ATen/ops/cross_entropy_loss.h>
+#include <torch/library.h>
+
+#include "ops/checks.h"
+
+namespace fastnn {
+
+at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
+                         const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                         std::string_view reduction, double label_smoothing) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::cross_entropy", "")
+                             .typed<decltype(cross_entropy)>();
+  return op.call(input, target, weight, ignore_index, reduction, label_smoothing);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
+    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    int64_t ignore_index, std::string_view reduction, double label_smoothing) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::cross_entropy_forward", "")
+                             .typed<decltype(cross_entropy_forward)>();
+  return op.call(input, target, weight, ignore_index, reduction, label_smoothing);
+}
+
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                                  const at::Tensor& lse, const at::Tensor& total_weight,
+                                  int64_t ignore_index, std::string_view reduction,
+                                  double label_smoothing) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::cross_entropy_backward", "")
+                             .typed<decltype(cross_entropy_backward)>();
+  return op.call(grad_output, input, target, weight, lse, total_weight, ignore_index, reduction,
+                 label_smoothing);
+}
+
+bool has_class_probabilities(const at::Tensor& input, const at::Tensor& target) {
+  return input.sym_sizes() == target.sym_sizes();
+}
+
+bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
+                              const std::optional<at::Tensor>& weight, double label_smoothing) {
+  check_same_device("cross_entropy", input, "target", target);
+  if (weight) check_same_device("cross_entropy", input, "weight", *weight);
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  if (!is_supported_dtype(input.scalar_type()) || input.layout() != at::kStrided ||
+      input.dim() < 1) {
+    return false;
+  }
+  // Probabilities or weights of another dtype promote the result's.
+  return !has_class_probabilities(input, target) ||
+         (target.scalar_type() == input.scalar_type() &&
+          (!weight || weight->scalar_type() == input.scalar_type()));
+}
+
+at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& target,
+                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                   std::string_view reduction, double label_smoothing) {
+  return at::cross_entropy_loss(input, target, weight, parse_reduction(reduction), ignore_index,
+                                label_smoothing);
+}
+
+namespace {
+
+at::Tensor cross_entropy_default(const at::Tensor& input, const at::Tensor& target,
+                                 const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                 std::string_view reduction, double label_smoothing) {
+  if (!cross_entropy_is_fusable(input, target, weight, label_smoothing)) {
+    return cross_entropy_composite(input, target, weight, ignore_index, reduction, label_smoothing);
+  }
+  return std::get<0>(
+      cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
+      "str reduction='mean', float label_smoothing=0.0) -> Tensor");
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+      "str reduction, float label_smoothing) -> (Tensor loss, Tensor lse, Tensor total_weight)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
+      "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
+  m.impl("cross_entropy", cross_entropy_default);
+}
+
+}  // namespace fastnn

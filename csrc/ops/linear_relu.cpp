@@ -1,0 +1,53 @@
+#include "ops/linear_relu.h"
+
+#include <ATen/ops/linear.h>
+#include <ATen/ops/relu.h>
+#include <torch/library.h>
+
+#include "ops/checks.h"
+
+namespace fastnn {
+
+at::Tensor linear_relu(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::linear_relu", "")
+                             .typed<decltype(linear_relu)>();
+  return op.call(input, weight, bias);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& output, std::array<bool, 3> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::linear_relu_backward", "")
+                             .typed<decltype(linear_relu_backward)>();
+  return op.call(grad_output, input, weight, output, output_mask);
+}
+
+bool linear_relu_is_fusable(const at::Tensor& input, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
+  check_same_device("linear_relu", input, "weight", weight);
+  check_same_dtype("linear_relu", input, "weight", weight);
+  if (bias) {
+    check_same_device("linear_relu", input, "bias", *bias);
+    check_same_dtype("linear_relu", input, "bias", *bias);
+  }
+  return is_supported_dtype(input.scalar_type()) && input.layout() == at::kStrided &&
+         weight.layout() == at::kStrided && input.dim() >= 1 && weight.dim() == 2 &&
+         (!bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
+}
+
+at::Tensor linear_relu_composite(const at::Tensor& input, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias) {
+  return at::relu(at::linear(input, weight, bias));
+}
+
+TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
+      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
+
+}  // namespace fastnn

@@ -1,0 +1,33 @@
+#include "ops/log_softmax.h"
+
+#include <torch/library.h>
+
+#include "ops/checks.h"
+
+namespace fastnn {
+
+at::Tensor log_softmax(const at::Tensor& input, int64_t dim) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::log_softmax", "")
+                             .typed<decltype(log_softmax)>();
+  return op.call(input, dim);
+}
+
+at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output,
+                                int64_t dim) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::log_softmax_backward", "")
+                             .typed<decltype(log_softmax_backward)>();
+  return op.call(grad_output, output, dim);
+}
+
+bool log_softmax_is_fusable(const at::Tensor& input) {
+  return is_supported_dtype(input.scalar_type()) && input.layout() == at::kStrided;
+}
+
+TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  m.def("log_softmax(Tensor input, int dim) -> Tensor");
+  m.def("log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor");
+}
+
+}  // namespace fastnn

@@ -1,0 +1,16 @@
+// log_softmax(input, dim), and its backward.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace fastnn {
+
+// Calls through the dispatcher.
+at::Tensor log_softmax(const at::Tensor& input, int64_t dim);
+at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output,
+                                int64_t dim);
+
+// Whether the fused kernel takes this input; torch serves or refuses the rest.
+bool log_softmax_is_fusable(const at::Tensor& input);
+
+}  // namespace fastnn

@@ -1,0 +1,36 @@
+// nll_loss(input, target): -weight[target] * input[target] per row, and its backward.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace fastnn {
+
+// Calls through the dispatcher. `total_weight` is the sum of the weights of the rows kept, which
+// 'mean' divides by.
+at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target,
+                    const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                    std::string_view reduction);
+std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& input,
+                                                    const at::Tensor& target,
+                                                    const std::optional<at::Tensor>& weight,
+                                                    int64_t ignore_index,
+                                                    std::string_view reduction);
+at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                             const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                             const at::Tensor& total_weight, int64_t ignore_index,
+                             std::string_view reduction);
+
+// Whether the fused kernels take these arguments; torch serves or refuses the rest.
+bool nll_loss_is_fusable(const at::Tensor& input, const at::Tensor& target,
+                         const std::optional<at::Tensor>& weight);
+
+// The same in ATen operators, with torch's own transforms and derivatives of any order.
+at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
+                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                              std::string_view reduction);
+
+}  // namespace fastnn

@@ -1,0 +1,72 @@
+"""Loads the built extension once, and decides what runs the operators.
+
+``ops`` is ``torch.ops.fastnn`` where the extension is there and fits the installed torch, and
+:mod:`fastnn.reference` (the same functions in plain PyTorch) with one warning where it is not:
+a pickled model then still loads and still gives the right numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastnn import reference
+
+REINSTALL = "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+
+_BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py recorded when it built the extension; empty where nothing was built."""
+    if not _BUILD_INFO_FILE.exists():
+        return {}
+    return json.loads(_BUILD_INFO_FILE.read_text())
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension module, or None and the reason in one sentence."""
+    info = build_info()
+    if not info:
+        return None, f"its extension is not built ({REINSTALL})"
+    # Compared before the import: against another torch the import ends in an undefined symbol.
+    if info["torch"] != torch.__version__:
+        return None, (
+            f"its extension was built for torch {info['torch']} and torch {torch.__version__} "
+            f"is installed ({REINSTALL})"
+        )
+    try:
+        return import_module("fastnn._C"), ""
+    except ImportError as error:
+        return None, f"its extension can't be loaded: {error} ({REINSTALL})"
+
+
+extension, _why_not = _load()
+
+ops: Any
+if extension is None:
+    warnings.warn(
+        f"fastnn runs on its slower reference implementation in plain PyTorch: {_why_not}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    ops = reference
+else:
+    ops = torch.ops.fastnn
+    import_module("fastnn._fake")
+
+
+def is_available() -> bool:
+    """Whether the built extension runs the operators (otherwise plain PyTorch does).
+
+    >>> import fastnn
+    >>> isinstance(fastnn.is_available(), bool)
+    True
+    """
+    return extension is not None

@@ -1,0 +1,106 @@
+"""Fake kernels: the shapes, dtypes and devices of each operator's outputs, for torch.compile,
+torch.export and the meta device. ``nll_loss`` and ``cross_entropy`` need none: their kernels only
+call ``*_forward``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the kernels sum in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@register_fake("fastnn::linear_relu")
+def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(input, weight, bias).contiguous()
+
+
+@register_fake("fastnn::linear_relu_backward")
+def _linear_relu_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (
+        input.new_empty(input.shape) if output_mask[0] else None,
+        weight.new_empty(weight.shape) if output_mask[1] else None,
+        weight.new_empty(weight.shape[:1]) if output_mask[2] else None,
+    )
+
+
+@register_fake("fastnn::log_softmax")
+def _log_softmax(input: Tensor, dim: int) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+@register_fake("fastnn::log_softmax_backward")
+def _log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    return output.new_empty(output.shape)
+
+
+def _per_row_shape(input: Tensor) -> torch.Size:
+    """The shape of one value per row of classes: the input's without its class dimension."""
+    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
+
+
+def _loss(input: Tensor, reduction: str) -> Tensor:
+    return input.new_empty(_per_row_shape(input) if reduction == "none" else ())
+
+
+def _total_weight(input: Tensor) -> Tensor:
+    return input.new_empty((), dtype=accumulate_dtype(input.dtype))
+
+
+@register_fake("fastnn::nll_loss_forward")
+def _nll_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor]:
+    return _loss(input, reduction), _total_weight(input)
+
+
+@register_fake("fastnn::nll_loss_backward")
+def _nll_loss_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+@register_fake("fastnn::cross_entropy_forward")
+def _cross_entropy_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = input.new_empty((2, *_per_row_shape(input)), dtype=accumulate_dtype(input.dtype))
+    return _loss(input, reduction), lse, _total_weight(input)
+
+
+@register_fake("fastnn::cross_entropy_backward")
+def _cross_entropy_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    total_weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+@register_fake("fastnn::sgd_step_")
+def _sgd_step_(params: list[Tensor], grads: list[Tensor], *args: object, **kwargs: object) -> None:
+    return None

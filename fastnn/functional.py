@@ -1,0 +1,230 @@
+"""The operators as functions, with the signatures and semantics of :mod:`torch.nn.functional`.
+
+All take float64, float32, bfloat16 or float16 tensors in any memory layout. Sums are carried in
+float32 (float64 for float64 inputs) and the result is rounded once to the input's dtype. Each is
+differentiable any number of times with respect to its floating-point input.
+
+An argument that is no tensor raises ``TypeError``, one of another dtype, shape or device than the
+operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message names the argument.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.nn.functional import _get_softmax_dim
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
+
+from fastnn._extension import ops
+
+__all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"]
+
+
+def _check_tensor(function: str, name: str, value: object) -> None:
+    """Raises what torch's own argument parser raises for an argument that is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
+        )
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``relu(input @ weight.T + bias)`` in one operator: :func:`torch.nn.functional.linear`
+    followed by :func:`torch.nn.functional.relu`.
+
+    The backward takes its mask from the sign of the output, so that only the output is kept
+    beside the inputs, and computes only the gradients asked for. NaNs pass through.
+
+    Args:
+        input: ``(*, in_features)``.
+        weight: ``(out_features, in_features)``, of the input's dtype and device.
+        bias: ``(out_features)``, likewise; or None.
+
+    Returns:
+        ``(*, out_features)``, of the input's dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        RuntimeError: dtypes or devices differ, or the shapes don't fit.
+
+    >>> import torch, fastnn
+    >>> x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
+    >>> torch.allclose(fastnn.functional.linear_relu(x, w, b), torch.relu(x @ w.T + b))
+    True
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
+    _check_tensor("linear_relu", "input", input)
+    _check_tensor("linear_relu", "weight", weight)
+    if bias is not None:
+        _check_tensor("linear_relu", "bias", bias)
+    return ops.linear_relu(input, weight, bias)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""``log(softmax(input))`` along ``dim``: :func:`torch.nn.functional.log_softmax`.
+
+    Computed as ``(x - max) - log(sum(exp(x - max)))``, in that order, which neither overflows nor
+    loses the small differences of large logits.
+
+    Args:
+        input: any shape, 0-d included.
+        dim: the dimension whose slices are normalised; None chooses as torch does, with its
+            deprecation warning.
+        dtype: the input is cast to it first (default: the input's own).
+
+    Returns:
+        The input's shape, contiguous.
+
+    Raises:
+        TypeError: the input is no tensor.
+        IndexError: ``dim`` is out of range.
+        NotImplementedError: the dtype is no floating-point one.
+
+    >>> import torch, fastnn
+    >>> fastnn.functional.log_softmax(torch.zeros(2), dim=0).exp()
+    tensor([0.5000, 0.5000])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
+        )
+    _check_tensor("log_softmax", "input", input)
+    if dim is None:
+        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    if dtype is not None:
+        input = input.to(dtype)
+    return ops.log_softmax(input, dim)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood loss: :func:`torch.nn.functional.nll_loss`.
+
+    Per row ``-weight[target] * input[target]``; rows whose target is ``ignore_index`` give zero.
+    ``'mean'`` divides the sum by the summed weights of the rows kept (NaN where none is).
+
+    Args:
+        input: log-probabilities, ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.
+        target: class indices in [0, C), int64 or uint8; ``()``, ``(N)`` or ``(N, d1, ...)``.
+        weight: ``(C)``, the weight of each class, of the input's dtype (default: 1).
+        size_average, reduce: deprecated, as in torch; they override ``reduction``.
+        ignore_index: the target value of rows that count for nothing.
+        reduction: ``'none'``, ``'mean'`` or ``'sum'``.
+
+    Returns:
+        A scalar, or the target's shape with ``reduction='none'``; of the input's dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        IndexError: a target is out of range; names it and the number of classes.
+        ValueError: the batch sizes differ, or the reduction is none of the three.
+        RuntimeError: other shapes, dtypes or devices that don't fit.
+
+    >>> import torch, fastnn
+    >>> log_probs = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.9]]))
+    >>> fastnn.functional.nll_loss(log_probs, torch.tensor([0, 1]), reduction="none")
+    tensor([0.6931, 0.1054])
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            nll_loss,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+        )
+    _check_tensor("nll_loss", "input", input)
+    _check_tensor("nll_loss", "target", target)
+    if weight is not None:
+        _check_tensor("nll_loss", "weight", weight)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    return ops.nll_loss(input, target, weight, ignore_index, reduction)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross entropy of logits and targets: :func:`torch.nn.functional.cross_entropy`.
+
+    With ``q`` the target distribution (one-hot, mixed with ``label_smoothing / C`` of every
+    class; times the class weights) and ``lse = log(sum(exp(input)))``, a row's loss is
+    ``sum_c q_c * (lse - input_c)``. The forward keeps ``lse`` alone; the backward reads the logits
+    once and writes ``softmax * sum(q) - q`` once. The label smoothing is that of Szegedy et al.,
+    "Rethinking the Inception Architecture for Computer Vision" (2016).
+
+    Args:
+        input: logits, ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.
+        target: class indices in [0, C), int64 or uint8, ``()``, ``(N)`` or ``(N, d1, ...)``; or
+            class probabilities, floating-point, of the input's shape.
+        weight: ``(C)``, the weight of each class, of the input's dtype (default: 1).
+        size_average, reduce: deprecated, as in torch; they override ``reduction``.
+        ignore_index: the target value of rows that count for nothing; for class indices only.
+        reduction: ``'none'``, ``'mean'`` or ``'sum'``. ``'mean'`` divides by the summed weights of
+            the rows kept (class indices; NaN where none is) or by their number (probabilities).
+        label_smoothing: in [0, 1].
+
+    Returns:
+        A scalar, or one value per row with ``reduction='none'``; of the input's dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        IndexError: a target is out of range; names it and the number of classes.
+        ValueError: the batch sizes differ, or the reduction is none of the three.
+        RuntimeError: other shapes, dtypes or devices that don't fit, a ``label_smoothing``
+            outside [0, 1], an ``ignore_index`` >= 0 with class probabilities.
+
+    >>> import torch, fastnn
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    >>> fastnn.functional.cross_entropy(logits, torch.tensor([0, 1]))
+    tensor(0.1269)
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    _check_tensor("cross_entropy", "input", input)
+    _check_tensor("cross_entropy", "target", target)
+    if weight is not None:
+        _check_tensor("cross_entropy", "weight", weight)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    return ops.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)

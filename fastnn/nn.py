@@ -1,0 +1,125 @@
+"""Drop-in layers and losses: subclasses of PyTorch's, whose ``forward`` runs the fused operators.
+
+Parameters, initialisation, ``state_dict`` keys, attributes and ``isinstance`` checks are the
+parents'.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastnn import functional
+
+__all__ = ["CrossEntropyLoss", "LinearReLU", "LogSoftmax", "NLLLoss"]
+
+
+class LinearReLU(torch.nn.Linear):
+    r"""``relu(x @ weight.T + bias)`` as one operator: ``Linear`` followed by ``ReLU``.
+
+    A :class:`torch.nn.Linear` in every respect (arguments, parameters, initialisation,
+    ``state_dict``) but its output, which is clamped at zero.
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: learn an additive bias (default ``True``).
+        device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
+
+    Shape: input ``(*, in_features)``, output ``(*, out_features)``.
+    Errors and dtypes: see :func:`fastnn.functional.linear_relu`.
+
+    >>> import torch, fastnn
+    >>> layer = fastnn.nn.LinearReLU(20, 30)
+    >>> layer(torch.randn(128, 20)).shape
+    torch.Size([128, 30])
+    >>> layer
+    LinearReLU(in_features=20, out_features=30, bias=True)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear_relu(input, self.weight, self.bias)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    r"""``log(softmax(x))`` along ``dim``; :class:`torch.nn.LogSoftmax` with our operator.
+
+    Args:
+        dim: the dimension whose slices are normalised (``None``: chosen as torch does, deprecated).
+
+    Shape: any; the output has the input's shape and dtype.
+    Errors and dtypes: see :func:`fastnn.functional.log_softmax`.
+
+    >>> import torch, fastnn
+    >>> output = fastnn.nn.LogSoftmax(dim=1)(torch.randn(2, 3))
+    >>> torch.allclose(output.exp().sum(dim=1), torch.ones(2))
+    True
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.log_softmax(input, self.dim, _stacklevel=5)
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    r"""Negative log likelihood loss; :class:`torch.nn.NLLLoss` with our operator.
+
+    Args:
+        weight: ``(C,)`` weight of each class (default: 1), of the input's dtype.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: the target value of rows that count for nothing (default -100).
+        reduction: ``'none'``, ``'mean'`` (over the summed weights of the rows kept, the default)
+            or ``'sum'``.
+
+    Shape: input ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)`` of log-probabilities; target ``()``,
+    ``(N)`` or ``(N, d1, ...)`` of class indices; output a scalar, or the target's shape with
+    ``reduction='none'``.
+    Errors and dtypes: see :func:`fastnn.functional.nll_loss`.
+
+    >>> import torch, fastnn
+    >>> log_probs = torch.log_softmax(torch.randn(3, 5), dim=1)
+    >>> loss = fastnn.nn.NLLLoss()(log_probs, torch.tensor([1, 0, 4]))
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    r"""Cross entropy between logits and targets, as one operator each way;
+    :class:`torch.nn.CrossEntropyLoss` with our operator.
+
+    Args:
+        weight: ``(C,)`` weight of each class (default: 1), of the input's dtype.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: the target value of rows that count for nothing (default -100); for class
+            indices only.
+        reduction: ``'none'``, ``'mean'`` (the default) or ``'sum'``.
+        label_smoothing: in [0, 1], the share of the target given to all classes alike (default 0).
+
+    Shape: input ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)`` of logits; target class indices ``()``,
+    ``(N)`` or ``(N, d1, ...)``, or class probabilities of the input's shape; output a scalar, or
+    one value per row with ``reduction='none'``.
+    Errors and dtypes: see :func:`fastnn.functional.cross_entropy`.
+
+    >>> import torch, fastnn
+    >>> logits = torch.randn(3, 5, requires_grad=True)
+    >>> fastnn.nn.CrossEntropyLoss()(logits, torch.tensor([1, 0, 4])).backward()
+    >>> logits.grad.shape
+    torch.Size([3, 5])
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )

@@ -1,0 +1,139 @@
+"""Builds fastnn's extension. ``FASTNN_CUDA=auto|0|1`` chooses whether the CUDA part is built."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+os.chdir(ROOT)  # pip may run us from elsewhere; sources are named relative to the repository
+
+
+def fail(sentence: str) -> None:
+    """Ends the build with one sentence that says what to do."""
+    sys.exit(f"\nfastnn: {sentence}\n")
+
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    fail(
+        "torch can't be imported while building; install it and build without isolation: "
+        "`pip install torch==2.13.0 setuptools ninja && pip install --no-build-isolation .`"
+    )
+
+
+def cuda_wanted() -> bool:
+    """Reads FASTNN_CUDA; there are no CUDA kernels yet, so that 'auto' means no."""
+    choice = os.environ.get("FASTNN_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        fail(f"FASTNN_CUDA must be auto, 0 or 1, not {choice!r}.")
+    if choice == "1":
+        fail("this version has no CUDA kernels; build it with FASTNN_CUDA=0.")
+    return False
+
+
+# csrc/cpu/simd/kernels.cpp is compiled once for each instruction set, the best of which is chosen
+# at run time: nothing else is compiled for more than the architecture's baseline, so that the
+# library starts on any CPU.
+SIMD_FLAGS = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
+# -fopenmp without linking a runtime: the symbols resolve to the OpenMP runtime that torch itself
+# loaded, so that torch.set_num_threads() holds here and no second thread pool is started.
+TORCH_FLAGS = [*COMMON_FLAGS, "-fopenmp", "-Wno-unused-parameter"]
+
+
+def simd_targets() -> dict[str, list[str]]:
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return SIMD_FLAGS if on_x86 else {"generic": []}
+
+
+class BuildFastnn(BuildExtension):
+    """Compiles the SIMD kernels with flags of their own, then the extension; records the build."""
+
+    def build_extensions(self) -> None:
+        for extension in self.extensions:
+            extension.extra_objects += self.build_simd_kernels(compiler_command())
+        super().build_extensions()
+
+    def run(self) -> None:
+        super().run()
+        self.write_build_info(Path("fastnn") if self.inplace else Path(self.build_lib) / "fastnn")
+
+    def build_simd_kernels(self, compiler: list[str]) -> list[str]:
+        objects = []
+        folder = Path(self.build_temp) / "simd"
+        folder.mkdir(parents=True, exist_ok=True)
+        for target, flags in simd_targets().items():
+            output = folder / f"kernels_{target}.o"
+            command = [
+                *compiler, *COMMON_FLAGS, *flags, "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+                "-Wno-psabi", f"-DFASTNN_SIMD_TARGET={target}", "-Icsrc",
+                "-c", "csrc/cpu/simd/kernels.cpp", "-o", str(output),
+            ]  # fmt: skip
+            print(" ".join(command))
+            if subprocess.run(command, check=False).returncode != 0:
+                fail(
+                    f"{compiler[0]} could not compile csrc/cpu/simd/kernels.cpp (its message is "
+                    "above); a C++20 compiler is needed: GCC 11, Clang 14 or newer."
+                )
+            objects.append(str(output.resolve()))
+        return objects
+
+    def write_build_info(self, folder: Path) -> None:
+        version = subprocess.run(
+            [*compiler_command(), "--version"], capture_output=True, text=True
+        ).stdout
+        info = {
+            "torch": torch.__version__,
+            "compiler": version.splitlines()[0],
+            "flags": " ".join(TORCH_FLAGS),
+            "simd_targets": {k: " ".join(v) for k, v in simd_targets().items()},
+            "cuda": cuda_wanted(),
+        }
+        (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def compiler_command() -> list[str]:
+    """The C++ compiler that torch's build will use: CXX, or c++ or g++."""
+    command = os.environ.get("CXX", "").split() or ["c++" if shutil.which("c++") else "g++"]
+    if shutil.which(command[0]) is None:
+        fail(
+            f"no C++ compiler ({command[0]}) was found; install one (Debian and Ubuntu: "
+            "`apt install g++`, Fedora: `dnf install gcc-c++`, macOS: `xcode-select --install`) "
+            "or name it in CXX."
+        )
+    return command
+
+
+cuda_wanted()
+sources = sorted(
+    str(path)
+    for folder in ("csrc", "csrc/ops", "csrc/autograd", "csrc/cpu")
+    for path in Path(folder).glob("*.cpp")
+)
+setup(
+    ext_modules=[
+        CppExtension(
+            "fastnn._C",
+            sources,
+            include_dirs=[str(ROOT.resolve() / "csrc")],
+            extra_compile_args=TORCH_FLAGS,
+        )
+    ],
+    cmdclass={"build_ext": BuildFastnn},
+    # A folder that stays, so that a second build compiles only what changed.
+    options={"build_ext": {"build_temp": "build/temp"}},
+)
