@@ -121,7 +121,7 @@ def compiler_command() -> list[str]:
 cuda_wanted()
 sources = sorted(
     str(path)
-    for folder in ("csrc", "csrc/ops", "csrc/autograd", "csrc/cpu")
+    for folder in ("csrc/ops", "csrc/autograd", "csrc/cpu", "csrc/python")
     for path in Path(folder).glob("*.cpp")
 )
 setup(

@@ -10,13 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.optim.sgd import sgd as torch_sgd
 
-from fastnn._extension import ops
+from fastnn._extension import extension
 
 __all__ = ["SGD"]
-
-_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-# A subclass may keep its data elsewhere (DTensor) or want to see the call: torch's path serves it.
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 class SGD(torch.optim.SGD):
@@ -71,85 +67,56 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        # Before any buffer is made: a skipped first step leaves no state behind.
+        if found_inf is not None and bool(found_inf):
+            return
+        rest = group["params"]
+        if extension is not None and _options_are_plain(group):
+            rest = extension.sgd_step_group(
+                rest,
+                self.state,
+                lr=float(group["lr"]),
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=float(group["weight_decay"]),
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                # fused=True refuses what torch's fused implementation does, before it changes any.
+                all_or_nothing=bool(group["fused"]),
+                grad_scale=grad_scale,
+            )
+        if rest:
+            self._step_as_torch({**group, "params": rest}, grad_scale, found_inf)
+
+    def _step_as_torch(
+        self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Torch's own update of a group."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         buffers: list[Tensor | None] = []
         has_sparse_grad = self._init_group(group, params, grads, buffers)
-        if group["momentum"] == 0:
-            buffers = [None] * len(params)
-        amp = {
-            "grad_scale": getattr(self, "grad_scale", None),
-            "found_inf": getattr(self, "found_inf", None),
-        }
-        # Decided before any buffer is made, so that a skipped first step leaves no state behind.
-        if amp["found_inf"] is not None and bool(amp["found_inf"]):
-            return
-        if has_sparse_grad and group["fused"]:
-            raise RuntimeError("SGD(fused=True) does not support sparse gradients")
-
-        fusable = _options_are_plain(group)
-        first: list[int] = []
-        later: list[int] = []
-        rest: list[int] = []
-        for i, (param, grad, buffer) in enumerate(zip(params, grads, buffers, strict=True)):
-            if not (fusable and _is_fusable(param, grad, buffer)):
-                rest.append(i)
-            elif buffer is None and group["momentum"] != 0:
-                first.append(i)
-            else:
-                later.append(i)
-
-        for i in first:
-            buffers[i] = torch.empty_like(params[i])
-        for indices, is_first_step in ((first, True), (later, False)):
-            if indices:
-                ops.sgd_step_(
-                    [params[i] for i in indices],
-                    [grads[i] for i in indices],
-                    [buffers[i] for i in indices] if group["momentum"] != 0 else [],
-                    lr=float(group["lr"]),
-                    momentum=group["momentum"],
-                    dampening=group["dampening"],
-                    weight_decay=float(group["weight_decay"]),
-                    nesterov=group["nesterov"],
-                    maximize=group["maximize"],
-                    is_first_step=is_first_step,
-                    **amp,
-                )
-        if rest:
-            self._step_as_torch(group, params, grads, buffers, rest, amp)
-        if group["momentum"] != 0:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
-
-    def _step_as_torch(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor | None],
-        indices: list[int],
-        amp: dict[str, Tensor | None],
-    ) -> None:
-        """Torch's own update of the parameters at ``indices``; fills in their buffers."""
-        torch_buffers = [buffers[i] for i in indices] if group["momentum"] != 0 else []
         torch_sgd(
-            [params[i] for i in indices],
-            [grads[i] for i in indices],
-            torch_buffers,
-            has_sparse_grad=any(grads[i].is_sparse for i in indices),
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=has_sparse_grad,
             foreach=group["foreach"],
             fused=group["fused"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
-            **amp,
         )
-        for i, buffer in zip(indices, torch_buffers, strict=False):
-            buffers[i] = buffer
+        if group["momentum"] != 0:
+            for param, buffer in zip(params, buffers, strict=True):
+                self.state[param]["momentum_buffer"] = buffer
 
 
 def _options_are_plain(group: dict[str, Any]) -> bool:
@@ -158,22 +125,4 @@ def _options_are_plain(group: dict[str, Any]) -> bool:
         group["differentiable"]
         or (isinstance(group["lr"], Tensor) and group["lr"].requires_grad)
         or (isinstance(group["weight_decay"], Tensor) and group["weight_decay"].requires_grad)
-    )
-
-
-def _is_fusable(param: Tensor, grad: Tensor, buffer: Tensor | None) -> bool:
-    """Whether the operator takes this parameter; any strides are fine."""
-    return (
-        type(param) in _PLAIN_TYPES
-        and param.dtype in _DTYPES
-        and param.device.type == "cpu"
-        and param.layout is torch.strided
-        and all(
-            type(other) is Tensor
-            and other.dtype is param.dtype
-            and other.device == param.device
-            and other.layout is torch.strided
-            for other in (grad, buffer)
-            if other is not None
-        )
     )

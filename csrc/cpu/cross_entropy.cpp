@@ -63,6 +63,8 @@ struct Operands {
         probabilities(has_class_probabilities(input, target_)),
         ignore_index(ignore_index),
         label_smoothing(label_smoothing) {
+    TORCH_CHECK(input.size(class_dim(input)) <= INT32_MAX, "cross_entropy: expected input to have ",
+                "at most 2147483647 classes, but it has shape ", input.sizes());
     layout = layout_around(logits.sizes(), classes_last ? logits.dim() - 1 : class_dim(input));
     target = probabilities ? arranged(target_, classes_last) : contiguous_indices(target_);
   }

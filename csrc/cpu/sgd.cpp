@@ -10,22 +10,23 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 14;  // elements: 192 KiB of float parameter, gradient and buffer
 
+// Raises unless `tensor`, entry i of the list `name`, can be stepped with its parameter.
+void check_entry(const char* name, size_t i, const at::Tensor& tensor, const at::Tensor& param) {
+  TORCH_CHECK(tensor.device() == param.device(), "sgd_step_: expected ", name, "[", i,
+              "] on its parameter's device ", param.device(), ", but it is on ", tensor.device());
+  TORCH_CHECK(tensor.scalar_type() == param.scalar_type(), "sgd_step_: expected ", name, "[", i,
+              "] to have its parameter's dtype ", param.scalar_type(), ", but got ",
+              tensor.scalar_type());
+  TORCH_CHECK(tensor.layout() == at::kStrided, "sgd_step_: expected ", name, "[", i,
+              "] to be dense, but got layout ", tensor.layout());
+  TORCH_CHECK(tensor.sizes() == param.sizes(), "sgd_step_: expected ", name, "[", i,
+              "] to have its parameter's shape ", param.sizes(), ", but got ", tensor.sizes());
+}
+
 void check_list(const char* name, at::TensorList tensors, at::TensorList params) {
   TORCH_CHECK(tensors.size() == params.size(), "sgd_step_: expected as many ", name, " as params (",
               params.size(), "), but got ", tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const std::string which = std::string(name) + "[" + std::to_string(i) + "]";
-    const auto& tensor = tensors[i];
-    TORCH_CHECK(tensor.device() == params[i].device(), "sgd_step_: expected ", which,
-                " on its parameter's device ", params[i].device(), ", but it is on ",
-                tensor.device());
-    TORCH_CHECK(tensor.scalar_type() == params[i].scalar_type(), "sgd_step_: expected ", which,
-                " to have its parameter's dtype ", params[i].scalar_type(), ", but got ",
-                tensor.scalar_type());
-    TORCH_CHECK(tensor.layout() == at::kStrided, "sgd_step_: expected ", which,
-                " to be dense, but got layout ", tensor.layout());
-    check_sizes("sgd_step_", which, tensor, params[i].sizes());
-  }
+  for (size_t i = 0; i < tensors.size(); ++i) check_entry(name, i, tensors[i], params[i]);
 }
 
 // A tensor as one run of memory in the parameter's order: itself where it lies so, else a copy.

@@ -44,12 +44,9 @@ class TargetDistribution {
   A class_weight(int64_t c) const {
     return args_.weight ? load_scalar(args_.weight + c) : A(1);
   }
-  // The sum over classes of a class index's spread part, and its share at one class.
+  // The sum over classes of a class index's spread part.
   A uniform_sum() const {
     return uniform_sum_;
-  }
-  A uniform_at(int64_t c) const {
-    return args_.label_smoothing == 0 ? A(0) : uniform_ * class_weight(c);
   }
 
  private:
@@ -86,8 +83,8 @@ class Targets {
 };
 
 template <typename T>
-int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end, accum<T>* max,
-                      accum<T>* log_sum, T* losses, LossSums& sums) {
+FASTNN_KERNEL int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end,
+                                    accum<T>* max, accum<T>* log_sum, T* losses, LossSums& sums) {
   using A = accum<T>;
   const TargetDistribution<T> q(args);
   Targets<T> targets(args);
@@ -112,7 +109,7 @@ int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end, a
         if (targets.counts(row)) {
           const int64_t t = targets[row];
           weight = q.class_weight(t);
-          const A x_t = load_scalar(x + t * rows.stride + lane);
+          const A x_t = load_scalar(x + rows.element(t, lane));
           loss -= q.at_target(t) * ((x_t - max[row]) - log_sum[row]);
         } else {
           loss = weight = 0;
@@ -127,9 +124,10 @@ int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end, a
 }
 
 template <typename T>
-int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                               const accum<T>* max, const accum<T>* log_sum, const T* grad_output,
-                               bool grad_per_row, double scale, T* grad_input) {
+FASTNN_KERNEL int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_t begin,
+                                             int64_t end, const accum<T>* max,
+                                             const accum<T>* log_sum, const T* grad_output,
+                                             bool grad_per_row, double scale, T* grad_input) {
   using A = accum<T>;
   const TargetDistribution<T> q(args);
   Targets<T> targets(args);
@@ -137,11 +135,13 @@ int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_t begin, int64
     const T* x = args.logits + offset;
     T* grad_x = grad_input + offset;
 
-    // Per lane: the row's gradient, whether it counts, and sum(q).
+    // Per lane: the row's gradient, whether it counts, its class, q there, and sum(q).
     A grad[kLanes<A>] = {};
     A counts[kLanes<A>] = {};
     A row_max[kLanes<A>] = {};
     A row_log_sum[kLanes<A>] = {};
+    lane_int<A> target[kLanes<A>] = {};
+    A q_target[kLanes<A>] = {};
     A q_sum[kLanes<A>] = {};
     for (int64_t lane = 0; lane < rows.count; ++lane) {
       const int64_t row = position + lane;
@@ -149,7 +149,11 @@ int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_t begin, int64
       row_max[lane] = max[row];
       row_log_sum[lane] = log_sum[row];
       counts[lane] = !args.target || targets.counts(row);
-      if (args.target && counts[lane]) q_sum[lane] = q.at_target(targets[row]) + q.uniform_sum();
+      if (args.target && counts[lane]) {
+        target[lane] = static_cast<lane_int<A>>(targets[row]);
+        q_target[lane] = q.at_target(targets[row]);
+        q_sum[lane] = q_target[lane] + q.uniform_sum();
+      }
     }
     const LogSumExp<A> lse{rows.per_row(row_max), rows.per_row(row_log_sum)};
     const vec<A> g = rows.per_row(grad);
@@ -162,20 +166,10 @@ int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_t begin, int64
 
     rows.for_each_step([&](auto step) {
       const vec<A> softmax = exp<A>(lse.log_softmax(rows.load(x, step, 0)));
-      vec<A> dx = softmax * total;
-      if (q.has_spread()) dx -= q.spread(rows, offset, step);
-      rows.store(grad_x, step, row_counts ? g * dx : vec<A>{});
+      vec<A> q_step = rows.at_target(step, target, q_target);
+      if (q.has_spread()) q_step += q.spread(rows, offset, step);
+      rows.store(grad_x, step, row_counts ? g * (softmax * total - q_step) : vec<A>{});
     });
-
-    // Recomputed rather than amended, so that the result is rounded once.
-    for (int64_t lane = 0; args.target && lane < rows.count; ++lane) {
-      if (counts[lane] == 0) continue;
-      const int64_t t = targets[position + lane];
-      const int64_t i = t * rows.stride + lane;
-      const A softmax = std::exp((load_scalar(x + i) - row_max[lane]) - row_log_sum[lane]);
-      const A dx = softmax * q_sum[lane] - (q.at_target(t) + q.uniform_at(t));
-      store_scalar(grad_x + i, grad[lane] * dx);
-    }
   });
   return targets.first_bad();
 }

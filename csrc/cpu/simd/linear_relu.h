@@ -31,7 +31,7 @@ inline void store_up_to(T* to, int64_t n, vec<accum<T>> value) {
 }
 
 template <typename T>
-void bias_relu(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end) {
+FASTNN_KERNEL void bias_relu(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end) {
   using A = accum<T>;
   for (int64_t r = begin; r < end; ++r) {
     T* row = out + r * cols;
@@ -47,8 +47,8 @@ void bias_relu(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end) 
 constexpr int64_t kStrip = 64;
 
 template <typename T>
-void relu_backward_strip(T* grad_linear, T* grad_bias, const T* grad, const T* output, int64_t rows,
-                         int64_t cols, int64_t begin, int64_t end) {
+FASTNN_KERNEL void relu_backward_strip(T* grad_linear, T* grad_bias, const T* grad, const T* output,
+                                       int64_t rows, int64_t cols, int64_t begin, int64_t end) {
   using A = accum<T>;
   // A column's sum in blocks of rows: its error grows with the block and the number of blocks,
   // not with the number of rows.

@@ -7,7 +7,8 @@
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
 template <typename T>
-void log_softmax(T* output, const T* input, Layout layout, int64_t begin, int64_t end) {
+FASTNN_KERNEL void log_softmax(T* output, const T* input, Layout layout, int64_t begin,
+                               int64_t end) {
   using A = accum<T>;
   for_each_row<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t) {
     const T* x = input + offset;
@@ -19,8 +20,8 @@ void log_softmax(T* output, const T* input, Layout layout, int64_t begin, int64_
 }
 
 template <typename T>
-void log_softmax_backward(T* grad_input, const T* grad, const T* output, Layout layout,
-                          int64_t begin, int64_t end) {
+FASTNN_KERNEL void log_softmax_backward(T* grad_input, const T* grad, const T* output,
+                                        Layout layout, int64_t begin, int64_t end) {
   using A = accum<T>;
   for_each_row<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t) {
     vec<A> sum = {};

@@ -7,8 +7,8 @@
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
 template <typename T>
-void sgd_step(T* param, T* grad, T* momentum_buffer, int64_t n, const SGD& options,
-              double grad_scale) {
+FASTNN_KERNEL void sgd_step(T* param, T* grad, T* momentum_buffer, int64_t n, const SGD& options,
+                            double grad_scale) {
   using A = accum<T>;
   const A lr = A(options.lr);
   const A momentum = A(options.momentum);

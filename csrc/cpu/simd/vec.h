@@ -7,10 +7,16 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/simd/types.h"
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
+
+// Everything a kernel calls is inlined into it: a call in its loop would spill all vectors to
+// memory and load every constant again.
+#define FASTNN_KERNEL __attribute__((flatten))
 
 #if defined(__AVX512F__)
 constexpr int64_t kVectorBytes = 64;
@@ -38,6 +44,10 @@ template <typename A>
 using vec = typename vec_of<A>::type;
 template <typename A>
 using ints = typename vec_of<A>::ints;
+
+// An integer lane: int32_t for float, int64_t for double.
+template <typename A>
+using lane_int = std::remove_reference_t<decltype(ints<A>{}[0])>;
 
 template <typename A>
 constexpr int64_t kLanes = kVectorBytes / sizeof(A);
@@ -127,14 +137,28 @@ inline void store(T* to, vec<accum<T>> value) {
 // The first n lanes of `value`, `fill` in the others.
 template <typename A>
 inline vec<A> first_lanes(vec<A> value, int64_t n, A fill) {
-  for (int64_t lane = n; lane < kLanes<A>; ++lane) value[lane] = fill;
-  return value;
+  ints<A> lane;
+  for (int64_t i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < ints<A>{} + static_cast<lane_int<A>>(n) ? value : broadcast(fill);
+}
+
+// Copies n < Lanes elements in pieces of constant size: a call of memcpy costs more than a row's
+// tail.
+template <int64_t Lanes, typename T>
+inline void copy_few(T* to, const T* from, int64_t n) {
+  if constexpr (Lanes > 1) {
+    constexpr int64_t kPiece = Lanes / 2;
+    const bool has_piece = n & kPiece;
+    if (has_piece) std::memcpy(to, from, kPiece * sizeof(T));
+    const int64_t done = has_piece ? kPiece : 0;
+    copy_few<kPiece>(to + done, from + done, n);
+  }
 }
 
 template <typename T>
 inline vec<accum<T>> load_first(const T* from, int64_t n, accum<T> fill) {
   T buffer[kLanes<accum<T>>] = {};
-  std::memcpy(buffer, from, n * sizeof(T));
+  copy_few<kLanes<accum<T>>>(buffer, from, n);
   return first_lanes<accum<T>>(load(buffer), n, fill);
 }
 
@@ -142,7 +166,34 @@ template <typename T>
 inline void store_first(T* to, int64_t n, vec<accum<T>> value) {
   T buffer[kLanes<accum<T>>];
   store(buffer, value);
-  std::memcpy(to, buffer, n * sizeof(T));
+  copy_few<kLanes<accum<T>>>(to, buffer, n);
+}
+
+// The first n lanes from and to elements `stride` apart. The other lanes repeat the first: memory
+// that may be read. Built lane by lane, not through a buffer, whose narrow stores the wide load
+// would have to wait for.
+template <typename T, size_t... I>
+inline vec<accum<T>> gather(const T* from, int64_t stride, int64_t n, std::index_sequence<I...>) {
+  const auto lane = [&](int64_t i) { return from[i < n ? i * stride : 0]; };
+  if constexpr (sizeof(T) == sizeof(accum<T>)) {
+    return vec<accum<T>>{lane(I)...};
+  } else {
+    return widen(bits16{lane(I).bits...}, T{});
+  }
+}
+
+template <typename T>
+inline vec<accum<T>> gather(const T* from, int64_t stride, int64_t n) {
+  constexpr int64_t lanes = kLanes<accum<T>>;
+  constexpr auto all = std::make_index_sequence<lanes>();
+  return n == lanes ? gather(from, stride, lanes, all) : gather(from, stride, n, all);
+}
+
+template <typename T>
+inline void scatter(T* to, int64_t stride, int64_t n, vec<accum<T>> value) {
+  T buffer[kLanes<accum<T>>];
+  store(buffer, value);
+  for (int64_t i = 0; i < n; ++i) to[i * stride] = buffer[i];
 }
 
 template <typename T>
@@ -236,6 +287,30 @@ inline vec<A> exp(vec<A> x) {
   const vec<A> scale1 = (vec<A>)((half + K::exponent_bias) << K::mantissa_bits);
   const vec<A> scale2 = (vec<A>)((exponent - half + K::exponent_bias) << K::mantissa_bits);
   return polynomial * scale1 * scale2;
+}
+
+template <typename A>
+constexpr int kLogTerms = sizeof(A) == 4 ? 5 : 12;
+
+// log(x) = e * ln 2 + 2 * atanh((m - 1) / (m + 1)) with x = 2^e * m and sqrt(1/2) <= m < sqrt(2),
+// for positive normal x and for NaN. The series of atanh is taken to a tenth of a unit in the last
+// place.
+template <typename A>
+inline vec<A> log(vec<A> x) {
+  using K = ExpConstants<A>;
+  const ints<A> half_root = (ints<A>)broadcast(A(0.70710678118654752440));
+  // How many powers of two x is away from [sqrt(1/2), sqrt(2)).
+  const ints<A> exponent = ((ints<A>)x - half_root) >> K::mantissa_bits;
+  const vec<A> m = (vec<A>)((ints<A>)x - (exponent << K::mantissa_bits));
+  const vec<A> s = (m - 1) / (m + 1);
+  const vec<A> s2 = s * s;
+  vec<A> series = broadcast(A(1) / (2 * kLogTerms<A> - 1));
+#pragma GCC unroll 16
+  for (int k = kLogTerms<A> - 1; k > 0; --k) series = series * s2 + A(1) / (2 * k - 1);
+  // An integer in the rounder's lowest bits is that integer's float, less the rounder.
+  const vec<A> e = (vec<A>)((ints<A>)broadcast(K::rounder) + exponent) - K::rounder;
+  const vec<A> tail = e * K::ln2_low + (x - x);  // x - x: NaN stays NaN
+  return e * K::ln2_high + (2 * s * series + tail);
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET

@@ -1,0 +1,94 @@
+#include "python/sgd.h"
+
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "ops/sgd.h"
+
+namespace fastnn::python {
+namespace {
+
+namespace py = pybind11;
+
+// Parameters that take the same form of the step.
+struct Batch {
+  std::vector<at::Tensor> params;
+  std::vector<at::Tensor> grads;
+  std::vector<at::Tensor> buffers;
+};
+
+PyObject* momentum_buffer_key() {
+  static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
+  return key;
+}
+
+// The parameter's momentum buffer, borrowed; null where it has none yet.
+PyObject* find_buffer(const py::dict& state, PyObject* param) {
+  PyObject* entry = PyDict_GetItemWithError(state.ptr(), param);
+  if (entry == nullptr) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return nullptr;
+  }
+  if (!PyDict_Check(entry)) return nullptr;
+  PyObject* buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
+  if (buffer == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return buffer == Py_None ? nullptr : buffer;
+}
+
+void save_buffer(const py::dict& state, PyObject* param, const at::Tensor& buffer) {
+  // Not PyDict_GetItem: the state is a defaultdict, which makes the parameter's entry.
+  const auto entry = py::reinterpret_steal<py::object>(PyObject_GetItem(state.ptr(), param));
+  if (!entry) throw py::error_already_set();
+  const auto value = py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer));
+  if (PyObject_SetItem(entry.ptr(), momentum_buffer_key(), value.ptr()) != 0) {
+    throw py::error_already_set();
+  }
+}
+
+}  // namespace
+
+py::list sgd_step_group(const py::list& params, const py::dict& state, double lr, double momentum,
+                        double dampening, double weight_decay, bool nesterov, bool maximize,
+                        bool all_or_nothing, const std::optional<at::Tensor>& grad_scale) {
+  const bool has_momentum = momentum != 0;
+  Batch first, later;
+  std::vector<PyObject*> first_params;
+  py::list rest;
+  for (const py::handle object : params) {
+    const at::Tensor& param = THPVariable_Unpack(object.ptr());
+    const at::Tensor& grad = param.grad();
+    if (!grad.defined()) continue;
+    PyObject* buffer = has_momentum ? find_buffer(state, object.ptr()) : nullptr;
+    const bool fits =
+        THPVariable_CheckExact(object.ptr()) && sgd_takes(param) && sgd_takes(param, grad) &&
+        (buffer == nullptr ||
+         (THPVariable_CheckExact(buffer) && sgd_takes(param, THPVariable_Unpack(buffer))));
+    if (!fits) {
+      rest.append(object);
+      continue;
+    }
+    const bool is_first_step = has_momentum && buffer == nullptr;
+    Batch& batch = is_first_step ? first : later;
+    batch.params.push_back(param);
+    batch.grads.push_back(grad);
+    if (buffer != nullptr) batch.buffers.push_back(THPVariable_Unpack(buffer));
+    if (is_first_step) first_params.push_back(object.ptr());
+  }
+  if (all_or_nothing && !rest.empty()) return rest;
+
+  for (const at::Tensor& param : first.params) first.buffers.push_back(at::empty_like(param));
+  const auto step = [&](const Batch& batch, bool is_first_step) {
+    if (batch.params.empty()) return;
+    py::gil_scoped_release no_gil;
+    sgd_step_(batch.params, batch.grads, batch.buffers, lr, momentum, dampening, weight_decay,
+              nesterov, maximize, is_first_step, grad_scale, /*found_inf=*/std::nullopt);
+  };
+  step(first, /*is_first_step=*/true);
+  for (size_t i = 0; i < first_params.size(); ++i) {
+    save_buffer(state, first_params[i], first.buffers[i].detach());
+  }
+  step(later, /*is_first_step=*/false);
+  return rest;
+}
+
+}  // namespace fastnn::python
