@@ -47,12 +47,13 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"its extension can't be loaded: {error} ({REINSTALL})"
 
 
-extension, _why_not = _load()
+extension, unavailable_reason = _load()
 
 ops: Any
 if extension is None:
     warnings.warn(
-        f"fastnn runs on its slower reference implementation in plain PyTorch: {_why_not}.",
+        "fastnn runs on its slower reference implementation in plain PyTorch: "
+        f"{unavailable_reason}.",
         RuntimeWarning,
         stacklevel=2,
     )

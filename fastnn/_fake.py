@@ -98,6 +98,9 @@ def _cross_entropy_backward(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
+    # Where the classes lie last, as in channels_last, the gradient keeps the logits' layout.
+    if input.dim() > 2 and input.movedim(1, -1).is_contiguous():
+        return input.movedim(1, -1).new_empty(input.movedim(1, -1).shape).movedim(-1, 1)
     return input.new_empty(input.shape)
 
 

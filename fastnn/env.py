@@ -89,7 +89,7 @@ def _cpu_model() -> str:
 def _extension_state() -> str:
     if _extension.extension is not None:
         return "available"
-    return f"not available: {_extension._why_not}"
+    return f"not available: {_extension.unavailable_reason}"
 
 
 def _cpu_capability() -> str:

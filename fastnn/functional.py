@@ -33,6 +33,14 @@ def _check_tensor(function: str, name: str, value: object) -> None:
         )
 
 
+def _check_number(function: str, name: str, value: object, kind: type) -> None:
+    """Likewise for an argument that is no number of the kind."""
+    if not hasattr(type(value), {int: "__index__", float: "__float__"}[kind]):
+        raise TypeError(
+            f"{function}(): argument '{name}' must be {kind.__name__}, not {type(value).__name__}"
+        )
+
+
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``relu(input @ weight.T + bias)`` in one operator: :func:`torch.nn.functional.linear`
     followed by :func:`torch.nn.functional.relu`.
@@ -102,6 +110,7 @@ def log_softmax(
     _check_tensor("log_softmax", "input", input)
     if dim is None:
         dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    _check_number("log_softmax", "dim", dim, int)
     if dtype is not None:
         input = input.to(dtype)
     return ops.log_softmax(input, dim)
@@ -159,6 +168,7 @@ def nll_loss(
     _check_tensor("nll_loss", "target", target)
     if weight is not None:
         _check_tensor("nll_loss", "weight", weight)
+    _check_number("nll_loss", "ignore_index", ignore_index, int)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     return ops.nll_loss(input, target, weight, ignore_index, reduction)
@@ -225,6 +235,8 @@ def cross_entropy(
     _check_tensor("cross_entropy", "target", target)
     if weight is not None:
         _check_tensor("cross_entropy", "weight", weight)
+    _check_number("cross_entropy", "ignore_index", ignore_index, int)
+    _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     return ops.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)

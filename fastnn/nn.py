@@ -57,7 +57,8 @@ class LogSoftmax(torch.nn.LogSoftmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.log_softmax(input, self.dim, _stacklevel=5)
+        # Six frames up, past torch.nn.Module's own, is the line that calls the module.
+        return functional.log_softmax(input, self.dim, _stacklevel=6)
 
 
 class NLLLoss(torch.nn.NLLLoss):

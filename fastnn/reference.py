@@ -7,6 +7,8 @@ floating-point dtype: float16 and bfloat16 are computed in float32 and rounded o
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,15 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     >>> reference.linear_relu(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
     tensor([[3., 0.]])
     """
-    return torch.nn.functional.linear(input, weight, bias).relu()
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.dtype != input.dtype:
+            raise RuntimeError(
+                f"expected {name} to have dtype {input.dtype}, but got {other.dtype}"
+            )
+    dtype = _compute_dtype(input.dtype)
+    bias = bias if bias is None else bias.to(dtype)
+    linear = torch.nn.functional.linear(input.to(dtype), weight.to(dtype), bias)
+    return linear.relu().to(input.dtype).contiguous()
 
 
 def log_softmax(input: Tensor, dim: int) -> Tensor:
@@ -44,7 +54,8 @@ def log_softmax(input: Tensor, dim: int) -> Tensor:
     # The maximum cancels in the formula, so that it needs no gradient; max() over nothing raises.
     shift = x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)
     shifted = x - shift
-    return (shifted - shifted.exp().sum(dim, keepdim=True).log()).to(input.dtype)
+    output = shifted - shifted.exp().sum(dim, keepdim=True).log()
+    return output.to(input.dtype).contiguous()
 
 
 def _class_dim(input: Tensor) -> int:
@@ -58,9 +69,7 @@ def _per_class(weight: Tensor, input: Tensor) -> Tensor:
     return weight.view(shape)
 
 
-def _check_loss_arguments(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str
-) -> None:
+def _check_loss_arguments(input: Tensor, weight: Tensor | None, reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if input.dim() < 1:
@@ -78,11 +87,13 @@ def _check_loss_arguments(
 def _check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("weight of class indices is not differentiable: it requires a gradient")
     if weight is not None and weight.dtype != input.dtype:
         raise RuntimeError(f"expected weight to have dtype {input.dtype}, but got {weight.dtype}")
     if input.dim() == 1:
         if tuple(target.shape) not in ((), (1,)):
-            raise RuntimeError(f"Expected target size [], got {list(target.shape)}")
+            raise ValueError(f"Expected target size [], got {list(target.shape)}")
         return
     if target.dim() == 0 or target.shape[0] != input.shape[0]:
         raise ValueError(
@@ -116,8 +127,11 @@ def _kept_and_index(
 def _reduce(losses: Tensor, total_weight: Tensor | int, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / total_weight
+    if reduction == "sum":
+        return losses.sum()
+    # NaN over nothing, smoothing's share included, which does not vanish with the targets' weights.
+    total_weight = torch.as_tensor(total_weight, dtype=losses.dtype)
+    return losses.sum() / total_weight.where(total_weight != 0, torch.nan)
 
 
 def _gather(input: Tensor, index: Tensor) -> Tensor:
@@ -149,8 +163,8 @@ def nll_loss(
     >>> reference.nll_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
     tensor(2.)
     """
-    _check_loss_arguments(input, target, weight, reduction)
-    kept, index = _kept_and_index(input, target, weight, ignore_index)
+    _check_loss_arguments(input, weight, reduction)
+    kept, index = _kept_and_index(input, target, weight, operator.index(ignore_index))
     log_probs = input.to(_compute_dtype(input.dtype))
     row_weights = _row_weights(log_probs, kept, index, weight)
     losses = (-row_weights * _gather(log_probs, index)).where(kept, 0)
@@ -172,7 +186,9 @@ def cross_entropy(
     >>> reference.cross_entropy(torch.zeros(1, 4), torch.tensor([2])).exp()
     tensor(4.0000)
     """
-    _check_loss_arguments(input, target, weight, reduction)
+    if input.dim() == 0:
+        raise IndexError("Dimension out of range: input must have 1 or more dimensions, got 0")
+    _check_loss_arguments(input, weight, reduction)
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     class_dim = _class_dim(input)
@@ -197,7 +213,7 @@ def cross_entropy(
         rows = losses.numel() if input.numel() else float("nan")
         return _reduce(losses, rows, reduction).to(dtype)
 
-    kept, index = _kept_and_index(input, target, weight, ignore_index)
+    kept, index = _kept_and_index(input, target, weight, operator.index(ignore_index))
     log_probs = log_softmax(input.to(_compute_dtype(input.dtype)), class_dim)
     row_weights = _row_weights(log_probs, kept, index, weight)
     losses = -row_weights * (1 - label_smoothing) * _gather(log_probs, index)

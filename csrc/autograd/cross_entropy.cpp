@@ -22,12 +22,14 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
                               const at::Tensor& total_weight, int64_t ignore_index,
                               std::string_view reduction, double label_smoothing) {
   const int64_t dim = class_dim(input);
+  const bool probabilities = has_class_probabilities(input, target);
   const at::Tensor q =
-      has_class_probabilities(input, target)
-          ? probability_distribution(input, target, weight, label_smoothing)
-          : index_distribution(input, target, weight, ignore_index, label_smoothing);
+      probabilities ? probability_distribution(input, target, weight, label_smoothing)
+                    : index_distribution(input, target, weight, ignore_index, label_smoothing);
   const at::Tensor grad_rows = grad_per_row(grad, input, total_weight, reduction);
-  return grad_rows * (at::softmax(input, dim) * q.sum(dim, /*keepdim=*/true) - q);
+  const at::Tensor grad_input =
+      grad_rows * (at::softmax(input, dim) * q.sum(dim, /*keepdim=*/true) - q);
+  return probabilities ? grad_input : zero_ignored_rows(grad_input, target, ignore_index);
 }
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {

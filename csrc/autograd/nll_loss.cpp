@@ -37,8 +37,9 @@ struct NLLLoss : torch::autograd::Function<NLLLoss> {
     variable_list grads(5);
     if (!grad.defined()) return grads;
     if (backward_must_be_composite()) {
-      grads[0] = -index_distribution(input, target, weight, ignore_index, 0) *
-                 grad_per_row(grad, input, total_weight, reduction);
+      const at::Tensor q = index_distribution(input, target, weight, ignore_index, 0);
+      const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, reduction);
+      grads[0] = zero_ignored_rows(grad_input, target, ignore_index);
     } else {
       grads[0] =
           nll_loss_backward(grad, input, target, weight, total_weight, ignore_index, reduction);

@@ -3,6 +3,8 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <cmath>
+
 #include "ops/checks.h"
 
 namespace fastnn {
@@ -10,6 +12,11 @@ namespace {
 
 double number_of_classes(const at::Tensor& input) {
   return static_cast<double>(input.sym_size(class_dim(input)).guard_int(__FILE__, __LINE__));
+}
+
+// The class indices, shaped to broadcast against the input.
+at::Tensor classes_of(const at::Tensor& input, const at::Tensor& target) {
+  return (input.dim() == 1 ? target.reshape({1}) : target.unsqueeze(1)).to(at::kLong);
 }
 
 at::Tensor times_class_weight(const at::Tensor& distribution,
@@ -26,13 +33,17 @@ at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
                               const std::optional<at::Tensor>& weight, int64_t ignore_index,
                               double label_smoothing) {
   const int64_t dim = class_dim(input);
-  const at::Tensor classes =
-      (input.dim() == 1 ? target.reshape({1}) : target.unsqueeze(dim)).to(at::kLong);
+  const at::Tensor classes = classes_of(input, target);
   const at::Tensor ignored = classes == ignore_index;
   const at::Tensor one_hot =
       at::zeros_like(input).scatter(dim, classes.masked_fill(ignored, 0), 1 - label_smoothing);
   const at::Tensor smooth = one_hot + label_smoothing / number_of_classes(input);
-  return times_class_weight(smooth, weight).masked_fill(ignored, 0);
+  return times_class_weight(smooth, weight);
+}
+
+at::Tensor zero_ignored_rows(const at::Tensor& grad_input, const at::Tensor& target,
+                             int64_t ignore_index) {
+  return grad_input.masked_fill(classes_of(grad_input, target) == ignore_index, 0);
 }
 
 at::Tensor probability_distribution(const at::Tensor& input, const at::Tensor& probabilities,
@@ -48,7 +59,8 @@ at::Tensor grad_per_row(const at::Tensor& grad_output, const at::Tensor& input,
     case at::Reduction::None:
       return grad_output.unsqueeze(class_dim(input));
     case at::Reduction::Mean:
-      return (grad_output / total_weight).to(input.scalar_type());
+      return (grad_output / total_weight.masked_fill(total_weight == 0, NAN))
+          .to(input.scalar_type());
     default:
       return grad_output;
   }

@@ -8,7 +8,7 @@
 namespace fastnn {
 
 // Class indices as a distribution over the classes: (1 - label_smoothing) * weight at the target
-// plus label_smoothing / C * weight at every class; zero for ignored rows.
+// plus label_smoothing / C * weight at every class. For rows ignored, that of class 0.
 at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
                               const std::optional<at::Tensor>& weight, int64_t ignore_index,
                               double label_smoothing);
@@ -17,6 +17,11 @@ at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
 at::Tensor probability_distribution(const at::Tensor& input, const at::Tensor& probabilities,
                                     const std::optional<at::Tensor>& weight,
                                     double label_smoothing);
+
+// What is differentiated: the gradient with respect to the input, zeros in the rows ignored even
+// where what they are computed from is NaN. `target` holds class indices.
+at::Tensor zero_ignored_rows(const at::Tensor& grad_input, const at::Tensor& target,
+                             int64_t ignore_index);
 
 // A loss's incoming gradient for each row, shaped to broadcast against the input.
 at::Tensor grad_per_row(const at::Tensor& grad_output, const at::Tensor& input,

@@ -28,8 +28,7 @@ void check_arguments(const at::Tensor& input, const at::Tensor& target,
                      double label_smoothing) {
   constexpr auto op = "cross_entropy";
   TORCH_CHECK_VALUE(input.dim() >= 1, op, ": Expected input of 1 or more dimensions (got 0)");
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
-              ": label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  check_label_smoothing(label_smoothing);
   if (!has_class_probabilities(input, target)) {
     check_class_indices(op, input, target, weight);
     return;

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <atomic>
+#include <limits>
 
 #include "cpu/launch.h"
 #include "ops/checks.h"
@@ -61,7 +62,11 @@ inline at::Tensor scalar_tensor(double value, at::TensorOptions options) {
 
 inline at::Tensor reduced_loss(const simd::LossSums& sums, at::Reduction::Reduction reduction,
                                const at::Tensor& input) {
-  const double loss = reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss;
+  double loss = sums.loss;
+  if (reduction == at::Reduction::Mean) {
+    // NaN over nothing; smoothing's share of the loss does not vanish with the targets' weights.
+    loss = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : loss / sums.weight;
+  }
   return scalar_tensor(loss, input.options());
 }
 
@@ -81,9 +86,11 @@ inline void check_loss_backward(std::string_view op, const at::Tensor& grad_outp
               " of shape ", total_weight.sizes());
 }
 
-// What multiplies each row's gradient: 'mean' has divided by the total weight.
+// What multiplies each row's gradient: 'mean' has divided by the total weight, NaN where that is 0.
 inline double grad_scale(const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
-  return reduction == at::Reduction::Mean ? 1 / total_weight.item<double>() : 1;
+  if (reduction != at::Reduction::Mean) return 1;
+  const double total = total_weight.item<double>();
+  return total == 0 ? std::numeric_limits<double>::quiet_NaN() : 1 / total;
 }
 
 }  // namespace fastnn::cpu

@@ -73,41 +73,77 @@ void step_chunk(const Chunk& chunk, const simd::SGD& options, double grad_scale)
   });
 }
 
+// The memory that a tensor's elements lie in.
+std::pair<const char*, const char*> extent(const at::Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + (last + 1) * tensor.element_size()};
+}
+
+// Whether two tensors share memory: a parameter listed twice, or two views of one tensor.
+bool any_share_memory(at::TensorList params, at::TensorList momentum_buffers) {
+  std::vector<std::pair<const char*, const char*>> extents;
+  for (const at::TensorList list : {params, momentum_buffers}) {
+    for (const at::Tensor& tensor : list) {
+      if (tensor.numel() != 0) extents.push_back(extent(tensor));
+    }
+  }
+  std::sort(extents.begin(), extents.end());
+  for (size_t i = 1; i < extents.size(); ++i) {
+    if (extents[i].first < extents[i - 1].second) return true;
+  }
+  return false;
+}
+
+// The parameters [first, last), in one parallel region. `momentum_buffers` may be empty.
+void step_range(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                size_t first, size_t last, const simd::SGD& options, double grad_scale) {
+  const bool has_momentum = !momentum_buffers.empty();
+  std::vector<Item> items;
+  items.reserve(last - first);
+  for (size_t i = first; i < last; ++i) {
+    items.push_back({in_order_of(params[i], params[i]), in_order_of(params[i], grads[i]),
+                     has_momentum ? in_order_of(params[i], momentum_buffers[i]) : at::Tensor()});
+  }
+  const std::vector<Chunk> chunks = split(items);
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks) elements += chunk.size;
+  const int64_t chunk_size = chunks.empty() ? 1 : elements / int64_t(chunks.size());
+  at::parallel_for(0, chunks.size(), grain(chunk_size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) step_chunk(chunks[i], options, grad_scale);
+  });
+  for (size_t i = first; i < last; ++i) {
+    const Item& item = items[i - first];
+    copy_back(item.param, params[i]);
+    if (grad_scale != 1) copy_back(item.grad, grads[i]);
+    if (has_momentum) copy_back(item.buffer, momentum_buffers[i]);
+  }
+}
+
 void sgd_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                   double lr, double momentum, double dampening, double weight_decay, bool nesterov,
                   bool maximize, bool is_first_step, const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf) {
-  const bool has_momentum = momentum != 0;
+  if (momentum == 0) momentum_buffers = {};
   check_list("params", params, params);
   check_list("grads", grads, params);
-  if (has_momentum) check_list("momentum_buffers", momentum_buffers, params);
+  if (momentum != 0) check_list("momentum_buffers", momentum_buffers, params);
   for (const auto& param : params) {
     TORCH_CHECK(is_supported_dtype(param.scalar_type()), "sgd_step_: expected params of dtype ",
                 "float64, float32, bfloat16 or float16, but got ", param.scalar_type());
   }
   if (found_inf && found_inf->item<double>() != 0) return;
   const double scale = grad_scale ? grad_scale->item<double>() : 1;
-
-  std::vector<Item> items;
-  items.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    items.push_back({in_order_of(params[i], params[i]), in_order_of(params[i], grads[i]),
-                     has_momentum ? in_order_of(params[i], momentum_buffers[i]) : at::Tensor()});
-  }
-
   const simd::SGD options{lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step};
-  const std::vector<Chunk> chunks = split(items);
-  int64_t elements = 0;
-  for (const Chunk& chunk : chunks) elements += chunk.size;
-  const int64_t chunk_size = chunks.empty() ? 1 : elements / int64_t(chunks.size());
-  at::parallel_for(0, chunks.size(), grain(chunk_size), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) step_chunk(chunks[i], options, scale);
-  });
 
+  if (!any_share_memory(params, momentum_buffers)) {
+    step_range(params, grads, momentum_buffers, 0, params.size(), options, scale);
+    return;
+  }
+  // One after the other, as torch steps them: each sees what the one before has written.
   for (size_t i = 0; i < params.size(); ++i) {
-    copy_back(items[i].param, params[i]);
-    if (scale != 1) copy_back(items[i].grad, grads[i]);
-    if (has_momentum) copy_back(items[i].buffer, momentum_buffers[i]);
+    step_range(params, grads, momentum_buffers, i, i + 1, options, scale);
   }
 }
 

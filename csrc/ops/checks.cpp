@@ -59,8 +59,8 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
               ": expected target dtype to be Long or Byte, but got ", target.scalar_type());
   const std::vector<int64_t> expected = per_row_sizes(input);
   if (input.dim() == 1) {
-    TORCH_CHECK(target.dim() == 0 || (target.dim() == 1 && target.size(0) == 1), op,
-                ": Expected target size [], got ", target.sizes());
+    TORCH_CHECK_VALUE(target.dim() == 0 || (target.dim() == 1 && target.size(0) == 1), op,
+                      ": Expected target size [], got ", target.sizes());
   } else {
     const int64_t batch = target.dim() == 0 ? 0 : target.size(0);
     TORCH_CHECK_VALUE(target.dim() > 0 && batch == input.size(0), op,
@@ -70,6 +70,15 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
                 at::IntArrayRef(expected), ", got ", target.sizes());
   }
   check_class_weight(op, input, weight);
+}
+
+void check_label_smoothing(double label_smoothing) {
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+}
+
+at::Tensor as_long(const at::Tensor& target) {
+  return target.scalar_type() == at::kByte ? target.to(at::kLong) : target;
 }
 
 void raise_bad_target(int64_t target, int64_t classes, int64_t ignore_index) {

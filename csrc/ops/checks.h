@@ -39,6 +39,12 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
 void check_class_weight(std::string_view op, const at::Tensor& input,
                         const std::optional<at::Tensor>& weight);
 
+// Raises unless in [0, 1]; NaN is not.
+void check_label_smoothing(double label_smoothing);
+
+// Class indices of torch's dtype: torch takes uint8 in some shapes only.
+at::Tensor as_long(const at::Tensor& target);
+
 // Raises for the class index `target`, which is out of range.
 [[noreturn]] void raise_bad_target(int64_t target, int64_t classes, int64_t ignore_index);
 

@@ -45,8 +45,7 @@ bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
                               const std::optional<at::Tensor>& weight, double label_smoothing) {
   check_same_device("cross_entropy", input, "target", target);
   if (weight) check_same_device("cross_entropy", input, "weight", *weight);
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
-              "cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  check_label_smoothing(label_smoothing);
   if (!is_supported_dtype(input.scalar_type()) || input.layout() != at::kStrided ||
       input.dim() < 1) {
     return false;
@@ -60,7 +59,9 @@ bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
 at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& target,
                                    const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                    std::string_view reduction, double label_smoothing) {
-  return at::cross_entropy_loss(input, target, weight, parse_reduction(reduction), ignore_index,
+  check_label_smoothing(label_smoothing);
+  const at::Tensor t = has_class_probabilities(input, target) ? target : as_long(target);
+  return at::cross_entropy_loss(input, t, weight, parse_reduction(reduction), ignore_index,
                                 label_smoothing);
 }
 

@@ -32,6 +32,11 @@ bool linear_relu_is_fusable(const at::Tensor& input, const at::Tensor& weight,
   if (bias) {
     check_same_device("linear_relu", input, "bias", *bias);
     check_same_dtype("linear_relu", input, "bias", *bias);
+    // Torch broadcasts a bias of one element, or of more dimensions.
+    TORCH_CHECK(weight.dim() != 2 || bias->dim() != 1 || bias->sym_size(0) == 1 ||
+                    bias->sym_size(0) == weight.sym_size(0),
+                "linear_relu: expected bias to have shape [", weight.sym_size(0), "], but got ",
+                bias->sym_sizes());
   }
   return is_supported_dtype(input.scalar_type()) && input.layout() == at::kStrided &&
          weight.layout() == at::kStrided && input.dim() >= 1 && weight.dim() == 2 &&

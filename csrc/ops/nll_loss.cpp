@@ -48,7 +48,7 @@ bool nll_loss_is_fusable(const at::Tensor& input, const at::Tensor& target,
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
                               const std::optional<at::Tensor>& weight, int64_t ignore_index,
                               std::string_view reduction) {
-  return at::nll_loss_nd(input, target, weight, parse_reduction(reduction), ignore_index);
+  return at::nll_loss_nd(input, as_long(target), weight, parse_reduction(reduction), ignore_index);
 }
 
 namespace {
