@@ -19,24 +19,44 @@ __all__ = ["CrossEntropy", "LinearReLU", "LogSoftmax", "NLLLoss"]
 
 
 class LinearReLU:
-    """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear_relu`."""
+    """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear_relu`.
+
+    >>> import torch, fastnn
+    >>> fastnn.autograd.LinearReLU.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
+    tensor([[3., 0.]])
+    """
 
     apply = staticmethod(functional.linear_relu)
 
 
 class LogSoftmax:
-    """``apply(input, dim)``; see :func:`fastnn.functional.log_softmax`."""
+    """``apply(input, dim)``; see :func:`fastnn.functional.log_softmax`.
+
+    >>> import torch, fastnn
+    >>> fastnn.autograd.LogSoftmax.apply(torch.zeros(2), 0)
+    tensor([-0.6931, -0.6931])
+    """
 
     apply = staticmethod(functional.log_softmax)
 
 
 class NLLLoss:
-    """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.nll_loss`."""
+    """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.nll_loss`.
+
+    >>> import torch, fastnn
+    >>> fastnn.autograd.NLLLoss.apply(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
+    tensor(2.)
+    """
 
     apply = staticmethod(functional.nll_loss)
 
 
 class CrossEntropy:
-    """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.cross_entropy`."""
+    """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.cross_entropy`.
+
+    >>> import torch, fastnn
+    >>> fastnn.autograd.CrossEntropy.apply(torch.zeros(1, 2), torch.tensor([1]))
+    tensor(0.6931)
+    """
 
     apply = staticmethod(functional.cross_entropy)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.optim.optimizer import _device_dtype_check_for_fused, _use_grad_for_differentiable
 from torch.optim.sgd import sgd as torch_sgd
 
 from fastnn._extension import extension
@@ -72,41 +72,54 @@ class SGD(torch.optim.SGD):
         # Before any buffer is made: a skipped first step leaves no state behind.
         if found_inf is not None and bool(found_inf):
             return
-        rest = group["params"]
-        if extension is not None and _options_are_plain(group):
-            rest = extension.sgd_step_group(
-                rest,
-                self.state,
-                lr=float(group["lr"]),
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                weight_decay=float(group["weight_decay"]),
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                # fused=True refuses what torch's fused implementation does, before it changes any.
-                all_or_nothing=bool(group["fused"]),
-                grad_scale=grad_scale,
-            )
+        if extension is None or not _options_are_plain(group):
+            self._step_as_torch(group, group["params"], grad_scale)
+            return
+        # fused=True refuses what torch's fused implementation does, before anything is changed.
+        rest = self._step_fusable(group, grad_scale, all_or_nothing=bool(group["fused"]))
+        if rest and group["fused"]:
+            _check_fused(rest)
+            self._step_fusable(group, grad_scale, all_or_nothing=False)
         if rest:
-            self._step_as_torch({**group, "params": rest}, grad_scale, found_inf)
+            self._step_as_torch(group, rest, grad_scale)
+
+    def _step_fusable(
+        self, group: dict[str, Any], grad_scale: Tensor | None, all_or_nothing: bool
+    ) -> list[Tensor]:
+        """Steps what the operator takes and returns the rest; nothing where all or nothing asks."""
+        return extension.sgd_step_group(
+            group["params"],
+            self.state,
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=float(group["weight_decay"]),
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            all_or_nothing=all_or_nothing,
+            grad_scale=grad_scale,
+        )
 
     def _step_as_torch(
-        self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
     ) -> None:
-        """Torch's own update of a group."""
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
+        """Torch's own update, parameter by parameter; its fused one is wrong for odd layouts."""
+        params = [param for param in params if param.grad is not None]
         buffers: list[Tensor | None] = []
-        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        if group["momentum"] != 0:
+            buffers = [self.state[param].get("momentum_buffer") for param in params]
+        if group["fused"]:
+            _check_fused(params)
+        if grad_scale is not None:
+            for param in params:
+                param.grad.div_(grad_scale)
         torch_sgd(
             params,
-            grads,
+            [param.grad for param in params],
             buffers,
-            has_sparse_grad=has_sparse_grad,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            has_sparse_grad=any(param.grad.is_sparse for param in params),
+            foreach=False,
+            fused=False,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -114,9 +127,21 @@ class SGD(torch.optim.SGD):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
-        if group["momentum"] != 0:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+        for param, buffer in zip(params, buffers, strict=False):
+            self.state[param]["momentum_buffer"] = buffer
+
+
+def _check_fused(params: list[Tensor]) -> None:
+    """Raises for parameters that torch refuses with fused=True."""
+    for param in params:
+        _device_dtype_check_for_fused(param)
+        if param.grad.is_sparse:
+            raise RuntimeError("SGD(fused=True) does not support sparse gradients")
+        if param.grad.dtype != param.dtype:
+            raise RuntimeError(
+                f"SGD(fused=True): expected scalar type {param.dtype} for the gradient, as for its "
+                f"parameter, but found {param.grad.dtype}"
+            )
 
 
 def _options_are_plain(group: dict[str, Any]) -> bool:

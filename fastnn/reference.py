@@ -183,8 +183,8 @@ def cross_entropy(
 
     >>> import torch
     >>> from fastnn import reference
-    >>> reference.cross_entropy(torch.zeros(1, 4), torch.tensor([2])).exp()
-    tensor(4.0000)
+    >>> reference.cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
+    tensor(0.6931)
     """
     if input.dim() == 0:
         raise IndexError("Dimension out of range: input must have 1 or more dimensions, got 0")
@@ -242,9 +242,13 @@ def sgd_step_(
     """One SGD step in place over a list of tensors; the formula is that in
     :class:`torch.optim.SGD`'s documentation.
 
-    ``momentum_buffers`` is empty where ``momentum`` is zero, and is only written where
-    ``is_first_step``. With ``grad_scale``, gradients are divided by it in place first; where
-    ``found_inf`` is nonzero nothing is done.
+    Args:
+        params, grads: floating-point tensors, alike in dtype and shape; ``params`` is written.
+        momentum_buffers: likewise, written; empty where ``momentum`` is zero.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
+        is_first_step: the buffers are written without being read, and dampening is not applied.
+        grad_scale: one-element tensor that the gradients are divided by in place first.
+        found_inf: one-element tensor; where it is nonzero nothing is done.
 
     >>> import torch
     >>> from fastnn import reference

@@ -74,7 +74,7 @@ py::list sgd_step_group(const py::list& params, const py::dict& state, double lr
     if (buffer != nullptr) batch.buffers.push_back(THPVariable_Unpack(buffer));
     if (is_first_step) first_params.push_back(object.ptr());
   }
-  if (all_or_nothing && !rest.empty()) return params;
+  if (all_or_nothing && !rest.empty()) return rest;
 
   for (const at::Tensor& param : first.params) first.buffers.push_back(at::empty_like(param));
   const auto step = [&](const Batch& batch, bool is_first_step) {

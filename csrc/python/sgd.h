@@ -7,8 +7,8 @@
 namespace fastnn::python {
 
 // Steps the parameters that have a gradient and that the operator takes; writes the momentum
-// buffers of those whose first step it is into `state`. Returns the parameters left to torch: those
-// that the operator does not take or, with `all_or_nothing` and any such, all.
+// buffers of those whose first step it is into `state`. Returns the other parameters that have a
+// gradient, untouched. With `all_or_nothing`, where there are any of these, nothing is done.
 pybind11::list sgd_step_group(const pybind11::list& params, const pybind11::dict& state, double lr,
                               double momentum, double dampening, double weight_decay, bool nesterov,
                               bool maximize, bool all_or_nothing,

@@ -1,0 +1,61 @@
+"""Fixtures for all tests: a seed that failures print, the thread count, the implementation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch starts its OpenMP threads: waiting ones then sleep. Spinning, they hold the core that
+# the other thread needs where the machine has no more cores than threads, or other work to do; the
+# suite then takes ten times as long. Results are the same.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from sample_inputs import SEED
+
+import fastnn
+
+# For what the extension alone promises. Nothing is hidden where it is missing: a test of
+# test_dispatch.py fails then.
+needs_extension = pytest.mark.skipif(
+    not fastnn.is_available(), reason="fastnn's extension isn't built; the reference runs instead"
+)
+
+
+def pytest_report_header() -> str:
+    return (
+        f"fastnn: FASTNN_TEST_SEED={SEED}, extension {'' if fastnn.is_available() else 'not '}built"
+    )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = (yield).get_result()
+    if report.failed:
+        report.sections.append(("seed", f"rerun with FASTNN_TEST_SEED={SEED}"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Whatever a test draws from torch's own generator comes from the seed too."""
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Puts back the number of threads that a test changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["functional", "reference"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What runs behind ``fastnn.functional``: the extension, or the plain PyTorch it falls back to.
+
+    Where the extension isn't built both are the latter (test_dispatch.py fails then).
+    """
+    if request.param == "reference":
+        monkeypatch.setattr(fastnn.functional, "ops", fastnn.reference)
+    return request.param

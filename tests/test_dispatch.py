@@ -1,0 +1,536 @@
+"""The operators as torch sees them: schemas, registrations, compile, modes, and the fallback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import needs_extension
+from functorch.compile import make_boxed_func
+from sample_inputs import DTYPES, OPS, Sample, sample_input
+from test_operators import leaves_of, memory_of, ours, random_grad_like
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
+
+import fastnn
+
+# --- the extension is there -----------------------------------------------------------------------
+
+
+def test_the_extension_is_built():
+    """Its own tests are skipped where it is missing: that must not pass for success."""
+    wanted = os.environ.get("FASTNN_TEST_FALLBACK", "0") == "0"
+    assert fastnn.is_available() == wanted, (
+        "fastnn's extension isn't loaded: build it, or set FASTNN_TEST_FALLBACK=1 to test the "
+        "plain PyTorch that stands in for it"
+    )
+
+
+SCHEMAS = [
+    "linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    "log_softmax(Tensor input, int dim) -> Tensor",
+    "log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor",
+    "nll_loss(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
+    "str reduction='mean') -> Tensor",
+    "nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+    "str reduction) -> (Tensor loss, Tensor total_weight)",
+    "nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+    "Tensor total_weight, int ignore_index, str reduction) -> Tensor",
+    "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
+    "str reduction='mean', float label_smoothing=0.0) -> Tensor",
+    "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+    "str reduction, float label_smoothing) -> (Tensor loss, Tensor lse, Tensor total_weight)",
+    "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+    "Tensor lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
+    "-> Tensor",
+    "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
+    "float lr, float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, "
+    "bool maximize=False, bool is_first_step=False, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> ()",
+]
+OP_NAMES = [schema.split("(")[0] for schema in SCHEMAS]
+
+
+@needs_extension
+@pytest.mark.parametrize("schema", SCHEMAS, ids=OP_NAMES)
+def test_schema(schema):
+    op = getattr(torch.ops.fastnn, schema.split("(")[0])
+    assert op.overloads() == ["default"]
+    assert op.default._schema == torch._C.parse_schema(f"fastnn::{schema}")
+
+
+@needs_extension
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_every_operator_has_a_kernel_on_the_cpu_and_shapes_for_compile(name):
+    for key in ("CPU", "Meta"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastnn::{name}", key)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", OPS)
+def test_operators_for_users_have_an_autograd_kernel(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{name}", "Autograd")
+
+
+# --- opcheck --------------------------------------------------------------------------------------
+
+# Each option once, in the layouts that an operator treats in different ways: the fake kernel must
+# give the real one's strides too.
+OPCHECK_SAMPLES = {
+    "linear_relu": (
+        *("7x15_to_9", "7x15_to_9_no_bias", "1d_input", "3d_input_reversed", "all_sliced"),
+        *("0x3_to_2", "2x0_to_3", "2x3_to_0"),
+    ),
+    "log_softmax": (
+        *("0d_dim-1", "3d_dim1", "4d_channels_last_dim1", "transposed_dim0", "expanded_dim1"),
+        "empty_(3,0)_dim1",
+    ),
+    "nll_loss": (
+        *("5_mean", "7x5_none_weighted", "3x5x4_ignore3_none", "2x5x3x4_sum", "uint8_ignore255"),
+        *("2x9x4x5_channels_last", "7x18_input_transposed", "0x5_empty_sum"),
+    ),
+    "cross_entropy": (
+        *("5_mean", "7x5_none_weighted", "3x5x4_ignore3_none", "2x5x3x4_sum", "uint8_ignore255"),
+        *("2x9x4x5_channels_last", "7x18_input_transposed", "0x5_empty_sum"),
+        *("7x5_smooth0.1_mean_weighted", "3x5x4_smooth0.1_none", "channels_last_smooth"),
+        *("7x17_probs", "3x5x4_probs_none_weighted_0.1", "channels_last_probs"),
+        "0x5_probs_empty_none",
+    ),
+}
+OPCHECK_CASES = [
+    pytest.param(op, name, id=f"{op}-{name}")
+    for op, names in OPCHECK_SAMPLES.items()
+    for name in names
+]
+
+# The operators' own argument lists have neither the deprecated pair nor dtype=.
+LOSS_DEFAULTS = {"weight": None, "ignore_index": -100, "reduction": "mean"}
+
+
+def loss_options(op: str, sample: Sample) -> dict[str, Any]:
+    smoothing = {"label_smoothing": 0.0} if op == "cross_entropy" else {}
+    return {**LOSS_DEFAULTS, **smoothing, **sample.kwargs}
+
+
+@needs_extension
+@pytest.mark.parametrize(("op", "name"), OPCHECK_CASES)
+def test_opcheck_for_users(op, name):
+    sample = sample_input(op, torch.float32, name)
+    leaves = leaves_of(op, sample)
+    arguments = (*leaves, *sample.args[len(leaves) :])
+    opcheck(getattr(torch.ops.fastnn, op).default, arguments, sample.kwargs)
+
+
+def forward_and_backward_calls(op: str, sample: Sample) -> Iterator[tuple[str, tuple]]:
+    """The operators that the one for users is made of, and arguments as it gives them."""
+    operators = torch.ops.fastnn
+    args = sample.args
+    output = ours(op)(*args, **sample.kwargs)
+    grad = random_grad_like(op, sample, output)
+    if op == "linear_relu":
+        for mask in ([True, True, len(args) > 2], [False, True, False]):
+            yield "linear_relu_backward", (grad, *args[:2], output, mask)
+    elif op == "log_softmax":
+        yield "log_softmax_backward", (grad, output, args[1])
+    else:
+        options = loss_options(op, sample)
+        options = [options.pop("weight"), *options.values()]
+        forward = f"{op}_forward"
+        yield forward, (*args, *options)
+        saved = getattr(operators, forward)(*args, *options)[1:]
+        yield f"{op}_backward", (grad, *args, options[0], *saved, *options[1:])
+
+
+@needs_extension
+@pytest.mark.parametrize(("op", "name"), OPCHECK_CASES)
+def test_opcheck_forwards_and_backwards(op, name):
+    sample = sample_input(op, torch.float32, name)
+    for operator, arguments in forward_and_backward_calls(op, sample):
+        opcheck(getattr(torch.ops.fastnn, operator).default, arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_fake_outputs_have_the_real_dtypes(op, dtype):
+    """The sums' dtype is not the input's."""
+    name = OPCHECK_SAMPLES[op][1]
+    for operator, arguments in forward_and_backward_calls(op, sample_input(op, dtype, name)):
+        operator = getattr(torch.ops.fastnn, operator).default
+        opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "is_first_step": True},
+        {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "maximize": True},
+        {"momentum": 0.9, "nesterov": True},
+        {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)},
+        {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(1.0)},
+    ],
+    ids=["plain", "first", "momentum", "nesterov", "scaled", "skipped"],
+)
+def test_opcheck_sgd_step(options):
+    def tensors() -> list[Tensor]:
+        return [torch.randn(3, 5), torch.randn(4, 2).t(), torch.randn(())]
+
+    buffers = tensors() if options.get("momentum") else []
+    arguments = (tensors(), tensors(), buffers)
+    opcheck(torch.ops.fastnn.sgd_step_.default, arguments, {"lr": 0.1, **options})
+
+
+# --- compile, export and shapes -------------------------------------------------------------------
+
+COMPILE_SAMPLES = [
+    ("linear_relu", "7x15_to_9"),
+    ("linear_relu", "3d_input_no_bias"),
+    ("log_softmax", "rows_3x17"),
+    ("nll_loss", "7x5_mean_weighted"),
+    ("nll_loss", "3x5x4_ignore3_none"),
+    ("cross_entropy", "7x5_mean"),
+    ("cross_entropy", "7x5_smooth0.1_mean_weighted"),
+    ("cross_entropy", "2x9x4x5_channels_last"),
+    ("cross_entropy", "7x17_probs"),
+]
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code of another test's, and none left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def value_and_gradients(function: Callable[..., Tensor], op: str, sample: Sample) -> list[Tensor]:
+    leaves = leaves_of(op, sample)
+    output = function(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
+    return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+@needs_extension
+@pytest.mark.parametrize(("op", "name"), COMPILE_SAMPLES)
+def test_compile_changes_nothing(fresh_dynamo, op, name):
+    """In one graph, and to the same bits: the same operators run."""
+    compiled = torch.compile(ours(op), fullgraph=True, backend="aot_eager")
+    sample = sample_input(op, torch.float32, name)
+    eager = value_and_gradients(ours(op), op, sample)
+    for result, expected in zip(value_and_gradients(compiled, op, sample), eager, strict=True):
+        assert torch.equal(result, expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", OPS)
+def test_compile_once_for_all_batch_sizes(fresh_dynamo, op):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours(op), fullgraph=True, backend=counter, dynamic=True)
+    weight = torch.randn(3, 5, requires_grad=True)
+    compilations = []
+    for batch in (4, 7, 33):
+        input = torch.randn(batch, 5, requires_grad=True)
+        other = {"linear_relu": weight, "log_softmax": 1}.get(op, torch.arange(batch) % 5)
+        result, eager = compiled(input, other), ours(op)(input, other)
+        assert torch.equal(result, eager)
+        (grad,) = torch.autograd.grad(result.square().sum(), input)
+        (eager_grad,) = torch.autograd.grad(eager.square().sum(), input)
+        assert torch.equal(grad, eager_grad)
+        compilations.append(counter.frame_count)
+    # The first may take two: Dynamo starts again when it finds that an option isn't a number that
+    # varies. No other batch size adds any.
+    assert compilations == [compilations[0]] * 3
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("op", "forward", "backward"),
+    [
+        ("linear_relu", "linear_relu", "linear_relu_backward"),
+        ("log_softmax", "log_softmax", "log_softmax_backward"),
+        ("nll_loss", "nll_loss_forward", "nll_loss_backward"),
+        ("cross_entropy", "cross_entropy_forward", "cross_entropy_backward"),
+    ],
+)
+def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, op, forward, backward):
+    """One operator each way, and nothing of what it replaces."""
+    graphs: list[set[str]] = []
+
+    def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+        graphs.append({str(node.target) for node in calls})
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    input = torch.randn(4, 5, requires_grad=True)
+    other = {"linear_relu": torch.randn(3, 5), "log_softmax": 1}.get(op, torch.arange(4))
+    torch.compile(ours(op), fullgraph=True, backend=backend)(input, other).sum().backward()
+    in_forward, in_backward = graphs
+    assert {call for call in in_forward if "fastnn" in call} == {f"fastnn.{forward}.default"}
+    assert {call for call in in_backward if "fastnn" in call} == {f"fastnn.{backward}.default"}
+    replaced = re.compile("mm|linear|relu|threshold|softmax|nll|gather|scatter|exp[.]|log[.]")
+    aten = {call for call in in_forward | in_backward if "fastnn" not in call}
+    assert not {call for call in aten if replaced.search(call)}
+
+
+@needs_extension
+def test_export_keeps_the_operators():
+    model = torch.nn.Sequential(fastnn.nn.LinearReLU(5, 4), fastnn.nn.LogSoftmax(dim=1))
+    input = torch.randn(6, 5)
+    exported = torch.export.export(
+        model, (input,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert targets == {"fastnn.linear_relu.default", "fastnn.log_softmax.default"}
+    other_batch = torch.randn(9, 5)
+    assert torch.equal(exported.module()(other_batch), model(other_batch))
+
+
+@needs_extension
+@pytest.mark.parametrize(("op", "name"), COMPILE_SAMPLES)
+def test_meta_tensors_get_shapes_and_gradients(op, name):
+    sample = sample_input(op, torch.float32, name)
+    on_meta = Sample(
+        name,
+        tuple(to_meta(arg) for arg in sample.args),
+        {key: to_meta(value) for key, value in sample.kwargs.items()},
+    )
+    real, meta = (value_and_gradients(ours(op), op, each) for each in (sample, on_meta))
+    for real_result, meta_result in zip(real, meta, strict=True):
+        assert meta_result.is_meta
+        assert meta_result.shape == real_result.shape
+        assert meta_result.dtype == real_result.dtype
+
+
+def to_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+# --- modes, subclasses and names ------------------------------------------------------------------
+
+
+class FunctionRecorder(TorchFunctionMode):
+    """Notes the functions called under it."""
+
+    def __init__(self) -> None:
+        self.called: list[Callable] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    """Notes the functions that it is an argument of, and hands itself on, as by default."""
+
+    called: list[Callable]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.called.append(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+# One with each optional tensor.
+MODE_SAMPLES = {
+    "linear_relu": "7x15_to_9",
+    "log_softmax": "rows_3x17",
+    "nll_loss": "7x5_mean_weighted",
+    "cross_entropy": "7x5_smooth0.1_mean_weighted",
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_function_modes_see_the_call_and_its_arguments(implementation, op):
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    direct = ours(op)(*sample.args, **sample.kwargs)
+    with FunctionRecorder() as recorder:
+        result = ours(op)(*sample.args, **sample.kwargs)
+    assert recorder.called[0] is ours(op)
+    assert torch.equal(result, direct)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_function_of_each_argument_is_called(implementation, op):
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    direct = ours(op)(*sample.args, **sample.kwargs)
+    arguments = {**dict(enumerate(sample.args)), **sample.kwargs}
+    tensors = [key for key, value in arguments.items() if isinstance(value, Tensor)]
+    assert tensors
+    for chosen in tensors:
+        given = {**arguments, chosen: arguments[chosen].as_subclass(Subclass)}
+        positional = [given.pop(i) for i in range(len(sample.args))]
+        Subclass.called = []
+        result = ours(op)(*positional, **given)
+        assert Subclass.called[0] is ours(op)
+        assert type(result) is Subclass
+        assert torch.equal(result.as_subclass(Tensor), direct)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("op", OPS)
+def test_without_gradients(implementation, op, context):
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    leaves = leaves_of(op, sample)
+    direct = ours(op)(*sample.args, **sample.kwargs)
+    with context():
+        result = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
+    assert not result.requires_grad
+    assert result.grad_fn is None
+    assert result.is_inference() == (context is torch.inference_mode)
+    assert torch.equal(result, direct)
+
+
+@pytest.mark.parametrize(
+    ("op", "function"),
+    [
+        ("linear_relu", fastnn.autograd.LinearReLU),
+        ("log_softmax", fastnn.autograd.LogSoftmax),
+        ("nll_loss", fastnn.autograd.NLLLoss),
+        ("cross_entropy", fastnn.autograd.CrossEntropy),
+    ],
+)
+def test_autograd_function_names(implementation, op, function):
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    results = value_and_gradients(function.apply, op, sample)
+    direct = value_and_gradients(ours(op), op, sample)
+    for result, expected in zip(results, direct, strict=True):
+        assert torch.equal(result, expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", OPS)
+def test_the_operator_itself_is_the_function(op):
+    """torch.ops.fastnn.<op>, called directly, with autograd."""
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    results = value_and_gradients(getattr(torch.ops.fastnn, op), op, sample)
+    direct = value_and_gradients(ours(op), op, sample)
+    for result, expected in zip(results, direct, strict=True):
+        assert torch.equal(memory_of(result), memory_of(expected))
+
+
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+def run_python(code: str, path: Path) -> Any:
+    """What the code prints last, as JSON; the package is imported from ``path``."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=path,  # python -c looks there first
+        capture_output=True,
+        text=True,
+        timeout=120,  # a bound on a hang, not a speed that is asked for
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+IMPORT_AND_TRAIN = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fastnn
+messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
+import torch
+
+def train(linear_relu, cross_entropy, sgd):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(linear_relu(8, 6), torch.nn.Linear(6, 3))
+    optimizer = sgd(model.parameters(), lr=0.1, momentum=0.9)
+    x, target = torch.randn(16, 8), torch.arange(16) % 3
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+class LinearReLU(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+ours = train(fastnn.nn.LinearReLU, fastnn.nn.CrossEntropyLoss(), fastnn.optim.SGD)
+theirs = train(LinearReLU, torch.nn.CrossEntropyLoss(), torch.optim.SGD)
+print(json.dumps([fastnn.is_available(), messages, ours, theirs]))
+"""
+
+PACKAGE = Path(fastnn.__file__).parent
+BROKEN_IMPORTS = {
+    "import fails": (
+        "import sys; sys.modules['fastnn._C'] = None",
+        r"extension can't be loaded: .*fastnn\._C",
+    ),
+    "another torch": (
+        "import torch; torch.__version__ = '0.0.1'",
+        r"extension was built for torch \d.* and torch 0\.0\.1 is installed",
+    ),
+}
+
+
+def assert_trains_on_the_reference(code: str, path: Path, cause: str) -> None:
+    available, messages, losses, torch_losses = run_python(code, path)
+    assert not available
+    assert len(messages) == 1
+    assert re.search(cause, messages[0])
+    assert "pip install" in messages[0]  # what to do about it
+    # Three steps of float32: the same operations but for the order of a few sums.
+    assert losses == pytest.approx(torch_losses, rel=1e-5)
+    assert losses[2] < losses[0]
+
+
+@needs_extension
+@pytest.mark.parametrize("broken", BROKEN_IMPORTS)
+def test_an_extension_that_does_not_load_gives_one_warning_and_the_reference(broken):
+    prelude, cause = BROKEN_IMPORTS[broken]
+    assert_trains_on_the_reference(prelude + IMPORT_AND_TRAIN, PACKAGE.parent, cause)
+
+
+def test_an_extension_that_was_not_built_gives_one_warning_and_the_reference(tmp_path):
+    built = shutil.ignore_patterns("_C*", "_build_info.json", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "fastnn", ignore=built)
+    assert_trains_on_the_reference(IMPORT_AND_TRAIN, tmp_path, "extension is not built")
+
+
+OPENMP_RUNTIMES = """
+import re
+torch.set_num_threads(2)
+x = torch.randn(2000, 100, requires_grad=True)
+fastnn.functional.cross_entropy(x, torch.arange(2000) % 100).backward()
+with open("/proc/self/maps") as maps:
+    mapped = {line.split()[-1] for line in maps}
+print(json.dumps([
+    fastnn.is_available(), messages, ours, theirs,
+    sorted(path for path in mapped if re.search(r"/lib[gi]?omp[^/]*[.]so", path)),
+]))
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_the_extension_loads_in_silence_trains_and_brings_no_second_openmp():
+    """A second runtime would have threads of its own, deaf to torch.set_num_threads."""
+    code = IMPORT_AND_TRAIN + OPENMP_RUNTIMES
+    available, messages, losses, torch_losses, runtimes = run_python(code, PACKAGE.parent)
+    assert available
+    assert messages == []
+    # Three steps of float32: the same operations but for the order of a few sums.
+    assert losses == pytest.approx(torch_losses, rel=1e-5)
+    assert len(runtimes) == 1

@@ -1,0 +1,492 @@
+"""Derivatives of any order, in every mode of autograd, against finite differences and torch."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import assert_within, away_from_kink, expected
+from sample_inputs import OPS, sample_input, sample_names
+from test_operators import TORCH, leaves_of, ours, random_grad_like
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import fastnn
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:size_average and reduce args will be deprecated",
+    # vmap says where torch itself has no batched rule and loops: slow, not wrong.
+    "ignore:There is a performance drop",
+    "ignore:`torch.jit.script` is deprecated",  # torch's own use of it, in forward mode
+)
+
+Function = Callable[..., Tensor]
+
+
+# --- cases: small, in float64, where finite differences are exact to about 1e-8 -------------------
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def linear_relu_arguments(
+    shape: tuple[int, ...], outputs: int, bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Arguments for which no ReLU is near its kink: there finite differences straddle it, and
+    give the mean of the two slopes. Steps are of 1e-6, times weights of at most about 5."""
+    while True:
+        input, weight = normal(*shape), normal(outputs, shape[-1])
+        added = normal(outputs) if bias else None
+        if F.linear(input, weight, added).abs().amin() > 1e-3:
+            return input, weight, added
+
+
+# One per rank of the input, in this order: no batch, a batch, a sequence.
+LINEAR_RELU_SHAPES = [(3,), (2, 3), (2, 2, 3)]
+
+LOSS_SHAPES = [(3,), (4, 3), (2, 3, 2), (2, 3, 2, 1)]  # (C), (N, C), (N, C, d1), (N, C, d1, d2)
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:1] + shape[2:] if len(shape) > 1 else ()
+
+
+def class_indices(shape: tuple[int, ...], ignored: bool) -> Tensor:
+    """Each class in turn; where there are several rows, one of them ignored if so wanted."""
+    rows = row_shape(shape)
+    target = (torch.arange(max(torch.Size(rows).numel(), 1)) % 3).reshape(rows)
+    if ignored and target.dim():
+        target.view(-1)[1] = -100
+    return target
+
+
+def class_weights() -> Tensor:
+    return torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)
+
+
+LOG_SOFTMAX_CASES = [((), 0), ((3,), 0), ((2, 3), 1), ((3, 2), 0), ((2, 3, 2), 1), ((2, 3, 2), -1)]
+
+
+def assert_derivatives(
+    implementation: str,
+    function: Function,
+    inputs: tuple[Tensor | None, ...],
+    batched_forward: bool = True,
+) -> None:
+    """First and second derivatives, backward, forward, batched, and forward over backward.
+
+    Of the reference the first will do: what it is made of are torch's operators.
+    """
+    if implementation == "reference":
+        gradcheck(function, inputs)
+        return
+    gradcheck(
+        function,
+        inputs,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=batched_forward,
+        check_undefined_grad=True,
+    )
+    gradgradcheck(function, inputs, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
+@pytest.mark.parametrize("shape", LINEAR_RELU_SHAPES)
+def test_linear_relu(implementation, shape, wanted):
+    """With every subset of its arguments wanting a gradient."""
+    inputs = linear_relu_arguments(shape, 4, bias=True)
+    for tensor, wants in zip(inputs, wanted, strict=True):
+        tensor.requires_grad_(wants)
+    assert_derivatives(implementation, fastnn.functional.linear_relu, inputs)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("shape", LINEAR_RELU_SHAPES)
+def test_linear_relu_without_bias(implementation, shape, wanted):
+    inputs = linear_relu_arguments(shape, 4, bias=False)
+    for tensor, wants in zip(inputs, wanted, strict=False):
+        tensor.requires_grad_(wants)
+    # Without a batch torch's own linear fails at vmap over jvp, and so does what is made of it.
+    assert_derivatives(
+        implementation, fastnn.functional.linear_relu, inputs, batched_forward=len(shape) > 1
+    )
+
+
+@pytest.mark.parametrize(("shape", "dim"), LOG_SOFTMAX_CASES)
+def test_log_softmax(implementation, shape, dim):
+    input = normal(*shape).requires_grad_()
+    assert_derivatives(implementation, lambda x: fastnn.functional.log_softmax(x, dim), (input,))
+
+
+every_loss = pytest.mark.parametrize(
+    ("shape", "reduction", "weighted"),
+    list(itertools.product(LOSS_SHAPES, ("none", "mean", "sum"), (False, True))),
+)
+
+
+@every_loss
+def test_nll_loss(implementation, shape, reduction, weighted):
+    target = class_indices(shape, ignored=True)
+    options = {"reduction": reduction, "weight": class_weights() if weighted else None}
+    input = normal(*shape).requires_grad_()
+    assert_derivatives(
+        implementation, lambda x: fastnn.functional.nll_loss(x, target, **options), (input,)
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_cross_entropy(implementation, kind, label_smoothing, shape, reduction, weighted):
+    target = class_indices(shape, ignored=True)
+    if kind == "probabilities":
+        target = torch.rand(shape, dtype=torch.float64)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    weight = class_weights() if weighted else None
+    input = normal(*shape).requires_grad_()
+    assert_derivatives(
+        implementation,
+        lambda x: fastnn.functional.cross_entropy(x, target, weight, **options),
+        (input,),
+    )
+
+
+# --- every sample again, through the differentiable backward --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        pytest.param(op, name, id=f"{op}-{name}")
+        for op in OPS
+        for name in sample_names(op)
+        if name != "integer_input_cast"  # it has no gradient
+    ],
+)
+def test_create_graph_changes_no_gradient(implementation, op, name):
+    """The backward that can be differentiated is another path; its gradients are the oracle's."""
+    sample = sample_input(op, torch.float32, name)
+    leaves = leaves_of(op, sample)
+    output = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
+    grad_output = random_grad_like(op, sample, output.detach())
+    grads = torch.autograd.grad(output, leaves, grad_output.requires_grad_(), create_graph=True)
+    exact = expected(op, sample, grad_output.detach())
+    for grad_, exact_grad, error in zip(grads, exact.grads, exact.grad_errors, strict=True):
+        assert grad_.requires_grad
+        # Twice the fused backward's error: it takes several operators, each of which rounds.
+        assert_within("gradient", grad_, exact_grad, error, slack=2)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
+def test_all_rows_ignored_with_and_without_create_graph(
+    implementation, op, create_graph, label_smoothing
+):
+    options = {"label_smoothing": label_smoothing} if op == "cross_entropy" else {}
+    input = normal(4, 3).requires_grad_()
+    loss = ours(op)(input, torch.full((4,), -100), **options)
+    (gradient,) = torch.autograd.grad(loss, input, create_graph=create_graph)
+    assert torch.equal(gradient, torch.zeros_like(input))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
+def test_ignored_rows_drop_nan_with_and_without_create_graph(implementation, op, create_graph):
+    input = normal(4, 3).requires_grad_()
+    loss = ours(op)(input, torch.tensor([0, -100, 1, -100]), reduction="none")
+    grad_output = torch.tensor([1.0, torch.nan, 1.0, torch.inf], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(loss, input, grad_output, create_graph=create_graph)
+    assert torch.equal(gradient[1::2], torch.zeros_like(input[1::2]))
+    assert gradient[::2].isfinite().all()
+
+
+# --- what the fused backward doesn't give, torch's composite does ---------------------------------
+
+
+def assert_as_torch(op: str, inputs: tuple[Tensor, ...], options: dict) -> None:
+    """Value, gradients and second derivatives for all inputs that want any; in float64 both are
+    the same operators, but for the order of a sum: 1e-12 is thousands of roundings."""
+    __tracebackhide__ = True
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    results = []
+    for function in (ours(op), TORCH[op]):
+        value = function(*inputs, **options)
+        grads = torch.autograd.grad(value.square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
+        results.append([value, *grads, *second])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
+def test_probabilities_and_their_weights_may_want_gradients(
+    implementation, wanted, label_smoothing, reduction
+):
+    tensors = normal(4, 3), torch.rand(4, 3, dtype=torch.float64), class_weights()
+    for tensor, wants in zip(tensors, wanted, strict=True):
+        tensor.requires_grad_(wants)
+    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    assert_as_torch("cross_entropy", tensors, options)
+    leaves = tuple(tensor for tensor in tensors if tensor.requires_grad)
+
+    def function(*given: Tensor) -> Tensor:
+        values = iter(given)
+        arguments = [next(values) if tensor.requires_grad else tensor for tensor in tensors]
+        return fastnn.functional.cross_entropy(*arguments, **options)
+
+    gradcheck(function, leaves, check_forward_ad=True)
+
+
+def test_logits_from_probabilities_of_one_leaf(implementation):
+    """A target computed from the input, as in self-distillation, adds its own gradient."""
+
+    def loss(function: Function, input: Tensor) -> Tensor:
+        return function(input, input.softmax(1))
+
+    input = normal(4, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(fastnn.functional.cross_entropy, input), input)
+    (torch_gradient,) = torch.autograd.grad(loss(F.cross_entropy, input), input)
+    # Of the order of 0.1, from the same operators: 1e-12 is far above their roundings.
+    torch.testing.assert_close(gradient, torch_gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("logits_want", [False, True])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
+def test_class_weights_of_indices_may_not_want_gradients(implementation, op, options, logits_want):
+    if op == "nll_loss" and options:
+        options = {"reduction": "none"}
+    input = normal(4, 3).requires_grad_(logits_want)
+    weight = class_weights().requires_grad_()
+    arguments = (input, class_indices((4, 3), ignored=False), weight)
+    for function in (TORCH[op], ours(op)):
+        with pytest.raises(RuntimeError, match=r"weight.*not differentiable|not diff.*'weight'"):
+            function(*arguments, **options)
+
+
+# --- modes of autograd ----------------------------------------------------------------------------
+
+
+def with_options(name: str) -> Callable[[Function], Function]:
+    """From an operator's function to one of a single (4, 3) tensor, with the options named."""
+    weight, bias = normal(4, 3), normal(4)
+    target = torch.tensor([0, 2, -100, 1])
+    smooth = {"label_smoothing": 0.1, "weight": class_weights()}
+    probabilities = torch.rand(4, 3, dtype=torch.float64)
+    return {
+        "linear_relu": lambda f: lambda x: f(x, weight, bias),
+        "log_softmax": lambda f: lambda x: f(x, 1),
+        "nll_loss": lambda f: lambda x: f(x, target),
+        "nll_loss-none": lambda f: lambda x: f(x, target, reduction="none"),
+        "cross_entropy": lambda f: lambda x: f(x, target),
+        "cross_entropy-none": lambda f: lambda x: f(x, target, reduction="none"),
+        "cross_entropy-smooth": lambda f: lambda x: f(x, target, **smooth),
+        "cross_entropy-probabilities": lambda f: lambda x: f(x, probabilities),
+    }[name]
+
+
+MODE_CASES = (
+    *("linear_relu", "log_softmax", "nll_loss", "nll_loss-none", "cross_entropy"),
+    *("cross_entropy-none", "cross_entropy-smooth", "cross_entropy-probabilities"),
+)
+
+
+@pytest.fixture(params=MODE_CASES)
+def functions(request, implementation, _seeded) -> tuple[Function, Function]:
+    """Our function of one (4, 3) tensor, and torch's."""
+    op = request.param.split("-")[0]
+    make = with_options(request.param)
+    return make(ours(op)), make(TORCH[op])
+
+
+def sum_of(function: Function) -> Function:
+    return lambda x: function(x).sum()
+
+
+def sum_of_squares(function: Function) -> Function:
+    return lambda x: function(x).square().sum()
+
+
+def assert_close(actual: object, theirs: object) -> None:
+    """In float64 and of the order of one: 1e-12 is thousands of roundings."""
+    __tracebackhide__ = True
+    torch.testing.assert_close(actual, theirs, rtol=1e-12, atol=1e-12)
+
+
+class TestModes:
+    def test_func_grad_and_vjp(self, functions):
+        mine, theirs = functions
+        x = normal(4, 3)
+        assert_close(grad(sum_of_squares(mine))(x), grad(sum_of_squares(theirs))(x))
+        value, pull = vjp(mine, x)
+        torch_value, torch_pull = vjp(theirs, x)
+        assert_close(value, torch_value)
+        cotangent = torch.randn_like(value)
+        assert_close(pull(cotangent), torch_pull(cotangent))
+
+    def test_func_jvp_and_forward_mode(self, functions):
+        mine, theirs = functions
+        x, tangent = normal(4, 3), normal(4, 3)
+        value, derivative = jvp(theirs, (x,), (tangent,))
+        assert_close(jvp(mine, (x,), (tangent,)), (value, derivative))
+        with forward_ad.dual_level():
+            dual = mine(forward_ad.make_dual(x, tangent))
+            assert_close(tuple(forward_ad.unpack_dual(dual)), (value, derivative))
+
+    def test_func_vmap(self, functions):
+        mine, theirs = functions
+        batch = normal(5, 4, 3)
+        assert_close(vmap(mine)(batch), torch.stack([theirs(x) for x in batch]))
+        last = batch.movedim(0, -1)
+        assert_close(vmap(mine, in_dims=-1)(last), vmap(theirs)(batch))
+
+    def test_per_sample_gradients(self, functions):
+        mine, theirs = functions
+        batch = normal(5, 4, 3)
+        per_sample = vmap(grad(sum_of(mine)))(batch)
+        assert_close(per_sample, vmap(grad(sum_of(theirs)))(batch))
+
+    def test_jacobians_and_hessian(self, functions):
+        mine, theirs = functions
+        x = normal(4, 3)
+        assert_close(jacrev(mine)(x), jacrev(theirs)(x))
+        assert_close(jacfwd(mine)(x), jacfwd(theirs)(x))
+        assert_close(hessian(sum_of_squares(mine))(x), hessian(sum_of_squares(theirs))(x))
+
+    def test_batched_incoming_gradients(self, functions):
+        mine, theirs = functions
+        x = normal(4, 3).requires_grad_()
+        value, torch_value = mine(x), theirs(x)
+        batch = torch.randn(5, *value.shape, dtype=torch.float64)
+        (grads,) = torch.autograd.grad(value, x, batch, is_grads_batched=True)
+        (torch_grads,) = torch.autograd.grad(torch_value, x, batch, is_grads_batched=True)
+        assert_close(grads, torch_grads)
+
+    def test_the_graph_may_be_retained_and_used_again(self, functions):
+        mine, theirs = functions
+        x = normal(4, 3).requires_grad_()
+        total, torch_total = mine(x).sum(), theirs(x).sum()
+        (torch_grad,) = torch.autograd.grad(torch_total, x)
+        (first,) = torch.autograd.grad(total, x, retain_graph=True)
+        (second,) = torch.autograd.grad(total, x)
+        assert_close(first, torch_grad)
+        assert torch.equal(first, second)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(total, x)
+
+    def test_gradients_accumulate(self, functions):
+        mine, _ = functions
+        x = normal(4, 3).requires_grad_()
+        mine(x).sum().backward()
+        once = x.grad.clone()
+        mine(x).sum().backward()
+        assert torch.equal(x.grad, 2 * once)  # doubling is exact
+
+    def test_second_derivative_through_create_graph(self, functions):
+        mine, theirs = functions
+        x = normal(4, 3).requires_grad_()
+        results = []
+        for function in (mine, theirs):
+            (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), x)
+            results.append((first, second))
+        assert_close(results[0], results[1])
+
+    def test_checkpoint_recomputes_the_same(self, functions):
+        mine, _ = functions
+        x = normal(4, 3).requires_grad_()
+        total = torch.utils.checkpoint.checkpoint(mine, x, use_reentrant=False).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+        (direct,) = torch.autograd.grad(mine(x).sum(), x)
+        assert torch.equal(gradient, direct)
+
+    def test_saved_tensors_pass_through_hooks(self, functions):
+        """What the backward needs is saved where hooks (offloading, say) can get at it."""
+        mine, _ = functions
+        x = normal(4, 3).requires_grad_()
+        packed = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            packed.append(tensor)
+            return tensor.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = mine(x).sum()
+        assert packed
+        (gradient,) = torch.autograd.grad(total, x)
+        (direct,) = torch.autograd.grad(mine(x).sum(), x)
+        assert torch.equal(gradient, direct)
+
+    def test_nothing_outlives_its_use(self, functions):
+        """An output that its own node held on to would never be freed."""
+        mine, _ = functions
+        gc.disable()  # it must go without the collector's help
+        try:
+            output = mine(normal(4, 3).requires_grad_())
+            gone = weakref.ref(output)
+            del output
+            assert gone() is None
+        finally:
+            gc.enable()
+
+
+def test_func_transforms_take_bytes_in_several_dimensions(implementation):
+    """As plain calls do; torch's own operators refuse them."""
+    input = normal(2, 3, 4)
+    target = torch.arange(8).remainder(3).reshape(2, 4)
+    for op in ("nll_loss", "cross_entropy"):
+        exact = grad(lambda x, op=op: TORCH[op](x, target))(input)
+        gradient = grad(lambda x, op=op: ours(op)(x, target.to(torch.uint8)))(input)
+        assert_close(gradient, exact)
+
+
+def test_linear_relu_of_weights_of_their_own_for_each_sample(implementation):
+    """An ensemble: vmap over the weights too."""
+    inputs, weights, biases = normal(5, 4, 3), normal(5, 2, 3), normal(5, 2)
+    outputs = vmap(fastnn.functional.linear_relu)(inputs, weights, biases)
+    each = zip(inputs, weights, biases, strict=True)
+    assert_close(outputs, torch.stack([TORCH["linear_relu"](*arguments) for arguments in each]))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("changed", ["input", "output"])
+def test_a_saved_tensor_changed_in_place_is_noticed(implementation, changed, create_graph):
+    """Rather than giving wrong gradients."""
+    x, weight, bias = linear_relu_arguments((2, 3), 4, bias=True)
+    weight.requires_grad_()
+    output = fastnn.functional.linear_relu(x, weight, bias)
+    with torch.no_grad():
+        (x if changed == "input" else output).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.sum(), weight, create_graph=create_graph)
+
+
+def test_a_loss_may_be_scaled_in_place(implementation):
+    """Nobody saved it."""
+    x = normal(4, 3).requires_grad_()
+    target = torch.tensor([0, 2, 1, 1])
+    for op in ("nll_loss", "cross_entropy"):
+        loss = ours(op)(x, target, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.mul_(2).sum(), x)
+        (direct,) = torch.autograd.grad(TORCH[op](x, target, reduction="sum"), x)
+        assert_close(gradient, 2 * direct)
+
+
+def test_away_from_kink_helper_drops_the_doubtful_only():
+    sample = sample_input("linear_relu", torch.float64, "7x15_to_9")
+    grad_output = torch.ones(7, 9, dtype=torch.float64)
+    sample.args[0][0] = 0
+    sample.args[2][0] = 0  # relu(0) at [0, 0], exactly
+    kept = away_from_kink(sample, grad_output)
+    assert kept[0, 0] == 0
+    assert kept.sum() == 62
