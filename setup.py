@@ -87,7 +87,7 @@ class BuildFastnn(BuildExtension):
             if subprocess.run(command, check=False).returncode != 0:
                 fail(
                     f"{compiler[0]} could not compile csrc/cpu/simd/kernels.cpp (its message is "
-                    "above); a C++20 compiler is needed: GCC 11, Clang 14 or newer."
+                    "above); a C++20 compiler is needed: GCC 11 or newer."
                 )
             objects.append(str(output.resolve()))
         return objects

@@ -41,6 +41,16 @@ def _check_number(function: str, name: str, value: object, kind: type) -> None:
         )
 
 
+def _check_loss_arguments(
+    function: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> None:
+    _check_tensor(function, "input", input)
+    _check_tensor(function, "target", target)
+    if weight is not None:
+        _check_tensor(function, "weight", weight)
+    _check_number(function, "ignore_index", ignore_index, int)
+
+
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``relu(input @ weight.T + bias)`` in one operator: :func:`torch.nn.functional.linear`
     followed by :func:`torch.nn.functional.relu`.
@@ -164,11 +174,7 @@ def nll_loss(
             reduce=reduce,
             reduction=reduction,
         )
-    _check_tensor("nll_loss", "input", input)
-    _check_tensor("nll_loss", "target", target)
-    if weight is not None:
-        _check_tensor("nll_loss", "weight", weight)
-    _check_number("nll_loss", "ignore_index", ignore_index, int)
+    _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     return ops.nll_loss(input, target, weight, ignore_index, reduction)
@@ -231,11 +237,7 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    _check_tensor("cross_entropy", "input", input)
-    _check_tensor("cross_entropy", "target", target)
-    if weight is not None:
-        _check_tensor("cross_entropy", "weight", weight)
-    _check_number("cross_entropy", "ignore_index", ignore_index, int)
+    _check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
     _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
