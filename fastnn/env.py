@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
-import numpy
 import torch
 
 import fastnn
@@ -39,7 +39,7 @@ def collect() -> dict[str, str]:
     return {
         "fastnn": fastnn.__version__,
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        "numpy": _installed_version("numpy"),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "cpu": _cpu_model(),
@@ -55,6 +55,13 @@ def collect() -> dict[str, str]:
         "cuda of fastnn": "built" if build.get("cuda") else "not built",
         "cuda of torch": _torch_cuda(),
     }
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def main() -> None:

@@ -1461,7 +1461,11 @@ def test_late_first_gradient_of_a_subclass_under_fused(late):
     assert_same_training(ours, stock, 3)
 
 
-# --- the operator itself --------------------------------------------------------------------------
+# --- the operator itself, and its reference -------------------------------------------------------
+
+each_step = pytest.mark.parametrize(
+    "sgd_step_", [ops.sgd_step_, fastnn.reference.sgd_step_], ids=["operator", "reference"]
+)
 
 
 def good_lists(dtype: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
@@ -1492,52 +1496,87 @@ def cast_last(tensors: list[Tensor]) -> list[Tensor]:
     return [tensors[0], tensors[1].double()]
 
 
+@each_step
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+def test_op_stays_within_rounding_of_the_formula(options, dtype, sgd_step_):
+    params = [param.detach() for param in layout_params(dtype)]
+    buffers = [torch.empty_like(param) for param in params] if options["momentum"] else []
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    exact = ExactRun(flat(params), dtype, torch.float32 if narrow else dtype)
+    oracle = ExactRun(flat(params), torch.float64, torch.float64)  # the formula's own error
+    for seed in range(3):
+        grads = layout_grads(dtype, seed)
+        for run in (exact, oracle):
+            run.step(flat(grads), **options)
+        sgd_step_(params, grads, buffers, **options, is_first_step=seed == 0)
+        assert_within(flat(params), exact.param, exact.param_error + oracle.param_error)
+        if buffers:
+            error = exact.buffer_error + oracle.buffer_error
+            assert_within(flat(buffers), exact.buffer, error)
+
+
+@each_step
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_op_without_decay_keeps_the_parameter_out_of_the_buffer(value, sgd_step_):
+    """0 * inf would be NaN."""
+    param, buffer = torch.tensor([value, 1.0]), torch.zeros(2)
+    sgd_step_([param], [torch.ones(2)], [buffer], lr=0.5, momentum=0.9, is_first_step=True)
+    assert torch.equal(buffer, torch.ones(2))
+    assert param.isnan().tolist() == [math.isnan(value), False]
+
+
+@each_step
 @pytest.mark.parametrize("name", ["grads", "momentum_buffers"])
 @pytest.mark.parametrize("spoil", [drop_last, add_one, reshape_last, shrink_last, cast_last])
-def test_op_refuses_bad_lists_before_it_changes_anything(name, spoil):
+def test_op_refuses_bad_lists_before_it_changes_anything(name, spoil, sgd_step_):
     lists = good_lists()
     lists[name] = spoil(lists[name])
     before = {key: [t.clone() for t in tensors] for key, tensors in lists.items()}
     with pytest.raises((RuntimeError, ValueError, TypeError), match=name):
-        ops.sgd_step_(*lists.values(), lr=0.1, momentum=0.9)
+        sgd_step_(*lists.values(), lr=0.1, momentum=0.9)
     for key, tensors in lists.items():
         for tensor, old in zip(tensors, before[key], strict=True):
             assert torch.equal(tensor, old)
 
 
-def test_op_refuses_missing_buffers():
+@each_step
+def test_op_refuses_missing_buffers(sgd_step_):
     lists = good_lists()
     with pytest.raises((RuntimeError, ValueError, TypeError), match="momentum_buffers"):
-        ops.sgd_step_(lists["params"], lists["grads"], [], lr=0.1, momentum=0.9)
+        sgd_step_(lists["params"], lists["grads"], [], lr=0.1, momentum=0.9)
     assert torch.equal(lists["params"][0], good_lists()["params"][0])
 
 
+@each_step
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
-def test_op_refuses_other_dtypes(dtype):
+def test_op_refuses_other_dtypes(dtype, sgd_step_):
     param, grad = torch.ones(3, dtype=dtype), torch.ones(3, dtype=dtype)
     with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
-        ops.sgd_step_([param], [grad], [], lr=1.0)
+        sgd_step_([param], [grad], [], lr=1.0)
     assert torch.equal(param, torch.ones(3, dtype=dtype))
 
 
+@each_step
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
-def test_op_ignores_what_a_first_buffer_holds(options, dtype):
+def test_op_ignores_what_a_first_buffer_holds(options, dtype, sgd_step_):
     results = []
     for content in (math.nan, 3.0):
         lists = good_lists(dtype)
         buffers = [torch.full_like(p, content) for p in lists["params"]]
         buffers = buffers if options["momentum"] else []
-        ops.sgd_step_(lists["params"], lists["grads"], buffers, **options, is_first_step=True)
+        sgd_step_(lists["params"], lists["grads"], buffers, **options, is_first_step=True)
         results.append([*lists["params"], *buffers])
     for nan_run, other_run in zip(*results, strict=True):
         assert torch.equal(nan_run, other_run)
         assert not bool(nan_run.isnan().any())
 
 
-def test_op_does_nothing_where_found_inf():
+@each_step
+def test_op_does_nothing_where_found_inf(sgd_step_):
     lists = good_lists()
-    ops.sgd_step_(
+    sgd_step_(
         *lists.values(),
         lr=0.1,
         momentum=0.9,
