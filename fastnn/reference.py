@@ -224,6 +224,24 @@ def cross_entropy(
     return _reduce(losses, row_weights.sum(), reduction).to(input.dtype)
 
 
+def _check_sgd_lists(params: list[Tensor], **lists: list[Tensor]) -> None:
+    """Raises unless the parameters are floating-point and each list has their dtypes and shapes."""
+    for i, param in enumerate(params):
+        if not param.is_floating_point():
+            raise RuntimeError(f"expected params[{i}] to be floating-point, but got {param.dtype}")
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise RuntimeError(
+                f"expected as many {name} as params ({len(params)}), but got {len(tensors)}"
+            )
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if (tensor.dtype, tensor.shape) != (param.dtype, param.shape):
+                raise RuntimeError(
+                    f"expected {name}[{i}] to have its parameter's dtype {param.dtype} and shape "
+                    f"{list(param.shape)}, but got {tensor.dtype} and {list(tensor.shape)}"
+                )
+
+
 def sgd_step_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -257,6 +275,9 @@ def sgd_step_(
     >>> param
     tensor([0.5000, 0.5000])
     """
+    _check_sgd_lists(params, grads=grads)
+    if momentum != 0:
+        _check_sgd_lists(params, momentum_buffers=momentum_buffers)
     if found_inf is not None and bool(found_inf):
         return
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
@@ -264,7 +285,8 @@ def sgd_step_(
         if grad_scale is not None:
             grad.div_(grad_scale)
         d = -grad.to(dtype) if maximize else grad.to(dtype)
-        d = d + weight_decay * param.to(dtype)
+        if weight_decay != 0:  # 0 * inf would be NaN
+            d = d + weight_decay * param.to(dtype)
         if momentum != 0:
             buffer = momentum_buffers[i]
             b = d if is_first_step else momentum * buffer.to(dtype) + (1 - dampening) * d
