@@ -114,6 +114,8 @@ def _kept_and_index(
     if input.dim() == 1:
         target = target.reshape(())
     kept = target != ignore_index
+    if target.is_meta:  # no values to look at
+        return kept, target.where(kept, 0)
     classes = input.shape[_class_dim(input)]
     bad = target[kept & ((target < 0) | (target >= classes))]
     if bad.numel():
