@@ -46,7 +46,7 @@ $(VENV)/.torch: | $(PY)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(CXX_FILES)
-	@echo "Building fastnn (about two minutes on two cores) ..."
+	@echo "Building fastnn (about three minutes on two cores) ..."
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
 
