@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -41,23 +42,18 @@ def cuda_wanted() -> bool:
     return False
 
 
-# csrc/cpu/simd/kernels.cpp is compiled once for each instruction set, the best of which is chosen
-# at run time: nothing else is compiled for more than the architecture's baseline, so that the
-# library starts on any CPU.
-SIMD_FLAGS = {
-    "generic": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
-}
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
 # -fopenmp without linking a runtime: the symbols resolve to the OpenMP runtime that torch itself
 # loaded, so that torch.set_num_threads() holds here and no second thread pool is started.
 TORCH_FLAGS = [*COMMON_FLAGS, "-fopenmp", "-Wno-unused-parameter"]
 
 
+# Which instruction sets the kernels are compiled for; their tests read it too.
+SIMD = runpy.run_path("csrc/cpu/simd/targets.py")
+
+
 def simd_targets() -> dict[str, list[str]]:
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return SIMD_FLAGS if on_x86 else {"generic": []}
+    return SIMD["targets"](platform.machine())
 
 
 class BuildFastnn(BuildExtension):
@@ -76,17 +72,14 @@ class BuildFastnn(BuildExtension):
         objects = []
         folder = Path(self.build_temp) / "simd"
         folder.mkdir(parents=True, exist_ok=True)
-        for target, flags in simd_targets().items():
+        for target in simd_targets():
             output = folder / f"kernels_{target}.o"
-            command = [
-                *compiler, *COMMON_FLAGS, *flags, "-fPIC", "-fno-math-errno", "-fno-trapping-math",
-                "-Wno-psabi", f"-DFASTNN_SIMD_TARGET={target}", "-Icsrc",
-                "-c", "csrc/cpu/simd/kernels.cpp", "-o", str(output),
-            ]  # fmt: skip
+            flags = [*COMMON_FLAGS, *SIMD["target_flags"](platform.machine(), target), "-fPIC"]
+            command = [*compiler, *flags, "-c", SIMD["SOURCE"], "-o", str(output)]
             print(" ".join(command))
             if subprocess.run(command, check=False).returncode != 0:
                 fail(
-                    f"{compiler[0]} could not compile csrc/cpu/simd/kernels.cpp (its message is "
+                    f"{compiler[0]} could not compile {SIMD['SOURCE']} (its message is "
                     "above); a C++20 compiler is needed: GCC 11 or newer."
                 )
             objects.append(str(output.resolve()))

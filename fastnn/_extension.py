@@ -1,8 +1,8 @@
 """Loads the built extension once, and decides what runs the operators.
 
-``ops`` is ``torch.ops.fastnn`` where the extension is there and fits the installed torch, and
-:mod:`fastnn.reference` (the same functions in plain PyTorch) with one warning where it is not:
-a pickled model then still loads and still gives the right numbers.
+Where it is not there or does not fit the installed torch, :mod:`fastnn.reference` (the same
+functions in plain PyTorch) takes its place, with one warning: a pickled model then still loads and
+still gives the right numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
 
 from fastnn import reference
 
@@ -49,7 +51,6 @@ def _load() -> tuple[ModuleType | None, str]:
 
 extension, unavailable_reason = _load()
 
-ops: Any
 if extension is None:
     warnings.warn(
         "fastnn runs on its slower reference implementation in plain PyTorch: "
@@ -57,10 +58,19 @@ if extension is None:
         RuntimeWarning,
         stacklevel=2,
     )
-    ops = reference
 else:
-    ops = torch.ops.fastnn
     import_module("fastnn._fake")
+
+
+def operators() -> Any:
+    """What holds the operators as functions: the extension, torch.ops.fastnn or the reference."""
+    if extension is None:
+        return reference
+    # While torch.compile, torch.export or torch.jit.trace look on, the callable that they know. It
+    # boxes its arguments, and so costs two to three times what the extension's own function does.
+    if is_compiling() or _get_tracing_state() is not None:
+        return torch.ops.fastnn
+    return extension
 
 
 def is_available() -> bool:

@@ -20,7 +20,7 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from fastnn._extension import ops
+from fastnn._extension import operators
 
 __all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"]
 
@@ -44,6 +44,14 @@ def _check_number(function: str, name: str, value: object, kind: type) -> None:
 def _check_loss_arguments(
     function: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> None:
+    # The usual case first, in one line: at small sizes a call costs as much as the checks do.
+    if (
+        isinstance(input, Tensor)
+        and isinstance(target, Tensor)
+        and weight is None
+        and type(ignore_index) is int
+    ):
+        return
     _check_tensor(function, "input", input)
     _check_tensor(function, "target", target)
     if weight is not None:
@@ -77,11 +85,12 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
-    _check_tensor("linear_relu", "input", input)
-    _check_tensor("linear_relu", "weight", weight)
-    if bias is not None:
-        _check_tensor("linear_relu", "bias", bias)
-    return ops.linear_relu(input, weight, bias)
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+        _check_tensor("linear_relu", "input", input)
+        _check_tensor("linear_relu", "weight", weight)
+        if bias is not None:
+            _check_tensor("linear_relu", "bias", bias)
+    return operators().linear_relu(input, weight, bias)
 
 
 def log_softmax(
@@ -123,7 +132,7 @@ def log_softmax(
     _check_number("log_softmax", "dim", dim, int)
     if dtype is not None:
         input = input.to(dtype)
-    return ops.log_softmax(input, dim)
+    return operators().log_softmax(input, dim)
 
 
 def nll_loss(
@@ -177,7 +186,7 @@ def nll_loss(
     _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return ops.nll_loss(input, target, weight, ignore_index, reduction)
+    return operators().nll_loss(input, target, weight, ignore_index, reduction)
 
 
 def cross_entropy(
@@ -238,7 +247,10 @@ def cross_entropy(
             label_smoothing=label_smoothing,
         )
     _check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
-    _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
+    if type(label_smoothing) is not float:
+        _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return ops.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    return operators().cross_entropy(
+        input, target, weight, ignore_index, reduction, label_smoothing
+    )

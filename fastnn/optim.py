@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _device_dtype_check_for_fused, _use_grad_for_differentiable
+from torch._C._autograd import _profiler_enabled
+from torch.compiler import is_compiling
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import (
+    Optimizer,
+    _device_dtype_check_for_fused,
+    _use_grad_for_differentiable,
+)
 from torch.optim.sgd import sgd as torch_sgd
 
 from fastnn._extension import extension
@@ -51,13 +58,47 @@ class SGD(torch.optim.SGD):
     tensor([0.9000, 0.9000])
     """
 
-    @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
         Args:
             closure: reevaluates the model and returns the loss, which is then returned.
         """
+        if self._is_observed():
+            return self._observed_step() if closure is None else self._observed_step(closure)
+        return self._step(closure)
+
+    # torch wraps every optimizer's step in a profiler range and its hooks, at a cost of a small
+    # model's whole step, unless this says that it is done; we go the same way only when needed.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        """Whether hooks are registered for the step, or a profiler is on."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or _profiler_enabled()
+        )
+
+    @Optimizer.profile_hook_step
+    def _observed_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return self._step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients of all parameters.
+
+        Args:
+            set_to_none: to None (default), or else to zero.
+        """
+        if extension is None or not set_to_none or is_compiling() or _profiler_enabled():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            extension.clear_gradients(group["params"])
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -100,6 +141,7 @@ class SGD(torch.optim.SGD):
             grad_scale=grad_scale,
         )
 
+    @_use_grad_for_differentiable
     def _step_as_torch(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
     ) -> None:

@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastnn
-from fastnn._extension import ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
@@ -1464,7 +1463,9 @@ def test_late_first_gradient_of_a_subclass_under_fused(late):
 # --- the operator itself, and its reference -------------------------------------------------------
 
 each_step = pytest.mark.parametrize(
-    "sgd_step_", [ops.sgd_step_, fastnn.reference.sgd_step_], ids=["operator", "reference"]
+    "sgd_step_",
+    [torch.ops.fastnn.sgd_step_, fastnn.reference.sgd_step_],
+    ids=["operator", "reference"],
 )
 
 

@@ -1,11 +1,11 @@
 #include "ops/cross_entropy.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/softmax.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/loss_options.h"
 #include "autograd/target_distribution.h"
 #include "autograd/transforms.h"
 #include "ops/checks.h"
@@ -36,13 +36,11 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const std::optional<at::Tensor>& weight, int64_t ignore_index,
                             std::string_view reduction, double label_smoothing) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    BelowAutograd below_autograd;
     auto [loss, lse, total_weight] =
         cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing);
     ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), lse, total_weight});
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
+    save_loss_options(ctx, {ignore_index, reduction, label_smoothing});
     return loss;
   }
 
@@ -50,18 +48,19 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &target = saved[1], &lse = saved[3], &total_weight = saved[4];
     const auto weight = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    const std::string_view reduction = ctx->saved_data["reduction"].toStringView();
-    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    const auto [ignore_index, reduction, label_smoothing] = saved_loss_options(ctx);
     const at::Tensor& grad = grad_outputs[0];
 
     variable_list grads(6);
     if (!grad.defined()) return grads;
-    grads[0] = backward_must_be_composite()
-                   ? composite_backward(grad, input, target, weight, total_weight, ignore_index,
-                                        reduction, label_smoothing)
-                   : cross_entropy_backward(grad, input, target, weight, lse, total_weight,
-                                            ignore_index, reduction, label_smoothing);
+    if (backward_must_be_composite(grad)) {
+      grads[0] = composite_backward(grad, input, target, weight, total_weight, ignore_index,
+                                    reduction, label_smoothing);
+      return grads;
+    }
+    BelowAutograd below_autograd;
+    grads[0] = cross_entropy_backward(grad, input, target, weight, lse, total_weight, ignore_index,
+                                      reduction, label_smoothing);
     return grads;
   }
 };
@@ -79,7 +78,7 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
   if (needs_grad(input)) {
     return CrossEntropy::apply(input, target, weight, ignore_index, reduction, label_smoothing);
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  BelowAutograd below_autograd;
   return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing);
 }
 

@@ -1,6 +1,5 @@
 #include "ops/linear_relu.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/threshold_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -36,7 +35,7 @@ variable_list composite_backward(const at::Tensor& grad_output, const at::Tensor
 struct LinearReLU : torch::autograd::Function<LinearReLU> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    BelowAutograd below_autograd;
     at::Tensor output = linear_relu(input, weight, bias);
     ctx->save_for_backward({input, weight, output});
     ctx->saved_data["has_bias"] = bias.has_value();
@@ -50,9 +49,10 @@ struct LinearReLU : torch::autograd::Function<LinearReLU> {
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       has_bias && ctx->needs_input_grad(2)};
     if (!grad_outputs[0].defined()) return variable_list(3);
-    if (backward_must_be_composite()) {
+    if (backward_must_be_composite(grad_outputs[0])) {
       return composite_backward(grad_outputs[0], input, weight, output, mask);
     }
+    BelowAutograd below_autograd;
     auto [grad_input, grad_weight, grad_bias] =
         linear_relu_backward(grad_outputs[0], input, weight, output, mask);
     return {grad_input, grad_weight, grad_bias};
@@ -68,7 +68,7 @@ at::Tensor linear_relu_autograd(const at::Tensor& input, const at::Tensor& weigh
   if (needs_grad(input) || needs_grad(weight) || needs_grad(bias)) {
     return LinearReLU::apply(input, weight, bias);
   }
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  BelowAutograd below_autograd;
   return linear_relu(input, weight, bias);
 }
 

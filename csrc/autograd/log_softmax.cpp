@@ -1,6 +1,5 @@
 #include "ops/log_softmax.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_log_softmax_backward_data.h>
 #include <ATen/ops/log_softmax.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -16,7 +15,7 @@ using torch::autograd::variable_list;
 
 struct LogSoftmax : torch::autograd::Function<LogSoftmax> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, int64_t dim) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    BelowAutograd below_autograd;
     at::Tensor output = fastnn::log_softmax(input, dim);
     ctx->save_for_backward({output});
     ctx->saved_data["dim"] = dim;
@@ -28,10 +27,12 @@ struct LogSoftmax : torch::autograd::Function<LogSoftmax> {
     const int64_t dim = ctx->saved_data["dim"].toInt();
     const at::Tensor& grad = grad_outputs[0];
     if (!grad.defined()) return variable_list(2);
-    return {backward_must_be_composite()
-                ? at::_log_softmax_backward_data(grad, output, dim, output.scalar_type())
-                : log_softmax_backward(grad, output, dim),
-            at::Tensor()};
+    if (backward_must_be_composite(grad)) {
+      return {at::_log_softmax_backward_data(grad, output, dim, output.scalar_type()),
+              at::Tensor()};
+    }
+    BelowAutograd below_autograd;
+    return {log_softmax_backward(grad, output, dim), at::Tensor()};
   }
 };
 
@@ -40,7 +41,7 @@ at::Tensor log_softmax_autograd(const at::Tensor& input, int64_t dim) {
     return at::log_softmax(input, dim);
   }
   if (needs_grad(input)) return LogSoftmax::apply(input, dim);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  BelowAutograd below_autograd;
   return fastnn::log_softmax(input, dim);
 }
 

@@ -14,8 +14,8 @@ bool has_tangent(const at::Tensor& tensor) {
   return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
 }
 
-bool backward_must_be_composite() {
-  return at::GradMode::is_enabled() || in_functorch();
+bool backward_must_be_composite(const at::Tensor& grad_output) {
+  return at::GradMode::is_enabled() || in_functorch() || has_tangent(grad_output);
 }
 
 bool needs_grad(const at::Tensor& tensor) {

@@ -1,6 +1,7 @@
 // When an operator's autograd kernel must step aside for its ATen composite.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 
 #include <initializer_list>
@@ -17,9 +18,13 @@ inline bool has_tangent(const std::optional<at::Tensor>& tensor) {
   return tensor && has_tangent(*tensor);
 }
 
-// Whether the backward of a fused operator must be differentiable itself (create_graph=True), or
-// is being transformed (is_grads_batched=True).
-bool backward_must_be_composite();
+// Whether the backward of a fused operator must be differentiable itself (create_graph=True, or a
+// gradient with a tangent), or is being transformed (is_grads_batched=True).
+bool backward_must_be_composite(const at::Tensor& grad_output);
+
+// A fused backward is called below autograd, which has no kernel for it: its fallback would box
+// every argument, at the cost of a small backward.
+using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
 
 // Whether autograd records anything for this tensor.
 bool needs_grad(const at::Tensor& tensor);

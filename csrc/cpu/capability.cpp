@@ -44,6 +44,14 @@ const char* capability() {
   return kNames[static_cast<int>(chosen())];
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 template <typename T>
 const simd::Kernels<T>& kernels() {
   switch (chosen()) {

@@ -9,6 +9,9 @@ namespace fastnn::cpu {
 // FASTNN_CPU_CAPABILITY=default|avx2|avx512 goes down from it. Read once.
 const char* capability();
 
+// Whether the processor has instructions for products of bfloat16.
+bool multiplies_bfloat16();
+
 // The kernels of that set. T: double, float, simd::bfloat16 or simd::float16.
 template <typename T>
 const simd::Kernels<T>& kernels();

@@ -2,9 +2,6 @@
 // maximum and its sum), one backward.
 #include "ops/cross_entropy.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include "cpu/loss.h"
@@ -84,20 +81,23 @@ struct Operands {
   }
 };
 
+// Two values per row.
+at::DimVector lse_sizes(const at::Tensor& input) {
+  at::DimVector sizes = per_row_sizes(input);
+  sizes.insert(sizes.begin(), 2);
+  return sizes;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
     const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
     int64_t ignore_index, std::string_view reduction_name, double label_smoothing) {
   check_arguments(input, target, weight, ignore_index, label_smoothing);
   const auto reduction = parse_reduction(reduction_name);
   const Operands operands(input, target, weight, ignore_index, label_smoothing);
-  const auto accumulate = input.options().dtype(accumulate_dtype(input));
-  const std::vector<int64_t> row_sizes = per_row_sizes(input);
-  std::vector<int64_t> lse_sizes = row_sizes;
-  lse_sizes.insert(lse_sizes.begin(), 2);
-
-  const at::Tensor lse = at::empty(lse_sizes, accumulate);
+  const at::Tensor lse = empty(lse_sizes(input), accumulate_dtype(input));
   const bool per_row = reduction == at::Reduction::None;
-  const at::Tensor losses = per_row ? at::empty(row_sizes, input.options()) : at::Tensor();
+  const at::Tensor losses =
+      per_row ? empty(per_row_sizes(input), input.scalar_type()) : at::Tensor();
   const int64_t rows = operands.layout.rows();
   simd::LossSums sums;
   FirstBadTarget bad;
@@ -117,7 +117,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
   // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
   if (input.numel() == 0) sums.weight = 0;
   return {per_row ? losses : reduced_loss(sums, reduction, input), lse,
-          scalar_tensor(sums.weight, accumulate)};
+          scalar_tensor(sums.weight, accumulate_dtype(input))};
 }
 
 at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
@@ -130,10 +130,8 @@ at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::T
   check_arguments(input, target, weight, ignore_index, label_smoothing);
   const auto reduction = parse_reduction(reduction_name);
   check_loss_backward(op, grad_output, input, total_weight, reduction);
-  std::vector<int64_t> lse_sizes = per_row_sizes(input);
-  lse_sizes.insert(lse_sizes.begin(), 2);
   check_same_device(op, input, "lse", lse);
-  check_sizes(op, "lse", lse, lse_sizes);
+  check_sizes(op, "lse", lse, lse_sizes(input));
   TORCH_CHECK(lse.scalar_type() == accumulate_dtype(input), op, ": expected lse to have dtype ",
               accumulate_dtype(input), ", but got ", lse.scalar_type());
 
@@ -142,7 +140,7 @@ at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::T
   const at::Tensor saved_lse = lse.contiguous();
   const bool per_row = reduction == at::Reduction::None;
   const double scale = grad_scale(total_weight, reduction);
-  const at::Tensor grad_logits = at::empty_like(operands.logits);
+  const at::Tensor grad_logits = empty(operands.logits.sizes(), input.scalar_type());
   const int64_t rows = operands.layout.rows();
   FirstBadTarget bad;
   dispatch(input.scalar_type(), op, [&]<typename T>() {

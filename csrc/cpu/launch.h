@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "cpu/capability.h"
+#include "cpu/memory.h"
 
 namespace fastnn::cpu {
 

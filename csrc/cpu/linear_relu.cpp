@@ -1,13 +1,10 @@
-// linear_relu on the CPU: the library's GEMM, with bias and ReLU in one pass over its output; the
-// backward makes mask and bias gradient in one pass, then the two GEMMs.
+// linear_relu on the CPU: a matrix product with bias and ReLU as its epilogue; the backward makes
+// mask and bias gradient in one pass, then the two products.
 #include "ops/linear_relu.h"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include "cpu/gemm.h"
 #include "cpu/launch.h"
 #include "ops/checks.h"
 
@@ -16,6 +13,7 @@ namespace {
 
 // Sizes are given, not inferred: reshape({-1, 0}) is ambiguous.
 at::Tensor as_rows(const at::Tensor& tensor, int64_t cols) {
+  if (tensor.dim() == 2) return tensor;
   const int64_t rows = tensor.sizes().slice(0, tensor.dim() - 1).empty()
                            ? 1
                            : c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
@@ -35,26 +33,11 @@ at::Tensor linear_relu_cpu(const at::Tensor& input, const at::Tensor& weight,
   }
   check_shapes(input, weight);
   const at::Tensor rows = as_rows(input, weight.size(1));
-  const int64_t cols = weight.size(0);
+  const at::Tensor output = matmul_bias_relu(rows, weight.t(), bias);
 
-  // Where the output is narrower than the sums, the GEMM adds the bias before it rounds.
-  const bool bias_in_gemm = bias && accumulate_dtype(input) != input.scalar_type();
-  const at::Tensor output =
-      bias_in_gemm ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
-  const auto epilogue_bias = bias_in_gemm ? std::nullopt : contiguous(bias);
-
-  dispatch(input.scalar_type(), "linear_relu", [&]<typename T>() {
-    const auto& kernel = kernels<T>();
-    T* out = data<T>(output);
-    const T* bias_data = const_data_or_null<T>(epilogue_bias);
-    at::parallel_for(0, rows.size(0), grain(cols), [&](int64_t begin, int64_t end) {
-      kernel.bias_relu(out, bias_data, cols, begin, end);
-    });
-  });
-
-  std::vector<int64_t> sizes = input.sizes().vec();
-  sizes.back() = cols;
-  return output.view(sizes);
+  at::DimVector sizes(input.sizes());
+  sizes.back() = weight.size(0);
+  return input.dim() == 2 ? output : output.view(sizes);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
@@ -65,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
               "weight of 2 dimensions, but got shapes ", input.sizes(), " and ", weight.sizes());
   check_same_dtype(op, input, "weight", weight);
   check_shapes(input, weight);
-  std::vector<int64_t> sizes = input.sizes().vec();
+  at::DimVector sizes(input.sizes());
   sizes.back() = weight.size(0);
   for (const auto& [name, tensor] : {std::pair("grad_output", grad_output), {"output", output}}) {
     check_same_device(op, input, name, tensor);
@@ -76,9 +59,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
   const int64_t cols = weight.size(0);
   const at::Tensor grad = as_rows(grad_output, cols).contiguous();
   const at::Tensor out = as_rows(output, cols).contiguous();
-  const at::Tensor grad_linear = at::empty_like(grad);
+  const at::Tensor grad_linear = empty(grad.sizes(), grad.scalar_type());
   at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[2]) grad_bias = at::empty({cols}, weight.options());
+  if (output_mask[2]) grad_bias = empty({cols}, weight.scalar_type());
 
   dispatch(input.scalar_type(), op, [&]<typename T>() {
     const auto& kernel = kernels<T>();
@@ -96,8 +79,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
     });
   });
 
-  if (output_mask[0]) grad_input = at::mm(grad_linear, weight).view(input.sizes());
-  if (output_mask[1]) grad_weight = at::mm(grad_linear.t(), as_rows(input, weight.size(1)));
+  if (output_mask[0]) grad_input = matmul(grad_linear, weight);
+  if (output_mask[1]) grad_weight = matmul(grad_linear.t(), as_rows(input, weight.size(1)));
+  if (output_mask[0] && input.dim() != 2) grad_input = grad_input.view(input.sizes());
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -2,7 +2,6 @@
 #include "ops/log_softmax.h"
 
 #include <ATen/WrapDimUtils.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/log_softmax.h>
 #include <torch/library.h>
 
@@ -22,7 +21,7 @@ at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
   if (!log_softmax_is_fusable(input)) return at::log_softmax(input, dim);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::Tensor x = input.contiguous();
-  const at::Tensor output = at::empty(input.sizes(), input.options());
+  const at::Tensor output = empty(input.sizes(), input.scalar_type());
   if (output.numel() == 0) return output;
 
   const simd::Layout layout = layout_of(x, dim);
@@ -48,7 +47,7 @@ at::Tensor log_softmax_backward_cpu(const at::Tensor& grad_output, const at::Ten
   dim = at::maybe_wrap_dim(dim, output.dim());
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor out = output.contiguous();
-  const at::Tensor grad_input = at::empty(output.sizes(), output.options());
+  const at::Tensor grad_input = empty(output.sizes(), output.scalar_type());
   if (grad_input.numel() == 0) return grad_input;
 
   const simd::Layout layout = layout_of(out, dim);

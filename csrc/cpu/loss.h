@@ -2,7 +2,7 @@
 // same on any number of threads.
 #pragma once
 
-#include <ATen/ops/empty.h>
+#include <ATen/Dispatch.h>
 
 #include <atomic>
 #include <limits>
@@ -14,7 +14,9 @@ namespace fastnn::cpu {
 
 // Class indices as the kernels take them, one for each row.
 inline at::Tensor contiguous_indices(const at::Tensor& target) {
-  return target.to(at::kLong).contiguous();
+  // Each call costs as much as a small loss, even where there is nothing to do.
+  const at::Tensor indices = target.scalar_type() == at::kLong ? target : target.to(at::kLong);
+  return indices.is_contiguous() ? indices : indices.contiguous();
 }
 
 // The lowest position of a target out of range, over all threads.
@@ -54,9 +56,11 @@ simd::LossSums sum_over_rows(int64_t rows, int64_t elements_per_row, F f) {
   return total;
 }
 
-inline at::Tensor scalar_tensor(double value, at::TensorOptions options) {
-  at::Tensor result = at::empty({}, options);
-  result.fill_(value);
+inline at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
+  const at::Tensor result = empty({}, dtype);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "scalar_tensor", [&] {
+    *result.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(value);
+  });
   return result;
 }
 
@@ -67,7 +71,7 @@ inline at::Tensor reduced_loss(const simd::LossSums& sums, at::Reduction::Reduct
     // NaN over nothing; smoothing's share of the loss does not vanish with the targets' weights.
     loss = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : loss / sums.weight;
   }
-  return scalar_tensor(loss, input.options());
+  return scalar_tensor(loss, input.scalar_type());
 }
 
 // The checks of a loss's backward that its forward has not made: it may be called on its own.
@@ -78,8 +82,7 @@ inline void check_loss_backward(std::string_view op, const at::Tensor& grad_outp
   check_same_dtype(op, input, "grad_output", grad_output);
   check_same_device(op, input, "total_weight", total_weight);
   const bool per_row = reduction == at::Reduction::None;
-  check_sizes(op, "grad_output", grad_output,
-              per_row ? per_row_sizes(input) : std::vector<int64_t>{});
+  check_sizes(op, "grad_output", grad_output, per_row ? per_row_sizes(input) : at::DimVector{});
   TORCH_CHECK(total_weight.dim() == 0 && total_weight.scalar_type() == accumulate_dtype(input), op,
               ": expected total_weight to be the 0-d ", accumulate_dtype(input),
               " tensor that the forward returned, but got ", total_weight.scalar_type(),
@@ -89,7 +92,9 @@ inline void check_loss_backward(std::string_view op, const at::Tensor& grad_outp
 // What multiplies each row's gradient: 'mean' has divided by the total weight, NaN where that is 0.
 inline double grad_scale(const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
   if (reduction != at::Reduction::Mean) return 1;
-  const double total = total_weight.item<double>();
+  const double total = total_weight.scalar_type() == at::kDouble
+                           ? *total_weight.const_data_ptr<double>()
+                           : *total_weight.const_data_ptr<float>();
   return total == 0 ? std::numeric_limits<double>::quiet_NaN() : 1 / total;
 }
 

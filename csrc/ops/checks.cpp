@@ -27,16 +27,25 @@ void check_sizes(std::string_view op, std::string_view name, const at::Tensor& t
               ", but got ", tensor.sizes());
 }
 
-at::Reduction::Reduction parse_reduction(std::string_view reduction) {
-  if (reduction == "mean") return at::Reduction::Mean;
-  if (reduction == "sum") return at::Reduction::Sum;
-  if (reduction == "none") return at::Reduction::None;
-  TORCH_CHECK_VALUE(false, reduction,
+namespace {
+constexpr std::string_view kReductions[] = {"none", "mean", "sum"};
+static_assert(at::Reduction::None == 0 && at::Reduction::Mean == 1 && at::Reduction::Sum == 2);
+}  // namespace
+
+at::Reduction::Reduction parse_reduction(std::string_view name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kReductions[i]) return static_cast<at::Reduction::Reduction>(i);
+  }
+  TORCH_CHECK_VALUE(false, name,
                     " is not a valid value for reduction: expected 'none', 'mean' or 'sum'");
 }
 
-std::vector<int64_t> per_row_sizes(const at::Tensor& input) {
-  std::vector<int64_t> sizes = input.sizes().vec();
+std::string_view reduction_name(at::Reduction::Reduction reduction) {
+  return kReductions[reduction];
+}
+
+at::DimVector per_row_sizes(const at::Tensor& input) {
+  at::DimVector sizes(input.sizes());
   sizes.erase(sizes.begin() + class_dim(input));
   return sizes;
 }
@@ -57,7 +66,7 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
   check_same_device(op, input, "target", target);
   TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, op,
               ": expected target dtype to be Long or Byte, but got ", target.scalar_type());
-  const std::vector<int64_t> expected = per_row_sizes(input);
+  const at::DimVector expected = per_row_sizes(input);
   if (input.dim() == 1) {
     TORCH_CHECK_VALUE(target.dim() == 0 || (target.dim() == 1 && target.size(0) == 1), op,
                       ": Expected target size [], got ", target.sizes());

@@ -2,6 +2,7 @@
 // what it got and what is allowed.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
 
@@ -23,7 +24,8 @@ void check_same_device(std::string_view op, const at::Tensor& input, std::string
 void check_sizes(std::string_view op, std::string_view name, const at::Tensor& tensor,
                  at::IntArrayRef expected);
 
-at::Reduction::Reduction parse_reduction(std::string_view reduction);
+at::Reduction::Reduction parse_reduction(std::string_view name);
+std::string_view reduction_name(at::Reduction::Reduction reduction);
 
 // The dimension that holds the classes of a loss's input: 0 for (C), else 1.
 inline int64_t class_dim(const at::Tensor& input) {
@@ -31,7 +33,7 @@ inline int64_t class_dim(const at::Tensor& input) {
 }
 
 // The shape of one value per row of a loss's input: its own without the class dimension.
-std::vector<int64_t> per_row_sizes(const at::Tensor& input);
+at::DimVector per_row_sizes(const at::Tensor& input);
 
 // The shape and dtype of the arguments of a loss over class indices.
 void check_class_indices(std::string_view op, const at::Tensor& input, const at::Tensor& target,

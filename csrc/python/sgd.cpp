@@ -1,5 +1,6 @@
 #include "python/sgd.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -80,6 +81,8 @@ py::list sgd_step_group(const py::list& params, const py::dict& state, double lr
   const auto step = [&](const Batch& batch, bool is_first_step) {
     if (batch.params.empty()) return;
     py::gil_scoped_release no_gil;
+    // Autograd has no kernel for it, and its fallback would box every tensor.
+    at::AutoDispatchBelowAutograd below_autograd;
     sgd_step_(batch.params, batch.grads, batch.buffers, lr, momentum, dampening, weight_decay,
               nesterov, maximize, is_first_step, grad_scale, /*found_inf=*/std::nullopt);
   };
@@ -89,6 +92,16 @@ py::list sgd_step_group(const py::list& params, const py::dict& state, double lr
   }
   step(later, /*is_first_step=*/false);
   return rest;
+}
+
+void clear_gradients(const py::list& params) {
+  for (const py::handle param : params) {
+    if (THPVariable_CheckExact(param.ptr())) {
+      THPVariable_Unpack(param.ptr()).mutable_grad().reset();
+    } else {
+      py::setattr(param, "grad", py::none());
+    }
+  }
 }
 
 }  // namespace fastnn::python

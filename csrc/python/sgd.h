@@ -14,4 +14,7 @@ pybind11::list sgd_step_group(const pybind11::list& params, const pybind11::dict
                               bool maximize, bool all_or_nothing,
                               const std::optional<at::Tensor>& grad_scale);
 
+// Sets the parameters' gradients to None.
+void clear_gradients(const pybind11::list& params);
+
 }  // namespace fastnn::python

@@ -10,29 +10,37 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-template <typename T>
+enum class TargetKind { Index, SmoothedIndex, Probabilities };
+
+template <typename T, TargetKind Kind>
 class TargetDistribution {
  public:
   using A = accum<T>;
+  // Whether every class has a share, not the target alone.
+  static constexpr bool kHasSpread = Kind != TargetKind::Index;
 
   explicit TargetDistribution(const CrossEntropy<T>& args)
       : args_(args),
         keep_(A(1 - args.label_smoothing)),
         uniform_(A(args.label_smoothing / args.layout.classes)) {
-    if (args.label_smoothing == 0 || args.target == nullptr) return;
-    for (int64_t c = 0; c < args.layout.classes; ++c) uniform_sum_ += uniform_ * class_weight(c);
+    if (Kind != TargetKind::SmoothedIndex) return;
+    for (int64_t c = 0; c < args.layout.classes; ++c) uniform_sum_ += uniform(c);
   }
 
-  // Whether every class has a share, not the target alone.
-  bool has_spread() const {
-    return args_.target == nullptr || args_.label_smoothing != 0;
+  // What spread() takes for the row(s) at `offset`.
+  template <typename RowsT>
+  auto reader(const RowsT& rows, int64_t offset) const {
+    if constexpr (Kind == TargetKind::Probabilities) {
+      return rows.reader(args_.target_probs + offset);
+    } else {
+      return nullptr;
+    }
   }
-
-  // The spread part of q at a step over the classes of the row(s) at `offset`.
-  template <typename RowsT, typename Step>
-  vec<A> spread(const RowsT& rows, int64_t offset, Step step) const {
+  // The spread part of q at a step over the classes.
+  template <typename RowsT, typename Reader, typename Step>
+  vec<A> spread(const RowsT& rows, Reader& probabilities, Step step) const {
     vec<A> q = broadcast(uniform_);
-    if (args_.target_probs) q += keep_ * rows.load(args_.target_probs + offset, step, 0);
+    if constexpr (Kind == TargetKind::Probabilities) q += keep_ * probabilities(step, 0);
     if (args_.weight) q *= rows.per_class(args_.weight, step);
     return rows.valid(step, q);
   }
@@ -40,6 +48,17 @@ class TargetDistribution {
   // The part of q that stands at the target alone.
   A at_target(int64_t t) const {
     return keep_ * class_weight(t);
+  }
+  // Likewise for the class of each lane; anything where that is negative.
+  vec<A> at_targets(ints<A> t) const {
+    if (args_.weight == nullptr) return broadcast(keep_);
+    vec<A> q;
+    for (int64_t lane = 0; lane < kLanes<A>; ++lane) q[lane] = t[lane] < 0 ? 0 : at_target(t[lane]);
+    return q;
+  }
+  // The spread part at a class, of class indices.
+  A uniform(int64_t c) const {
+    return uniform_ * class_weight(c);
   }
   A class_weight(int64_t c) const {
     return args_.weight ? load_scalar(args_.weight + c) : A(1);
@@ -82,35 +101,36 @@ class Targets {
   int64_t first_bad_ = kNoBadTarget;
 };
 
-template <typename T>
-FASTNN_KERNEL int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                                    accum<T>* max, accum<T>* log_sum, T* losses, LossSums& sums) {
+template <typename T, TargetKind Kind>
+int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end, accum<T>* max,
+                         accum<T>* log_sum, T* losses, LossSums& sums) {
   using A = accum<T>;
-  const TargetDistribution<T> q(args);
+  using Distribution = TargetDistribution<T, Kind>;
+  const Distribution q(args);
   Targets<T> targets(args);
   for_each_row<A>(args.layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
-    const T* x = args.logits + offset;
-    const LogSumExp<A> lse = log_sum_exp(rows, x);
+    auto x = rows.reader(args.logits + offset);
+    const LogSumExp<A> lse = log_sum_exp<A>(rows, x);
+    rows.store_per_row(max + position, lse.max);
+    rows.store_per_row(log_sum + position, lse.log_sum);
     vec<A> spread_loss = {};
-    if (q.has_spread()) {
-      rows.for_each_step([&](auto step) {
-        const vec<A> log_p = lse.log_softmax(rows.load(x, step, 0));
-        spread_loss -= rows.valid(step, q.spread(rows, offset, step) * log_p);
+    if constexpr (Distribution::kHasSpread) {
+      auto probabilities = q.reader(rows, offset);
+      spread_loss = -rows.sum([&](auto step) {
+        const vec<A> log_p = lse.log_softmax(x(step, 0));
+        return rows.valid(step, q.spread(rows, probabilities, step) * log_p);
       });
-      spread_loss = rows.reduce_sum(spread_loss);
     }
     for (int64_t lane = 0; lane < rows.count; ++lane) {
       const int64_t row = position + lane;
-      max[row] = lse.max[lane];
-      log_sum[row] = lse.log_sum[lane];
       A loss = spread_loss[lane];
       A weight = 1;
-      if (args.target) {
+      if constexpr (Kind != TargetKind::Probabilities) {
         if (targets.counts(row)) {
           const int64_t t = targets[row];
           weight = q.class_weight(t);
-          const A x_t = load_scalar(x + rows.element(t, lane));
-          loss -= q.at_target(t) * ((x_t - max[row]) - log_sum[row]);
+          const A x_t = load_scalar(args.logits + offset + rows.element(t, lane));
+          loss -= q.at_target(t) * ((x_t - lse.max[lane]) - lse.log_sum[lane]);
         } else {
           loss = weight = 0;
         }
@@ -123,55 +143,93 @@ FASTNN_KERNEL int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, 
   return targets.first_bad();
 }
 
+template <typename T, TargetKind Kind>
+int64_t cross_entropy_backward_of(const CrossEntropy<T>& args, int64_t begin, int64_t end,
+                                  const accum<T>* max, const accum<T>* log_sum,
+                                  const T* grad_output, bool grad_per_row, double scale,
+                                  T* grad_input) {
+  using A = accum<T>;
+  constexpr bool kIndices = Kind != TargetKind::Probabilities;
+  using Distribution = TargetDistribution<T, Kind>;
+  const Distribution q(args);
+  Targets<T> targets(args);
+  const vec<A> one_grad = broadcast(begin < end ? load_scalar(grad_output) : A(0));
+  for_each_row<A>(
+      args.layout, begin, end,
+      [&]<typename Rows>(const Rows& rows, int64_t offset, int64_t position) {
+        auto x = rows.reader(args.logits + offset);
+        auto probabilities = q.reader(rows, offset);
+        auto grad_x = rows.writer(grad_input + offset);
+        const LogSumExp<A> lse{rows.per_row(max + position), rows.per_row(log_sum + position)};
+        const vec<A> g =
+            (grad_per_row ? rows.per_row(grad_output + position) : one_grad) * A(scale);
+
+        // Per lane: the row's class, or -1 where it doesn't count; what q has there; sum(q).
+        ints<A> target = {};
+        vec<A> at_target = {};
+        vec<A> total = {};
+        if constexpr (kIndices) {
+          target = ints_of<A>([&](int64_t lane) -> lane_int<A> {
+            const int64_t row = position + (lane < rows.count ? lane : 0);
+            return targets.counts(row) ? targets[row] : -1;
+          });
+          at_target = q.at_targets(target);
+          total = at_target + q.uniform_sum();
+        } else {
+          total = rows.sum([&](auto step) { return q.spread(rows, probabilities, step); });
+        }
+
+        const auto gradient = [&](vec<A> x_step, vec<A> q_step) {
+          const vec<A> softmax = exp_nonpositive<A>(lse.log_softmax(x_step));
+          return target >= 0 ? g * (softmax * total - q_step) : vec<A>{};
+        };
+        rows.for_each_step([&](auto step) {
+          vec<A> q_step = {};
+          if constexpr (Distribution::kHasSpread) q_step = q.spread(rows, probabilities, step);
+          if constexpr (kIndices && Rows::kLanesAreRows) {
+            q_step += target == static_cast<lane_int<A>>(step.c) ? at_target : vec<A>{};
+          }
+          grad_x(step, gradient(x(step, 0), q_step));
+        });
+        if constexpr (kIndices && !Rows::kLanesAreRows) {
+          // The target is one of a long row's many classes: written again, not looked for at each
+          // step.
+          if (target[0] < 0) return;
+          const int64_t t = offset + target[0];
+          const vec<A> q_target = at_target + q.uniform(target[0]);
+          store_scalar(grad_input + t,
+                       gradient(broadcast(load_scalar(args.logits + t)), q_target)[0]);
+        }
+      });
+  return targets.first_bad();
+}
+
+// Calls f.template operator()<Kind>() with the kind of the operands' targets.
+template <typename T, typename F>
+int64_t dispatch_target_kind(const CrossEntropy<T>& args, F f) {
+  // Not by target_probs, which is null over no classes.
+  if (args.target == nullptr) return f.template operator()<TargetKind::Probabilities>();
+  if (args.label_smoothing != 0) return f.template operator()<TargetKind::SmoothedIndex>();
+  return f.template operator()<TargetKind::Index>();
+}
+
+template <typename T>
+FASTNN_KERNEL int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end,
+                                    accum<T>* max, accum<T>* log_sum, T* losses, LossSums& sums) {
+  return dispatch_target_kind(args, [&]<TargetKind Kind>() {
+    return cross_entropy_of<T, Kind>(args, begin, end, max, log_sum, losses, sums);
+  });
+}
+
 template <typename T>
 FASTNN_KERNEL int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_t begin,
                                              int64_t end, const accum<T>* max,
                                              const accum<T>* log_sum, const T* grad_output,
                                              bool grad_per_row, double scale, T* grad_input) {
-  using A = accum<T>;
-  const TargetDistribution<T> q(args);
-  Targets<T> targets(args);
-  for_each_row<A>(args.layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
-    const T* x = args.logits + offset;
-    T* grad_x = grad_input + offset;
-
-    // Per lane: the row's gradient, whether it counts, its class, q there, and sum(q).
-    A grad[kLanes<A>] = {};
-    A counts[kLanes<A>] = {};
-    A row_max[kLanes<A>] = {};
-    A row_log_sum[kLanes<A>] = {};
-    lane_int<A> target[kLanes<A>] = {};
-    A q_target[kLanes<A>] = {};
-    A q_sum[kLanes<A>] = {};
-    for (int64_t lane = 0; lane < rows.count; ++lane) {
-      const int64_t row = position + lane;
-      grad[lane] = load_scalar(grad_output + (grad_per_row ? row : 0)) * A(scale);
-      row_max[lane] = max[row];
-      row_log_sum[lane] = log_sum[row];
-      counts[lane] = !args.target || targets.counts(row);
-      if (args.target && counts[lane]) {
-        target[lane] = static_cast<lane_int<A>>(targets[row]);
-        q_target[lane] = q.at_target(targets[row]);
-        q_sum[lane] = q_target[lane] + q.uniform_sum();
-      }
-    }
-    const LogSumExp<A> lse{rows.per_row(row_max), rows.per_row(row_log_sum)};
-    const vec<A> g = rows.per_row(grad);
-    const auto row_counts = rows.per_row(counts) != 0;
-    vec<A> total = rows.per_row(q_sum);
-    if (!args.target) {
-      rows.for_each_step([&](auto step) { total += q.spread(rows, offset, step); });
-      total = rows.reduce_sum(total);
-    }
-
-    rows.for_each_step([&](auto step) {
-      const vec<A> softmax = exp<A>(lse.log_softmax(rows.load(x, step, 0)));
-      vec<A> q_step = rows.at_target(step, target, q_target);
-      if (q.has_spread()) q_step += q.spread(rows, offset, step);
-      rows.store(grad_x, step, row_counts ? g * (softmax * total - q_step) : vec<A>{});
-    });
+  return dispatch_target_kind(args, [&]<TargetKind Kind>() {
+    return cross_entropy_backward_of<T, Kind>(args, begin, end, max, log_sum, grad_output,
+                                              grad_per_row, scale, grad_input);
   });
-  return targets.first_bad();
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET

@@ -2,6 +2,7 @@
 #include "cpu/simd/kernels.h"
 
 #include "cpu/simd/cross_entropy.h"
+#include "cpu/simd/gemm.h"
 #include "cpu/simd/linear_relu.h"
 #include "cpu/simd/log_softmax.h"
 #include "cpu/simd/sgd.h"
@@ -13,6 +14,8 @@ const Kernels<T>& kernels() {
   static constexpr Kernels<T> table = {
       .bias_relu = bias_relu<T>,
       .relu_backward = relu_backward<T>,
+      .gemm = gemm<T>,
+      .gemm_scratch = kGemmScratchBytes<T>,
       .log_softmax = log_softmax<T>,
       .log_softmax_backward = log_softmax_backward<T>,
       .cross_entropy = cross_entropy<T>,

@@ -35,6 +35,43 @@ struct SGD {
   bool is_first_step;
 };
 
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// A matrix whose element (i, j) is data[i * stride + j], or data[j * stride + i] if transposed.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t stride;
+  bool transposed;
+};
+
+// out = a @ b (+ bias) (then ReLU), with a of (rows, depth) and b of (depth, cols). out is
+// contiguous; bias, one value for each column, may be null.
+template <typename T>
+struct Gemm {
+  int64_t rows;
+  int64_t cols;
+  int64_t depth;
+  Matrix<T> a;
+  Matrix<T> b;
+  const T* bias;
+  bool relu;
+  T* out;
+};
+
+// The part of the output that one call computes, of at most kGemmRows x kGemmCols: its share of the
+// left operand stays in the second-level cache, and packing the right one is a small part of the
+// work.
+struct GemmBlock {
+  Range rows;
+  Range cols;
+};
+constexpr int64_t kGemmRows = 256;
+constexpr int64_t kGemmCols = 256;
+
 constexpr int64_t kNoBadTarget = INT64_MAX;
 
 template <typename T>
@@ -46,6 +83,10 @@ struct Kernels {
   // columns [begin, end).
   void (*relu_backward)(T* grad_linear, T* grad_bias, const T* grad, const T* output, int64_t rows,
                         int64_t cols, int64_t begin, int64_t end);
+
+  // `scratch` is of gemm_scratch bytes, aligned to a cache line, and no other call's meanwhile.
+  void (*gemm)(const Gemm<T>& args, const GemmBlock& block, void* scratch);
+  int64_t gemm_scratch;
 
   // For the rows at positions [begin, end).
   void (*log_softmax)(T* output, const T* input, Layout layout, int64_t begin, int64_t end);

@@ -21,16 +21,6 @@ inline void for_each_vector(int64_t begin, int64_t end, F f) {
 }
 
 template <typename T>
-inline vec<accum<T>> load_up_to(const T* from, int64_t n) {
-  return n == kLanes<accum<T>> ? load(from) : load_first<T>(from, n, 0);
-}
-
-template <typename T>
-inline void store_up_to(T* to, int64_t n, vec<accum<T>> value) {
-  n == kLanes<accum<T>> ? store(to, value) : store_first(to, n, value);
-}
-
-template <typename T>
 FASTNN_KERNEL void bias_relu(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end) {
   using A = accum<T>;
   for (int64_t r = begin; r < end; ++r) {

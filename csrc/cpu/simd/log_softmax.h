@@ -11,11 +11,10 @@ FASTNN_KERNEL void log_softmax(T* output, const T* input, Layout layout, int64_t
                                int64_t end) {
   using A = accum<T>;
   for_each_row<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t) {
-    const T* x = input + offset;
-    const LogSumExp<A> lse = log_sum_exp(rows, x);
-    rows.for_each_step([&](auto step) {
-      rows.store(output + offset, step, lse.log_softmax(rows.load(x, step, 0)));
-    });
+    auto x = rows.reader(input + offset);
+    auto out = rows.writer(output + offset);
+    const LogSumExp<A> lse = log_sum_exp<A>(rows, x);
+    rows.for_each_step([&](auto step) { out(step, lse.log_softmax(x(step, 0))); });
   });
 }
 
@@ -24,12 +23,13 @@ FASTNN_KERNEL void log_softmax_backward(T* grad_input, const T* grad, const T* o
                                         Layout layout, int64_t begin, int64_t end) {
   using A = accum<T>;
   for_each_row<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t) {
-    vec<A> sum = {};
-    rows.for_each_step([&](auto step) { sum += rows.load(grad + offset, step, 0); });
-    sum = rows.reduce_sum(sum);
+    auto g = rows.reader(grad + offset);
+    auto log_p = rows.reader(output + offset);
+    auto grad_x = rows.writer(grad_input + offset);
+    const vec<A> sum = rows.sum([&](auto step) { return g(step, 0); });
     rows.for_each_step([&](auto step) {
-      const vec<A> softmax = exp<A>(rows.load(output + offset, step, 0));
-      rows.store(grad_input + offset, step, rows.load(grad + offset, step, 0) - softmax * sum);
+      const vec<A> softmax = exp<A>(log_p(step, 0));
+      grad_x(step, g(step, 0) - softmax * sum);
     });
   });
 }

@@ -22,6 +22,7 @@ struct Part {
 template <typename A>
 struct AlongClasses {
   int64_t classes;
+  static constexpr bool kLanesAreRows = false;
   static constexpr int64_t count = 1;  // rows walked at once
 
   template <typename F>
@@ -30,26 +31,20 @@ struct AlongClasses {
     for (; c + kLanes<A> <= classes; c += kLanes<A>) f(Whole{c});
     if (c < classes) f(Part{c, classes - c});
   }
+  // The rows' elements, at each step.
+  template <typename T>
+  auto reader(const T* row) const {
+    return [row](auto step, A fill) { return load(row, step, fill); };
+  }
+  template <typename T>
+  auto writer(T* row) const {
+    return [row](auto step, vec<A> value) { store(row, step, value); };
+  }
   // Where a class of the row in this lane lies, from the first row's first element.
   int64_t element(int64_t c, int64_t /*lane*/) const {
     return c;
   }
-  template <typename T>
-  vec<A> load(const T* row, Whole step, A /*fill*/) const {
-    return simd::FASTNN_SIMD_TARGET::load(row + step.c);
-  }
-  template <typename T>
-  vec<A> load(const T* row, Part step, A fill) const {
-    return load_first(row + step.c, step.n, fill);
-  }
-  template <typename T>
-  void store(T* row, Whole step, vec<A> value) const {
-    simd::FASTNN_SIMD_TARGET::store(row + step.c, value);
-  }
-  template <typename T>
-  void store(T* row, Part step, vec<A> value) const {
-    store_first(row + step.c, step.n, value);
-  }
+
   // The value with zeros in the lanes that no class stands behind: what a sum over classes takes.
   vec<A> valid(Whole, vec<A> value) const {
     return value;
@@ -63,59 +58,69 @@ struct AlongClasses {
     return load(values, step, 0);
   }
   // A row's own value, in the lanes of that row.
-  vec<A> per_row(const A* values) const {
-    return broadcast(values[0]);
+  template <typename T>
+  vec<A> per_row(const T* values) const {
+    return broadcast(load_scalar(values));
   }
-  // A row's own value where the step's class is the row's target, elsewhere zero.
-  template <typename Step>
-  vec<A> at_target(Step step, const lane_int<A>* target, const A* values) const {
-    vec<A> result = {};
-    const int64_t lane = target[0] - step.c;
-    if (lane >= 0 && lane < kLanes<A>) result[lane] = values[0];
-    return result;
+  void store_per_row(A* values, vec<A> value) const {
+    *values = value[0];
   }
-  // The maximum and the sum over a row's classes, in the lanes of that row.
-  vec<A> reduce_max(vec<A> value) const {
-    return broadcast(simd::FASTNN_SIMD_TARGET::reduce_max<A>(value));
+  // The maximum and the sum of f(step) over a row's classes, in the lanes of that row.
+  template <typename F>
+  vec<A> max(F f) const {
+    return reduce_max<A>(fold(broadcast(-std::numeric_limits<A>::infinity()), vec_max<A>, f));
   }
-  vec<A> reduce_sum(vec<A> value) const {
-    return broadcast(simd::FASTNN_SIMD_TARGET::reduce_sum<A>(value));
+  template <typename F>
+  vec<A> sum(F f) const {
+    return reduce_sum<A>(fold(vec<A>{}, vec_add<A>, f));
+  }
+
+ private:
+  // Combines f(step) of all steps. In four chains: in one, each step would wait for the last.
+  template <typename Combine, typename F>
+  vec<A> fold(vec<A> init, Combine combine, F f) const {
+    constexpr int64_t kChains = 4;
+    vec<A> chain[kChains] = {init, init, init, init};
+    int64_t c = 0;
+    for (; c + kChains * kLanes<A> <= classes; c += kChains * kLanes<A>) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kChains; ++k) {
+        chain[k] = combine(chain[k], f(Whole{c + k * kLanes<A>}));
+      }
+    }
+    for (; c + kLanes<A> <= classes; c += kLanes<A>) chain[0] = combine(chain[0], f(Whole{c}));
+    if (c < classes) chain[1] = combine(chain[1], f(Part{c, classes - c}));
+    return combine(combine(chain[0], chain[1]), combine(chain[2], chain[3]));
+  }
+
+  template <typename T>
+  static vec<A> load(const T* row, Whole step, A /*fill*/) {
+    return simd::FASTNN_SIMD_TARGET::load(row + step.c);
+  }
+  template <typename T>
+  static vec<A> load(const T* row, Part step, A fill) {
+    return load_first(row + step.c, step.n, fill);
+  }
+  template <typename T>
+  static void store(T* row, Whole step, vec<A> value) {
+    simd::FASTNN_SIMD_TARGET::store(row + step.c, value);
+  }
+  template <typename T>
+  static void store(T* row, Part step, vec<A> value) {
+    store_first(row + step.c, step.n, value);
   }
 };
 
-// Lanes are the rows (the first `count`), all at one class. A row's classes are `class_stride`
-// elements apart, the rows `row_stride`.
+// Lanes are the rows (the first `count`), all at one class.
 template <typename A>
-struct AcrossRows {
+struct LanesAreRows {
+  static constexpr bool kLanesAreRows = true;
   int64_t classes;
   int64_t count;
-  int64_t class_stride;
-  int64_t row_stride;
 
   template <typename F>
   void for_each_step(F f) const {
     for (int64_t c = 0; c < classes; ++c) f(Whole{c});
-  }
-  int64_t element(int64_t c, int64_t lane) const {
-    return c * class_stride + lane * row_stride;
-  }
-  template <typename T>
-  vec<A> load(const T* rows, Whole step, A fill) const {
-    const T* from = rows + step.c * class_stride;
-    if (row_stride != 1) return gather(from, row_stride, count);
-    return count == kLanes<A> ? simd::FASTNN_SIMD_TARGET::load(from)
-                              : load_first(from, count, fill);
-  }
-  template <typename T>
-  void store(T* rows, Whole step, vec<A> value) const {
-    T* to = rows + step.c * class_stride;
-    if (row_stride != 1) {
-      scatter(to, row_stride, count, value);
-    } else if (count == kLanes<A>) {
-      simd::FASTNN_SIMD_TARGET::store(to, value);
-    } else {
-      store_first(to, count, value);
-    }
   }
   vec<A> valid(Whole, vec<A> value) const {
     return value;
@@ -124,20 +129,46 @@ struct AcrossRows {
   vec<A> per_class(const T* values, Whole step) const {
     return broadcast(load_scalar(values + step.c));
   }
-  vec<A> per_row(const A* values) const {
-    return simd::FASTNN_SIMD_TARGET::load(values);
+  template <typename T>
+  vec<A> per_row(const T* values) const {
+    return load_up_to(values, count);
   }
-  vec<A> at_target(Whole step, const lane_int<A>* target, const A* values) const {
-    ints<A> classes_of_lanes;
-    std::memcpy(&classes_of_lanes, target, sizeof(classes_of_lanes));
-    const ints<A> here = classes_of_lanes == static_cast<lane_int<A>>(step.c);
-    return here ? per_row(values) : vec<A>{};
+  void store_per_row(A* values, vec<A> value) const {
+    store_up_to(values, count, value);
   }
-  vec<A> reduce_max(vec<A> value) const {
-    return value;
+  template <typename F>
+  vec<A> max(F f) const {
+    vec<A> result = broadcast(-std::numeric_limits<A>::infinity());
+    for_each_step([&](Whole step) { result = vec_max<A>(result, f(step)); });
+    return result;
   }
-  vec<A> reduce_sum(vec<A> value) const {
-    return value;
+  template <typename F>
+  vec<A> sum(F f) const {
+    vec<A> result = {};
+    for_each_step([&](Whole step) { result += f(step); });
+    return result;
+  }
+};
+
+// Rows whose elements of one class are neighbours; their classes are `class_stride` apart.
+template <typename A>
+struct NeighbouringRows : LanesAreRows<A> {
+  int64_t class_stride;
+
+  template <typename T>
+  auto reader(const T* rows) const {
+    return [this, rows](Whole step, A /*fill*/) {
+      return load_up_to(rows + step.c * class_stride, this->count);
+    };
+  }
+  template <typename T>
+  auto writer(T* rows) const {
+    return [this, rows](Whole step, vec<A> value) {
+      store_up_to(rows + step.c * class_stride, this->count, value);
+    };
+  }
+  int64_t element(int64_t c, int64_t lane) const {
+    return c * class_stride + lane;
   }
 };
 
@@ -145,6 +176,98 @@ struct AcrossRows {
 // of their last vector, if not of their only one, empty.
 template <typename A>
 constexpr int64_t kShortRow = 4 * kLanes<A>;
+
+// Calls f(first, n) for blocks of n classes that cover them all: kLanes of them, or all where there
+// are fewer. The last block starts early rather than end past the row.
+template <typename A, typename F>
+inline void for_each_block(int64_t classes, F f) {
+  const int64_t n = std::min(kLanes<A>, classes);
+  for (int64_t c = 0; c < classes; c += n) f(std::min(c, classes - n), n);
+}
+
+// Short rows, transposed: [class][row], in the type of the sums.
+template <typename A>
+struct Tile {
+  A values[kShortRow<A> * kLanes<A>];
+
+  A* at(int64_t c) {
+    return values + c * kLanes<A>;
+  }
+
+  // Lanes past `count` repeat the first row: memory that may be read.
+  template <typename T>
+  void load_rows(const T* rows, int64_t classes, int64_t count) {
+    for_each_block<A>(classes, [&](int64_t first, int64_t n) {
+      vec<A> block[kLanes<A>];
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
+        block[lane] = load_up_to(rows + (lane < count ? lane : 0) * classes + first, n);
+      }
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes<A>; ++i) store(at(first + i), block[i]);
+    });
+  }
+  template <typename T>
+  void store_rows(T* rows, int64_t classes, int64_t count) {
+    for_each_block<A>(classes, [&](int64_t first, int64_t n) {
+      vec<A> block[kLanes<A>];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes<A>; ++i) {
+        block[i] = i < n ? load(at(first + i)) : vec<A>{};
+      }
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
+        if (lane < count) store_up_to(rows + lane * classes + first, n, block[lane]);
+      }
+    });
+  }
+};
+
+// Short rows, one after the other in memory: read and written through a tile.
+template <typename A>
+struct ShortRows : LanesAreRows<A> {
+  template <typename T>
+  struct Reader {
+    Tile<A> tile;
+
+    Reader(const T* rows, int64_t classes, int64_t count) {
+      tile.load_rows(rows, classes, count);
+    }
+    vec<A> operator()(Whole step, A /*fill*/) {
+      return load(tile.at(step.c));
+    }
+  };
+  template <typename T>
+  struct Writer {
+    Tile<A> tile;
+    T* rows;
+    int64_t classes;
+    int64_t count;
+
+    Writer(T* rows, int64_t classes, int64_t count) : rows(rows), classes(classes), count(count) {
+    }
+    ~Writer() {
+      tile.store_rows(rows, classes, count);
+    }
+    void operator()(Whole step, vec<A> value) {
+      store(tile.at(step.c), value);
+    }
+  };
+
+  template <typename T>
+  Reader<T> reader(const T* rows) const {
+    return Reader<T>(rows, this->classes, this->count);
+  }
+  template <typename T>
+  Writer<T> writer(T* rows) const {
+    return Writer<T>(rows, this->classes, this->count);
+  }
+  int64_t element(int64_t c, int64_t lane) const {
+    return lane * this->classes + c;
+  }
+};
 
 // Calls f(rows, offset, position) for the rows at positions [begin, end): `offset` is the first
 // element of the row at `position`, of which `rows.count` are walked at once.
@@ -155,16 +278,19 @@ void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f) {
     for (int64_t position = begin; position < end; ++position) {
       f(AlongClasses<A>{classes}, position * classes, position);
     }
-    return;
-  }
-  for (int64_t position = begin; position < end;) {
-    const int64_t o = position / inner;
-    const int64_t i = position % inner;
-    const int64_t in_one_stride = inner == 1 ? end - position : inner - i;
-    const int64_t count = std::min({kLanes<A>, in_one_stride, end - position});
-    const int64_t row_stride = inner == 1 ? classes : 1;
-    f(AcrossRows<A>{classes, count, inner, row_stride}, o * classes * inner + i, position);
-    position += count;
+  } else if (inner == 1) {
+    for (int64_t position = begin; position < end; position += kLanes<A>) {
+      const int64_t count = std::min(kLanes<A>, end - position);
+      f(ShortRows<A>{{classes, count}}, position * classes, position);
+    }
+  } else {
+    for (int64_t position = begin; position < end;) {
+      const int64_t o = position / inner;
+      const int64_t i = position % inner;
+      const int64_t count = std::min({kLanes<A>, inner - i, end - position});
+      f(NeighbouringRows<A>{{classes, count}, inner}, o * classes * inner + i, position);
+      position += count;
+    }
   }
 }
 
@@ -181,17 +307,13 @@ struct LogSumExp {
   }
 };
 
-template <typename T, typename RowsT, typename A = accum<T>>
-LogSumExp<A> log_sum_exp(const RowsT& rows, const T* x) {
+template <typename A, typename RowsT, typename Reader>
+LogSumExp<A> log_sum_exp(const RowsT& rows, Reader& x) {
   constexpr A lowest = -std::numeric_limits<A>::infinity();
-  vec<A> max = broadcast(lowest);
-  rows.for_each_step(
-      [&](auto step) { max = simd::FASTNN_SIMD_TARGET::max<A>(max, rows.load(x, step, lowest)); });
-  max = rows.reduce_max(max);
-  vec<A> sum = {};
-  rows.for_each_step(
-      [&](auto step) { sum += rows.valid(step, exp<A>(rows.load(x, step, lowest) - max)); });
-  return {max, log<A>(rows.reduce_sum(sum))};
+  const vec<A> max = rows.max([&](auto step) { return x(step, lowest); });
+  const vec<A> sum = rows.sum(
+      [&](auto step) { return rows.valid(step, exp_nonpositive<A>(x(step, lowest) - max)); });
+  return {max, log<A>(sum)};
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET

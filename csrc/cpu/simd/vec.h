@@ -9,6 +9,9 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/simd/types.h"
 
@@ -18,13 +21,18 @@ namespace fastnn::simd::FASTNN_SIMD_TARGET {
 // memory and load every constant again.
 #define FASTNN_KERNEL __attribute__((flatten))
 
+// Wider vectors than the target has are split by the compiler: the tests run AVX-512's so, on
+// machines without it.
+#if !defined(FASTNN_VECTOR_BYTES)
 #if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64;
+#define FASTNN_VECTOR_BYTES 64
 #elif defined(__AVX2__)
-constexpr int64_t kVectorBytes = 32;
+#define FASTNN_VECTOR_BYTES 32
 #else
-constexpr int64_t kVectorBytes = 16;
+#define FASTNN_VECTOR_BYTES 16
 #endif
+#endif
+constexpr int64_t kVectorBytes = FASTNN_VECTOR_BYTES;
 
 template <typename A>
 struct vec_of;
@@ -51,6 +59,16 @@ using lane_int = std::remove_reference_t<decltype(ints<A>{}[0])>;
 
 template <typename A>
 constexpr int64_t kLanes = kVectorBytes / sizeof(A);
+
+// Lane i is f(i).
+template <typename A, typename F, size_t... I>
+inline ints<A> ints_of(F f, std::index_sequence<I...>) {
+  return ints<A>{f(I)...};
+}
+template <typename A, typename F>
+inline ints<A> ints_of(F f) {
+  return ints_of<A>(f, std::make_index_sequence<kLanes<A>>());
+}
 
 template <typename A>
 inline vec<A> broadcast(A value) {
@@ -169,31 +187,14 @@ inline void store_first(T* to, int64_t n, vec<accum<T>> value) {
   copy_few<kLanes<accum<T>>>(to, buffer, n);
 }
 
-// The first n lanes from and to elements `stride` apart. The other lanes repeat the first: memory
-// that may be read. Built lane by lane, not through a buffer, whose narrow stores the wide load
-// would have to wait for.
-template <typename T, size_t... I>
-inline vec<accum<T>> gather(const T* from, int64_t stride, int64_t n, std::index_sequence<I...>) {
-  const auto lane = [&](int64_t i) { return from[i < n ? i * stride : 0]; };
-  if constexpr (sizeof(T) == sizeof(accum<T>)) {
-    return vec<accum<T>>{lane(I)...};
-  } else {
-    return widen(bits16{lane(I).bits...}, T{});
-  }
+template <typename T>
+inline vec<accum<T>> load_up_to(const T* from, int64_t n) {
+  return n == kLanes<accum<T>> ? load(from) : load_first<T>(from, n, 0);
 }
 
 template <typename T>
-inline vec<accum<T>> gather(const T* from, int64_t stride, int64_t n) {
-  constexpr int64_t lanes = kLanes<accum<T>>;
-  constexpr auto all = std::make_index_sequence<lanes>();
-  return n == lanes ? gather(from, stride, lanes, all) : gather(from, stride, n, all);
-}
-
-template <typename T>
-inline void scatter(T* to, int64_t stride, int64_t n, vec<accum<T>> value) {
-  T buffer[kLanes<accum<T>>];
-  store(buffer, value);
-  for (int64_t i = 0; i < n; ++i) to[i * stride] = buffer[i];
+inline void store_up_to(T* to, int64_t n, vec<accum<T>> value) {
+  n == kLanes<accum<T>> ? store(to, value) : store_first(to, n, value);
 }
 
 template <typename T>
@@ -216,23 +217,83 @@ inline void store_scalar(T* to, accum<T> value) {
 
 // ---- arithmetic ----
 
+// a > b ? a : b, and so b where either is NaN. On x86 that is one instruction, which the compiler
+// does not find by itself.
 template <typename A>
-inline vec<A> max(vec<A> a, vec<A> b) {
+inline vec<A> vec_max(vec<A> a, vec<A> b) {
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  // The whole mask: GCC's plain form warns of an operand that it leaves undefined.
+  if constexpr (sizeof(A) == 4) return _mm512_maskz_max_ps(0xffff, a, b);
+  if constexpr (sizeof(A) == 8) return _mm512_maskz_max_pd(0xff, a, b);
+#elif FASTNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_max_ps(a, b);
+  if constexpr (sizeof(A) == 8) return _mm256_max_pd(a, b);
+#elif FASTNN_VECTOR_BYTES == 16 && defined(__SSE2__)
+  if constexpr (sizeof(A) == 4) return _mm_max_ps(a, b);
+  if constexpr (sizeof(A) == 8) return _mm_max_pd(a, b);
+#else
   return a > b ? a : b;
+#endif
 }
 
 template <typename A>
-inline A reduce_max(vec<A> value) {
-  A result = value[0];
-  for (int64_t i = 1; i < kLanes<A>; ++i) result = value[i] > result ? value[i] : result;
-  return result;
+inline vec<A> vec_add(vec<A> a, vec<A> b) {
+  return a + b;
+}
+
+// ---- across lanes ----
+
+// Lane i of the result is lane Index(i) of a, or, from kLanes on, of b.
+template <typename A, typename Index, size_t... I>
+inline vec<A> shuffle(vec<A> a, vec<A> b, Index index, std::index_sequence<I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, index(I)...);
+#else
+  return __builtin_shuffle(a, b, ints<A>{index(I)...});
+#endif
+}
+
+template <typename A, typename Index>
+inline vec<A> shuffle(vec<A> a, vec<A> b, Index index) {
+  return shuffle<A>(a, b, index, std::make_index_sequence<kLanes<A>>());
+}
+
+// Swaps the off-diagonal blocks of Distance x Distance elements, then those of half the size.
+template <typename A, int Distance = kLanes<A> / 2>
+inline void transpose(vec<A> (&rows)[kLanes<A>]) {
+  constexpr int lanes = kLanes<A>;
+  constexpr auto low = [](int i) { return i & Distance ? lanes + i - Distance : i; };
+  constexpr auto high = [](int i) { return i & Distance ? lanes + i : i + Distance; };
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) {
+    if (i & Distance) continue;
+    const vec<A> a = rows[i];
+    const vec<A> b = rows[i + Distance];
+    rows[i] = shuffle<A>(a, b, low);
+    rows[i + Distance] = shuffle<A>(a, b, high);
+  }
+  if constexpr (Distance > 1) transpose<A, Distance / 2>(rows);
+}
+
+// Combines all lanes, by halves; the result stands in every lane.
+template <typename A, int Distance = kLanes<A> / 2, typename Combine>
+inline vec<A> reduce(vec<A> value, Combine combine) {
+  value = combine(value, shuffle<A>(value, value, [](int i) { return i ^ Distance; }));
+  if constexpr (Distance > 1) {
+    return reduce<A, Distance / 2>(value, combine);
+  } else {
+    return value;
+  }
 }
 
 template <typename A>
-inline A reduce_sum(vec<A> value) {
-  A result = value[0];
-  for (int64_t i = 1; i < kLanes<A>; ++i) result += value[i];
-  return result;
+inline vec<A> reduce_max(vec<A> value) {
+  return reduce<A>(value, vec_max<A>);
+}
+
+template <typename A>
+inline vec<A> reduce_sum(vec<A> value) {
+  return reduce<A>(value, vec_add<A>);
 }
 
 // Constants of exp(): the range outside which the result is 0 or infinity; ln 2 in two parts, the
@@ -265,28 +326,55 @@ constexpr A inverse_factorial(int k) {
   return A(1) / factorial;
 }
 
-// exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where the Taylor polynomial
-// of the given degree is exact to less than a tenth of a unit in the last place. NaN stays NaN.
+// exp(x) = 2^exponent * polynomial.
 template <typename A>
-inline vec<A> exp(vec<A> x) {
+struct ExpParts {
+  vec<A> polynomial;
+  ints<A> exponent;
+};
+
+// With n = round(x / ln 2) and |r| <= ln(2) / 2, where the Taylor polynomial of the given degree is
+// exact to less than a tenth of a unit in the last place.
+template <typename A>
+inline ExpParts<A> exp_parts(vec<A> x) {
   using K = ExpConstants<A>;
-  x = x < K::lowest ? broadcast(K::lowest) : x;
-  x = x > K::highest ? broadcast(K::highest) : x;
   const vec<A> rounded = x * K::log2_e + K::rounder;
   const vec<A> n = rounded - K::rounder;
   const vec<A> r = (x - n * K::ln2_high) - n * K::ln2_low;
-
   vec<A> polynomial = broadcast(inverse_factorial<A>(K::degree));
 #pragma GCC unroll 16
   for (int k = K::degree - 1; k >= 0; --k) polynomial = polynomial * r + inverse_factorial<A>(k);
+  // The rounder's own bits taken off, what is left of `rounded` is the integer n.
+  return {polynomial, (ints<A>)rounded - (ints<A>)broadcast(K::rounder)};
+}
 
-  // The rounder's own bits taken off, what is left of `rounded` is the integer n. 2^n in two
-  // factors: one alone can't reach subnormal results, nor 2^128.
-  const ints<A> exponent = (ints<A>)rounded - (ints<A>)broadcast(K::rounder);
+// 2^exponent, of a normal number.
+template <typename A>
+inline vec<A> power_of_two(ints<A> exponent) {
+  using K = ExpConstants<A>;
+  return (vec<A>)((exponent + K::exponent_bias) << K::mantissa_bits);
+}
+
+// exp(x) of x <= 0, all that a softmax takes; NaN stays NaN.
+template <typename A>
+inline vec<A> exp_nonpositive(vec<A> x) {
+  using K = ExpConstants<A>;
+  const auto [polynomial, exponent] = exp_parts<A>(vec_max<A>(broadcast(K::lowest), x));
+  // In two factors, since a subnormal result's exponent has no normal power of two.
+  constexpr int kLift = K::exponent_bias / 2;
+  return polynomial * power_of_two<A>(exponent + kLift) * power_of_two<A>(ints<A>{} - kLift);
+}
+
+// exp(x); NaN stays NaN.
+template <typename A>
+inline vec<A> exp(vec<A> x) {
+  using K = ExpConstants<A>;
+  x = vec_max<A>(broadcast(K::lowest), x);
+  x = x > K::highest ? broadcast(K::highest) : x;
+  const auto [polynomial, exponent] = exp_parts<A>(x);
+  // In two factors: one alone can't reach subnormal results, nor 2^128.
   const ints<A> half = exponent >> 1;
-  const vec<A> scale1 = (vec<A>)((half + K::exponent_bias) << K::mantissa_bits);
-  const vec<A> scale2 = (vec<A>)((exponent - half + K::exponent_bias) << K::mantissa_bits);
-  return polynomial * scale1 * scale2;
+  return polynomial * power_of_two<A>(half) * power_of_two<A>(exponent - half);
 }
 
 template <typename A>

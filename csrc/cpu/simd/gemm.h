@@ -1,0 +1,349 @@
+// Matrix product with bias and ReLU as its epilogue. The output is computed in tiles whose sums
+// stay in registers: for each step along the depth, every row's value of the left operand,
+// broadcast, times a row of the right operand's panel. Both operands are packed into such panels
+// first, where they are transposed and converted; a left operand that needs neither is read where
+// it is.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd/kernels.h"
+#include "cpu/simd/linear_relu.h"
+#include "cpu/simd/vec.h"
+
+namespace fastnn::simd::FASTNN_SIMD_TARGET {
+
+// A tile is of at most kTileRows rows of kTileVecs vectors: with a row of the panel and a broadcast
+// value its sums fill the 16 vector registers, or AVX-512's 32.
+constexpr int64_t kTileRows = kVectorBytes == 64 ? 8 : 6;
+constexpr int64_t kTileVecs = kVectorBytes == 64 ? 3 : 2;
+template <typename A>
+constexpr int64_t kTileCols = kTileVecs * kLanes<A>;
+
+// Depths are taken in blocks of at most so many: then a panel of the right operand stays in a
+// first-level cache of 32 KiB. Partial sums wait in the output, or in scratch memory.
+constexpr int64_t kGemmDepth = 400;
+
+// So many panels of the right operand are packed at once: fewer, and each of its rows' pages would
+// be visited more often; more, and they would push the left operand out of the cache.
+constexpr int64_t kGroup = 4;
+
+// ---- ranges ----
+
+inline int64_t size(Range range) {
+  return range.end - range.begin;
+}
+
+// A range in the fewest parts of at most `most`, as equal as can be, their sizes multiples of
+// `unit`, but for the last. There is always one part.
+struct Split {
+  Range all;
+  int64_t unit;
+  int64_t parts;
+  int64_t units_each;
+  int64_t longer;  // so many parts have one unit more
+
+  Split(Range all, int64_t most, int64_t unit)
+      : all(all), unit(unit), parts(std::max<int64_t>(1, (size(all) + most - 1) / most)) {
+    const int64_t units = (size(all) + unit - 1) / unit;
+    units_each = units / parts;
+    longer = units % parts;
+  }
+  Range operator[](int64_t i) const {
+    return {start(i), start(i + 1)};
+  }
+  int64_t start(int64_t i) const {
+    return std::min(all.end, all.begin + (i * units_each + std::min(i, longer)) * unit);
+  }
+};
+
+// ---- tiles ----
+
+// sums = a @ b, or sums += a @ b, with a's element (r, p) at a[r * a_row + p * a_step].
+template <typename A>
+struct GemmTile {
+  const A* a;
+  int64_t a_row;
+  int64_t a_step;
+  const A* b;
+  int64_t b_step;
+  int64_t depth;
+  A* sums;
+  int64_t stride;
+  bool add;
+};
+
+template <typename A, int64_t Rows, int64_t Vecs>
+FASTNN_KERNEL void multiply_tile(const GemmTile<A>& tile) {
+  const auto [a_begin, a_row, a_step, b_begin, b_step, depth, to, stride, add] = tile;
+  vec<A> sums[Rows][Vecs] = {};
+  const A* a = a_begin;
+  const A* b = b_begin;
+  for (int64_t p = 0; p < depth; ++p) {
+    vec<A> row[Vecs];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < Vecs; ++v) row[v] = load(b + v * kLanes<A>);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < Rows; ++r) {
+      const vec<A> value = broadcast(a[r * a_row]);
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < Vecs; ++v) sums[r][v] += value * row[v];
+    }
+    a += a_step;
+    b += b_step;
+  }
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < Vecs; ++v) {
+      A* at = to + r * stride + v * kLanes<A>;
+      store(at, add ? load(at) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+template <typename A>
+struct TileFunctions {
+  void (*of[kTileRows][kTileVecs])(const GemmTile<A>&);
+};
+
+template <typename A, size_t... I>
+constexpr TileFunctions<A> tile_functions(std::index_sequence<I...>) {
+  TileFunctions<A> table{};
+  ((table.of[I / kTileVecs][I % kTileVecs] =
+        multiply_tile<A, I / kTileVecs + 1, I % kTileVecs + 1>),
+   ...);
+  return table;
+}
+
+template <typename A>
+constexpr TileFunctions<A> kTileFunctions =
+    tile_functions<A>(std::make_index_sequence<kTileRows * kTileVecs>());
+
+// ---- packing ----
+
+// An operand by its lines: the left one's rows, the right one's columns. Element p of line l is
+// data[p * stride + l] if `by_depth`, data[l * stride + p] otherwise.
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t stride;
+  bool by_depth;
+  int64_t lines;
+  const T* end;  // past the last element
+};
+
+template <typename T>
+inline Operand<T> operand(const Matrix<T>& matrix, bool by_depth, int64_t lines, int64_t depth) {
+  const int64_t rows = by_depth ? depth : lines, cols = by_depth ? lines : depth;
+  const int64_t extent = rows == 0 || cols == 0 ? 0 : (rows - 1) * matrix.stride + cols;
+  return {matrix.data, matrix.stride, by_depth, lines, matrix.data + extent};
+}
+
+// A panel holds a tile's worth of lines: for each depth their elements, one after the other. Whole
+// vectors and squares of vectors are written, hence the room for more.
+template <typename A>
+constexpr int64_t panel_size(int64_t lines, int64_t depth) {
+  return lines * depth + (lines + 1) * kLanes<A>;
+}
+
+// Copies Vecs vectors of each of `rows` rows, `stride` apart, to rows `to_stride` apart, reading
+// nothing past `end`.
+template <int64_t Vecs, typename T>
+inline void copy_rows(accum<T>* to, int64_t to_stride, const T* from, int64_t stride, int64_t rows,
+                      const T* end) {
+  constexpr int64_t lanes = kLanes<accum<T>>;
+  const auto copy = [&](auto load_vector) {
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < Vecs; ++v) store(to + v * lanes, load_vector(from + v * lanes));
+      from += stride;
+      to += to_stride;
+    }
+  };
+  if ((rows - 1) * stride + Vecs * lanes <= end - from) {
+    copy([](const T* at) { return load(at); });
+  } else {
+    copy([&](const T* at) { return load_up_to(at, std::min(lanes, end - at)); });
+  }
+}
+
+// The same, transposed: one vector's worth of depths from `rows` lines, or as many as fit a vector.
+template <typename T>
+inline void copy_square(accum<T>* to, int64_t to_stride, const T* from, int64_t stride,
+                        int64_t rows, const T* end) {
+  using A = accum<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  vec<A> square[lanes];
+  if (rows >= lanes && (lanes - 1) * stride + lanes <= end - from) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes; ++i) square[i] = load(from + i * stride);
+  } else {
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < lanes; ++i) {
+      const T* row = from + std::min(i, rows - 1) * stride;  // any memory that may be read
+      square[i] = load_up_to(row, std::min(lanes, end - row));
+    }
+  }
+  transpose<A>(square);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < lanes; ++i) store(to + i * to_stride, square[i]);
+}
+
+// Copy the lines and depths given to a panel. What whole vectors write past a row of the panel, the
+// next row overwrites; hence the vectors of a row from the last to the first.
+template <typename T>
+inline void pack_rows(const Operand<T>& from, Range lines, Range depths, accum<T>* panel) {
+  using A = accum<T>;
+  const int64_t width = size(lines);
+  const T* first = from.data + depths.begin * from.stride + lines.begin;
+  if (width == kTileCols<A>) {
+    copy_rows<kTileVecs>(panel, width, first, from.stride, size(depths), from.end);
+    return;
+  }
+  for (int64_t c = (width - 1) / kLanes<A> * kLanes<A>; c >= 0; c -= kLanes<A>) {
+    copy_rows<1>(panel + c, width, first + c, from.stride, size(depths), from.end);
+  }
+}
+
+template <typename T>
+inline void pack_transposed(const Operand<T>& from, Range lines, Range depths, accum<T>* panel) {
+  constexpr int64_t lanes = kLanes<accum<T>>;
+  const int64_t width = size(lines);
+  for (int64_t p = depths.begin; p < depths.end; p += lanes) {
+    for (int64_t c = (width - 1) / lanes * lanes; c >= 0; c -= lanes) {
+      const int64_t line = lines.begin + c;
+      copy_square(panel + c, width, from.data + line * from.stride + p, from.stride,
+                  from.lines - line, from.end);
+    }
+    panel += lanes * width;
+  }
+}
+
+// Packs the panels of `split` in the range `parts`, `stride` apart.
+template <typename T>
+inline void pack(const Operand<T>& from, const Split& split, Range parts, Range depths,
+                 accum<T>* to, int64_t stride) {
+  // A matrix by depths is read a few rows at a time for all the panels, as its pages can be far
+  // more than the processor can keep in mind; the rows of the other kind are read in one go.
+  const int64_t step = from.by_depth ? 16 : std::max<int64_t>(1, size(depths));
+  for (int64_t p = depths.begin; p < depths.end; p += step) {
+    for (int64_t i = parts.begin; i < parts.end; ++i) {
+      const Range lines = split[i];
+      const Range rows = {p, std::min(p + step, depths.end)};
+      accum<T>* panel = to + (i - parts.begin) * stride + (p - depths.begin) * size(lines);
+      from.by_depth ? pack_rows(from, lines, rows, panel)
+                    : pack_transposed(from, lines, rows, panel);
+    }
+  }
+}
+
+// ---- blocks ----
+
+template <typename T>
+constexpr bool kIsWide = sizeof(T) == sizeof(accum<T>);
+
+template <typename T, typename A = accum<T>>
+struct GemmScratch {
+  A left[(kGemmRows / kTileRows + 1) * panel_size<A>(kTileRows, kGemmDepth)];
+  A right[kGroup * panel_size<A>(kTileCols<A>, kGemmDepth)];
+  // Of every tile, or of those at the right edge, where whole vectors don't fit into the output.
+  A sums[kGemmRows * (kIsWide<T> ? kTileCols<A> : kGemmCols)];
+};
+
+// A block's left operand, as tiles read it: panels, or rows in place.
+template <typename A>
+struct Left {
+  const A* data;
+  int64_t stride;  // from panel to panel, or from row to row
+  bool in_place;
+};
+
+template <typename T, typename A = accum<T>>
+inline Left<A> prepare_left(const Gemm<T>& g, const Split& rows, Range depths, A* scratch) {
+  if constexpr (kIsWide<T>) {
+    if (!g.a.transposed) {
+      return {g.a.data + rows.all.begin * g.a.stride + depths.begin, g.a.stride, true};
+    }
+  }
+  const int64_t stride = panel_size<A>(kTileRows, size(depths));
+  pack(operand(g.a, g.a.transposed, g.rows, g.depth), rows, {0, rows.parts}, depths, scratch,
+       stride);
+  return {scratch, stride, false};
+}
+
+// out = epilogue(sums) for the tile of these rows and columns.
+template <typename T>
+inline void finish_tile(const Gemm<T>& g, Range rows, Range cols, const accum<T>* sums,
+                        int64_t stride) {
+  using A = accum<T>;
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    for (int64_t c = cols.begin; c < cols.end; c += kLanes<A>) {
+      const int64_t n = std::min(kLanes<A>, cols.end - c);
+      vec<A> value = load(sums + (c - cols.begin));
+      if (g.bias) value += load_up_to(g.bias + c, n);
+      store_up_to(g.out + r * g.cols + c, n, g.relu ? relu<A>(value) : value);
+    }
+    sums += stride;
+  }
+}
+
+// All tiles of one panel of the right operand, for one block of depths.
+template <typename T, typename A = accum<T>>
+inline void multiply_panel(const Gemm<T>& g, const Left<A>& left, const Split& rows, Range cols,
+                           const A* panel, int64_t depth, bool first, bool last, A* scratch_sums) {
+  const int64_t vecs = (size(cols) + kLanes<A> - 1) / kLanes<A>;
+  const bool sums_in_place = kIsWide<T> && size(cols) == vecs * kLanes<A>;
+  const bool finish = last && (!sums_in_place || g.bias || g.relu);
+  GemmTile<A> tile;
+  tile.b = panel;
+  tile.b_step = size(cols);
+  tile.depth = depth;
+  tile.stride = sums_in_place ? g.cols : vecs * kLanes<A>;
+  tile.add = !first;
+  tile.sums = scratch_sums;
+  for (int64_t i = 0; i < rows.parts; ++i) {
+    const Range tile_rows = rows[i];
+    const int64_t n = size(tile_rows);
+    tile.a = left.data + left.stride * (left.in_place ? tile_rows.begin - rows.all.begin : i);
+    tile.a_row = left.in_place ? left.stride : 1;
+    tile.a_step = left.in_place ? 1 : n;
+    if constexpr (kIsWide<T>) {
+      if (sums_in_place) tile.sums = g.out + tile_rows.begin * g.cols + cols.begin;
+    }
+    kTileFunctions<A>.of[n - 1][vecs - 1](tile);
+    if (finish) finish_tile(g, tile_rows, cols, tile.sums, tile.stride);
+    if (!sums_in_place) tile.sums += n * tile.stride;
+  }
+}
+
+template <typename T>
+FASTNN_KERNEL void gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
+  using A = accum<T>;
+  auto& scratch = *static_cast<GemmScratch<T>*>(memory);
+  const Split rows(block.rows, kTileRows, 1);
+  const Split cols(block.cols, kTileCols<A>, kLanes<A>);
+  const Split blocks({0, g.depth}, kGemmDepth, kLanes<A>);
+  const Operand<T> right = operand(g.b, !g.b.transposed, g.cols, g.depth);
+  for (int64_t d = 0; d < blocks.parts; ++d) {
+    const Range depths = blocks[d];
+    const Left<A> left = prepare_left(g, rows, depths, scratch.left);
+    const int64_t stride = panel_size<A>(kTileCols<A>, size(depths));
+    for (int64_t group = 0; group < cols.parts; group += kGroup) {
+      const Range panels = {group, std::min(group + kGroup, cols.parts)};
+      pack(right, cols, panels, depths, scratch.right, stride);
+      for (int64_t j = panels.begin; j < panels.end; ++j) {
+        A* sums = scratch.sums;
+        if (!kIsWide<T>) sums += (cols[j].begin - block.cols.begin) * size(block.rows);
+        multiply_panel(g, left, rows, cols[j], scratch.right + (j - group) * stride, size(depths),
+                       d == 0, d + 1 == blocks.parts, sums);
+      }
+    }
+  }
+}
+
+template <typename T>
+constexpr int64_t kGemmScratchBytes = sizeof(GemmScratch<T>);
+
+}  // namespace fastnn::simd::FASTNN_SIMD_TARGET
