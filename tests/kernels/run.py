@@ -1,0 +1,162 @@
+"""Builds and runs the kernels' own tests, which need no torch: see ``make sanitize``, ``emulate``.
+
+``python tests/kernels/run.py sanitize|emulate|plain``; CXX names the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TESTS = Path("tests/kernels")
+SIMD = runpy.run_path(str(REPOSITORY / "csrc/cpu/simd/targets.py"))
+NATIVE = platform.machine()
+CXX = os.environ.get("CXX", "").split() or ["g++"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The tests, built in one way."""
+
+    name: str
+    compiler: list[str] = field(default_factory=lambda: CXX)
+    machine: str = NATIVE
+    flags: tuple[str, ...] = ("-O2",)
+    link_flags: tuple[str, ...] = ()
+    runner: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path("build/kernel_tests") / self.name
+
+    def commands(self) -> Iterator[tuple[list[str], Path]]:
+        """The compiler's commands, each with its object, in the order to link in.
+
+        Of an inline function that several objects hold the linker takes the first, which must be
+        one for every CPU.
+        """
+        common = [*self.compiler, *self.flags, "-g", "-pthread"]
+        for source in sorted(TESTS.glob("*.cpp")):
+            yield self.command([*common, *SIMD["KERNEL_FLAGS"], "-Icsrc"], source, source.stem)
+        for target in SIMD["targets"](self.machine):
+            flags = [*common, *SIMD["target_flags"](self.machine, target)]
+            for source in [Path(SIMD["SOURCE"]), *sorted(TESTS.glob("per_target/*.cpp"))]:
+                yield self.command(flags, source, f"{source.stem}_{target}")
+
+    def command(self, flags: list[str], source: Path, stem: str) -> tuple[list[str], Path]:
+        output = self.folder / f"{stem}.o"
+        return [*flags, "-c", str(source), "-o", str(output)], output
+
+    def build(self, jobs: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        commands, objects = zip(*self.commands(), strict=True)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(run, commands))
+        objects = [str(path) for path in objects]
+        link = [*self.compiler, *self.flags, "-pthread", *self.link_flags]
+        run([*link, *objects, "-o", str(self.folder / "tests")])
+
+    def test(self, jobs: int) -> None:
+        print(f"--- {self.name}", flush=True)
+        self.build(jobs)
+        run([*self.runner, str(self.folder / "tests")], self.variables)
+
+
+def run(command: list[str], variables: dict[str, str] | None = None) -> None:
+    process = subprocess.run(command, env={**os.environ, **(variables or {})}, check=False)
+    if process.returncode != 0:
+        sys.exit(f"run.py: this ended with status {process.returncode}: {' '.join(command)}")
+
+
+def without_random_addresses() -> tuple[str, ...]:
+    """GCC 12's thread sanitizer can't start where the kernel spreads addresses too widely."""
+    command = ("setarch", NATIVE, "--addr-no-randomize")
+    if shutil.which(command[0]) is None:
+        return ()
+    usable = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    return command if usable else ()
+
+
+def sanitize(jobs: int) -> None:
+    """Memory, undefined behaviour and leaks; then data races."""
+    fatal = "-fno-sanitize-recover=all"
+    Program(
+        "address_undefined",
+        flags=("-O1", "-fsanitize=address,undefined", fatal, "-fno-omit-frame-pointer"),
+        variables={"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    ).test(jobs)
+    Program(
+        "thread",
+        flags=("-O1", "-fsanitize=thread"),
+        runner=without_random_addresses(),
+        variables={"TSAN_OPTIONS": "halt_on_error=1"},
+    ).test(jobs)
+
+
+def missing(what: str, *tools: str) -> bool:
+    """Whether some of the tools aren't there; says which Debian packages have them."""
+    package_of = {"qemu": "qemu-user", "aarch64": "g++-aarch64-linux-gnu"}
+    absent = {package_of[tool.partition("-")[0]] for tool in tools if shutil.which(tool) is None}
+    if absent:
+        packages = " ".join(sorted(absent))
+        print(f"--- {what}: skipped (Debian: apt install {packages})", flush=True)
+    return bool(absent)
+
+
+# An x86-64 CPU of the time before AVX.
+NO_AVX = ("qemu-x86_64", "-cpu", "Nehalem")
+
+# In the emulated process itself: a process that it started would not be emulated.
+TEST_LIBRARY = """
+import sys, pytest
+from fastnn import _extension
+assert _extension.extension.cpu_capability() == "default"
+choice = "functional and test_value_and_gradients and float32"
+sys.exit(pytest.main(["tests/test_operators.py", "-p", "no:cacheprovider", "-k", choice]))
+"""
+
+
+def emulate(jobs: int) -> None:
+    """A CPU without AVX, for these tests and for the library; and aarch64, for these tests."""
+    if NATIVE == "x86_64" and not missing("x86-64 without AVX", "qemu-x86_64"):
+        Program("without_avx", runner=NO_AVX).test(jobs)
+        print("--- the library without AVX (two minutes or more)", flush=True)
+        run([*NO_AVX, sys.executable, "-c", TEST_LIBRARY])
+    if not missing("aarch64", "aarch64-linux-gnu-g++", "qemu-aarch64"):
+        Program(
+            "aarch64",
+            compiler=["aarch64-linux-gnu-g++"],
+            machine="aarch64",
+            link_flags=("-static",),  # so that the emulator needs no libraries of that machine
+            runner=("qemu-aarch64",),
+        ).test(jobs)
+
+
+def plain(jobs: int) -> None:
+    """Without sanitizers: the fastest."""
+    Program("plain").test(jobs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ways = {way.__name__: way for way in (sanitize, emulate, plain)}
+    parser.add_argument("way", choices=ways)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
+    arguments = parser.parse_args()
+    os.chdir(REPOSITORY)
+    ways[arguments.way](arguments.jobs)
+
+
+if __name__ == "__main__":
+    main()
