@@ -1,0 +1,283 @@
+"""The command line: chooses cases, runs a worker per thread count, shows and saves the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import fastnn
+from benchmarks.case import MODES, Case
+from benchmarks.cases import all_cases
+from benchmarks.machine import machine_facts
+from benchmarks.plots import MissingMatplotlib, draw, require_matplotlib
+from benchmarks.progress import progress_bar
+from benchmarks.results import SCHEMA, complete
+from benchmarks.table import format_document, threads_text
+from benchmarks.timing import FULL, QUICK, Plan
+from benchmarks.worker import Request
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class BenchmarkError(Exception):
+    """The benchmark can't run as asked; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the flags ask for."""
+
+    quick: bool
+    threads: tuple[int, ...]
+    filter: re.Pattern[str]
+    modes: tuple[str, ...]
+    compile: bool
+    seconds: float | None
+    json: Path | None
+    plots: Path | None
+    list: bool
+
+    @property
+    def plan(self) -> Plan:
+        """How long to measure each contender."""
+        plan = QUICK if self.quick else FULL
+        return plan if self.seconds is None else replace(plan, seconds=self.seconds)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+
+def _threads(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and 0 < int(part) <= 1024 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected thread counts such as 1,2, got {text!r}")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    modes = tuple(text.split(","))
+    unknown = [mode for mode in modes if mode not in MODES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is not a mode; the modes are {', '.join(MODES)}"
+        )
+    return modes
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return path
+
+
+def default_threads() -> tuple[int, ...]:
+    """One, and all that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return tuple(sorted({1, usable or 1}))
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Parses and checks the command line; a wrong flag ends the program with exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure fastnn against its peers, all in turn in one run.",
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="short samples, without torch.compile; in minutes")
+    add(
+        "--threads",
+        type=_threads,
+        default=default_threads(),
+        metavar="N,M",
+        help="thread counts, each in a process of its own (default: 1 and all processors)",
+    )
+    add(
+        "--filter",
+        type=_pattern,
+        default=re.compile(""),
+        metavar="REGEX",
+        help="only the cases whose name (see --list) it matches somewhere",
+    )
+    add("--modes", type=_modes, default=MODES, metavar="M,N", help=f"of {', '.join(MODES)}")
+    add("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    add("--seconds", type=_seconds, metavar="S", help="time per contender and case (1; quick 0.15)")
+    add("--json", type=_file, metavar="FILE", help="where to save the results")
+    add("--plots", type=_folder, metavar="DIR", help="where to draw the results as PNG")
+    add("--list", action="store_true", help="print the cases' names and stop")
+    options = Options(**vars(parser.parse_args(arguments)))
+    return replace(options, compile=False) if options.quick else options
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def chosen_cases(options: Options) -> list[Case]:
+    """The cases that the flags name."""
+    cases = [
+        case
+        for case in all_cases()
+        if case.mode in options.modes and options.filter.search(case.key)
+    ]
+    if not cases:
+        raise BenchmarkError("no case matches --filter and --modes; --list prints the names")
+    return cases
+
+
+def run(options: Options, cases: list[Case]) -> tuple[dict, list[str]]:
+    """Measures everything; returns the document and what went wrong."""
+    plan = {threads: _keys(cases, options, threads) for threads in options.threads}
+    bar = progress_bar(sum(map(len, plan.values())))
+    results, limits, complaints = [], {}, []
+    try:
+        for threads, keys in plan.items():
+            request = Request(
+                keys, threads, options.compile, options.plan, options.plan.seconds / 4
+            )
+            for event in _events(request):
+                if event["event"] == "start":
+                    bar.set_description_str(f"{event['key']}, {threads_text(threads)}")
+                    continue
+                if event["event"] == "limits":
+                    limits[str(threads)] = event["limits"]
+                    continue
+                bar.update()
+                if event["event"] == "result":
+                    results.append(event["result"])
+                else:
+                    complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
+    except KeyboardInterrupt:
+        complaints.append("interrupted: what was measured until then is shown")
+    finally:
+        bar.close()
+    completed = [complete(result, limits.get(str(result["threads"]))) for result in results]
+    document = {
+        "schema": SCHEMA,
+        "machine": machine_facts(),
+        "command": _command(options),
+        "limits": limits,
+        "results": completed,
+    }
+    return document, complaints
+
+
+def _keys(cases: list[Case], options: Options, threads: int) -> list[str]:
+    # Peak memory hardly depends on the threads: once is enough.
+    first = threads == options.threads[0]
+    return [case.key for case in cases if first or case.mode != "memory"]
+
+
+def _events(request: Request) -> Iterator[dict]:
+    """Starts a worker and yields what it reports."""
+    count = str(request.threads)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count},
+    )
+    try:
+        process.stdin.write(request.to_json())
+        process.stdin.close()
+        for line in process.stdout:
+            yield json.loads(line)
+        if process.wait() != 0:
+            raise BenchmarkError(
+                f"the process for {threads_text(request.threads)} ended with {process.returncode}"
+            )
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _command(options: Options) -> str:
+    """The command that measures this again; where results were saved is nobody's business."""
+    parts = ["python -m benchmarks"]
+    if options.quick:
+        parts.append("--quick")
+    parts.append(f"--threads {','.join(map(str, options.threads))}")
+    if options.filter.pattern:
+        parts.append(f"--filter '{options.filter.pattern}'")
+    if options.modes != MODES:
+        parts.append(f"--modes {','.join(options.modes)}")
+    if not (options.compile or options.quick):
+        parts.append("--no-compile")
+    if options.seconds is not None:
+        parts.append(f"--seconds {options.seconds:g}")
+    return " ".join(parts)
+
+
+def present(document: dict, options: Options) -> None:
+    """Prints the tables, saves the document and draws the plots."""
+    print(format_document(document, colour=sys.stdout.isatty()))
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        print(f"Results: {options.json}")
+    if options.plots is not None:
+        for path in draw(document, options.plots):
+            print(f"Plot: {path}")
+
+
+def check_setup(options: Options) -> None:
+    """Raises where the results would be worthless or could not be drawn."""
+    if not fastnn.is_available():
+        raise BenchmarkError("fastnn's extension is not built, so that nothing of it can be timed")
+    if options.plots is not None:
+        require_matplotlib()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmarks from the command line and returns the exit code."""
+    options = parse_options(arguments)
+    try:
+        cases = chosen_cases(options)
+        if options.list:
+            print("\n".join(case.key for case in cases))
+            return 0
+        check_setup(options)
+        document, complaints = run(options, cases)
+        present(document, options)
+    except (BenchmarkError, MissingMatplotlib) as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if any(not complaint.startswith("skipped") for complaint in complaints) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

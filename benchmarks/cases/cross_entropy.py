@@ -1,0 +1,193 @@
+"""Cross entropy, with its options, and behind the linear layer of a large vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastnn
+from benchmarks.case import Case, Compiled, Contender, Function, Inputs, Work, classes, normal
+from benchmarks.cases.classifiers import (
+    DTYPES,
+    MODES,
+    SHAPES,
+    label,
+    logits_and_targets,
+    size_facts,
+)
+
+OPTIONS_SHAPE = (512, 1000)
+SMOOTHING = 0.1
+# Rows, features, vocabulary.
+VOCABULARY_SHAPE = (256, 256, 32000)
+# Of torch's fusion: all rows at once are fastest here, fewer save memory, and its own choice takes
+# ten times as long.
+CHUNK_ROWS = (64, 256)
+
+
+def cases() -> list[Case]:
+    plain = [_case(*shape, dtype, mode) for shape in SHAPES for dtype in DTYPES for mode in MODES]
+    smoothed = [_smoothed_case(*OPTIONS_SHAPE, mode) for mode in MODES]
+    probabilities = [_probabilities_case(*OPTIONS_SHAPE, mode) for mode in MODES]
+    return plain + smoothed + probabilities + [_vocabulary_case(mode) for mode in MODES]
+
+
+def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:
+    gradients = mode == "forward_backward"
+    return Case(
+        op="cross_entropy",
+        label=label(rows, columns),
+        dtype=dtype,
+        mode=mode,
+        inputs=partial(
+            logits_and_targets, rows=rows, columns=columns, dtype=dtype, gradients=gradients
+        ),
+        contenders=_contenders,
+        reference=Function("reference", F.cross_entropy),
+        # The logits are read and their gradient is written, once each.
+        work=Work(bytes=_bytes(rows, columns, dtype, 2 if gradients else 1)),
+        **size_facts(rows, columns, mode),
+    )
+
+
+def _bytes(rows: int, columns: int, dtype: torch.dtype, passes: int) -> float:
+    return passes * rows * columns * dtype.itemsize + rows * torch.int64.itemsize
+
+
+def _contenders() -> list[Contender]:
+    return [
+        Function("fastnn", fastnn.functional.cross_entropy),
+        Function("F.cross_entropy", F.cross_entropy),
+        Function("LogSoftmax+NLLLoss", _two_operators),
+        Compiled("torch.compile", F.cross_entropy),
+    ]
+
+
+def _two_operators(logits: Tensor, target: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(logits, 1), target)
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def _smoothed_case(rows: int, columns: int, mode: str) -> Case:
+    gradients = mode == "forward_backward"
+    return Case(
+        op="cross_entropy",
+        label=f"{label(rows, columns)}, smoothing",
+        dtype=torch.float32,
+        mode=mode,
+        inputs=partial(
+            logits_and_targets, rows=rows, columns=columns, dtype=torch.float32, gradients=gradients
+        ),
+        contenders=partial(_option_contenders, SMOOTHING),
+        reference=Function("reference", _with_smoothing(F.cross_entropy, SMOOTHING)),
+        work=Work(bytes=_bytes(rows, columns, torch.float32, 2 if gradients else 1)),
+    )
+
+
+def _probabilities_case(rows: int, columns: int, mode: str) -> Case:
+    gradients = mode == "forward_backward"
+    elements = rows * columns
+    return Case(
+        op="cross_entropy",
+        label=f"{label(rows, columns)}, probabilities",
+        dtype=torch.float32,
+        mode=mode,
+        inputs=partial(_logits_and_probabilities, rows=rows, columns=columns, gradients=gradients),
+        contenders=partial(_option_contenders, 0.0),
+        reference=Function("reference", F.cross_entropy),
+        # The logits and the probabilities are read, the gradient is written.
+        work=Work(bytes=(3 if gradients else 2) * elements * torch.float32.itemsize),
+    )
+
+
+def _logits_and_probabilities(
+    generator: torch.Generator, rows: int, columns: int, gradients: bool
+) -> Inputs:
+    logits = normal(generator, rows, columns, dtype=torch.float32).requires_grad_(gradients)
+    return Inputs((logits, normal(generator, rows, columns, dtype=torch.float32).softmax(1)))
+
+
+def _with_smoothing(function: Callable[..., Tensor], smoothing: float) -> Callable[..., Tensor]:
+    def smoothed(logits: Tensor, target: Tensor) -> Tensor:
+        return function(logits, target, label_smoothing=smoothing)
+
+    return smoothed
+
+
+def _option_contenders(smoothing: float) -> list[Contender]:
+    stock = _with_smoothing(F.cross_entropy, smoothing)
+    return [
+        Function("fastnn", _with_smoothing(fastnn.functional.cross_entropy, smoothing)),
+        Function("F.cross_entropy", stock),
+        Compiled("torch.compile", stock),
+    ]
+
+
+# ---- behind a linear layer -----------------------------------------------------------------------
+
+
+def _vocabulary_case(mode: str) -> Case:
+    rows, features, vocabulary = VOCABULARY_SHAPE
+    gradients = mode == "forward_backward"
+    return Case(
+        op="linear + cross_entropy",
+        label=f"{rows}, {features}->{vocabulary}",
+        dtype=torch.float32,
+        mode=mode,
+        inputs=partial(_features_weight_targets, gradients=gradients),
+        contenders=_vocabulary_contenders,
+        reference=Function("reference", _linear_then(F.cross_entropy)),
+        work=Work(flops=(3 if gradients else 1) * 2.0 * rows * features * vocabulary),
+        large=gradients,
+    )
+
+
+def _features_weight_targets(generator: torch.Generator, gradients: bool) -> Inputs:
+    rows, features, vocabulary = VOCABULARY_SHAPE
+    hidden = normal(generator, rows, features, dtype=torch.float32)
+    weight = normal(generator, vocabulary, features, dtype=torch.float32, scale=features**-0.5)
+    return Inputs(
+        (
+            hidden.requires_grad_(gradients),
+            weight.requires_grad_(gradients),
+            classes(generator, rows, vocabulary),
+        )
+    )
+
+
+def _linear_then(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def linear_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return loss(F.linear(hidden, weight), target)
+
+    return linear_loss
+
+
+def _vocabulary_contenders() -> list[Contender]:
+    stock = _linear_then(F.cross_entropy)
+    contenders = [
+        Function("fastnn", _linear_then(fastnn.functional.cross_entropy)),
+        Function("F.linear, F.cross_entropy", stock),
+        Compiled("torch.compile", stock),
+    ]
+    if hasattr(F, "linear_cross_entropy"):
+        contenders += [
+            Function(f"F.linear_cross_entropy, {rows} rows", _chunked(rows), same_algorithm=False)
+            for rows in CHUNK_ROWS
+        ]
+    return contenders
+
+
+def _chunked(rows: int) -> Callable[..., Tensor]:
+    """Torch's own fusion of both, in chunks; it has the gradients ready after the forward."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+
+    def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.linear_cross_entropy(hidden, weight, target, options=options)
+
+    return linear_cross_entropy

@@ -1,0 +1,196 @@
+"""The optimizer alone: SGD with momentum over given gradients, and zero_grad."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import fastnn
+from benchmarks.case import Case, Contender, Inputs, Work, normal
+from benchmarks.device import CPU, Device
+from benchmarks.timing import Sampler
+
+Shapes = list[tuple[int, ...]]
+
+# Parameter and gradient and momentum are read, parameter and momentum are written, 4 bytes each.
+BYTES_PER_ELEMENT = 20
+CHECKED_STEPS = 3  # the first step makes the momentum buffers, the later ones use them
+OPTIONS = {"lr": 0.003, "momentum": 0.9}
+
+
+def resnet18() -> Shapes:
+    """Its 62 parameters: a stem, four stages of two blocks of two convolutions, a classifier."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        for block in range(2):
+            ins = channels if block == 0 else width
+            shapes += [(width, ins, 3, 3), (width,), (width,)]
+            shapes += [(width, width, 3, 3), (width,), (width,)]
+            if ins != width:  # the shortcut's convolution
+                shapes += [(width, ins, 1, 1), (width,), (width,)]
+        channels = width
+    return [*shapes, (1000, 512), (1000,)]
+
+
+def mnist_mlp() -> Shapes:
+    """The six parameters of 784-128-64-10."""
+    widths = ((784, 128), (128, 64), (64, 10))
+    return [shape for ins, outs in widths for shape in ((outs, ins), (outs,))]
+
+
+MODELS = {
+    "resnet18, 62 tensors": resnet18(),
+    "200 tensors of 100": [(100,)] * 200,
+    "MLP, 6 tensors": mnist_mlp(),
+}
+
+
+def cases() -> list[Case]:
+    steps = [_step_case(label, shapes) for label, shapes in MODELS.items()]
+    return steps + [_zero_grad_case(label, shapes) for label, shapes in MODELS.items()]
+
+
+def optimizers() -> dict[str, Callable[[Iterable[Tensor]], Optimizer]]:
+    """What makes each contender's optimizer."""
+    stock = partial(torch.optim.SGD, **OPTIONS)
+    return {
+        "fastnn": partial(fastnn.optim.SGD, **OPTIONS),
+        "SGD": stock,
+        "SGD foreach": partial(stock, foreach=True),
+        "SGD fused": partial(stock, fused=True),
+    }
+
+
+# ---- step ----------------------------------------------------------------------------------------
+
+
+def _step_case(label: str, shapes: Shapes) -> Case:
+    elements = sum(torch.Size(shape).numel() for shape in shapes)
+    return Case(
+        op="SGD momentum",
+        label=label,
+        dtype=torch.float32,
+        mode="step",
+        inputs=partial(parameters_and_gradients, shapes=shapes),
+        contenders=step_contenders,
+        reference=step_reference(),
+        work=Work(bytes=BYTES_PER_ELEMENT * elements),
+        large=elements > 2**20,
+    )
+
+
+def parameters_and_gradients(generator: torch.Generator, shapes: Shapes) -> Inputs:
+    tensors = [normal(generator, *shape, dtype=torch.float32) for shape in shapes * 2]
+    return Inputs((tensors[: len(shapes)], tensors[len(shapes) :]))
+
+
+def step_contenders() -> list[Contender]:
+    made = optimizers()
+    contenders: list[Contender] = [Step(name, make) for name, make in made.items()]
+    return [*contenders, Step("torch.compile", made["SGD"], compiled=True)]
+
+
+def step_reference() -> Contender:
+    return Step("reference", partial(torch.optim.SGD, foreach=False, **OPTIONS))
+
+
+@dataclass
+class Step(Contender):
+    """``optimizer.step()``; parameters and momentum stay from call to call, as in training."""
+
+    make: Callable[[Iterable[Tensor]], Optimizer]
+
+    def __post_init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.step: Callable[[], object] | None = None
+
+    def bind(self, inputs: Inputs) -> Callable[[], object]:
+        params, grads = inputs.args
+        if self.step is None:
+            self._build(params)
+        for param, value, grad in zip(self.params, params, grads, strict=True):
+            param.data.copy_(value)
+            if param.grad is None:
+                param.grad = torch.empty_like(param)
+            param.grad.copy_(grad)
+        return self.step
+
+    def _build(self, params: list[Tensor]) -> None:
+        self.params = [torch.nn.Parameter(torch.empty_like(param)) for param in params]
+        optimizer = self.make(self.params)
+        self.step = torch.compile(lambda: optimizer.step()) if self.compiled else optimizer.step
+
+    def check(self, inputs: Inputs) -> list[Tensor]:
+        call = self.bind(inputs)
+        for _ in range(CHECKED_STEPS):
+            call()
+        # How far each went: beside the parameters themselves an error would look small.
+        return [new.detach() - old for new, old in zip(self.params, inputs.args[0], strict=True)]
+
+
+# ---- zero_grad -----------------------------------------------------------------------------------
+
+
+def _zero_grad_case(label: str, shapes: Shapes) -> Case:
+    return Case(
+        op="zero_grad",
+        label=label,
+        dtype=torch.float32,
+        mode="step",
+        inputs=partial(parameters_and_gradients, shapes=shapes),
+        contenders=zero_grad_contenders,
+        reference=zero_grad_reference(),
+    )
+
+
+def zero_grad_contenders() -> list[Contender]:
+    made = optimizers()
+    return [ZeroGrad(name, made[name]) for name in ("fastnn", "SGD")]
+
+
+def zero_grad_reference() -> Contender:
+    return ZeroGrad("reference", optimizers()["SGD"])
+
+
+@dataclass
+class ZeroGrad(Contender):
+    """``optimizer.zero_grad()``, which sets the gradients to None."""
+
+    make: Callable[[Iterable[Tensor]], Optimizer]
+
+    def __post_init__(self) -> None:
+        self.params: list[Tensor] = []
+        self.optimizer: Optimizer | None = None
+
+    def bind(self, inputs: Inputs) -> Callable[[], object]:
+        if self.optimizer is None:
+            self.params = [torch.nn.Parameter(param) for param in inputs.args[0]]
+            self.optimizer = self.make(self.params)
+        return self.optimizer.zero_grad
+
+    def sampler(self, inputs: Inputs, device: Device = CPU) -> Sampler:
+        """Gradients must be there each time; putting them there is not timed."""
+        zero_grad, params, grads = self.bind(inputs), self.params, inputs.args[1]
+
+        def sample(count: int) -> float:
+            nanoseconds = 0
+            for _ in range(count):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                start = time.perf_counter_ns()
+                zero_grad()
+                nanoseconds += time.perf_counter_ns() - start
+            return nanoseconds * 1e-9
+
+        return sample
+
+    def check(self, inputs: Inputs) -> Tensor:
+        self.sampler(inputs)(1)
+        return torch.tensor([float(param.grad is not None) for param in self.params])

@@ -1,0 +1,89 @@
+"""JAX's jitted step of an MLP with SGD and momentum, in a process without torch.
+
+Reads pickled requests from stdin and answers on stdout: ``("build", weights, lr, momentum)``,
+``("batch", images, labels)``, ``("losses", steps)`` and ``("time", steps)``, in seconds. The
+argument is the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+
+
+def limit_threads(threads: int) -> None:
+    """XLA takes as many threads as it may use processors; to be called before jax is imported."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+class Mlp:
+    """The state of the training and its jitted step."""
+
+    def __init__(self, weights: list, lr: float, momentum: float) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        self.asarray = jnp.asarray
+        self.params = [jnp.asarray(weight) for weight in weights]
+        self.buffers = [jnp.zeros_like(param) for param in self.params]
+
+        def loss_of(params, images, labels):
+            for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+                images = jax.nn.relu(images @ weight.T + bias)
+            log_probs = jax.nn.log_softmax(images @ params[-2].T + params[-1])
+            return -jnp.take_along_axis(log_probs, labels[:, None], axis=1).mean()
+
+        def step(params, buffers, images, labels):
+            loss, grads = jax.value_and_grad(loss_of)(params, images, labels)
+            # Zero buffers make the first step's momentum the gradient, as torch has it.
+            buffers = [momentum * old + grad for old, grad in zip(buffers, grads, strict=True)]
+            params = [old - lr * buffer for old, buffer in zip(params, buffers, strict=True)]
+            return params, buffers, loss
+
+        # Donated: the old parameters' memory becomes the new ones', as in an update in place.
+        self.jitted = jax.jit(step, donate_argnums=(0, 1))
+
+    def batch(self, images, labels) -> None:
+        """What the following steps train on."""
+        self.images, self.labels = self.asarray(images), self.asarray(labels)
+
+    def step(self):
+        """One step; returns its loss, which may not be computed yet."""
+        self.params, self.buffers, loss = self.jitted(
+            self.params, self.buffers, self.images, self.labels
+        )
+        return loss
+
+    def losses(self, steps: int) -> list[float]:
+        return [float(self.step()) for _ in range(steps)]
+
+    def time(self, steps: int) -> float:
+        start = time.perf_counter_ns()
+        for _ in range(steps):
+            loss = self.step()
+        loss.block_until_ready()
+        return (time.perf_counter_ns() - start) * 1e-9
+
+
+def main(threads: int) -> None:
+    """Answers until stdin ends."""
+    limit_threads(threads)
+    mlp = None
+    while True:
+        try:
+            request, *arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        if request == "build":
+            mlp, answer = Mlp(*arguments), None
+        else:
+            answer = getattr(mlp, request)(*arguments)
+        pickle.dump(answer, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,47 @@
+"""The facts that a result depends on; nothing that names the machine or its user."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+
+import torch
+
+import fastnn
+from fastnn import env
+
+
+def machine_facts() -> dict[str, str]:
+    """Processor, system and versions, as recorded beside the results."""
+    facts = env.collect()
+    return {
+        "cpu": facts["cpu"],
+        "processors": str(os.cpu_count()),
+        "os": f"{_system()}, {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastnn": fastnn.__version__,
+        "capability": facts["instruction set in use"],
+        "capability of torch": facts["instruction set of torch"],
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.system()
+
+
+def available_bytes() -> float:
+    """The memory that can be used without swapping; infinite where the system doesn't tell."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return float("inf")

@@ -1,0 +1,85 @@
+"""The document of results, and what is computed from it. Plain dicts, as JSON has them.
+
+A document is ``{"machine": facts, "command": ..., "limits": {threads: rates}, "results": [...]}``;
+a result is one case at one thread count: its names, ``work``, what each contender took
+(``contenders``: name to median, quartiles and number of samples; seconds, or bytes in memory
+mode), who was left out and why (``skipped``), then what :func:`complete` adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from benchmarks.case import OURS, Work
+from benchmarks.limits import limit_for
+
+SCHEMA = 1
+MIB = 2**20
+# An idle machine interrupts a process a few times a second, a busy one a hundred times or more.
+DISTURBED = 30
+
+
+def complete(result: dict, limits: dict | None) -> dict:
+    """Adds the ratios, the rate and its share of the limit."""
+    contenders = result["contenders"]
+    peers = {name: peer for name, peer in contenders.items() if name != OURS}
+    ours = _compared(contenders[OURS], result["unit"])
+    ratios = {name: _compared(peer, result["unit"]) / ours for name, peer in peers.items()}
+    work = Work(**result["work"])
+    limit = limit_for(work, result["dtype"], limits) if limits else None
+    rate = (work.flops or work.bytes) / ours if result["unit"] == "seconds" else 0.0
+    return result | {
+        "ratios": ratios,
+        "best": _smallest(ratios),
+        "best_trainable": _smallest(
+            {name: ratio for name, ratio in ratios.items() if peers[name]["trainable"]}
+        ),
+        "rate": rate or None,
+        "share": rate / limit if limit and rate else None,
+    }
+
+
+def _compared(contender: dict, unit: str) -> float:
+    """The median; memory in whole MiB and at least one, for pages of others' come and go."""
+    median = contender["median"]
+    return median if unit == "seconds" else max(1, round(median / MIB))
+
+
+def _smallest(ratios: dict[str, float]) -> str | None:
+    return min(ratios, key=ratios.__getitem__, default=None)
+
+
+def best_ratio(result: dict) -> float | None:
+    """The ratio to the best peer; None where there is none."""
+    return None if result["best"] is None else result["ratios"][result["best"]]
+
+
+def is_disturbed(result: dict) -> bool:
+    """Whether other programs took processor time while the case was measured."""
+    return result["contenders"][OURS]["interruptions"] > DISTURBED
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """The mean that treats twice as fast and half as fast as opposites."""
+    logarithms = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def key(result: dict) -> str:
+    """The case's name, as ``--filter`` sees it."""
+    return " ".join(result[name] for name in ("op", "label", "dtype", "mode"))
+
+
+def overall(results: list[dict]) -> dict | None:
+    """How many cases, in how many ahead, geometric mean and worst; None where nothing compares."""
+    compared = [result for result in results if best_ratio(result) is not None]
+    if not compared:
+        return None
+    ratios = [best_ratio(result) for result in compared]
+    return {
+        "cases": len(ratios),
+        "ahead": sum(ratio >= 1 for ratio in ratios),
+        "geometric_mean": geometric_mean(ratios),
+        "worst": min(compared, key=best_ratio),
+    }

@@ -1,0 +1,171 @@
+"""The results as text: a table per operator and thread count, and a closing line."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+
+from benchmarks.case import OURS
+from benchmarks.results import best_ratio, is_disturbed, key, overall
+
+MODE_NAMES = {
+    "forward": "fwd",
+    "forward_backward": "fwd+bwd",
+    "step": "step",
+    "call": "call",
+    "memory": "peak mem",
+}
+TEXT_COLUMNS = 3  # aligned left; numbers are aligned right
+RED, PLAIN = "\033[31m", "\033[0m"
+
+
+def format_document(document: dict, colour: bool = False) -> str:
+    """All tables, grouped by operator, then the summary."""
+    results = document["results"]
+    groups = list(dict.fromkeys(_group(result) for result in results))
+    ordered = sorted(results, key=lambda result: groups.index(_group(result)))
+    tables = [_format_group(list(rows), colour) for _, rows in groupby(ordered, key=_group)]
+    return "\n\n".join([*tables, *_legend(results), *_disturbed(results), summary(results)])
+
+
+def _group(result: dict) -> tuple[str, int]:
+    return result["op"], result["threads"]
+
+
+def _format_group(rows: list[dict], colour: bool) -> str:
+    peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    header = ["", "dtype", "mode", OURS, "spread", "rate", "of limit"]
+    header += [_heading(peer, rows) for peer in peers] + ["best peer"]
+    lines = [header, *(_cells(row, peers) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [_align(line, widths) for line in lines]
+    if colour:
+        slower = [False, *(is_slower(row) for row in rows)]
+        text = [
+            f"{RED}{line}{PLAIN}" if red else line for line, red in zip(text, slower, strict=True)
+        ]
+    return "\n".join(
+        [f"{rows[0]['op']}, {threads_text(rows[0]['threads'])}", *text, *_left_out(rows)]
+    )
+
+
+def _align(cells: list[str], widths: list[int]) -> str:
+    aligned = [
+        cell.ljust(width) if column < TEXT_COLUMNS else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return ("  " + "  ".join(aligned)).rstrip()
+
+
+def _heading(peer: str, rows: list[dict]) -> str:
+    facts = next(row["contenders"][peer] for row in rows if peer in row["contenders"])
+    return peer + ("" if facts["trainable"] else "*") + ("" if facts["same_algorithm"] else "+")
+
+
+def _cells(row: dict, peers: list[str]) -> list[str]:
+    ours, best = row["contenders"][OURS], best_ratio(row)
+    return [
+        row["label"],
+        row["dtype"],
+        MODE_NAMES[row["mode"]],
+        amount(ours["median"], row["unit"]),
+        spread(ours),
+        rate_text(row),
+        share_text(row),
+        *(ratio_text(row["ratios"][peer]) if peer in row["ratios"] else "" for peer in peers),
+        "" if best is None else f"{ratio_text(best)} {'!' if best < 1 else ' '}",
+    ]
+
+
+def is_slower(row: dict) -> bool:
+    """Whether some peer is ahead of fastnn."""
+    best = best_ratio(row)
+    return best is not None and best < 1
+
+
+def amount(value: float, unit: str) -> str:
+    """A time in us or ms, memory in MiB."""
+    if unit == "bytes":
+        return f"{value / 2**20:.1f} MiB"
+    return f"{value * 1e6:.1f} us" if value < 1e-3 else f"{value * 1e3:.2f} ms"
+
+
+def ratio_text(ratio: float) -> str:
+    """Rounded down, so that what reads 1.00 is not below it."""
+    return f"{math.floor(ratio * 100) / 100:.2f}"
+
+
+def spread(contender: dict) -> str:
+    """Half the interquartile range, as a share of the median."""
+    if contender["median"] == 0:
+        return ""
+    share = (contender["high"] - contender["low"]) / 2 / contender["median"]
+    return f"±{share:.0%}" if share < 10 else ">±999%"
+
+
+def rate_text(row: dict) -> str:
+    """GFLOP/s or GB/s."""
+    if row["rate"] is None:
+        return ""
+    return f"{row['rate'] / 1e9:.1f} {'GFLOP/s' if row['work']['flops'] else 'GB/s'}"
+
+
+def share_text(row: dict) -> str:
+    """The share of the machine's limit."""
+    return "" if row["share"] is None else f"{row['share']:.0%}"
+
+
+def threads_text(threads: int) -> str:
+    return f"{threads} thread" if threads == 1 else f"{threads} threads"
+
+
+def _left_out(rows: list[dict]) -> list[str]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row["skipped"].items():
+            reasons.setdefault((name, reason), []).append(key(row).removeprefix(row["op"]).strip())
+    return [
+        f"  left out: {name} ({reason}){_where(keys, rows)}"
+        for (name, reason), keys in reasons.items()
+    ]
+
+
+def _where(keys: list[str], rows: list[dict]) -> str:
+    if len(keys) == len(rows):
+        return ""
+    return f" at {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+
+def _legend(results: list[dict]) -> list[str]:
+    contenders = [facts for row in results for facts in row["contenders"].values()]
+    lines = [
+        "The peers' columns: the peer's time or memory / fastnn's; below 1 (!) the peer is ahead."
+    ]
+    if not all(facts["trainable"] for facts in contenders):
+        lines.append("* computes no gradients")
+    if not all(facts["same_algorithm"] for facts in contenders):
+        lines.append("+ another algorithm, for the larger problem as a whole")
+    return ["\n".join(lines)] if results else []
+
+
+def _disturbed(results: list[dict]) -> list[str]:
+    count = sum(map(is_disturbed, results))
+    if not count:
+        return []
+    return [
+        f"Other programs took processor time in {count} of {len(results)} cases: with several "
+        "threads above all, such times say little. Measure again on an idle machine."
+    ]
+
+
+def summary(results: list[dict]) -> str:
+    """One line: in how many cases fastnn is ahead of the best peer, the mean, the worst."""
+    facts = overall(results)
+    if facts is None:
+        return "Nothing to compare."
+    worst = facts["worst"]
+    return (
+        f"fastnn is ahead of the best peer in {facts['ahead']} of {facts['cases']} cases; "
+        f"geometric mean {facts['geometric_mean']:.2f}x, worst {ratio_text(best_ratio(worst))}x "
+        f"({key(worst)}, {threads_text(worst['threads'])}, against {worst['best']})."
+    )

@@ -1,0 +1,189 @@
+"""Measures cases at one thread count, in a process of its own, so that OpenMP starts afresh.
+
+    python -m benchmarks.worker     reads a request (JSON) from stdin, prints events (JSON lines)
+
+Events: ``{"event": "limits" | "start" | "result" | "failed" | "skipped", ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from benchmarks import memory, verify
+from benchmarks.case import DTYPE_NAMES, OURS, Case, Contender
+from benchmarks.cases import all_cases
+from benchmarks.device import CPU
+from benchmarks.limits import best_of, measure_limits
+from benchmarks.machine import available_bytes
+from benchmarks.timing import Plan, Summary, measure
+
+Emit = Callable[[dict], None]
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure."""
+
+    keys: list[str]
+    threads: int
+    compile: bool
+    plan: Plan
+    limit_seconds: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Request:
+        values = json.loads(text)
+        return cls(**values | {"plan": Plan(**values["plan"])})
+
+
+@dataclass
+class Outcome:
+    """The contenders of a case that can be measured, and why the others can't."""
+
+    contenders: list[Contender] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def run(request: Request, emit: Emit) -> None:
+    """Measures all cases, with the machine's limits before and after."""
+    torch.set_num_threads(request.threads)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # the compiler's remarks on optimizers
+    wanted = set(request.keys)
+    cases = [case for case in all_cases() if case.key in wanted]
+    has_limits = any(_is_work(case) for case in cases)
+    limits = measure_limits(request.limit_seconds) if has_limits else None
+    emit({"event": "limits", "limits": limits})
+    for case in cases:
+        emit({"event": "start", "key": case.key})
+        try:
+            emit(_run_case(case, request))
+        except Exception as error:  # one broken case must not take the others' results along
+            emit({"event": "failed", "key": case.key, "reason": _one_line(error)})
+    if limits is not None:
+        limits = best_of(limits, measure_limits(request.limit_seconds))
+        emit({"event": "limits", "limits": limits})
+
+
+def _is_work(case: Case) -> bool:
+    return case.mode != "memory" and bool(case.work.flops or case.work.bytes)
+
+
+def _run_case(case: Case, request: Request) -> dict:
+    reason = _why_not(case)
+    if reason:
+        return {"event": "skipped", "key": case.key, "reason": reason}
+    if request.compile:
+        # Compiled code of earlier cases would make the compiler generalise over shapes.
+        torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(SEED)
+    contenders = case.contenders()
+    outcome = Outcome([one for one in contenders if request.compile or not one.compiled])
+    try:
+        if case.mode == "memory":
+            summaries = _memory(case, outcome)
+        else:
+            with torch.set_grad_enabled(case.records_graph):
+                _check(case, outcome, generator)
+                summaries = _time(case, outcome.contenders, request.plan, generator)
+    finally:
+        for contender in outcome.contenders:
+            contender.close()
+    return {"event": "result", "result": _result(case, request, outcome, summaries)}
+
+
+def _why_not(case: Case) -> str | None:
+    if case.mode == "memory" and not memory.supported():
+        return "this system doesn't let a process measure its peak memory"
+    if case.peak_bytes > available_bytes():
+        return f"needs about {case.peak_bytes / 2**30:.0f} GiB of free memory"
+    return None
+
+
+def _check(case: Case, outcome: Outcome, generator: torch.Generator) -> None:
+    """Leaves the contenders whose results are right."""
+    inputs = verify.check_inputs(case, generator)
+    reference = verify.expected(case, inputs)
+    for contender in list(outcome.contenders):
+        reason = _complaint(case, contender, inputs, reference)
+        if reason is None:
+            continue
+        contender.close()
+        if contender.name == OURS:
+            raise RuntimeError(f"{OURS}: {reason}")
+        outcome.contenders.remove(contender)
+        outcome.skipped[contender.name] = reason
+
+
+def _complaint(case: Case, contender: Contender, inputs, reference) -> str | None:
+    try:
+        error = verify.error(contender, inputs, reference)
+    except Exception as problem:  # peers are private or experimental operators: any may refuse
+        return _one_line(problem)
+    if error > case.allowed_error:
+        return f"wrong by {error:.1%}, {case.allowed_error:.0e} is allowed"
+    return None
+
+
+def _time(
+    case: Case, contenders: list[Contender], plan: Plan, generator: torch.Generator
+) -> dict[str, Summary]:
+    def draw():
+        inputs = case.inputs(generator)
+        return {contender.name: contender.sampler(inputs, CPU) for contender in contenders}
+
+    return measure(draw, plan, random.Random(SEED))
+
+
+def _memory(case: Case, outcome: Outcome) -> dict[str, Summary]:
+    return {one.name: memory.peak_memory(case, one.name) for one in outcome.contenders}
+
+
+def _result(case: Case, request: Request, outcome: Outcome, summaries: dict[str, Summary]) -> dict:
+    contenders = {
+        one.name: summaries[one.name].to_dict()
+        | {"trainable": one.trainable, "same_algorithm": one.same_algorithm}
+        for one in outcome.contenders
+    }
+    return {
+        "op": case.op,
+        "label": case.label,
+        "dtype": DTYPE_NAMES[case.dtype],
+        "mode": case.mode,
+        "threads": request.threads,
+        "unit": "bytes" if case.mode == "memory" else "seconds",
+        "work": asdict(case.work),
+        "contenders": contenders,
+        "skipped": outcome.skipped,
+    }
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
+
+
+def main() -> None:
+    """Answers one request; only events go to stdout, whatever libraries print."""
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def emit(event: dict) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
+    run(Request.from_json(sys.stdin.read()), emit)
+
+
+if __name__ == "__main__":
+    main()
