@@ -12,30 +12,31 @@
 namespace fastnn::cpu {
 namespace {
 
-// Where the elements of a log-probability tensor lie, as (outer, classes, inner).
-struct Elements {
-  at::Tensor tensor;  // keeps the memory alive
-  simd::Layout layout;
-  int64_t outer_stride;
-  int64_t class_stride;
-  int64_t inner_stride;
+// Where the element of a row's class lies in a tensor of (outer, classes, inner).
+struct Strides {
+  int64_t inner_size;
+  int64_t outer;
+  int64_t classes;
+  int64_t inner;
 
-  int64_t operator()(int64_t row, int64_t c) const {
+  int64_t element(int64_t row, int64_t c) const {
     // A division costs more than the rest of a row's work.
-    if (layout.inner == 1) return row * outer_stride + c * class_stride;
-    const int64_t outer = row / layout.inner;
-    return outer * outer_stride + c * class_stride + row % layout.inner * inner_stride;
+    if (inner_size == 1) return row * outer + c * classes;
+    return row / inner_size * outer + c * classes + row % inner_size * inner;
   }
 };
 
-// The input's own elements; a copy's where no single stride serves the dimensions after the
-// classes.
-Elements elements_of(const at::Tensor& input) {
-  const simd::Layout layout = layout_around(input.sizes(), class_dim(input));
-  if (input.dim() == 1) return {input, layout, 0, input.stride(0), 0};
-  if (input.dim() == 2) return {input, layout, input.stride(0), input.stride(1), 0};
-  const at::Tensor rows = input.reshape({layout.outer, layout.classes, layout.inner});
-  return {rows, layout, rows.stride(0), rows.stride(1), rows.stride(2)};
+// The input as it is, or a copy where no single stride serves the dimensions after the classes.
+at::Tensor with_one_inner_stride(const at::Tensor& input) {
+  if (input.dim() <= 2) return input;
+  const simd::Layout layout = layout_around(input.sizes(), 1);
+  return input.reshape({layout.outer, layout.classes, layout.inner});
+}
+
+Strides strides_of(const at::Tensor& tensor) {
+  if (tensor.dim() == 1) return {1, 0, tensor.stride(0), 0};
+  if (tensor.dim() == 2) return {1, tensor.stride(0), tensor.stride(1), 0};
+  return {tensor.size(2), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 void check_arguments(const at::Tensor& input, const at::Tensor& target,
@@ -51,9 +52,9 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
                                                         std::string_view reduction_name) {
   check_arguments(input, target, weight);
   const auto reduction = parse_reduction(reduction_name);
-  const Elements element = elements_of(input);
+  const at::Tensor rows = with_one_inner_stride(input);
   const at::Tensor indices = contiguous_indices(target);
-  const int64_t classes = element.layout.classes;
+  const int64_t classes = input.size(class_dim(input));
   const bool per_row = reduction == at::Reduction::None;
   const at::Tensor losses =
       per_row ? empty(per_row_sizes(input), input.scalar_type()) : at::Tensor();
@@ -65,9 +66,11 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
     using accum = at::opmath_type<scalar_t>;
     const auto class_weight = contiguous(weight);
     const scalar_t* w = const_data_or_null<scalar_t>(class_weight);
-    const scalar_t* x = element.tensor.const_data_ptr<scalar_t>();
+    const scalar_t* x = rows.const_data_ptr<scalar_t>();
     scalar_t* out = per_row ? losses.mutable_data_ptr<scalar_t>() : nullptr;
-    sums = sum_over_rows(element.layout.rows(), 1, [&](int64_t begin, int64_t end, auto& sum) {
+    sums = sum_over_rows(indices.numel(), 1, [&](int64_t begin, int64_t end, auto& total) {
+      const Strides strides = strides_of(rows);
+      simd::LossSums sum;  // not `total` itself, which would be written to memory at each row
       for (int64_t i = begin; i < end; ++i) {
         accum loss = 0;
         if (t[i] != ignore_index) {
@@ -76,12 +79,13 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
             continue;
           }
           const accum class_w = w ? accum(w[t[i]]) : accum(1);
-          loss = -class_w * accum(x[element(i, t[i])]);
+          loss = -class_w * accum(x[strides.element(i, t[i])]);
           sum.weight += class_w;
         }
         if (out) out[i] = loss;
         sum.loss += loss;
       }
+      total = sum;
     });
   });
   bad.raise_if_any(t, classes, ignore_index);
@@ -99,8 +103,7 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
   const at::Tensor grad_input = empty(input.sizes(), input.scalar_type());
   const at::Tensor indices = contiguous_indices(target);
   const at::Tensor grad = grad_output.contiguous();
-  const Elements element = elements_of(grad_input);
-  const simd::Layout& layout = element.layout;
+  const simd::Layout layout = layout_around(input.sizes(), class_dim(input));
   const bool per_row = reduction == at::Reduction::None;
   const double scale = grad_scale(total_weight, reduction);
 
@@ -115,6 +118,7 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
         scalar_t* dx = grad_input.mutable_data_ptr<scalar_t>();
         const int64_t block = layout.classes * layout.inner;
         at::parallel_for(0, layout.outer, grain(block), [&](int64_t first, int64_t last) {
+          const Strides strides = {layout.inner, block, layout.inner, 1};
           std::memset(dx + first * block, 0, (last - first) * block * sizeof(scalar_t));
           for (int64_t i = first * layout.inner; i < last * layout.inner; ++i) {
             if (t[i] == ignore_index) continue;
@@ -123,7 +127,7 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
               continue;
             }
             const accum class_w = w ? accum(w[t[i]]) : accum(1);
-            dx[element(i, t[i])] = -class_w * (accum(g[per_row ? i : 0]) * accum(scale));
+            dx[strides.element(i, t[i])] = -class_w * (accum(g[per_row ? i : 0]) * accum(scale));
           }
         });
       });

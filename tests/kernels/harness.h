@@ -34,7 +34,7 @@ using simd::Layout;
 // The kernels of one instruction set.
 struct Target {
   const char* name;
-  bool runs_here;
+  const char* not_run;  // why, or null
   template <typename T>
   struct Tables {
     const simd::Kernels<T>& (*kernels)();
@@ -233,10 +233,9 @@ void expect_same_bits(const char* name, const Buffer<T>& actual, const Buffer<T>
 // ---- threads ----
 
 // Calls f(begin, end) on pieces of [0, n) as at::parallel_for does: one for each thread, as equal
-// as can be, and none of nothing.
+// as can be, and none of nothing. But one thread gets even nothing: kernels take an empty range.
 template <typename F>
 void parallel_for(int threads, int64_t n, F f) {
-  if (n == 0) return;
   if (threads == 1) return f(int64_t{0}, n);
   const int64_t piece = (n + threads - 1) / threads;
   std::vector<std::thread> workers;

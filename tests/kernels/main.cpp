@@ -1,33 +1,41 @@
-// Runs every test on every instruction set that this CPU has. See run.py.
+// Runs every test on every instruction set that this CPU has, and says which it hasn't. See run.py.
 #include "harness.h"
 
 namespace fastnn::tests {
 namespace {
 
 #define TABLES(set, T) {simd::set::kernels<T>, simd::set::vec_functions<T>}
-#define TARGET(set, runs_here)                                                             \
+#define TARGET(set, name, not_run)                                                         \
   {                                                                                        \
-    #set, runs_here, {                                                                     \
+    name, not_run, {                                                                       \
       TABLES(set, double), TABLES(set, float), TABLES(set, bfloat16), TABLES(set, float16) \
     }                                                                                      \
   }
 
 std::vector<Target> targets() {
   std::vector<Target> result;
-  result.push_back(TARGET(generic, true));
+  result.push_back(TARGET(generic, "generic", nullptr));
 #if defined(__x86_64__)
+  const char* missing = "this CPU doesn't have it";
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  result.push_back(TARGET(avx2, avx2));
-  result.push_back(TARGET(avx512, avx2 && avx512));
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  result.push_back(TARGET(avx2, "avx2", avx2 ? nullptr : missing));
+  result.push_back(TARGET(avx512, "avx512", avx512 ? nullptr : missing));
+#if defined(FASTNN_TESTS_SPLIT)
+  // The same source with vectors as wide; but neither AVX-512's instructions nor its intrinsics.
+  const char* not_split = avx512 ? "avx512 itself was run" : avx2 ? nullptr : "it takes avx2";
+  result.push_back(TARGET(avx512_split, "avx512's vectors split for avx2", not_split));
+#endif
 #endif
   return result;
 }
 
 void run_all(const Target& target) {
-  if (!target.runs_here) {
-    std::printf("%-8s compiled, not run: this CPU doesn't have it\n", target.name);
+  constexpr int kWidth = 31;  // the longest name's
+  if (target.not_run) {
+    std::printf("%-*s  compiled, not run: %s\n", kWidth, target.name, target.not_run);
     return;
   }
   const int64_t before = running().values_compared;
@@ -35,13 +43,15 @@ void run_all(const Target& target) {
     running().test = format("%s %s", target.name, test.name);
     test.run(target);
   }
-  std::printf("%-8s %zu tests passed, %lld values compared\n", target.name, Test::all().size(),
-              static_cast<long long>(running().values_compared - before));
+  std::printf("%-*s  %zu tests passed, %lld values compared\n", kWidth, target.name,
+              Test::all().size(), static_cast<long long>(running().values_compared - before));
 }
 
 }  // namespace
 }  // namespace fastnn::tests
 
 int main() {
+  // Line by line wherever it goes: a sanitizer's end would lose what waits to be printed.
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   for (const auto& target : fastnn::tests::targets()) fastnn::tests::run_all(target);
 }

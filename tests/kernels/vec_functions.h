@@ -2,7 +2,7 @@
 // compiled once for each instruction set, as vec_functions.cpp is.
 #pragma once
 
-#include "cpu/simd/types.h"
+#include "cpu/simd/kernels.h"
 
 namespace fastnn::simd {
 
@@ -27,5 +27,13 @@ namespace avx512 {
 template <typename T>
 VecFunctions<T> vec_functions();
 }
+
+// AVX-512's vectors, which the compiler splits into AVX2's (see run.py): a set of the tests alone.
+namespace avx512_split {
+template <typename T>
+VecFunctions<T> vec_functions();
+template <typename T>
+const Kernels<T>& kernels();
+}  // namespace avx512_split
 
 }  // namespace fastnn::simd

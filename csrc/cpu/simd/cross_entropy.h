@@ -45,27 +45,23 @@ class TargetDistribution {
     return rows.valid(step, q);
   }
 
-  // The part of q that stands at the target alone.
-  A at_target(int64_t t) const {
-    return keep_ * class_weight(t);
-  }
-  // Likewise for the class of each lane; anything where that is negative.
-  vec<A> at_targets(ints<A> t) const {
-    if (args_.weight == nullptr) return broadcast(keep_);
-    vec<A> q;
-    for (int64_t lane = 0; lane < kLanes<A>; ++lane) q[lane] = t[lane] < 0 ? 0 : at_target(t[lane]);
-    return q;
+  // The part of q that stands at the target alone, of the class in each lane.
+  vec<A> at_target(ints<A> target) const {
+    return keep_ * class_weight(target);
   }
   // The spread part at a class, of class indices.
   A uniform(int64_t c) const {
-    return uniform_ * class_weight(c);
-  }
-  A class_weight(int64_t c) const {
-    return args_.weight ? load_scalar(args_.weight + c) : A(1);
+    return args_.weight ? uniform_ * load_scalar(args_.weight + c) : uniform_;
   }
   // The sum over classes of a class index's spread part.
   A uniform_sum() const {
     return uniform_sum_;
+  }
+  // The weight of the class in each lane; anything where that is negative.
+  vec<A> class_weight(ints<A> target) const {
+    if (args_.weight == nullptr) return broadcast(A(1));
+    return lanes_of<A>(
+        [&](int64_t i) { return load_scalar(args_.weight + std::max<int64_t>(target[i], 0)); });
   }
 
  private:
@@ -75,13 +71,29 @@ class TargetDistribution {
   A uniform_sum_ = 0;
 };
 
-// A row's target: whether it counts (not ignored, in range), and its class.
+// The rows' classes, and the first that is out of range.
 template <typename T>
 class Targets {
  public:
+  using A = accum<T>;
+
   explicit Targets(const CrossEntropy<T>& args) : args_(args) {
   }
 
+  // Per lane its row's class, or -1 where that doesn't count (ignored, out of range, no row).
+  template <typename Rows>
+  ints<A> of(const Rows& rows, int64_t position) {
+    return ints_of<A>([&](int64_t lane) -> lane_int<A> {
+      if (Rows::kLanesAreRows && lane >= rows.count) return -1;
+      const int64_t row = position + (Rows::kLanesAreRows ? lane : 0);
+      return counts(row) ? args_.target[row] : -1;
+    });
+  }
+  int64_t first_bad() const {
+    return first_bad_;
+  }
+
+ private:
   bool counts(int64_t position) {
     const int64_t t = args_.target[position];
     if (t == args_.ignore_index) return false;
@@ -89,14 +101,7 @@ class Targets {
     first_bad_ = std::min(first_bad_, position);
     return false;
   }
-  int64_t operator[](int64_t position) const {
-    return args_.target[position];
-  }
-  int64_t first_bad() const {
-    return first_bad_;
-  }
 
- private:
   const CrossEntropy<T>& args_;
   int64_t first_bad_ = kNoBadTarget;
 };
@@ -108,6 +113,7 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
   using Distribution = TargetDistribution<T, Kind>;
   const Distribution q(args);
   Targets<T> targets(args);
+  LossSums total;  // not `sums` itself, which would be written to memory at each row
   for_each_row<A>(args.layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
     auto x = rows.reader(args.logits + offset);
     const LogSumExp<A> lse = log_sum_exp<A>(rows, x);
@@ -121,25 +127,24 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
         return rows.valid(step, q.spread(rows, probabilities, step) * log_p);
       });
     }
-    for (int64_t lane = 0; lane < rows.count; ++lane) {
-      const int64_t row = position + lane;
-      A loss = spread_loss[lane];
-      A weight = 1;
-      if constexpr (Kind != TargetKind::Probabilities) {
-        if (targets.counts(row)) {
-          const int64_t t = targets[row];
-          weight = q.class_weight(t);
-          const A x_t = load_scalar(args.logits + offset + rows.element(t, lane));
-          loss -= q.at_target(t) * ((x_t - lse.max[lane]) - lse.log_sum[lane]);
-        } else {
-          loss = weight = 0;
-        }
-      }
-      if (losses) store_scalar(losses + row, loss);
-      sums.loss += loss;
-      sums.weight += weight;
+    vec<A> loss = spread_loss;
+    vec<A> weight = broadcast(A(1));
+    if constexpr (Kind != TargetKind::Probabilities) {
+      const ints<A> target = targets.of(rows, position);
+      const vec<A> x_target = lanes_of<A>([&](int64_t lane) {
+        const int64_t t = target[lane];
+        return t < 0 ? A(0) : load_scalar(args.logits + offset + rows.element(t, lane));
+      });
+      loss -= q.at_target(target) * lse.log_softmax(x_target);
+      loss = target >= 0 ? loss : vec<A>{};
+      weight = target >= 0 ? q.class_weight(target) : vec<A>{};
     }
+    if (losses) rows.store_per_row(losses + position, loss);
+    total.loss += rows.sum_over_rows(loss);
+    total.weight += rows.sum_over_rows(weight);
   });
+  sums.loss += total.loss;
+  sums.weight += total.weight;
   return targets.first_bad();
 }
 
@@ -169,19 +174,18 @@ int64_t cross_entropy_backward_of(const CrossEntropy<T>& args, int64_t begin, in
         vec<A> at_target = {};
         vec<A> total = {};
         if constexpr (kIndices) {
-          target = ints_of<A>([&](int64_t lane) -> lane_int<A> {
-            const int64_t row = position + (lane < rows.count ? lane : 0);
-            return targets.counts(row) ? targets[row] : -1;
-          });
-          at_target = q.at_targets(target);
+          target = targets.of(rows, position);
+          at_target = q.at_target(target);
           total = at_target + q.uniform_sum();
         } else {
           total = rows.sum([&](auto step) { return q.spread(rows, probabilities, step); });
         }
 
+        // Not g * (total * softmax - q), which would be rounded twice at the target.
+        const vec<A> g_total = g * total;
         const auto gradient = [&](vec<A> x_step, vec<A> q_step) {
           const vec<A> softmax = exp_nonpositive<A>(lse.log_softmax(x_step));
-          return target >= 0 ? g * (softmax * total - q_step) : vec<A>{};
+          return target >= 0 ? g_total * softmax - g * q_step : vec<A>{};
         };
         rows.for_each_step([&](auto step) {
           vec<A> q_step = {};

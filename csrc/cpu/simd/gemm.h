@@ -20,9 +20,10 @@ constexpr int64_t kTileVecs = kVectorBytes == 64 ? 3 : 2;
 template <typename A>
 constexpr int64_t kTileCols = kTileVecs * kLanes<A>;
 
-// Depths are taken in blocks of at most so many: then a panel of the right operand stays in a
-// first-level cache of 32 KiB. Partial sums wait in the output, or in scratch memory.
-constexpr int64_t kGemmDepth = 400;
+// Depths are taken in blocks of at most so many: then a panel of the right operand stays in the
+// first-level cache, and a sum's rounding errors grow with the block, not with the depth. Partial
+// sums wait in the output, or in scratch memory.
+constexpr int64_t kGemmDepth = 200;
 
 // So many panels of the right operand are packed at once: fewer, and each of its rows' pages would
 // be visited more often; more, and they would push the left operand out of the cache.
@@ -263,7 +264,7 @@ struct Left {
 template <typename T, typename A = accum<T>>
 inline Left<A> prepare_left(const Gemm<T>& g, const Split& rows, Range depths, A* scratch) {
   if constexpr (kIsWide<T>) {
-    if (!g.a.transposed) {
+    if (!g.a.transposed && g.depth != 0) {  // of depth 0 there is no memory to point to
       return {g.a.data + rows.all.begin * g.a.stride + depths.begin, g.a.stride, true};
     }
   }

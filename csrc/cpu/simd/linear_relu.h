@@ -40,10 +40,10 @@ template <typename T>
 FASTNN_KERNEL void relu_backward_strip(T* grad_linear, T* grad_bias, const T* grad, const T* output,
                                        int64_t rows, int64_t cols, int64_t begin, int64_t end) {
   using A = accum<T>;
-  // A column's sum in blocks of rows: its error grows with the block and the number of blocks,
+  // A column's sum in short blocks of rows, and theirs in double: its error grows with the block,
   // not with the number of rows.
-  constexpr int64_t kBlock = 128;
-  A total[kStrip] = {};
+  constexpr int64_t kBlock = 16;
+  double total[kStrip] = {};
   for (int64_t first = 0; first < rows; first += kBlock) {
     A block[kStrip] = {};
     for (int64_t r = first; r < std::min(first + kBlock, rows); ++r) {
@@ -58,7 +58,7 @@ FASTNN_KERNEL void relu_backward_strip(T* grad_linear, T* grad_bias, const T* gr
     for (int64_t c = 0; c < kStrip; ++c) total[c] += block[c];
   }
   if (grad_bias == nullptr) return;
-  for (int64_t c = begin; c < end; ++c) store_scalar(grad_bias + c, total[c - begin]);
+  for (int64_t c = begin; c < end; ++c) store_scalar(grad_bias + c, A(total[c - begin]));
 }
 
 template <typename T>

@@ -18,6 +18,21 @@ struct Part {
   int64_t n;
 };
 
+// Combines f(step) of all whole steps, `size` classes apart. In four chains: in one each would wait
+// for the last, and a sum would lose more digits.
+template <typename A, typename Combine, typename F>
+inline vec<A> fold_whole_steps(int64_t classes, int64_t size, vec<A> init, Combine combine, F f) {
+  constexpr int64_t kChains = 4;
+  vec<A> chain[kChains] = {init, init, init, init};
+  int64_t c = 0;
+  for (; c + kChains * size <= classes; c += kChains * size) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kChains; ++k) chain[k] = combine(chain[k], f(Whole{c + k * size}));
+  }
+  for (; c + size <= classes; c += size) chain[0] = combine(chain[0], f(Whole{c}));
+  return combine(combine(chain[0], chain[1]), combine(chain[2], chain[3]));
+}
+
 // Lanes are classes c, c+1, ... of a single row in one piece.
 template <typename A>
 struct AlongClasses {
@@ -62,8 +77,12 @@ struct AlongClasses {
   vec<A> per_row(const T* values) const {
     return broadcast(load_scalar(values));
   }
-  void store_per_row(A* values, vec<A> value) const {
-    *values = value[0];
+  template <typename T>
+  void store_per_row(T* values, vec<A> value) const {
+    store_scalar(values, value[0]);
+  }
+  double sum_over_rows(vec<A> value) const {
+    return value[0];
   }
   // The maximum and the sum of f(step) over a row's classes, in the lanes of that row.
   template <typename F>
@@ -76,21 +95,11 @@ struct AlongClasses {
   }
 
  private:
-  // Combines f(step) of all steps. In four chains: in one, each step would wait for the last.
   template <typename Combine, typename F>
   vec<A> fold(vec<A> init, Combine combine, F f) const {
-    constexpr int64_t kChains = 4;
-    vec<A> chain[kChains] = {init, init, init, init};
-    int64_t c = 0;
-    for (; c + kChains * kLanes<A> <= classes; c += kChains * kLanes<A>) {
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < kChains; ++k) {
-        chain[k] = combine(chain[k], f(Whole{c + k * kLanes<A>}));
-      }
-    }
-    for (; c + kLanes<A> <= classes; c += kLanes<A>) chain[0] = combine(chain[0], f(Whole{c}));
-    if (c < classes) chain[1] = combine(chain[1], f(Part{c, classes - c}));
-    return combine(combine(chain[0], chain[1]), combine(chain[2], chain[3]));
+    const vec<A> whole = fold_whole_steps<A>(classes, kLanes<A>, init, combine, f);
+    const int64_t rest = classes % kLanes<A>;
+    return rest == 0 ? whole : combine(whole, f(Part{classes - rest, rest}));
   }
 
   template <typename T>
@@ -133,20 +142,27 @@ struct LanesAreRows {
   vec<A> per_row(const T* values) const {
     return load_up_to(values, count);
   }
-  void store_per_row(A* values, vec<A> value) const {
+  template <typename T>
+  void store_per_row(T* values, vec<A> value) const {
     store_up_to(values, count, value);
+  }
+  double sum_over_rows(vec<A> value) const {
+    double sums[kLanes<A>];
+    value = first_lanes<A>(value, count, 0);
+    for (int64_t i = 0; i < kLanes<A>; ++i) sums[i] = value[i];
+    for (int64_t n = kLanes<A> / 2; n > 0; n /= 2) {
+      for (int64_t i = 0; i < n; ++i) sums[i] += sums[i + n];
+    }
+    return sums[0];
   }
   template <typename F>
   vec<A> max(F f) const {
-    vec<A> result = broadcast(-std::numeric_limits<A>::infinity());
-    for_each_step([&](Whole step) { result = vec_max<A>(result, f(step)); });
-    return result;
+    const vec<A> lowest = broadcast(-std::numeric_limits<A>::infinity());
+    return fold_whole_steps<A>(classes, 1, lowest, vec_max<A>, f);
   }
   template <typename F>
   vec<A> sum(F f) const {
-    vec<A> result = {};
-    for_each_step([&](Whole step) { result += f(step); });
-    return result;
+    return fold_whole_steps<A>(classes, 1, vec<A>{}, vec_add<A>, f);
   }
 };
 

@@ -70,6 +70,15 @@ inline ints<A> ints_of(F f) {
   return ints_of<A>(f, std::make_index_sequence<kLanes<A>>());
 }
 
+template <typename A, typename F, size_t... I>
+inline vec<A> lanes_of(F f, std::index_sequence<I...>) {
+  return vec<A>{f(I)...};
+}
+template <typename A, typename F>
+inline vec<A> lanes_of(F f) {
+  return lanes_of<A>(f, std::make_index_sequence<kLanes<A>>());
+}
+
 template <typename A>
 inline vec<A> broadcast(A value) {
   return value - vec<A>{};  // not value + 0, which would turn -0.0 into 0.0
