@@ -39,6 +39,42 @@ Strides strides_of(const at::Tensor& tensor) {
   return {tensor.size(2), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+// The operands of the rows' losses; `weight` and `losses` may be null.
+template <typename T>
+struct Rows {
+  const T* log_probs;
+  Strides strides;
+  const int64_t* target;
+  int64_t classes;
+  int64_t ignore_index;
+  const T* weight;
+  T* losses;
+};
+
+// Adds the rows [begin, end) to `sums`; returns the first whose target is out of range. By value
+// all that the loop reads: the less it takes to a row, the more rows' cache misses overlap.
+template <typename T>
+int64_t sum_rows(const Rows<T> rows, int64_t begin, int64_t end, simd::LossSums& sums) {
+  using accum = at::opmath_type<T>;
+  simd::LossSums total;
+  int64_t first_bad = simd::kNoBadTarget;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = rows.target[i];
+    accum loss = 0;
+    if (t >= 0 && t < rows.classes && t != rows.ignore_index) {
+      const accum class_weight = rows.weight ? accum(rows.weight[t]) : accum(1);
+      loss = -class_weight * accum(rows.log_probs[rows.strides.element(i, t)]);
+      total.weight += class_weight;
+    } else if (t != rows.ignore_index) {
+      first_bad = std::min(first_bad, i);
+    }
+    if (rows.losses) rows.losses[i] = loss;
+    total.loss += loss;
+  }
+  sums = total;
+  return first_bad;
+}
+
 void check_arguments(const at::Tensor& input, const at::Tensor& target,
                      const std::optional<at::Tensor>& weight) {
   TORCH_CHECK_VALUE(input.dim() >= 1, "nll_loss: Expected input of 1 or more dimensions (got 0)");
@@ -63,29 +99,17 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
   FirstBadTarget bad;
   const int64_t* t = indices.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "nll_loss", [&] {
-    using accum = at::opmath_type<scalar_t>;
     const auto class_weight = contiguous(weight);
-    const scalar_t* w = const_data_or_null<scalar_t>(class_weight);
-    const scalar_t* x = rows.const_data_ptr<scalar_t>();
-    scalar_t* out = per_row ? losses.mutable_data_ptr<scalar_t>() : nullptr;
-    sums = sum_over_rows(indices.numel(), 1, [&](int64_t begin, int64_t end, auto& total) {
-      const Strides strides = strides_of(rows);
-      simd::LossSums sum;  // not `total` itself, which would be written to memory at each row
-      for (int64_t i = begin; i < end; ++i) {
-        accum loss = 0;
-        if (t[i] != ignore_index) {
-          if (t[i] < 0 || t[i] >= classes) {
-            bad.update(i);
-            continue;
-          }
-          const accum class_w = w ? accum(w[t[i]]) : accum(1);
-          loss = -class_w * accum(x[strides.element(i, t[i])]);
-          sum.weight += class_w;
-        }
-        if (out) out[i] = loss;
-        sum.loss += loss;
-      }
-      total = sum;
+    const Rows<scalar_t> operands{
+        .log_probs = rows.const_data_ptr<scalar_t>(),
+        .strides = strides_of(rows),
+        .target = t,
+        .classes = classes,
+        .ignore_index = ignore_index,
+        .weight = const_data_or_null<scalar_t>(class_weight),
+        .losses = per_row ? losses.mutable_data_ptr<scalar_t>() : nullptr};
+    sums = sum_over_rows(indices.numel(), 1, [&](int64_t begin, int64_t end, auto& sum) {
+      bad.update(sum_rows(operands, begin, end, sum));
     });
   });
   bad.raise_if_any(t, classes, ignore_index);
