@@ -24,7 +24,12 @@ class TargetDistribution {
         keep_(A(1 - args.label_smoothing)),
         uniform_(A(args.label_smoothing / args.layout.classes)) {
     if (Kind != TargetKind::SmoothedIndex) return;
-    for (int64_t c = 0; c < args.layout.classes; ++c) uniform_sum_ += uniform(c);
+    double weights =
+        0;  // in double: a sum of thousands of equal terms would be off by as many ulps
+    for (int64_t c = 0; c < args.layout.classes; ++c) {
+      weights += args.weight ? load_scalar(args.weight + c) : A(1);
+    }
+    uniform_sum_ = A(args.label_smoothing / args.layout.classes * weights);
   }
 
   // What spread() takes for the row(s) at `offset`.
