@@ -2,19 +2,15 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/softmax.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/loss_options.h"
+#include "autograd/backward_node.h"
 #include "autograd/target_distribution.h"
 #include "autograd/transforms.h"
 #include "ops/checks.h"
 
 namespace fastnn {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // grad * (softmax * sum(q) - q): the kernel's formula, in differentiable operators.
 at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
@@ -32,38 +28,41 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
   return probabilities ? grad_input : zero_ignored_rows(grad_input, target, ignore_index);
 }
 
-struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                            std::string_view reduction, double label_smoothing) {
-    BelowAutograd below_autograd;
-    auto [loss, lse, total_weight] =
-        cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing);
-    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), lse, total_weight});
-    save_loss_options(ctx, {ignore_index, reduction, label_smoothing});
-    return loss;
-  }
+struct CrossEntropyBackward {
+  static constexpr auto name = "CrossEntropyBackward";
+  using Tensors = std::array<at::Tensor, 5>;
+  static constexpr std::array<bool, 5> kOutputs = {};
+  using Options = std::tuple<int64_t, int64_t, double>;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const auto saved = ctx->get_saved_variables();
-    const auto &input = saved[0], &target = saved[1], &lse = saved[3], &total_weight = saved[4];
-    const auto weight = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
-    const auto [ignore_index, reduction, label_smoothing] = saved_loss_options(ctx);
-    const at::Tensor& grad = grad_outputs[0];
-
-    variable_list grads(6);
-    if (!grad.defined()) return grads;
+  static torch::autograd::variable_list backward(const at::Tensor& grad, const Tensors& tensors,
+                                                 const Options& options,
+                                                 const std::vector<bool>& /*needs_input_grad*/) {
+    const auto& [input, target, saved_weight, lse, total_weight] = tensors;
+    const auto weight = saved_weight.defined() ? std::optional(saved_weight) : std::nullopt;
+    const auto [ignore_index, reduction_code, label_smoothing] = options;
+    const auto reduction = reduction_name(reduction_code);
     if (backward_must_be_composite(grad)) {
-      grads[0] = composite_backward(grad, input, target, weight, total_weight, ignore_index,
-                                    reduction, label_smoothing);
-      return grads;
+      return {composite_backward(grad, input, target, weight, total_weight, ignore_index, reduction,
+                                 label_smoothing)};
     }
     BelowAutograd below_autograd;
-    grads[0] = cross_entropy_backward(grad, input, target, weight, lse, total_weight, ignore_index,
-                                      reduction, label_smoothing);
-    return grads;
+    return {cross_entropy_backward(grad, input, target, weight, lse, total_weight, ignore_index,
+                                   reduction, label_smoothing)};
   }
 };
+
+at::Tensor cross_entropy_recorded(const at::Tensor& input, const at::Tensor& target,
+                                  const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                  std::string_view reduction, double label_smoothing) {
+  const auto node = make_backward_node<CrossEntropyBackward>(input);
+  const auto [loss, lse, total_weight] = [&] {
+    BelowAutograd below_autograd;
+    return cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing);
+  }();
+  record(node, loss, {input, target, weight.value_or(at::Tensor()), lse, total_weight},
+         {ignore_index, parse_reduction(reduction), label_smoothing});
+  return loss;
+}
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target,
                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
@@ -76,7 +75,7 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
     return cross_entropy_composite(input, target, weight, ignore_index, reduction, label_smoothing);
   }
   if (needs_grad(input)) {
-    return CrossEntropy::apply(input, target, weight, ignore_index, reduction, label_smoothing);
+    return cross_entropy_recorded(input, target, weight, ignore_index, reduction, label_smoothing);
   }
   BelowAutograd below_autograd;
   return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing);

@@ -1,15 +1,14 @@
 #include "ops/linear_relu.h"
 
 #include <ATen/ops/threshold_backward.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/backward_node.h"
 #include "autograd/transforms.h"
 
 namespace fastnn {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // A tensor's leading dimensions as one. Not reshape({-1, size}): over no elements that is
@@ -32,32 +31,39 @@ variable_list composite_backward(const at::Tensor& grad_output, const at::Tensor
   return grads;
 }
 
-struct LinearReLU : torch::autograd::Function<LinearReLU> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias) {
-    BelowAutograd below_autograd;
-    at::Tensor output = linear_relu(input, weight, bias);
-    ctx->save_for_backward({input, weight, output});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    return output;
-  }
+struct LinearReLUBackward {
+  static constexpr auto name = "LinearReLUBackward";
+  using Tensors = std::array<at::Tensor, 3>;
+  static constexpr std::array<bool, 3> kOutputs = {false, false, true};
+  using Options = std::tuple<>;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const auto saved = ctx->get_saved_variables();
-    const auto &input = saved[0], &weight = saved[1], &output = saved[2];
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                      has_bias && ctx->needs_input_grad(2)};
-    if (!grad_outputs[0].defined()) return variable_list(3);
-    if (backward_must_be_composite(grad_outputs[0])) {
-      return composite_backward(grad_outputs[0], input, weight, output, mask);
+  static variable_list backward(const at::Tensor& grad, const Tensors& tensors,
+                                const Options& /*options*/,
+                                const std::vector<bool>& needs_input_grad) {
+    const auto& [input, weight, output] = tensors;
+    const std::array<bool, 3> mask = {needs_input_grad[0], needs_input_grad[1],
+                                      needs_input_grad[2]};
+    if (backward_must_be_composite(grad)) {
+      return composite_backward(grad, input, weight, output, mask);
     }
     BelowAutograd below_autograd;
     auto [grad_input, grad_weight, grad_bias] =
-        linear_relu_backward(grad_outputs[0], input, weight, output, mask);
+        linear_relu_backward(grad, input, weight, output, mask);
     return {grad_input, grad_weight, grad_bias};
   }
 };
+
+at::Tensor linear_relu_recorded(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias) {
+  const auto node =
+      make_backward_node<LinearReLUBackward>(input, weight, bias.value_or(at::Tensor()));
+  const at::Tensor output = [&] {
+    BelowAutograd below_autograd;
+    return linear_relu(input, weight, bias);
+  }();
+  record(node, output, {input, weight, output}, {});
+  return output;
+}
 
 at::Tensor linear_relu_autograd(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias) {
@@ -66,7 +72,7 @@ at::Tensor linear_relu_autograd(const at::Tensor& input, const at::Tensor& weigh
     return linear_relu_composite(input, weight, bias);
   }
   if (needs_grad(input) || needs_grad(weight) || needs_grad(bias)) {
-    return LinearReLU::apply(input, weight, bias);
+    return linear_relu_recorded(input, weight, bias);
   }
   BelowAutograd below_autograd;
   return linear_relu(input, weight, bias);

@@ -2,45 +2,48 @@
 
 #include <ATen/ops/_log_softmax_backward_data.h>
 #include <ATen/ops/log_softmax.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/backward_node.h"
 #include "autograd/transforms.h"
 
 namespace fastnn {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+struct LogSoftmaxBackward {
+  static constexpr auto name = "LogSoftmaxBackward";
+  using Tensors = std::array<at::Tensor, 1>;
+  static constexpr std::array<bool, 1> kOutputs = {true};
+  using Options = std::tuple<int64_t>;
 
-struct LogSoftmax : torch::autograd::Function<LogSoftmax> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, int64_t dim) {
-    BelowAutograd below_autograd;
-    at::Tensor output = fastnn::log_softmax(input, dim);
-    ctx->save_for_backward({output});
-    ctx->saved_data["dim"] = dim;
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const at::Tensor output = ctx->get_saved_variables()[0];
-    const int64_t dim = ctx->saved_data["dim"].toInt();
-    const at::Tensor& grad = grad_outputs[0];
-    if (!grad.defined()) return variable_list(2);
+  static torch::autograd::variable_list backward(const at::Tensor& grad, const Tensors& tensors,
+                                                 const Options& options,
+                                                 const std::vector<bool>& /*needs_input_grad*/) {
+    const auto& [output] = tensors;
+    const auto [dim] = options;
     if (backward_must_be_composite(grad)) {
-      return {at::_log_softmax_backward_data(grad, output, dim, output.scalar_type()),
-              at::Tensor()};
+      return {at::_log_softmax_backward_data(grad, output, dim, output.scalar_type())};
     }
     BelowAutograd below_autograd;
-    return {log_softmax_backward(grad, output, dim), at::Tensor()};
+    return {log_softmax_backward(grad, output, dim)};
   }
 };
+
+at::Tensor log_softmax_recorded(const at::Tensor& input, int64_t dim) {
+  const auto node = make_backward_node<LogSoftmaxBackward>(input);
+  const at::Tensor output = [&] {
+    BelowAutograd below_autograd;
+    return fastnn::log_softmax(input, dim);
+  }();
+  record(node, output, {output}, {dim});
+  return output;
+}
 
 at::Tensor log_softmax_autograd(const at::Tensor& input, int64_t dim) {
   if (in_functorch() || has_tangent(input) || !log_softmax_is_fusable(input)) {
     return at::log_softmax(input, dim);
   }
-  if (needs_grad(input)) return LogSoftmax::apply(input, dim);
+  if (needs_grad(input)) return log_softmax_recorded(input, dim);
   BelowAutograd below_autograd;
   return fastnn::log_softmax(input, dim);
 }

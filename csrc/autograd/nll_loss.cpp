@@ -1,51 +1,52 @@
 #include "ops/nll_loss.h"
 
 #include <ATen/TensorOperators.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/loss_options.h"
+#include "autograd/backward_node.h"
 #include "autograd/target_distribution.h"
 #include "autograd/transforms.h"
+#include "ops/checks.h"
 
 namespace fastnn {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+struct NLLLossBackward {
+  static constexpr auto name = "NLLLossBackward";
+  using Tensors = std::array<at::Tensor, 4>;
+  static constexpr std::array<bool, 4> kOutputs = {};
+  using Options = std::tuple<int64_t, int64_t>;
 
-struct NLLLoss : torch::autograd::Function<NLLLoss> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                            std::string_view reduction) {
-    BelowAutograd below_autograd;
-    auto [loss, total_weight] = nll_loss_forward(input, target, weight, ignore_index, reduction);
-    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), total_weight});
-    save_loss_options(ctx, {ignore_index, reduction, /*label_smoothing=*/0});
-    return loss;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const auto saved = ctx->get_saved_variables();
-    const auto &input = saved[0], &target = saved[1], &total_weight = saved[3];
-    const auto weight = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
-    const auto [ignore_index, reduction, label_smoothing] = saved_loss_options(ctx);
-    const at::Tensor& grad = grad_outputs[0];
-
-    variable_list grads(5);
-    if (!grad.defined()) return grads;
+  static torch::autograd::variable_list backward(const at::Tensor& grad, const Tensors& tensors,
+                                                 const Options& options,
+                                                 const std::vector<bool>& /*needs_input_grad*/) {
+    const auto& [input, target, saved_weight, total_weight] = tensors;
+    const auto weight = saved_weight.defined() ? std::optional(saved_weight) : std::nullopt;
+    const auto ignore_index = std::get<0>(options);
+    const auto reduction = reduction_name(std::get<1>(options));
     if (backward_must_be_composite(grad)) {
-      const at::Tensor q = index_distribution(input, target, weight, ignore_index, label_smoothing);
+      const at::Tensor q =
+          index_distribution(input, target, weight, ignore_index, /*label_smoothing=*/0);
       const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, reduction);
-      grads[0] = zero_ignored_rows(grad_input, target, ignore_index);
-      return grads;
+      return {zero_ignored_rows(grad_input, target, ignore_index)};
     }
     BelowAutograd below_autograd;
-    grads[0] =
-        nll_loss_backward(grad, input, target, weight, total_weight, ignore_index, reduction);
-    return grads;
+    return {nll_loss_backward(grad, input, target, weight, total_weight, ignore_index, reduction)};
   }
 };
+
+at::Tensor nll_loss_recorded(const at::Tensor& input, const at::Tensor& target,
+                             const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                             std::string_view reduction) {
+  const auto node = make_backward_node<NLLLossBackward>(input);
+  const auto [loss, total_weight] = [&] {
+    BelowAutograd below_autograd;
+    return nll_loss_forward(input, target, weight, ignore_index, reduction);
+  }();
+  record(node, loss, {input, target, weight.value_or(at::Tensor()), total_weight},
+         {ignore_index, parse_reduction(reduction)});
+  return loss;
+}
 
 at::Tensor nll_loss_autograd(const at::Tensor& input, const at::Tensor& target,
                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
@@ -55,7 +56,7 @@ at::Tensor nll_loss_autograd(const at::Tensor& input, const at::Tensor& target,
       !nll_loss_is_fusable(input, target, weight)) {
     return nll_loss_composite(input, target, weight, ignore_index, reduction);
   }
-  if (needs_grad(input)) return NLLLoss::apply(input, target, weight, ignore_index, reduction);
+  if (needs_grad(input)) return nll_loss_recorded(input, target, weight, ignore_index, reduction);
   BelowAutograd below_autograd;
   return nll_loss(input, target, weight, ignore_index, reduction);
 }

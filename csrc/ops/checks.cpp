@@ -40,7 +40,7 @@ at::Reduction::Reduction parse_reduction(std::string_view name) {
                     " is not a valid value for reduction: expected 'none', 'mean' or 'sum'");
 }
 
-std::string_view reduction_name(at::Reduction::Reduction reduction) {
+std::string_view reduction_name(int64_t reduction) {
   return kReductions[reduction];
 }
 

@@ -25,7 +25,7 @@ void check_sizes(std::string_view op, std::string_view name, const at::Tensor& t
                  at::IntArrayRef expected);
 
 at::Reduction::Reduction parse_reduction(std::string_view name);
-std::string_view reduction_name(at::Reduction::Reduction reduction);
+std::string_view reduction_name(int64_t reduction);
 
 // The dimension that holds the classes of a loss's input: 0 for (C), else 1.
 inline int64_t class_dim(const at::Tensor& input) {

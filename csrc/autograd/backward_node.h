@@ -1,0 +1,144 @@
+// A fused operator's backward as a node of autograd's graph, as torch generates one for each of its
+// own operators. The node of torch::autograd::Function serves any user's code: it keeps its state
+// in a hash map and in lists, which took 14,000 instructions a call, as many as a whole small loss.
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+namespace fastnn {
+
+// `Op` describes the backward:
+//   name                what profilers, anomaly mode and grad_fn show
+//   Tensors             std::array of the tensors it needs, absent ones undefined
+//   kOutputs            for each of them, whether it is the forward's result
+//   Options             std::tuple of numbers it needs
+//   backward(grad_output, tensors, options, needs_input_grad)
+//                       the gradients of the inputs that the node was made for
+template <typename Op>
+class BackwardNode : public torch::autograd::Node {
+ public:
+  using variable_list = torch::autograd::variable_list;
+
+  void save(const typename Op::Tensors& tensors, const typename Op::Options& options) {
+    for (size_t i = 0; i < tensors.size(); ++i) saved_[i] = {tensors[i], Op::kOutputs[i]};
+    options_ = options;
+  }
+
+  std::string name() const override {
+    return Op::name;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return backward(grads[0], unpack_saved(), options_, needs_input_grad());
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& variable : saved_) variable.reset_data();
+  }
+
+  // Compiled autograd: what its cache is keyed by, and the call that it puts in its graph.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(std::string(Op::name));
+    for (size_t i = 0; i < saved_.size(); ++i) args.collect(saved_[i], Op::kOutputs[i]);
+    std::apply([&](const auto&... option) { (args.collect(option), ...); }, options_);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    namespace compiled = torch::dynamo::autograd;
+    for (auto& variable : saved_) saved.before(variable);
+    compiled::PackedArgs args;
+    args.pack(pack_saved());
+    std::apply([&](const auto&... option) { (args.pack(option), ...); }, options_);
+    args.pack(needs_input_grad());
+
+    std::vector<at::TypePtr> schema;
+    for (const auto& value : args.vec()) schema.push_back(value.type());
+    const auto& compiler = compiled::getPyCompilerInterface();
+    const std::string function =
+        compiler->bind_function(saved.get_py_compiler(), Op::name, apply_packed, schema,
+                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    const auto metadata =
+        compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            compiled::get_input_metadata(next_edges()));
+    variable_list results = compiler->call_function(saved.get_py_compiler(), "apply_functional",
+                                                    function, grads, args.vec(), metadata);
+    for (auto& variable : saved_) saved.after(variable);
+    return results;
+  }
+
+ private:
+  static variable_list backward(const at::Tensor& grad_output, const typename Op::Tensors& tensors,
+                                const typename Op::Options& options,
+                                const std::vector<bool>& needs_input_grad) {
+    if (!grad_output.defined()) return variable_list(needs_input_grad.size());
+    return Op::backward(grad_output, tensors, options, needs_input_grad);
+  }
+
+  static variable_list apply_packed(const variable_list& grads,
+                                    const std::vector<at::IValue>& values) {
+    torch::dynamo::autograd::PackedArgs args(values);
+    const auto list = args.unpack<variable_list>();
+    typename Op::Tensors tensors;
+    std::copy(list.begin(), list.end(), tensors.begin());
+    typename Op::Options options;
+    std::apply(
+        [&](auto&... option) { ((option = args.unpack<std::decay_t<decltype(option)>>()), ...); },
+        options);
+    return backward(grads[0], tensors, options, args.unpack<std::vector<bool>>());
+  }
+
+  typename Op::Tensors unpack_saved() {
+    typename Op::Tensors tensors;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      // A saved result holds no reference to its node, which would be a cycle: it gets it here.
+      tensors[i] =
+          Op::kOutputs[i]
+              ? saved_[i].unpack(c10::intrusive_ptr<Node>::unsafe_reclaim_from_nonowning(this))
+              : saved_[i].unpack();
+    }
+    return tensors;
+  }
+
+  variable_list pack_saved() {
+    const auto tensors = unpack_saved();
+    return {tensors.begin(), tensors.end()};
+  }
+
+  std::vector<bool> needs_input_grad() const {
+    std::vector<bool> needs(num_outputs());
+    for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
+    return needs;
+  }
+
+  std::array<torch::autograd::SavedVariable, std::tuple_size_v<typename Op::Tensors>> saved_;
+  typename Op::Options options_;
+};
+
+// The node of a result computed from these inputs; made before it, so that nodes are numbered in
+// the order of the calls.
+template <typename Op, typename... Inputs>
+c10::intrusive_ptr<BackwardNode<Op>> make_backward_node(const Inputs&... inputs) {
+  auto node = c10::make_intrusive<BackwardNode<Op>>();
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  return node;
+}
+
+// Makes `output` the result that the node differentiates.
+template <typename Op>
+void record(const c10::intrusive_ptr<BackwardNode<Op>>& node, const at::Tensor& output,
+            const typename Op::Tensors& tensors, const typename Op::Options& options) {
+  torch::autograd::set_history(output, node);
+  node->save(tensors, options);
+}
+
+}  // namespace fastnn
