@@ -23,18 +23,48 @@ PyObject* momentum_buffer_key() {
   return key;
 }
 
-// The parameter's momentum buffer, borrowed; null where it has none yet.
-PyObject* find_buffer(const py::dict& state, PyObject* param) {
-  PyObject* entry = PyDict_GetItemWithError(state.ptr(), param);
-  if (entry == nullptr) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return nullptr;
+// The optimizer's state, read in the order of its entries. Usually that is the order of the
+// parameters, and a pointer's comparison finds each: a tensor's hash is a Python function, which
+// costs more than the step of a small parameter.
+class StateReader {
+ public:
+  explicit StateReader(const py::dict& state) : state_(state.ptr()) {
+    advance();
   }
-  if (!PyDict_Check(entry)) return nullptr;
-  PyObject* buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
-  if (buffer == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  return buffer == Py_None ? nullptr : buffer;
-}
+
+  // The parameter's momentum buffer, borrowed; null where it has none yet.
+  PyObject* find_buffer(PyObject* param) {
+    PyObject* entry = find_entry(param);
+    if (entry == nullptr || !PyDict_Check(entry)) return nullptr;
+    PyObject* buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
+    if (buffer == nullptr && PyErr_Occurred()) throw py::error_already_set();
+    return buffer == Py_None ? nullptr : buffer;
+  }
+
+ private:
+  PyObject* find_entry(PyObject* param) {
+    if (param != key_) {
+      PyObject* entry = PyDict_GetItemWithError(state_, param);
+      if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (entry == nullptr) return nullptr;
+      // Of another group's parameters, or in another order: go on from here.
+      while (key_ != nullptr && key_ != param) advance();
+      if (key_ == nullptr) return entry;
+    }
+    PyObject* entry = entry_;
+    advance();
+    return entry;
+  }
+
+  void advance() {
+    if (PyDict_Next(state_, &position_, &key_, &entry_) == 0) key_ = nullptr;
+  }
+
+  PyObject* state_;
+  Py_ssize_t position_ = 0;
+  PyObject* key_ = nullptr;
+  PyObject* entry_ = nullptr;
+};
 
 void save_buffer(const py::dict& state, PyObject* param, const at::Tensor& buffer) {
   // Not PyDict_GetItem: the state is a defaultdict, which makes the parameter's entry.
@@ -55,11 +85,12 @@ py::list sgd_step_group(const py::list& params, const py::dict& state, double lr
   Batch first, later;
   std::vector<PyObject*> first_params;
   py::list rest;
+  StateReader state_reader(state);
   for (const py::handle object : params) {
     const at::Tensor& param = THPVariable_Unpack(object.ptr());
     const at::Tensor& grad = param.grad();
     if (!grad.defined()) continue;
-    PyObject* buffer = has_momentum ? find_buffer(state, object.ptr()) : nullptr;
+    PyObject* buffer = has_momentum ? state_reader.find_buffer(object.ptr()) : nullptr;
     const bool fits =
         THPVariable_CheckExact(object.ptr()) && sgd_takes(param) && sgd_takes(param, grad) &&
         (buffer == nullptr ||
