@@ -4,6 +4,10 @@ All take float64, float32, bfloat16 or float16 tensors in any memory layout. Sum
 float32 (float64 for float64 inputs) and the result is rounded once to the input's dtype. Each is
 differentiable any number of times with respect to its floating-point input.
 
+Under :class:`torch.autocast` they follow torch's rules: ``linear_relu`` runs in autocast's dtype,
+``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on CUDA and in its input's
+dtype on the CPU.
+
 An argument that is no tensor raises ``TypeError``, one of another dtype, shape or device than the
 operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message names the argument.
 """
@@ -132,6 +136,10 @@ def log_softmax(
     _check_number("log_softmax", "dim", dim, int)
     if dtype is not None:
         input = input.to(dtype)
+        if input.is_cuda and torch.is_autocast_enabled("cuda"):
+            # The dtype asked for outranks autocast's, as in torch.
+            with torch.autocast("cuda", enabled=False):
+                return operators().log_softmax(input, dim)
     return operators().log_softmax(input, dim)
 
 
