@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 # Before torch starts its OpenMP threads: waiting ones then sleep. Spinning, they hold the core that
 # the other thread needs where the machine has no more cores than threads, or other work to do; the
@@ -34,6 +35,28 @@ def pytest_runtest_makereport(item: pytest.Item):
     report = (yield).get_result()
     if report.failed:
         report.sections.append(("seed", f"rerun with FASTNN_TEST_SEED={SEED}"))
+
+
+# How many of PyTorch's own test inputs agree, by operator; printed when the run ends.
+AGREEMENT = pytest.StashKey[Counter]()
+
+
+@pytest.fixture
+def record_agreement(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Counts one of torch's inputs on which fastnn agreed."""
+    counter = request.config.stash.setdefault(AGREEMENT, Counter())
+
+    def record(name: str) -> None:
+        counter[name] += 1
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counter = terminalreporter.config.stash.get(AGREEMENT, Counter())
+    if counter:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
+        terminalreporter.write_line(f"PyTorch's own test inputs on which fastnn agrees: {counts}")
 
 
 @pytest.fixture(autouse=True)
