@@ -36,7 +36,7 @@ OPS = [op for op in op_db if op.name in FUNCTIONS]
 
 
 def copied(sample, dtype: torch.dtype | None = None):
-    """The sample's (args, kwargs) with tensors of their own; floating ones and dtypes as `dtype`."""
+    """The sample's (args, kwargs), copied; floating tensors and dtypes as `dtype`."""
 
     def copy(value):
         if isinstance(value, torch.dtype):
