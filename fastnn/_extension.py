@@ -60,6 +60,7 @@ if extension is None:
     )
 else:
     import_module("fastnn._fake")
+    import_module("fastnn._flops")
 
 
 def operators() -> Any:

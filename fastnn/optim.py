@@ -64,6 +64,9 @@ class SGD(torch.optim.SGD):
         Args:
             closure: reevaluates the model and returns the loss, which is then returned.
         """
+        if is_compiling():
+            # torch's own loop over the parameters, which the compiler fuses.
+            return super().step(closure)
         if self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)

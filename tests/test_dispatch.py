@@ -23,6 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
 
@@ -534,3 +535,47 @@ def test_the_extension_loads_in_silence_trains_and_brings_no_second_openmp():
     # Three steps of float32: the same operations but for the order of a few sums.
     assert losses == pytest.approx(torch_losses, rel=1e-5)
     assert len(runtimes) == 1
+
+
+@needs_extension
+def test_flop_counter_counts_the_matrix_products_as_torch_does():
+    x, w, b = torch.randn(2, 6, 5), torch.randn(3, 5), torch.randn(3)
+
+    def flops(function, *inputs_with_gradient):
+        for tensor in (x, w, b):
+            tensor.requires_grad_(any(tensor is other for other in inputs_with_gradient))
+        with FlopCounterMode(display=False) as counter:
+            result = function(x, w, b)
+            if inputs_with_gradient:
+                result.sum().backward()
+        return counter.get_total_flops()
+
+    def linear_then_relu(x, w, b):
+        return torch.relu(torch.nn.functional.linear(x, w, b))
+
+    for wanted in ((), (w, b), (x,), (x, w, b)):
+        expected = flops(linear_then_relu, *wanted)
+        assert expected > 0
+        assert flops(fastnn.functional.linear_relu, *wanted) == expected
+
+
+@needs_extension
+def test_optimizer_step_compiles_without_graph_break(fresh_dynamo):
+    def step_of(optimizer_class):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(4, 3, generator=generator).requires_grad_() for _ in range(2)]
+        for param in params:
+            param.grad = torch.randn(4, 3, generator=generator)
+        return params, optimizer_class(params, lr=0.1, momentum=0.9, weight_decay=0.1).step
+
+    params, step = step_of(fastnn.optim.SGD)
+    explanation = torch._dynamo.explain(step)()
+    assert explanation.graph_break_count == 0, explanation.break_reasons
+    params, step = step_of(fastnn.optim.SGD)
+    compiled = torch.compile(step, backend="aot_eager")
+    expected, torch_step = step_of(torch.optim.SGD)
+    for _ in range(3):
+        compiled()
+        torch_step()
+    for actual, wanted in zip(params, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
