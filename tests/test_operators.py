@@ -637,3 +637,20 @@ def test_size_average_and_reduce_warn_as_torch_s_do(implementation):
     for op in ("nll_loss", "cross_entropy"):
         with pytest.warns(UserWarning, match="size_average and reduce args will be deprecated"):
             ours(op)(torch.randn(3, 5), torch.tensor([0, 1, 2]), size_average=False)
+
+
+def test_nll_loss_gradient_of_a_size_that_is_mapped_from_the_system():
+    """Its zeros are the system's own pages (csrc/cpu/memory.h): an ordinary tensor all the same."""
+    rows, classes = 17, 1_000_000  # 65 MiB
+    log_probs = torch.zeros(rows, classes, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+    target[3] = -100
+    for _ in range(2):  # the second time in memory that was given back
+        loss = fastnn.functional.nll_loss(log_probs, target, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, log_probs)
+        assert grad.count_nonzero() == rows - 1
+        assert grad.sum() == -(rows - 1)
+        grad.add_(1)
+        assert grad.sum(dtype=torch.float64) == rows * classes - (rows - 1)
+        grad.resize_(rows + 1, classes)
+        assert grad[: rows - 1].isfinite().all()

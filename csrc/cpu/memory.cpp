@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <memory>
+
 namespace fastnn::cpu {
 namespace {
 
@@ -19,8 +21,28 @@ void advise_huge_pages(void* data, size_t bytes) {
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
+
+// Unmaps what a tensor of large_zeros() lay in.
+struct Mapping {
+  void* data;
+  size_t bytes;
+  static void release(void* mapping) {
+    const std::unique_ptr<Mapping> owned(static_cast<Mapping*>(mapping));
+    munmap(owned->data, owned->bytes);
+  }
+};
+
+// Null where the system has no more memory, for malloc to say so in torch's words.
+at::DataPtr map_zeros(size_t bytes) {
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return {};
+  return {data, new Mapping{data, bytes}, Mapping::release, at::kCPU};
+}
 #else
 void advise_huge_pages(void*, size_t) {
+}
+at::DataPtr map_zeros(size_t) {
+  return {};
 }
 #endif
 
@@ -29,6 +51,22 @@ void advise_huge_pages(void*, size_t) {
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   const at::Tensor result = at::detail::empty_cpu(sizes, dtype);
   advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  return result;
+}
+
+std::optional<at::Tensor> large_zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
+  // malloc keeps and hands out again what is smaller; to map that anew would be slower.
+  constexpr size_t kMappedByMalloc = 64 << 20;
+  const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  if (bytes < kMappedByMalloc) return std::nullopt;
+  at::DataPtr data = map_zeros(bytes);
+  if (!data) return std::nullopt;
+  const auto type = c10::scalarTypeToTypeMeta(dtype);
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data),
+                       c10::GetAllocator(at::kCPU), /*resizable=*/true);
+  at::Tensor result =
+      at::detail::make_tensor<c10::TensorImpl>(std::move(storage), at::DispatchKey::CPU, type);
+  result.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return result;
 }
 

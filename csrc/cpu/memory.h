@@ -1,7 +1,9 @@
-// Uninitialised memory for results.
+// Memory for results.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
+#include <optional>
 
 namespace fastnn::cpu {
 
@@ -9,5 +11,9 @@ namespace fastnn::cpu {
 // huge pages where it is large: writing to fresh memory first costs more than most kernels, one
 // page fault for each 4 KiB.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
+
+// Zeros that need not be written, where the tensor is so large that its memory comes fresh from the
+// system anyway, as zero pages: what few elements are then written cost a page each, not the whole.
+std::optional<at::Tensor> large_zeros(at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace fastnn::cpu

@@ -124,7 +124,8 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
   check_arguments(input, target, weight);
   const auto reduction = parse_reduction(reduction_name);
   check_loss_backward("nll_loss_backward", grad_output, input, total_weight, reduction);
-  const at::Tensor grad_input = empty(input.sizes(), input.scalar_type());
+  const auto zeros = large_zeros(input.sizes(), input.scalar_type());
+  const at::Tensor grad_input = zeros ? *zeros : empty(input.sizes(), input.scalar_type());
   const at::Tensor indices = contiguous_indices(target);
   const at::Tensor grad = grad_output.contiguous();
   const simd::Layout layout = layout_around(input.sizes(), class_dim(input));
@@ -143,7 +144,9 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
         const int64_t block = layout.classes * layout.inner;
         at::parallel_for(0, layout.outer, grain(block), [&](int64_t first, int64_t last) {
           const Strides strides = {layout.inner, block, layout.inner, 1};
-          std::memset(dx + first * block, 0, (last - first) * block * sizeof(scalar_t));
+          if (!zeros) {
+            std::memset(dx + first * block, 0, (last - first) * block * sizeof(scalar_t));
+          }
           for (int64_t i = first * layout.inner; i < last * layout.inner; ++i) {
             if (t[i] == ignore_index) continue;
             if (t[i] < 0 || t[i] >= layout.classes) {
