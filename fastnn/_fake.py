@@ -105,5 +105,6 @@ def _cross_entropy_backward(
 
 
 @register_fake("fastnn::sgd_step_")
+@register_fake("fastnn::sgd_step_.tensor_lr")
 def _sgd_step_(params: list[Tensor], grads: list[Tensor], *args: object, **kwargs: object) -> None:
     return None

@@ -62,6 +62,10 @@ SCHEMAS = [
     "float lr, float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, "
     "bool maximize=False, bool is_first_step=False, Tensor? grad_scale=None, "
     "Tensor? found_inf=None) -> ()",
+    "sgd_step_.tensor_lr(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, "
+    "*, Tensor lr, float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, "
+    "bool maximize=False, bool is_first_step=False, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> ()",
 ]
 OP_NAMES = [schema.split("(")[0] for schema in SCHEMAS]
 
@@ -69,9 +73,12 @@ OP_NAMES = [schema.split("(")[0] for schema in SCHEMAS]
 @needs_extension
 @pytest.mark.parametrize("schema", SCHEMAS, ids=OP_NAMES)
 def test_schema(schema):
-    op = getattr(torch.ops.fastnn, schema.split("(")[0])
-    assert op.overloads() == ["default"]
-    assert op.default._schema == torch._C.parse_schema(f"fastnn::{schema}")
+    name, _, overload = schema.split("(")[0].partition(".")
+    op = getattr(torch.ops.fastnn, name)
+    assert getattr(op, overload or "default")._schema == torch._C.parse_schema(f"fastnn::{schema}")
+    # And there are no others.
+    overloads = [f"{name}.{overload}".removesuffix(".default") for overload in op.overloads()]
+    assert set(overloads) <= set(OP_NAMES)
 
 
 @needs_extension
@@ -497,6 +504,7 @@ def assert_trains_on_the_reference(code: str, path: Path, cause: str) -> None:
     assert losses[2] < losses[0]
 
 
+@pytest.mark.cpu_only("the extension as it is installed")
 @needs_extension
 @pytest.mark.parametrize("broken", BROKEN_IMPORTS)
 def test_an_extension_that_does_not_load_gives_one_warning_and_the_reference(broken):
@@ -504,6 +512,7 @@ def test_an_extension_that_does_not_load_gives_one_warning_and_the_reference(bro
     assert_trains_on_the_reference(prelude + IMPORT_AND_TRAIN, PACKAGE.parent, cause)
 
 
+@pytest.mark.cpu_only("the extension as it is installed")
 def test_an_extension_that_was_not_built_gives_one_warning_and_the_reference(tmp_path):
     built = shutil.ignore_patterns("_C*", "_build_info.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "fastnn", ignore=built)
@@ -524,6 +533,7 @@ print(json.dumps([
 """
 
 
+@pytest.mark.cpu_only("the extension as it is installed")
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_the_extension_loads_in_silence_trains_and_brings_no_second_openmp():

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import needs_extension
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
@@ -1587,6 +1588,28 @@ def test_op_does_nothing_where_found_inf(sgd_step_):
     for name, tensors in good_lists().items():
         for tensor, old in zip(lists[name], tensors, strict=True):
             assert torch.equal(tensor, old)
+
+
+@needs_extension
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_op_with_a_tensor_lr_is_that_with_its_value(dtype, lr_dtype):
+    """A power of two: every dtype has it."""
+    options = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+    as_number, as_tensor = good_lists(dtype), good_lists(dtype)
+    torch.ops.fastnn.sgd_step_(*as_number.values(), lr=0.25, **options)
+    lr = torch.tensor(0.25, dtype=lr_dtype)
+    torch.ops.fastnn.sgd_step_(*as_tensor.values(), lr=lr, **options)
+    for name, tensors in as_number.items():
+        for expected, actual in zip(tensors, as_tensor[name], strict=True):
+            assert torch.equal(actual, expected)
+    assert not torch.equal(as_tensor["params"][0], good_lists(dtype)["params"][0])
+
+
+@needs_extension
+def test_op_refuses_a_tensor_lr_of_several_elements():
+    with pytest.raises(RuntimeError, match="lr to have one element"):
+        torch.ops.fastnn.sgd_step_(*good_lists().values(), lr=torch.ones(2), momentum=0.9)
 
 
 def test_no_warnings_in_a_plain_training():

@@ -11,22 +11,14 @@ namespace {
 
 using torch::autograd::variable_list;
 
-// A tensor's leading dimensions as one. Not reshape({-1, size}): over no elements that is
-// ambiguous.
-at::Tensor as_rows(const at::Tensor& tensor) {
-  c10::SymInt rows = 1;
-  for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) rows *= size;
-  return tensor.reshape_symint({rows, tensor.sym_size(-1)});
-}
-
 variable_list composite_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                  const at::Tensor& weight, const at::Tensor& output,
                                  std::array<bool, 3> mask) {
   const at::Tensor grad_linear = at::threshold_backward(grad_output, output, 0);
-  const at::Tensor rows = as_rows(grad_linear);
+  const at::Tensor rows = matrix_of_rows(grad_linear);
   variable_list grads(3);
   if (mask[0]) grads[0] = grad_linear.matmul(weight);
-  if (mask[1]) grads[1] = rows.t().matmul(as_rows(input));
+  if (mask[1]) grads[1] = rows.t().matmul(matrix_of_rows(input));
   if (mask[2]) grads[2] = rows.sum(0);
   return grads;
 }

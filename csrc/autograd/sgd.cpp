@@ -15,6 +15,13 @@ void bump_versions(at::TensorList tensors) {
   }
 }
 
+void bump_versions(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                   const std::optional<at::Tensor>& grad_scale) {
+  bump_versions(params);
+  bump_versions(momentum_buffers);
+  if (grad_scale) bump_versions(grads);
+}
+
 void sgd_step_inplace(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                       double lr, double momentum, double dampening, double weight_decay,
                       bool nesterov, bool maximize, bool is_first_step,
@@ -25,15 +32,28 @@ void sgd_step_inplace(at::TensorList params, at::TensorList grads, at::TensorLis
     sgd_step_(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov,
               maximize, is_first_step, grad_scale, found_inf);
   }
-  bump_versions(params);
-  bump_versions(momentum_buffers);
-  if (grad_scale) bump_versions(grads);
+  bump_versions(params, grads, momentum_buffers, grad_scale);
+}
+
+void sgd_step_tensor_lr_inplace(at::TensorList params, at::TensorList grads,
+                                at::TensorList momentum_buffers, const at::Tensor& lr,
+                                double momentum, double dampening, double weight_decay,
+                                bool nesterov, bool maximize, bool is_first_step,
+                                const std::optional<at::Tensor>& grad_scale,
+                                const std::optional<at::Tensor>& found_inf) {
+  {
+    at::AutoDispatchBelowADInplaceOrView below_inplace;
+    sgd_step_tensor_lr_(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay,
+                        nesterov, maximize, is_first_step, grad_scale, found_inf);
+  }
+  bump_versions(params, grads, momentum_buffers, grad_scale);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, ADInplaceOrView, m) {
   m.impl("sgd_step_", sgd_step_inplace);
+  m.impl("sgd_step_.tensor_lr", sgd_step_tensor_lr_inplace);
 }
 
 }  // namespace fastnn

@@ -9,37 +9,6 @@
 namespace fastnn::cpu {
 namespace {
 
-// Whether the classes are neighbours in memory although they are not the last dimension, as in
-// channels_last; the kernels then walk them as they lie.
-bool has_classes_last(const at::Tensor& input) {
-  return input.dim() > 2 && input.movedim(1, -1).is_contiguous();
-}
-
-// A tensor of the input's shape, laid out for the kernels.
-at::Tensor arranged(const at::Tensor& tensor, bool classes_last) {
-  return classes_last ? tensor.movedim(1, -1).contiguous() : tensor.contiguous();
-}
-
-void check_arguments(const at::Tensor& input, const at::Tensor& target,
-                     const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                     double label_smoothing) {
-  constexpr auto op = "cross_entropy";
-  TORCH_CHECK_VALUE(input.dim() >= 1, op, ": Expected input of 1 or more dimensions (got 0)");
-  check_label_smoothing(label_smoothing);
-  if (!has_class_probabilities(input, target)) {
-    check_class_indices(op, input, target, weight);
-    return;
-  }
-  check_same_device(op, input, "target", target);
-  TORCH_CHECK(at::isFloatingType(target.scalar_type()), op,
-              ": Expected floating point type for target with class probabilities, got ",
-              target.scalar_type());
-  check_same_dtype(op, input, "target", target);
-  TORCH_CHECK(ignore_index < 0, op,
-              ": ignore_index is not supported for floating point target, got ", ignore_index);
-  check_class_weight(op, input, weight);
-}
-
 // The kernels' operands, and the tensors that keep them alive.
 struct Operands {
   bool classes_last;
@@ -81,17 +50,10 @@ struct Operands {
   }
 };
 
-// Two values per row.
-at::DimVector lse_sizes(const at::Tensor& input) {
-  at::DimVector sizes = per_row_sizes(input);
-  sizes.insert(sizes.begin(), 2);
-  return sizes;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
     const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
     int64_t ignore_index, std::string_view reduction_name, double label_smoothing) {
-  check_arguments(input, target, weight, ignore_index, label_smoothing);
+  check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
   const auto reduction = parse_reduction(reduction_name);
   const Operands operands(input, target, weight, ignore_index, label_smoothing);
   const at::Tensor lse = empty(lse_sizes(input), accumulate_dtype(input));
@@ -127,13 +89,9 @@ at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::T
                                       int64_t ignore_index, std::string_view reduction_name,
                                       double label_smoothing) {
   constexpr auto op = "cross_entropy_backward";
-  check_arguments(input, target, weight, ignore_index, label_smoothing);
+  check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
   const auto reduction = parse_reduction(reduction_name);
-  check_loss_backward(op, grad_output, input, total_weight, reduction);
-  check_same_device(op, input, "lse", lse);
-  check_sizes(op, "lse", lse, lse_sizes(input));
-  TORCH_CHECK(lse.scalar_type() == accumulate_dtype(input), op, ": expected lse to have dtype ",
-              accumulate_dtype(input), ", but got ", lse.scalar_type());
+  check_cross_entropy_backward(grad_output, input, lse, total_weight, reduction);
 
   const Operands operands(input, target, weight, ignore_index, label_smoothing);
   const at::Tensor grad = grad_output.contiguous();

@@ -6,16 +6,9 @@
 #include <torch/library.h>
 
 #include "cpu/launch.h"
-#include "ops/checks.h"
 
 namespace fastnn::cpu {
 namespace {
-
-// A 0-d tensor is a row of one class.
-simd::Layout layout_of(const at::Tensor& tensor, int64_t dim) {
-  if (tensor.dim() == 0) return {1, 1, 1};
-  return layout_around(tensor.sizes(), dim);
-}
 
 at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
   if (!log_softmax_is_fusable(input)) return at::log_softmax(input, dim);
@@ -24,7 +17,7 @@ at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
   const at::Tensor output = empty(input.sizes(), input.scalar_type());
   if (output.numel() == 0) return output;
 
-  const simd::Layout layout = layout_of(x, dim);
+  const Layout layout = log_softmax_layout(x, dim);
   dispatch(x.scalar_type(), "log_softmax", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     T* out = data<T>(output);
@@ -38,20 +31,15 @@ at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
 
 at::Tensor log_softmax_backward_cpu(const at::Tensor& grad_output, const at::Tensor& output,
                                     int64_t dim) {
-  constexpr auto op = "log_softmax_backward";
-  TORCH_CHECK(is_supported_dtype(output.scalar_type()), op, ": expected a floating-point output, ",
-              "but got ", output.scalar_type());
-  check_same_device(op, output, "grad_output", grad_output);
-  check_same_dtype(op, output, "grad_output", grad_output);
-  check_sizes(op, "grad_output", grad_output, output.sizes());
+  check_log_softmax_backward(grad_output, output);
   dim = at::maybe_wrap_dim(dim, output.dim());
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor out = output.contiguous();
   const at::Tensor grad_input = empty(output.sizes(), output.scalar_type());
   if (grad_input.numel() == 0) return grad_input;
 
-  const simd::Layout layout = layout_of(out, dim);
-  dispatch(out.scalar_type(), op, [&]<typename T>() {
+  const Layout layout = log_softmax_layout(out, dim);
+  dispatch(out.scalar_type(), "log_softmax_backward", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     T* grad_in = data<T>(grad_input);
     const T* grad_data = const_data<T>(grad);

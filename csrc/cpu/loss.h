@@ -12,13 +12,6 @@
 
 namespace fastnn::cpu {
 
-// Class indices as the kernels take them, one for each row.
-inline at::Tensor contiguous_indices(const at::Tensor& target) {
-  // Each call costs as much as a small loss, even where there is nothing to do.
-  const at::Tensor indices = target.scalar_type() == at::kLong ? target : target.to(at::kLong);
-  return indices.is_contiguous() ? indices : indices.contiguous();
-}
-
 // The lowest position of a target out of range, over all threads.
 class FirstBadTarget {
  public:
@@ -72,21 +65,6 @@ inline at::Tensor reduced_loss(const simd::LossSums& sums, at::Reduction::Reduct
     loss = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : loss / sums.weight;
   }
   return scalar_tensor(loss, input.scalar_type());
-}
-
-// The checks of a loss's backward that its forward has not made: it may be called on its own.
-inline void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
-                                const at::Tensor& input, const at::Tensor& total_weight,
-                                at::Reduction::Reduction reduction) {
-  check_same_device(op, input, "grad_output", grad_output);
-  check_same_dtype(op, input, "grad_output", grad_output);
-  check_same_device(op, input, "total_weight", total_weight);
-  const bool per_row = reduction == at::Reduction::None;
-  check_sizes(op, "grad_output", grad_output, per_row ? per_row_sizes(input) : at::DimVector{});
-  TORCH_CHECK(total_weight.dim() == 0 && total_weight.scalar_type() == accumulate_dtype(input), op,
-              ": expected total_weight to be the 0-d ", accumulate_dtype(input),
-              " tensor that the forward returned, but got ", total_weight.scalar_type(),
-              " of shape ", total_weight.sizes());
 }
 
 // What multiplies each row's gradient: 'mean' has divided by the total weight, NaN where that is 0.

@@ -12,38 +12,11 @@
 namespace fastnn::cpu {
 namespace {
 
-// Where the element of a row's class lies in a tensor of (outer, classes, inner).
-struct Strides {
-  int64_t inner_size;
-  int64_t outer;
-  int64_t classes;
-  int64_t inner;
-
-  int64_t element(int64_t row, int64_t c) const {
-    // A division costs more than the rest of a row's work.
-    if (inner_size == 1) return row * outer + c * classes;
-    return row / inner_size * outer + c * classes + row % inner_size * inner;
-  }
-};
-
-// The input as it is, or a copy where no single stride serves the dimensions after the classes.
-at::Tensor with_one_inner_stride(const at::Tensor& input) {
-  if (input.dim() <= 2) return input;
-  const simd::Layout layout = layout_around(input.sizes(), 1);
-  return input.reshape({layout.outer, layout.classes, layout.inner});
-}
-
-Strides strides_of(const at::Tensor& tensor) {
-  if (tensor.dim() == 1) return {1, 0, tensor.stride(0), 0};
-  if (tensor.dim() == 2) return {1, tensor.stride(0), tensor.stride(1), 0};
-  return {tensor.size(2), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
 // The operands of the rows' losses; `weight` and `losses` may be null.
 template <typename T>
 struct Rows {
   const T* log_probs;
-  Strides strides;
+  RowStrides strides;
   const int64_t* target;
   int64_t classes;
   int64_t ignore_index;
@@ -75,18 +48,12 @@ int64_t sum_rows(const Rows<T> rows, int64_t begin, int64_t end, simd::LossSums&
   return first_bad;
 }
 
-void check_arguments(const at::Tensor& input, const at::Tensor& target,
-                     const std::optional<at::Tensor>& weight) {
-  TORCH_CHECK_VALUE(input.dim() >= 1, "nll_loss: Expected input of 1 or more dimensions (got 0)");
-  check_class_indices("nll_loss", input, target, weight);
-}
-
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
                                                         const at::Tensor& target,
                                                         const std::optional<at::Tensor>& weight,
                                                         int64_t ignore_index,
                                                         std::string_view reduction_name) {
-  check_arguments(input, target, weight);
+  check_nll_loss(input, target, weight);
   const auto reduction = parse_reduction(reduction_name);
   const at::Tensor rows = with_one_inner_stride(input);
   const at::Tensor indices = contiguous_indices(target);
@@ -102,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
     const auto class_weight = contiguous(weight);
     const Rows<scalar_t> operands{
         .log_probs = rows.const_data_ptr<scalar_t>(),
-        .strides = strides_of(rows),
+        .strides = row_strides(rows),
         .target = t,
         .classes = classes,
         .ignore_index = ignore_index,
@@ -121,7 +88,7 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
                                  const at::Tensor& total_weight, int64_t ignore_index,
                                  std::string_view reduction_name) {
-  check_arguments(input, target, weight);
+  check_nll_loss(input, target, weight);
   const auto reduction = parse_reduction(reduction_name);
   check_loss_backward("nll_loss_backward", grad_output, input, total_weight, reduction);
   const auto zeros = large_zeros(input.sizes(), input.scalar_type());
@@ -143,7 +110,7 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
         scalar_t* dx = grad_input.mutable_data_ptr<scalar_t>();
         const int64_t block = layout.classes * layout.inner;
         at::parallel_for(0, layout.outer, grain(block), [&](int64_t first, int64_t last) {
-          const Strides strides = {layout.inner, block, layout.inner, 1};
+          const RowStrides strides = {layout.inner, block, layout.inner, 1};
           if (!zeros) {
             std::memset(dx + first * block, 0, (last - first) * block * sizeof(scalar_t));
           }

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "ops/operands.h"
+
 namespace fastnn {
 
 bool is_supported_dtype(at::ScalarType dtype) {
@@ -79,6 +81,20 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
                 at::IntArrayRef(expected), ", got ", target.sizes());
   }
   check_class_weight(op, input, weight);
+}
+
+void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
+                         const at::Tensor& input, const at::Tensor& total_weight,
+                         at::Reduction::Reduction reduction) {
+  check_same_device(op, input, "grad_output", grad_output);
+  check_same_dtype(op, input, "grad_output", grad_output);
+  check_same_device(op, input, "total_weight", total_weight);
+  const bool per_row = reduction == at::Reduction::None;
+  check_sizes(op, "grad_output", grad_output, per_row ? per_row_sizes(input) : at::DimVector{});
+  TORCH_CHECK(total_weight.dim() == 0 && total_weight.scalar_type() == accumulate_dtype(input), op,
+              ": expected total_weight to be the 0-d ", accumulate_dtype(input),
+              " tensor that the forward returned, but got ", total_weight.scalar_type(),
+              " of shape ", total_weight.sizes());
 }
 
 void check_label_smoothing(double label_smoothing) {

@@ -41,6 +41,11 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
 void check_class_weight(std::string_view op, const at::Tensor& input,
                         const std::optional<at::Tensor>& weight);
 
+// The checks of a loss's backward that its forward has not made: it may be called on its own.
+void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
+                         const at::Tensor& input, const at::Tensor& total_weight,
+                         at::Reduction::Reduction reduction);
+
 // Raises unless in [0, 1]; NaN is not.
 void check_label_smoothing(double label_smoothing);
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/operands.h"
 
 namespace fastnn {
 
@@ -54,6 +55,43 @@ bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
   return !has_class_probabilities(input, target) ||
          (target.scalar_type() == input.scalar_type() &&
           (!weight || weight->scalar_type() == input.scalar_type()));
+}
+
+void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
+                         const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                         double label_smoothing) {
+  constexpr auto op = "cross_entropy";
+  TORCH_CHECK_VALUE(input.dim() >= 1, op, ": Expected input of 1 or more dimensions (got 0)");
+  check_label_smoothing(label_smoothing);
+  if (!has_class_probabilities(input, target)) {
+    check_class_indices(op, input, target, weight);
+    return;
+  }
+  check_same_device(op, input, "target", target);
+  TORCH_CHECK(at::isFloatingType(target.scalar_type()), op,
+              ": Expected floating point type for target with class probabilities, got ",
+              target.scalar_type());
+  check_same_dtype(op, input, "target", target);
+  TORCH_CHECK(ignore_index < 0, op,
+              ": ignore_index is not supported for floating point target, got ", ignore_index);
+  check_class_weight(op, input, weight);
+}
+
+void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                  const at::Tensor& lse, const at::Tensor& total_weight,
+                                  at::Reduction::Reduction reduction) {
+  constexpr auto op = "cross_entropy_backward";
+  check_loss_backward(op, grad_output, input, total_weight, reduction);
+  check_same_device(op, input, "lse", lse);
+  check_sizes(op, "lse", lse, lse_sizes(input));
+  TORCH_CHECK(lse.scalar_type() == accumulate_dtype(input), op, ": expected lse to have dtype ",
+              accumulate_dtype(input), ", but got ", lse.scalar_type());
+}
+
+at::DimVector lse_sizes(const at::Tensor& input) {
+  at::DimVector sizes = per_row_sizes(input);
+  sizes.insert(sizes.begin(), 2);
+  return sizes;
 }
 
 at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& target,

@@ -48,6 +48,42 @@ at::Tensor linear_relu_composite(const at::Tensor& input, const at::Tensor& weig
   return at::relu(at::linear(input, weight, bias));
 }
 
+void check_linear_relu(const at::Tensor& input, const at::Tensor& weight) {
+  TORCH_CHECK(input.size(-1) == weight.size(1), "linear_relu: expected input's last dimension to ",
+              "have weight's in_features ", weight.size(1), ", but input has shape ", input.sizes(),
+              " and weight ", weight.sizes());
+}
+
+void check_linear_relu_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                const at::Tensor& weight, const at::Tensor& output) {
+  constexpr auto op = "linear_relu_backward";
+  TORCH_CHECK(input.dim() >= 1 && weight.dim() == 2, op, ": expected input of 1 or more and ",
+              "weight of 2 dimensions, but got shapes ", input.sizes(), " and ", weight.sizes());
+  check_same_device(op, input, "weight", weight);
+  check_same_dtype(op, input, "weight", weight);
+  check_linear_relu(input, weight);
+  const at::DimVector sizes = linear_relu_sizes(input, weight);
+  for (const auto& [name, tensor] : {std::pair("grad_output", grad_output), {"output", output}}) {
+    check_same_device(op, input, name, tensor);
+    check_same_dtype(op, input, name, tensor);
+    check_sizes(op, name, tensor, sizes);
+  }
+}
+
+at::DimVector linear_relu_sizes(const at::Tensor& input, const at::Tensor& weight) {
+  at::DimVector sizes(input.sizes());
+  sizes.back() = weight.size(0);
+  return sizes;
+}
+
+at::Tensor matrix_of_rows(const at::Tensor& tensor) {
+  if (tensor.dim() == 2) return tensor;
+  // Sizes are given, not inferred: reshape({-1, 0}) is ambiguous.
+  c10::SymInt rows = 1;
+  for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) rows *= size;
+  return tensor.reshape_symint({rows, tensor.sym_size(-1)});
+}
+
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(

@@ -1,6 +1,7 @@
 // linear_relu(input, weight, bias) = relu(input @ weight.T + bias), and its backward.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
@@ -24,5 +25,18 @@ bool linear_relu_is_fusable(const at::Tensor& input, const at::Tensor& weight,
 // The same in ATen operators, with torch's own transforms and derivatives of any order.
 at::Tensor linear_relu_composite(const at::Tensor& input, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias);
+
+// What the launchers of all devices share.
+
+// Raises unless input's last dimension fits weight's, and unless the backward's tensors fit those.
+void check_linear_relu(const at::Tensor& input, const at::Tensor& weight);
+void check_linear_relu_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                const at::Tensor& weight, const at::Tensor& output);
+
+// The output's shape: input's with weight's out_features as its last dimension.
+at::DimVector linear_relu_sizes(const at::Tensor& input, const at::Tensor& weight);
+
+// A tensor's leading dimensions as one: a matrix of its rows, one for a 1-D tensor.
+at::Tensor matrix_of_rows(const at::Tensor& tensor);
 
 }  // namespace fastnn

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "ops/checks.h"
+#include "ops/operands.h"
 
 namespace fastnn {
 
@@ -23,6 +24,20 @@ at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor&
 
 bool log_softmax_is_fusable(const at::Tensor& input) {
   return is_supported_dtype(input.scalar_type()) && input.layout() == at::kStrided;
+}
+
+void check_log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output) {
+  constexpr auto op = "log_softmax_backward";
+  TORCH_CHECK(is_supported_dtype(output.scalar_type()), op, ": expected a floating-point output, ",
+              "but got ", output.scalar_type());
+  check_same_device(op, output, "grad_output", grad_output);
+  check_same_dtype(op, output, "grad_output", grad_output);
+  check_sizes(op, "grad_output", grad_output, output.sizes());
+}
+
+Layout log_softmax_layout(const at::Tensor& tensor, int64_t dim) {
+  if (tensor.dim() == 0) return {1, 1, 1};
+  return layout_around(tensor.sizes(), dim);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "ops/layout.h"
+
 namespace fastnn {
 
 // Calls through the dispatcher.
@@ -12,5 +14,10 @@ at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor&
 
 // Whether the fused kernel takes this input; torch serves or refuses the rest.
 bool log_softmax_is_fusable(const at::Tensor& input);
+
+void check_log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output);
+
+// A 0-d tensor is a row of one class.
+Layout log_softmax_layout(const at::Tensor& tensor, int64_t dim);
 
 }  // namespace fastnn

@@ -45,6 +45,12 @@ bool nll_loss_is_fusable(const at::Tensor& input, const at::Tensor& target,
          input.dim() >= 1;
 }
 
+void check_nll_loss(const at::Tensor& input, const at::Tensor& target,
+                    const std::optional<at::Tensor>& weight) {
+  TORCH_CHECK_VALUE(input.dim() >= 1, "nll_loss: Expected input of 1 or more dimensions (got 0)");
+  check_class_indices("nll_loss", input, target, weight);
+}
+
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
                               const std::optional<at::Tensor>& weight, int64_t ignore_index,
                               std::string_view reduction) {

@@ -28,6 +28,10 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& in
 bool nll_loss_is_fusable(const at::Tensor& input, const at::Tensor& target,
                          const std::optional<at::Tensor>& weight);
 
+// The checks of the kernels' launchers.
+void check_nll_loss(const at::Tensor& input, const at::Tensor& target,
+                    const std::optional<at::Tensor>& weight);
+
 // The same in ATen operators, with torch's own transforms and derivatives of any order.
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
                               const std::optional<at::Tensor>& weight, int64_t ignore_index,

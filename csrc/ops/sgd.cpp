@@ -1,6 +1,9 @@
 #include "ops/sgd.h"
 
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "ops/checks.h"
 
@@ -17,15 +20,124 @@ void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momen
           maximize, is_first_step, grad_scale, found_inf);
 }
 
+void sgd_step_tensor_lr_(at::TensorList params, at::TensorList grads,
+                         at::TensorList momentum_buffers, const at::Tensor& lr, double momentum,
+                         double dampening, double weight_decay, bool nesterov, bool maximize,
+                         bool is_first_step, const std::optional<at::Tensor>& grad_scale,
+                         const std::optional<at::Tensor>& found_inf) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::sgd_step_", "tensor_lr")
+                             .typed<decltype(sgd_step_tensor_lr_)>();
+  op.call(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov,
+          maximize, is_first_step, grad_scale, found_inf);
+}
+
+namespace {
+
+// Whether a tensor's device is one that the operator is built for.
+bool is_on_our_device(const at::Tensor& tensor) {
+  static const bool has_cuda = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("fastnn::sgd_step_", "")
+                                   .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return tensor.is_cpu() || (has_cuda && tensor.is_cuda());
+}
+
+}  // namespace
+
 bool sgd_takes(const at::Tensor& param) {
   // A subclass may keep its data elsewhere, or want to see torch's own operators.
   return is_supported_dtype(param.scalar_type()) && param.layout() == at::kStrided &&
-         param.is_cpu() && !param.unsafeGetTensorImpl()->is_python_dispatch();
+         is_on_our_device(param) && !param.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
 bool sgd_takes(const at::Tensor& param, const at::Tensor& other) {
   return sgd_takes(other) && other.scalar_type() == param.scalar_type() &&
          other.sym_sizes() == param.sym_sizes();
+}
+
+namespace {
+
+// Raises unless `tensor`, entry i of the list `name`, can be stepped with its parameter.
+void check_entry(const char* name, size_t i, const at::Tensor& tensor, const at::Tensor& param) {
+  TORCH_CHECK(tensor.device() == param.device(), "sgd_step_: expected ", name, "[", i,
+              "] on its parameter's device ", param.device(), ", but it is on ", tensor.device());
+  TORCH_CHECK(tensor.scalar_type() == param.scalar_type(), "sgd_step_: expected ", name, "[", i,
+              "] to have its parameter's dtype ", param.scalar_type(), ", but got ",
+              tensor.scalar_type());
+  TORCH_CHECK(tensor.layout() == at::kStrided, "sgd_step_: expected ", name, "[", i,
+              "] to be dense, but got layout ", tensor.layout());
+  TORCH_CHECK(tensor.sizes() == param.sizes(), "sgd_step_: expected ", name, "[", i,
+              "] to have its parameter's shape ", param.sizes(), ", but got ", tensor.sizes());
+}
+
+void check_list(const char* name, at::TensorList tensors, at::TensorList params) {
+  TORCH_CHECK(tensors.size() == params.size(), "sgd_step_: expected as many ", name, " as params (",
+              params.size(), "), but got ", tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) check_entry(name, i, tensors[i], params[i]);
+}
+
+// A tensor as one run of memory in the parameter's order: itself where it lies so, else a copy.
+at::Tensor in_order_of(const at::Tensor& param, const at::Tensor& tensor) {
+  if (param.is_non_overlapping_and_dense() && tensor.strides() == param.strides()) return tensor;
+  return at::empty_like(param).copy_(tensor);
+}
+
+void copy_back(const at::Tensor& flat, const at::Tensor& tensor) {
+  if (!flat.is_same(tensor)) tensor.copy_(flat);
+}
+
+// The memory that a tensor's elements lie in.
+std::pair<const char*, const char*> extent(const at::Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + (last + 1) * tensor.element_size()};
+}
+
+}  // namespace
+
+void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                     double momentum) {
+  check_list("params", params, params);
+  check_list("grads", grads, params);
+  if (momentum != 0) check_list("momentum_buffers", momentum_buffers, params);
+  for (const auto& param : params) {
+    TORCH_CHECK(is_supported_dtype(param.scalar_type()), "sgd_step_: expected params of dtype ",
+                "float64, float32, bfloat16 or float16, but got ", param.scalar_type());
+  }
+}
+
+void check_sgd_lr(const at::Tensor& lr) {
+  TORCH_CHECK(lr.numel() == 1, "sgd_step_: expected lr to have one element, but got shape ",
+              lr.sizes());
+}
+
+SGDItem sgd_item(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                 size_t i) {
+  const at::Tensor& param = params[i];
+  return {in_order_of(param, param), in_order_of(param, grads[i]),
+          momentum_buffers.empty() ? at::Tensor() : in_order_of(param, momentum_buffers[i])};
+}
+
+void copy_back(const SGDItem& item, at::TensorList params, at::TensorList grads,
+               at::TensorList momentum_buffers, size_t i, bool grads_changed) {
+  copy_back(item.param, params[i]);
+  if (grads_changed) copy_back(item.grad, grads[i]);
+  if (!momentum_buffers.empty()) copy_back(item.buffer, momentum_buffers[i]);
+}
+
+bool any_share_memory(at::TensorList params, at::TensorList momentum_buffers) {
+  std::vector<std::pair<const char*, const char*>> extents;
+  for (const at::TensorList list : {params, momentum_buffers}) {
+    for (const at::Tensor& tensor : list) {
+      if (tensor.numel() != 0) extents.push_back(extent(tensor));
+    }
+  }
+  std::sort(extents.begin(), extents.end());
+  for (size_t i = 1; i < extents.size(); ++i) {
+    if (extents[i].first < extents[i - 1].second) return true;
+  }
+  return false;
 }
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
@@ -34,6 +146,11 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "float lr, float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, "
       "bool maximize=False, bool is_first_step=False, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> ()");
+  m.def(
+      "sgd_step_.tensor_lr(Tensor(a!)[] params, Tensor(b!)[] grads, "
+      "Tensor(c!)[] momentum_buffers, *, Tensor lr, float momentum=0, float dampening=0, "
+      "float weight_decay=0, bool nesterov=False, bool maximize=False, bool is_first_step=False, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }
 
 }  // namespace fastnn

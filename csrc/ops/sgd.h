@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 namespace fastnn {
 
@@ -13,8 +14,44 @@ void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momen
                bool maximize, bool is_first_step, const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf);
 
+// The same with a learning rate of one element that is read where it lies: on a GPU nobody has to
+// wait for it, and a CUDA graph reads it anew at each replay.
+void sgd_step_tensor_lr_(at::TensorList params, at::TensorList grads,
+                         at::TensorList momentum_buffers, const at::Tensor& lr, double momentum,
+                         double dampening, double weight_decay, bool nesterov, bool maximize,
+                         bool is_first_step, const std::optional<at::Tensor>& grad_scale,
+                         const std::optional<at::Tensor>& found_inf);
+
 // Whether the operator takes a parameter with this gradient or momentum buffer; any strides do.
 bool sgd_takes(const at::Tensor& param);
 bool sgd_takes(const at::Tensor& param, const at::Tensor& other);
+
+// What the launchers of all devices share.
+
+// One parameter's tensors, each as one run of memory in the parameter's order.
+struct SGDItem {
+  at::Tensor param;
+  at::Tensor grad;
+  at::Tensor buffer;  // undefined without momentum
+};
+
+// Raises unless every list fits `params`. `momentum_buffers` is empty where momentum is zero.
+void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                     double momentum);
+
+// Raises unless a learning rate has one element.
+void check_sgd_lr(const at::Tensor& lr);
+
+// Parameter i's tensors: themselves where they lie as one run in one order, else copies.
+SGDItem sgd_item(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                 size_t i);
+
+// What was stepped in copies, back into the lists' tensors.
+void copy_back(const SGDItem& item, at::TensorList params, at::TensorList grads,
+               at::TensorList momentum_buffers, size_t i, bool grads_changed);
+
+// Whether two tensors share memory: a parameter listed twice, or two views of one tensor. Those are
+// stepped one after the other, as torch does: each sees what the one before has written.
+bool any_share_memory(at::TensorList params, at::TensorList momentum_buffers);
 
 }  // namespace fastnn

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "ops/layout.h"
+
 namespace fastnn::simd {
 
 struct bfloat16 {
@@ -26,16 +28,6 @@ struct accum_of<double> {
 template <typename T>
 using accum = typename accum_of<T>::type;
 
-// An (outer, classes, inner) view of a contiguous tensor: class c of row (o, i) is element
-// (o * classes + c) * inner + i. A row's number, its position, is o * inner + i.
-struct Layout {
-  int64_t outer;
-  int64_t classes;
-  int64_t inner;
-
-  int64_t rows() const {
-    return outer * inner;
-  }
-};
+using fastnn::Layout;
 
 }  // namespace fastnn::simd

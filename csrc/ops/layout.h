@@ -1,0 +1,41 @@
+// The layout of rows in a tensor: what kernels of every device and their launchers share. No ATen:
+// kernels take raw pointers and sizes.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FASTNN_HOST_DEVICE __host__ __device__
+#else
+#define FASTNN_HOST_DEVICE
+#endif
+
+namespace fastnn {
+
+// An (outer, classes, inner) view of a contiguous tensor: class c of row (o, i) is element
+// (o * classes + c) * inner + i. A row's number, its position, is o * inner + i.
+struct Layout {
+  int64_t outer;
+  int64_t classes;
+  int64_t inner;
+
+  FASTNN_HOST_DEVICE int64_t rows() const {
+    return outer * inner;
+  }
+};
+
+// Where the element of a row's class lies in a tensor of (outer, classes, inner) of any strides.
+struct RowStrides {
+  int64_t inner_size;
+  int64_t outer;
+  int64_t classes;
+  int64_t inner;
+
+  FASTNN_HOST_DEVICE int64_t element(int64_t row, int64_t c) const {
+    // A division costs more than the rest of what a loss does to a row.
+    if (inner_size == 1) return row * outer + c * classes;
+    return row / inner_size * outer + c * classes + row % inner_size * inner;
+  }
+};
+
+}  // namespace fastnn
