@@ -1,0 +1,404 @@
+// A tiled matrix product with bias and ReLU as its epilogue: out = a Tile b (+ bias) (then ReLU),
+// for any dtype, size, stride and alignment.
+//
+// A block computes a tile of the output. Step by step it goes through the depth: both operands'
+// next tiles travel from global memory to registers while the current ones, in shared memory and
+// already in the type that is summed in, are multiplied. There are two buffers of shared memory, so
+// that one barrier to a step suffices.
+//
+// Work: 2 * rows * cols * depth flop; at least (rows + cols) * depth + rows * cols elements moved,
+// each element of `a` once for every column of tiles and each of `b` once for every row of them,
+// mostly from the second-level cache. With a tile of 128 x 64 that is 43 multiply-adds for an
+// element loaded: 21 flop to a byte of float32 even if no load hit a cache, and more than that is
+// what a GPU of F flop/s and B bytes/s (F / B is 10 to 20 without tensor cores) asks for, so that
+// the bound is 2 * rows * cols * depth / F seconds. Of shared memory a warp takes 4 turns for
+// every 32 multiply-adds, which take 8 turns or more of the arithmetic units.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/integers.cuh"
+#include "cuda/portability.cuh"
+#include "cuda/vec.cuh"
+
+namespace fastnn::cuda {
+
+// An operand as its lines (the rows of `a`, the columns of `b`): element p of line l is
+// data[l * line_stride + p * depth_stride].
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t line_stride;
+  int64_t depth_stride;
+  bool along_depth;  // whether its neighbours in memory are those along the depth, or those lines
+};
+
+template <typename T>
+struct Gemm {
+  int64_t rows;
+  int64_t cols;
+  int64_t depth;
+  Operand<T> a;
+  Operand<T> b;
+  const T* bias;  // one value for each column, or null
+  bool relu;
+  bool whole_groups;  // whether groups of columns are aligned in `out`, none sticking out
+  T* out;             // contiguous
+};
+
+// The output's tile of a block, and the part of it that each thread computes.
+template <int kRows_, int kCols_, int kThreadRows_, int kThreadCols_>
+struct GemmShape {
+  static constexpr int kRows = kRows_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kThreadRows = kThreadRows_;
+  static constexpr int kThreadCols = kThreadCols_;
+  static constexpr int kThreadsAcross = kCols / kThreadCols;
+  static constexpr int kThreads = kThreadsAcross * (kRows / kThreadRows);
+  // Blocks that a multiprocessor's 65536 registers must suffice for: while one waits at its
+  // barrier, another multiplies. Numbers of 8 bytes take two registers.
+  static constexpr int min_blocks(int number_bytes) {
+    return (number_bytes == 8 ? 256 : 512) / kThreads;
+  }
+};
+using LargeShape = GemmShape<128, 64, 8, 4>;
+using LargeDoubleShape = GemmShape<64, 64, 4, 4>;  // twice the bytes in half the elements
+using SmallShape = GemmShape<32, 32, 4, 4>;
+
+// The depth of one step.
+constexpr int kStep = 16;
+// Steps whose products are summed by themselves before they join the total: the rounding error then
+// grows with the depth of such a block and the number of blocks, not with their product.
+constexpr int kStepsPerSum = 16;
+// A thread's values lie in groups of so many neighbours; its groups are spread over the tile, so
+// that neighbouring threads read neighbouring groups: no two banks of shared memory collide.
+constexpr int kGroup = 4;
+
+// kCount neighbours in memory, aligned so that one instruction moves 16 bytes of them, or all.
+template <typename T, int kCount>
+struct alignas(min_of<int>(kCount * sizeof(T), 16)) Neighbours {
+  T values[kCount];
+};
+
+template <int kCount, typename T>
+__device__ Neighbours<T, kCount> read(const T* from) {
+  return *reinterpret_cast<const Neighbours<T, kCount>*>(from);
+}
+
+template <typename T, int kCount>
+__device__ void write_to(T* to, const Neighbours<T, kCount>& value) {
+  if constexpr (sizeof(value) <= kVecBytes) {
+    store_whole(to, value);
+  } else {
+    *reinterpret_cast<Neighbours<T, kCount>*>(to) = value;
+  }
+}
+
+// One step of one operand in shared memory: for each depth its lines side by side.
+template <typename A, int kLines>
+class Tile {
+ public:
+  // Padded by 16 bytes: of the threads that store side by side along the depth fewer meet in a
+  // bank, and every depth still starts at a multiple of 16 bytes.
+  static constexpr int kPitch = kLines + 16 / int(sizeof(A));
+
+  __device__ A* at(int depth, int line) {
+    return values_ + depth * kPitch + line;
+  }
+  __device__ const A* at(int depth, int line) const {
+    return values_ + depth * kPitch + line;
+  }
+
+ private:
+  A values_[kStep * kPitch];
+};
+
+// One operand's tile on its way from global to shared memory, in pieces of kWidth neighbours.
+template <typename T, int kWidth, int kLines, int kThreads>
+class TileLoader {
+ public:
+  using A = accum<T>;
+
+  __device__ TileLoader(const Operand<T>& from, int64_t lines, int64_t first_line)
+      : lines_(int(min_of<int64_t>(lines - first_line, kLines))) {
+    const int thread = int(threadIdx.x);
+    if (from.along_depth) {
+      constexpr int kPiecesToLine = kStep / kWidth;
+      static_assert(kThreads % kPiecesToLine == 0);
+      line_ = thread / kPiecesToLine;
+      depth_ = thread % kPiecesToLine * kWidth;
+      next_line_ = kThreads / kPiecesToLine;
+      next_depth_ = 0;
+    } else {
+      constexpr int kPiecesToDepth = kLines / kWidth;
+      static_assert(kThreads % kPiecesToDepth == 0);
+      line_ = thread % kPiecesToDepth * kWidth;
+      depth_ = thread / kPiecesToDepth;
+      next_line_ = 0;
+      next_depth_ = kThreads / kPiecesToDepth;
+    }
+    from_ = from.data + (first_line + line_) * from.line_stride + depth_ * from.depth_stride;
+    next_piece_ = next_line_ * from.line_stride + next_depth_ * from.depth_stride;
+    next_step_ = kStep * from.depth_stride;
+    pitch_in_piece_ = from.along_depth ? Tile<A, kLines>::kPitch : 1;
+  }
+
+  // Loads the next step's tile, of which `depths` remain, into registers; zeros beyond the
+  // operand's end, which add nothing to a sum.
+  __device__ void load(int64_t depths) {
+    const int end = int(min_of<int64_t>(depths, kStep));
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const bool inside = line_ + i * next_line_ < lines_ && depth_ + i * next_depth_ < end;
+      staged_[i] = inside ? read<kWidth>(from_ + i * next_piece_) : Piece{};
+    }
+    from_ += next_step_;
+  }
+
+  // From registers to shared memory.
+  __device__ void store(Tile<A, kLines>& tile) const {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int line = line_ + i * next_line_, depth = depth_ + i * next_depth_;
+      // Some threads have a piece less than others.
+      const bool in_tile =
+          kPieces * kWidth * kThreads == kLines * kStep || (line < kLines && depth < kStep);
+      if (!in_tile) return;
+      A* to = tile.at(depth, line);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) to[j * pitch_in_piece_] = A(staged_[i].values[j]);
+    }
+  }
+
+ private:
+  static_assert(kStep % kWidth == 0 && kLines % kWidth == 0, "a piece would cross lines");
+  static constexpr int kPieces = ceil_div(kLines * kStep, kWidth* kThreads);
+  using Piece = Neighbours<T, kWidth>;
+
+  const T* from_;       // this thread's first piece of the next tile
+  int64_t next_piece_;  // from one of this thread's pieces to the next, in memory
+  int64_t next_step_;
+  int lines_;                   // that the tile has
+  int line_, depth_;            // where this thread's first piece starts in the tile
+  int next_line_, next_depth_;  // from one piece to the next
+  int pitch_in_piece_;          // between neighbours in a piece, in shared memory
+  Piece staged_[kPieces];
+};
+
+// The sums of one thread.
+template <typename T, typename Shape>
+class ThreadSums {
+ public:
+  using A = accum<T>;
+
+  // This thread's row i and column j in the block's tile.
+  static __device__ int row(int i) {
+    return i / kGroup * (kGroup * kThreadsDown) + thread_row() * kGroup + i % kGroup;
+  }
+  static __device__ int col(int j) {
+    return j / kGroup * (kGroup * Shape::kThreadsAcross) + thread_col() * kGroup + j % kGroup;
+  }
+
+  __device__ void multiply(const Tile<A, Shape::kRows>& a, const Tile<A, Shape::kCols>& b) {
+#pragma unroll
+    for (int p = 0; p < kStep; ++p) {
+      A left[Shape::kThreadRows], right[Shape::kThreadCols];
+#pragma unroll
+      for (int i = 0; i < Shape::kThreadRows; i += kGroup) read_group(left + i, a.at(p, row(i)));
+#pragma unroll
+      for (int j = 0; j < Shape::kThreadCols; j += kGroup) read_group(right + j, b.at(p, col(j)));
+#pragma unroll
+      for (int i = 0; i < Shape::kThreadRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < Shape::kThreadCols; ++j) sums_[i][j] += left[i] * right[j];
+      }
+    }
+  }
+
+  // Ends a block of steps.
+  __device__ void add_to_totals() {
+#pragma unroll
+    for (int i = 0; i < Shape::kThreadRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < Shape::kThreadCols; ++j) {
+        totals_[i][j] += sums_[i][j];
+        sums_[i][j] = A(0);
+      }
+    }
+  }
+
+  // Bias, ReLU and the rounding to T, of the tile that starts at a row and a column.
+  __device__ void write(const Gemm<T>& args, int64_t first_row, int64_t first_col) const {
+#pragma unroll
+    for (int j = 0; j < Shape::kThreadCols; j += kGroup) {
+      const int64_t c = first_col + col(j);
+      A bias[kGroup] = {};
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        if (args.bias != nullptr && c + k < args.cols) bias[k] = A(args.bias[c + k]);
+      }
+#pragma unroll
+      for (int i = 0; i < Shape::kThreadRows; ++i) {
+        const int64_t r = first_row + row(i);
+        if (r >= args.rows) continue;
+        Neighbours<T, kGroup> values;
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k)
+          values.values[k] = epilogue(totals_[i][j + k] + bias[k], args.relu);
+        write_group(args, r, c, values);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kThreadsDown = Shape::kRows / Shape::kThreadRows;
+  static_assert(Shape::kThreadRows % kGroup == 0 && Shape::kThreadCols % kGroup == 0);
+
+  static __device__ int thread_row() {
+    return int(threadIdx.x) / Shape::kThreadsAcross;
+  }
+  static __device__ int thread_col() {
+    return int(threadIdx.x) % Shape::kThreadsAcross;
+  }
+
+  static __device__ void read_group(A* to, const A* from) {
+    const auto group = read<kGroup>(from);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) to[k] = group.values[k];
+  }
+
+  // Zero where x <= 0, so that NaN passes through as in torch.relu.
+  static __device__ T epilogue(A x, bool relu) {
+    return T(relu && x <= 0 ? A(0) : x);
+  }
+
+  static __device__ void write_group(const Gemm<T>& args, int64_t r, int64_t c,
+                                     const Neighbours<T, kGroup>& values) {
+    T* to = args.out + r * args.cols + c;
+    if (args.whole_groups) {
+      if (c < args.cols) write_to(to, values);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      if (c + k < args.cols) to[k] = values.values[k];
+    }
+  }
+
+  A sums_[Shape::kThreadRows][Shape::kThreadCols] = {};
+  A totals_[Shape::kThreadRows][Shape::kThreadCols] = {};
+};
+
+// One block for each tile of the output, those of a row of tiles side by side. With a kWidth above
+// 1 (a vector's) the pieces of both operands are aligned, and none sticks out.
+template <typename T, int kWidth, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::min_blocks(sizeof(accum<T>)))
+    gemm_kernel(Gemm<T> args) {
+  using ATile = Tile<accum<T>, Shape::kRows>;
+  using BTile = Tile<accum<T>, Shape::kCols>;
+  FASTNN_SHARED(ATile, a_tiles, [2]);
+  FASTNN_SHARED(BTile, b_tiles, [2]);
+
+  const int64_t tiles_across = ceil_div<int64_t>(args.cols, Shape::kCols);
+  const int64_t first_row = blockIdx.x / tiles_across * Shape::kRows;
+  const int64_t first_col = blockIdx.x % tiles_across * Shape::kCols;
+
+  TileLoader<T, kWidth, Shape::kRows, Shape::kThreads> a(args.a, args.rows, first_row);
+  TileLoader<T, kWidth, Shape::kCols, Shape::kThreads> b(args.b, args.cols, first_col);
+  const auto load = [&](int64_t depths) {
+    a.load(depths);
+    b.load(depths);
+  };
+  const auto store = [&](int buffer) {
+    a.store(a_tiles[buffer]);
+    b.store(b_tiles[buffer]);
+  };
+
+  ThreadSums<T, Shape> sums;
+  if (args.depth > 0) {
+    load(args.depth);
+    store(0);
+    // Before anyone reads what others have stored.
+    __syncthreads();
+  }
+  int steps_summed = 0;
+  int buffer = 0;
+  for (int64_t depths = args.depth; depths > 0; depths -= kStep) {
+    const bool has_next = depths > kStep;
+    // Under way while the current tiles are multiplied.
+    if (has_next) load(depths - kStep);
+    sums.multiply(a_tiles[buffer], b_tiles[buffer]);
+    if (++steps_summed == kStepsPerSum || !has_next) {
+      sums.add_to_totals();
+      steps_summed = 0;
+    }
+    if (has_next) {
+      // Nobody reads the other buffer any more: all were past it at the last barrier. This one
+      // stands between these stores and the next step's reads, and the next step's stores to this
+      // buffer.
+      buffer = 1 - buffer;
+      store(buffer);
+      __syncthreads();
+    }
+  }
+  sums.write(args, first_row, first_col);
+}
+
+// ---- the choice of a kernel, on the host ----
+
+template <typename T>
+bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVecBytes == 0;
+}
+
+template <typename T>
+Operand<T> operand(const T* data, int64_t line_stride, int64_t depth_stride) {
+  return {data, line_stride, depth_stride, depth_stride <= line_stride};
+}
+
+// Whether an operand consists of aligned vectors. The stride of what there is one of means nothing.
+template <typename T>
+bool has_vectors(const Operand<T>& from, int64_t lines, int64_t depth) {
+  constexpr int64_t kWidth = kVecSize<T>;
+  const bool along = from.along_depth;
+  const int64_t inner = along ? depth : lines,
+                inner_stride = along ? from.depth_stride : from.line_stride;
+  const int64_t outer = along ? lines : depth,
+                outer_stride = along ? from.line_stride : from.depth_stride;
+  return is_aligned(from.data) && inner_stride == 1 && inner % kWidth == 0 &&
+         (outer == 1 || outer_stride % kWidth == 0);
+}
+
+template <typename T, int kWidth, typename Shape>
+void launch_gemm_shape(const Gemm<T>& args, cudaStream_t stream) {
+  const int64_t tiles =
+      ceil_div<int64_t>(args.rows, Shape::kRows) * ceil_div<int64_t>(args.cols, Shape::kCols);
+  FASTNN_LAUNCH((gemm_kernel<T, kWidth, Shape>), dim3(unsigned(tiles)), dim3(Shape::kThreads), 0,
+                stream, args);
+}
+
+template <typename T, typename Shape>
+void launch_gemm_shape(const Gemm<T>& args, cudaStream_t stream) {
+  if (has_vectors(args.a, args.rows, args.depth) && has_vectors(args.b, args.cols, args.depth)) {
+    launch_gemm_shape<T, kVecSize<T>, Shape>(args, stream);
+  } else {
+    launch_gemm_shape<T, 1, Shape>(args, stream);
+  }
+}
+
+// Large tiles move the fewest bytes, but only where they are enough to occupy every multiprocessor.
+template <typename T>
+void launch_gemm(Gemm<T> args, int multiprocessors, cudaStream_t stream) {
+  if (args.rows == 0 || args.cols == 0) return;
+  using Large = std::conditional_t<std::is_same_v<T, double>, LargeDoubleShape, LargeShape>;
+  args.whole_groups = args.cols % kGroup == 0 && is_aligned(args.out);
+  const int64_t large_tiles =
+      ceil_div<int64_t>(args.rows, Large::kRows) * ceil_div<int64_t>(args.cols, Large::kCols);
+  if (large_tiles >= multiprocessors) {
+    launch_gemm_shape<T, Large>(args, stream);
+  } else {
+    launch_gemm_shape<T, SmallShape>(args, stream);
+  }
+}
+
+}  // namespace fastnn::cuda

@@ -1,0 +1,39 @@
+// What every CUDA launcher includes: guard, stream, launch check, and the kernels' storage types.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <string_view>
+
+#include "cuda/portability.cuh"
+
+// The dispatch key that the launchers register under; the tests' emulation says CPU.
+#ifndef FASTNN_CUDA_KEY
+#define FASTNN_CUDA_KEY CUDA
+#endif
+
+namespace fastnn::cuda {
+
+// Calls f.template operator()<T>() with the kernels' storage type T of the dtype.
+template <typename F>
+void dispatch(at::ScalarType dtype, std::string_view op, F f) {
+  switch (dtype) {
+    case at::kDouble:
+      return f.template operator()<double>();
+    case at::kFloat:
+      return f.template operator()<float>();
+    case at::kBFloat16:
+      return f.template operator()<c10::BFloat16>();
+    case at::kHalf:
+      return f.template operator()<c10::Half>();
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, '"', op, "\" not implemented for '", dtype, "'");
+  }
+}
+
+}  // namespace fastnn::cuda

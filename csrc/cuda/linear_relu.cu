@@ -1,0 +1,183 @@
+// linear_relu on CUDA: the library's matrix product with its fused epilogue, or our own; the
+// backward makes mask and bias gradient in one pass, then the library's two products.
+#include "ops/linear_relu.h"
+
+#include <ATen/ops/_addmm_activation.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <string_view>
+
+#include "cuda/gemm.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/linear_relu_kernels.cuh"
+
+namespace fastnn::cuda {
+namespace {
+
+// ATen's operators would be cast once more: whoever called us has settled the dtype.
+using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
+
+enum class Product { Auto, Library, Tiled };
+
+// FASTNN_CUDA_GEMM=auto|library|tiled, read once: for tests, and to compare the two.
+Product requested_product() {
+  static const Product product = [] {
+    const char* variable = std::getenv("FASTNN_CUDA_GEMM");
+    const std::string_view name = variable == nullptr ? "auto" : variable;
+    if (name == "library") return Product::Library;
+    if (name == "tiled") return Product::Tiled;
+    TORCH_CHECK_VALUE(name == "auto", "FASTNN_CUDA_GEMM must be auto, library or tiled, not '",
+                      name, "'");
+    return Product::Auto;
+  }();
+  return product;
+}
+
+// Whether the forward takes the library's product: cuBLASLt's, whose epilogue adds the bias and
+// applies ReLU. It multiplies with tensor cores, which ours does not, and so wins where there is
+// much to multiply; a missing bias costs it a vector of zeros. Ours is taken
+// - for float64, for which ATen's fused call may fall back to three kernels, and tensor cores are
+// rare;
+// - where nothing is summed, or one number (a depth of 0 or 1), which cuBLASLt does not take;
+// - for small products: the time to prepare cuBLASLt's call, a few microseconds, is as long as a
+// GPU
+//   takes for 2^20 multiply-adds. This limit is an estimate and not measured.
+bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
+  if (rows == 0 || cols == 0 || depth == 0) return false;
+  switch (requested_product()) {
+    case Product::Library:
+      return true;
+    case Product::Tiled:
+      return false;
+    case Product::Auto:
+      constexpr double kSmall = 1 << 20;
+      return dtype != at::kDouble && depth > 1 &&
+             double(rows) * double(cols) * double(depth) >= kSmall;
+  }
+  return true;
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+at::Tensor library_product(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias) {
+  const at::Tensor addend =
+      bias ? bias->contiguous() : at::zeros({weight.size(0)}, weight.options());
+  return at::_addmm_activation(addend, input, weight.t());
+}
+
+at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias) {
+  const at::Tensor output = at::empty({input.size(0), weight.size(0)}, input.options());
+  const auto contiguous_bias = bias ? std::optional(bias->contiguous()) : std::nullopt;
+  dispatch(input.scalar_type(), "linear_relu", [&]<typename T>() {
+    const auto lines = [](const at::Tensor& matrix) {
+      return operand(matrix.const_data_ptr<T>(), matrix.stride(0), matrix.stride(1));
+    };
+    const Gemm<T> args{.rows = input.size(0),
+                       .cols = weight.size(0),
+                       .depth = weight.size(1),
+                       .a = lines(input),
+                       .b = lines(weight),
+                       .bias = contiguous_bias ? contiguous_bias->const_data_ptr<T>() : nullptr,
+                       .relu = true,
+                       .whole_groups = false,
+                       .out = output.data_ptr<T>()};
+    launch_gemm(args, multiprocessors(), c10::cuda::getCurrentCUDAStream());
+  });
+  return output;
+}
+
+at::Tensor linear_relu_cuda(const at::Tensor& input, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
+  if (!linear_relu_is_fusable(input, weight, bias)) {
+    return linear_relu_composite(input, weight, bias);
+  }
+  check_linear_relu(input, weight);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const WithoutAutocast without_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor rows = matrix_of_rows(input);
+  const at::Tensor output =
+      is_for_library(input.scalar_type(), rows.size(0), weight.size(0), weight.size(1))
+          ? library_product(rows, weight, bias)
+          : tiled_product(rows, weight, bias);
+  return input.dim() == 2 ? output : output.view(linear_relu_sizes(input, weight));
+}
+
+// grad_linear = output > 0 ? grad : 0 and its columns' sums; either may be unwanted: undefined.
+void relu_backward(const at::Tensor& grad, const at::Tensor& output, const at::Tensor& grad_linear,
+                   const at::Tensor& grad_bias) {
+  if (grad.numel() == 0) return;
+  dispatch(grad.scalar_type(), "linear_relu_backward", [&]<typename T>() {
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    ReluBackward<T> args{.rows = grad.size(0),
+                         .cols = grad.size(1),
+                         .grad = grad.const_data_ptr<T>(),
+                         .output = output.const_data_ptr<T>(),
+                         .grad_linear = grad_linear.defined() ? grad_linear.data_ptr<T>() : nullptr,
+                         .partials = nullptr,
+                         .grad_bias = nullptr};
+    if (!grad_bias.defined()) {
+      // Columns mean nothing then: one long row has the fewest ends.
+      args.cols = grad.numel();
+      args.rows = 1;
+      launch_relu_backward(args, plan_relu_backward(args), stream);
+      return;
+    }
+    const ReluBackwardPlan plan = plan_relu_backward(args);
+    if (plan.grid.y == 1) {
+      args.grad_bias = grad_bias.data_ptr<T>();
+      launch_relu_backward(args, plan, stream);
+      return;
+    }
+    using A = accum<T>;
+    const at::Tensor partials = at::empty({int64_t(plan.grid.y), args.cols},
+                                          grad.options().dtype(c10::CppTypeToScalarType<A>::value));
+    args.partials = partials.data_ptr<A>();
+    launch_relu_backward(args, plan, stream);
+    launch_column_sums(grad_bias.data_ptr<T>(), args.partials, partials.size(0), args.cols, stream);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cuda(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& output, std::array<bool, 3> output_mask) {
+  check_linear_relu_backward(grad_output, input, weight, output);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const WithoutAutocast without_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor grad = matrix_of_rows(grad_output).contiguous();
+  const at::Tensor out = matrix_of_rows(output).contiguous();
+  at::Tensor grad_linear, grad_input, grad_weight, grad_bias;
+  if (output_mask[0] || output_mask[1]) grad_linear = at::empty(grad.sizes(), grad.options());
+  if (output_mask[2]) {
+    // Of no rows the sum is zero, and no kernel runs.
+    grad_bias = grad.size(0) == 0 ? at::zeros({weight.size(0)}, weight.options())
+                                  : at::empty({weight.size(0)}, weight.options());
+  }
+  if (grad_linear.defined() || grad_bias.defined())
+    relu_backward(grad, out, grad_linear, grad_bias);
+
+  if (output_mask[0]) grad_input = at::mm(grad_linear, weight);
+  if (output_mask[1]) grad_weight = at::mm(grad_linear.t(), matrix_of_rows(input));
+  if (output_mask[0] && input.dim() != 2) grad_input = grad_input.view(input.sizes());
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) {
+  m.impl("linear_relu", linear_relu_cuda);
+  m.impl("linear_relu_backward", linear_relu_backward_cuda);
+}
+
+}  // namespace fastnn::cuda

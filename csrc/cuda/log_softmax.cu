@@ -1,0 +1,58 @@
+// log_softmax on CUDA devices.
+#include "ops/log_softmax.h"
+
+#include <ATen/WrapDimUtils.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/log_softmax.h>
+#include <torch/library.h>
+
+#include "cuda/log_softmax_kernels.cuh"
+#include "cuda/run_rows.cuh"
+
+namespace fastnn::cuda {
+namespace {
+
+at::Tensor log_softmax_cuda(const at::Tensor& input, int64_t dim) {
+  if (!log_softmax_is_fusable(input)) return at::log_softmax(input, dim);
+  dim = at::maybe_wrap_dim(dim, input.dim());
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor x = input.contiguous();
+  const at::Tensor output = at::empty(input.sizes(), input.options());
+  if (output.numel() == 0) return output;
+
+  const Layout layout = log_softmax_layout(x, dim);
+  dispatch(x.scalar_type(), "log_softmax", [&]<typename T>() {
+    using Op = LogSoftmax<T>;
+    const Tensors<T> tensors{{const_data<T>(x), nullptr}, data<T>(output)};
+    run_rows(Op{}, plan_of<Op>(layout), layout, tensors, x.options());
+  });
+  return output;
+}
+
+at::Tensor log_softmax_backward_cuda(const at::Tensor& grad_output, const at::Tensor& output,
+                                     int64_t dim) {
+  check_log_softmax_backward(grad_output, output);
+  dim = at::maybe_wrap_dim(dim, output.dim());
+  const c10::cuda::CUDAGuard guard(output.device());
+  const at::Tensor grad = grad_output.contiguous();
+  const at::Tensor out = output.contiguous();
+  const at::Tensor grad_input = at::empty(output.sizes(), output.options());
+  if (grad_input.numel() == 0) return grad_input;
+
+  const Layout layout = log_softmax_layout(out, dim);
+  dispatch(out.scalar_type(), "log_softmax_backward", [&]<typename T>() {
+    using Op = LogSoftmaxBackward<T>;
+    const Tensors<T> tensors{{const_data<T>(grad), const_data<T>(out)}, data<T>(grad_input)};
+    run_rows(Op{}, plan_of<Op>(layout), layout, tensors, out.options());
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) {
+  m.impl("log_softmax", log_softmax_cuda);
+  m.impl("log_softmax_backward", log_softmax_backward_cuda);
+}
+
+}  // namespace fastnn::cuda

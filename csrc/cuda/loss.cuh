@@ -1,0 +1,43 @@
+// What the kernels of nll_loss and cross_entropy share: class indices and incoming gradients.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include "cuda/rows.cuh"
+
+namespace fastnn::cuda {
+
+// The class index of a row, or -1 where the row doesn't count: ignored, or out of range. The assert
+// reports the latter (as torch's); nothing is read or written at it even where asserts are off.
+__device__ inline int64_t class_of_row(const int64_t* target, int64_t row, int64_t classes,
+                                       int64_t ignore_index) {
+  const int64_t t = target[row];
+  if (t == ignore_index) return -1;
+  const bool target_in_range = t >= 0 && t < classes;
+  CUDA_KERNEL_ASSERT(target_in_range && "Target is out of bounds");
+  return target_in_range ? t : -1;
+}
+
+template <typename T>
+__device__ accum<T> class_weight_at(const T* weight, int64_t c) {
+  return weight ? to_accum(weight[c]) : accum<T>(1);
+}
+
+// A loss's incoming gradient: one value, or one for each row. 'mean' has divided by the total
+// weight (null otherwise): NaN where that is 0.
+template <typename T>
+struct IncomingGrad {
+  const T* grad;
+  bool per_row;
+  const accum<T>* total_weight;
+
+  __device__ accum<T> of(int64_t row) const {
+    using A = accum<T>;
+    const A g = to_accum(grad[per_row ? row : 0]);
+    if (total_weight == nullptr) return g;
+    const A total = *total_weight;
+    return g * (total == 0 ? std::numeric_limits<A>::quiet_NaN() : A(1) / total);
+  }
+};
+
+}  // namespace fastnn::cuda

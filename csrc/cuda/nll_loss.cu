@@ -1,0 +1,88 @@
+// nll_loss on CUDA devices: one element of each row is read, so that any strides serve.
+#include "ops/nll_loss.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cuda/nll_loss_kernels.cuh"
+#include "cuda/run_rows.cuh"
+
+namespace fastnn::cuda {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input,
+                                                         const at::Tensor& target,
+                                                         const std::optional<at::Tensor>& weight,
+                                                         int64_t ignore_index,
+                                                         std::string_view reduction_name) {
+  check_nll_loss(input, target, weight);
+  const auto reduction = parse_reduction(reduction_name);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor rows = with_one_inner_stride(input);
+  const at::Tensor indices = contiguous_indices(target);
+  const auto class_weight = contiguous(weight);
+  const bool per_row = reduction == at::Reduction::None;
+  const at::Tensor loss =
+      at::empty(per_row ? per_row_sizes(input) : at::DimVector{}, input.options());
+  const at::Tensor total_weight = at::empty({}, input.options().dtype(accumulate_dtype(input)));
+
+  const int64_t blocks =
+      clamp(ceil_div<int64_t>(indices.numel(), kNLLThreads * kNLLUnroll), 0, kMaxSummingBlocks);
+  const BlockSums sums(blocks, input.options());
+  dispatch(input.scalar_type(), "nll_loss", [&]<typename T>() {
+    const NLLLoss<T> args{.log_probs = const_data<T>(rows),
+                          .strides = row_strides(rows),
+                          .target = const_data<int64_t>(indices),
+                          .rows = indices.numel(),
+                          .classes = input.size(class_dim(input)),
+                          .ignore_index = ignore_index,
+                          .weight = const_data_or_null<T>(class_weight),
+                          .losses = per_row ? data<T>(loss) : nullptr};
+    if (blocks > 0) {
+      FASTNN_LAUNCH((nll_loss_rows<T>), static_cast<unsigned>(blocks), kNLLThreads, 0,
+                    c10::cuda::getCurrentCUDAStream(), args, sums.data());
+    }
+    run_finish_loss<T>(sums, /*empty=*/false, reduction, per_row ? nullptr : data<T>(loss),
+                       total_weight);
+  });
+  return {loss, total_weight};
+}
+
+at::Tensor nll_loss_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
+                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                                  const at::Tensor& total_weight, int64_t ignore_index,
+                                  std::string_view reduction_name) {
+  check_nll_loss(input, target, weight);
+  const auto reduction = parse_reduction(reduction_name);
+  check_loss_backward("nll_loss_backward", grad_output, input, total_weight, reduction);
+  const c10::cuda::CUDAGuard guard(input.device());
+  const at::Tensor grad_input = at::empty(input.sizes(), input.options());
+  const at::Tensor indices = contiguous_indices(target);
+  const at::Tensor grad = grad_output.contiguous();
+  const auto class_weight = contiguous(weight);
+
+  const Layout layout = layout_around(input.sizes(), class_dim(input));
+  dispatch(input.scalar_type(), "nll_loss_backward", [&]<typename T>() {
+    using Op = NLLLossBackward<T>;
+    const bool mean = reduction == at::Reduction::Mean;
+    const Op op{.target = const_data<int64_t>(indices),
+                .classes = layout.classes,
+                .ignore_index = ignore_index,
+                .weight = const_data_or_null<T>(class_weight),
+                .grad = {.grad = const_data<T>(grad),
+                         .per_row = reduction == at::Reduction::None,
+                         .total_weight = mean ? const_data<accum<T>>(total_weight) : nullptr}};
+    run_rows(op, plan_of<Op>(layout), layout, {{nullptr, nullptr}, data<T>(grad_input)},
+             input.options());
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) {
+  m.impl("nll_loss_forward", nll_loss_forward_cuda);
+  m.impl("nll_loss_backward", nll_loss_backward_cuda);
+}
+
+}  // namespace fastnn::cuda

@@ -1,0 +1,97 @@
+// nll_loss, and its backward. The forward reads a target and, from anywhere in memory, an element
+// for each row: a cache sector of 32 bytes each, and with it 40 bytes a row (48 with class weights
+// far apart), at no arithmetic to speak of. The backward writes a gradient that is zero but for one
+// element of each row, at the cost of the writing.
+#pragma once
+
+#include "cuda/loss.cuh"
+
+namespace fastnn::cuda {
+
+// `weight` and `losses` may be null.
+template <typename T>
+struct NLLLoss {
+  const T* log_probs;
+  RowStrides strides;
+  const int64_t* target;
+  int64_t rows;
+  int64_t classes;
+  int64_t ignore_index;
+  const T* weight;
+  T* losses;
+};
+
+inline constexpr int kNLLThreads = 256;
+// Rows of a thread whose cache misses overlap.
+inline constexpr int kNLLUnroll = 4;
+
+template <typename T>
+__global__ void __launch_bounds__(kNLLThreads)
+    nll_loss_rows(NLLLoss<T> args, LossSums* sums_of_block) {
+  using A = accum<T>;
+  LossSums sums = LossSums::none();
+  constexpr int64_t kRowsAtOnce = kNLLThreads * kNLLUnroll;
+  for (int64_t base = blockIdx.x * kRowsAtOnce; base < args.rows; base += gridDim.x * kRowsAtOnce) {
+    int64_t t[kNLLUnroll];
+    A log_p[kNLLUnroll];
+#pragma unroll
+    for (int u = 0; u < kNLLUnroll; ++u) {
+      const int64_t row = base + u * kNLLThreads + threadIdx.x;
+      t[u] = row < args.rows ? class_of_row(args.target, row, args.classes, args.ignore_index) : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < kNLLUnroll; ++u) {
+      const int64_t row = base + u * kNLLThreads + threadIdx.x;
+      log_p[u] = t[u] < 0 ? A(0) : to_accum(args.log_probs[args.strides.element(row, t[u])]);
+    }
+#pragma unroll
+    for (int u = 0; u < kNLLUnroll; ++u) {
+      const int64_t row = base + u * kNLLThreads + threadIdx.x;
+      const A weight = t[u] < 0 ? A(0) : class_weight_at(args.weight, t[u]);
+      const A loss = t[u] < 0 ? A(0) : -weight * log_p[u];
+      if (args.losses && row < args.rows) args.losses[row] = static_cast<T>(loss);
+      sums.loss += loss;
+      sums.weight += weight;
+    }
+  }
+  sums = reduce_block(sums);
+  if (threadIdx.x == 0) sums_of_block[blockIdx.x] = sums;
+}
+
+// No operand is read: the rows' kernels write the zeros too, which a memory set and a scatter would
+// move twice where rows are short.
+template <typename Storage>
+struct NLLLossBackward {
+  using T = Storage;
+  using A = accum<T>;
+  using State = NoState;
+  struct Row {
+    int64_t target;
+    A at_target;
+  };
+  static constexpr int kReduceInputs = 0, kMapInputs = 0;
+  static constexpr bool kMaps = true, kSums = false;
+
+  const int64_t* target;
+  int64_t classes;
+  int64_t ignore_index;
+  const T* weight;
+  IncomingGrad<T> grad;
+
+  __device__ Row begin(int64_t row) const {
+    const int64_t t = class_of_row(target, row, classes, ignore_index);
+    return {t, t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(row)};
+  }
+  __device__ bool skips(const Row&) const {
+    return false;
+  }
+  __device__ void report(const Row&, int64_t, LossSums&) const {
+  }
+  template <int N>
+  __device__ void map(const Row& row, Classes classes, const A (&)[1][N], A (&out)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = classes.at(j) == row.target ? row.at_target : A(0);
+  }
+};
+
+}  // namespace fastnn::cuda

@@ -1,0 +1,30 @@
+// The three places where CUDA's syntax is not C++'s, so that a kernel compiles with nvcc and, in
+// the tests, as plain C++ (tests/cuda_emulation has a <cuda_runtime.h> of its own that defines
+// them).
+#pragma once
+
+#include <cuda_runtime.h>
+
+// Launches and checks: FASTNN_LAUNCH((kernel<T, 4>), grid, block, shared_bytes, stream, args...).
+// A kernel with template arguments stands in parentheses. Where it is used,
+// <c10/cuda/CUDAException.h> is included.
+#ifndef FASTNN_LAUNCH
+#define FASTNN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)     \
+  do {                                                                    \
+    (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
+    C10_CUDA_KERNEL_LAUNCH_CHECK();                                       \
+  } while (false)
+#endif
+
+// A variable of the block, for vectors of 16 bytes too: FASTNN_SHARED(float, tile, [16][17])
+// declares `float tile[16][17]`, FASTNN_SHARED(float, total) a single value.
+#ifndef FASTNN_SHARED
+#define FASTNN_SHARED(T, name, ...) __shared__ __align__(16) T name __VA_ARGS__
+#endif
+
+// The block's memory of the size given at the launch, as `T* name`, aligned to 16 bytes.
+#ifndef FASTNN_DYNAMIC_SHARED
+#define FASTNN_DYNAMIC_SHARED(T, name)                             \
+  extern __shared__ __align__(16) unsigned char name##_as_bytes[]; \
+  T* const name = reinterpret_cast<T*>(name##_as_bytes)
+#endif

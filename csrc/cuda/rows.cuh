@@ -1,0 +1,694 @@
+// Kernels that walk the rows (over classes) of a tensor, written once for all operators that do.
+//
+// clang-format off: a table.
+// An operator is a struct of device functions:
+//   T, State, Row               element; what a thread knows of the classes it has read; what all
+//                               of a row's threads know (its target, say, and later its lse)
+//   kReduceInputs               operands read for the state (the first ones), 0: there is none
+//   kMaps, kMapInputs           whether an output of the input's layout is written, and operands
+//                               read for it
+//   kSums                       whether rows add to a loss and a total weight
+//   begin(row)                  the Row, from what is known before reading
+//   skips(Row)                  whether the output is zero whatever the operands
+//   reduce(state, Row, classes, x)  takes x[operand][j], of class classes.at(j), into the state
+//   finish(Row, state, row)     completes the Row with the state of all its classes
+//   report(Row, row, sums)      writes and adds what there is one of per row
+//   map(Row, classes, x, out)   writes the output's elements
+// clang-format on
+// Threads that share a row all call begin and finish and get the same bits; one of them reports.
+//
+// Memory traffic is each operand once and the output once: what a second reading finds in registers
+// and shared memory, or past 48 KiB to a row in the second-level cache, isn't counted. At B bytes/s
+// that takes (operands + output) / B; the arithmetic, one exponential and some ten operations to an
+// element, is below what a GPU does meanwhile (H100: 34 operations for each float it can read). So
+// the launch shape has to keep 10^5 threads waiting for memory: see rows_plan.h.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/rows_plan.h"
+#include "cuda/vec.cuh"
+
+namespace fastnn::cuda {
+
+// Blocks to a multiprocessor that the kernels leave registers for: 64 to 80 for a thread, of
+// float64 128. Left to itself the compiler takes fewer, and spills some.
+template <typename T>
+inline constexpr int kRowBlocks = sizeof(T) == 8 ? 1 : 2;
+template <typename T>
+inline constexpr int kSplitBlocks = sizeof(T) == 8 ? 2 : 3;
+template <typename T>
+inline constexpr int kWarpBlocks = sizeof(T) == 8 ? 4 : 6;
+
+// Classes first, first + step, ...
+struct Classes {
+  int64_t first;
+  int64_t step;
+
+  __device__ int64_t at(int j) const {
+    return first + j * step;
+  }
+};
+
+// Operands of the rows' layout; unused ones are null.
+template <typename T>
+struct Tensors {
+  const T* in[2];
+  T* out;
+
+  __device__ Tensors operator+(int64_t offset) const {
+    return {{in[0] ? in[0] + offset : nullptr, in[1] ? in[1] + offset : nullptr},
+            out ? out + offset : nullptr};
+  }
+};
+
+// ---- states ----
+// A state has none(), merge(other) and each(f), the state of f(member) for every member.
+
+template <typename A>
+__device__ constexpr A lowest() {
+  return -std::numeric_limits<A>::infinity();
+}
+
+struct NoState {
+  __device__ static NoState none() {
+    return {};
+  }
+  __device__ void merge(const NoState&) {
+  }
+  template <typename F>
+  __device__ NoState each(F) const {
+    return {};
+  }
+};
+
+template <typename A>
+struct SumState {
+  A sum;
+
+  __device__ static SumState none() {
+    return {A(0)};
+  }
+  template <int N>
+  __device__ void add(const A (&values)[N]) {
+    // By itself first: shorter chains of additions, and fewer roundings in each.
+    A part = values[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) part += values[j];
+    sum += part;
+  }
+  __device__ void merge(const SumState& other) {
+    sum += other.sum;
+  }
+  template <typename F>
+  __device__ SumState each(F f) const {
+    return {f(sum)};
+  }
+};
+
+// The maximum so far and the sum of exp(x - max), in one reading ("online softmax"). A NaN goes to
+// the sum, as does the NaN of inf - inf.
+template <typename A>
+struct SoftmaxState {
+  A max;
+  A sum;
+
+  __device__ static SoftmaxState none() {
+    return {lowest<A>(), A(0)};
+  }
+  // What x is taken relative to: -inf - -inf would be NaN where other classes are finite.
+  __device__ A origin() const {
+    return max == lowest<A>() ? A(0) : max;
+  }
+  template <int N>
+  __device__ void add(const A (&x)[N]) {
+    raise_max(highest(x));
+    sum += sum_of_exp(x);
+  }
+  __device__ void merge(const SoftmaxState& other) {
+    const A m = std::fmax(max, other.max);
+    sum = sum * factor(max, m) + other.sum * factor(other.max, m);
+    max = m;
+  }
+  template <typename F>
+  __device__ SoftmaxState each(F f) const {
+    return {f(max), f(sum)};
+  }
+
+  template <int N>
+  __device__ A highest(const A (&x)[N]) const {
+    A m = max;
+#pragma unroll
+    for (int j = 0; j < N; ++j) m = std::fmax(m, x[j]);
+    return m;
+  }
+  // Seldom after the first few classes, which makes a branch cheaper than an exponential each time.
+  __device__ void raise_max(A m) {
+    if (m > max) {
+      sum *= std::exp(max - m);
+      max = m;
+    }
+  }
+  template <int N>
+  __device__ A sum_of_exp(const A (&x)[N]) const {
+    const A from = origin();
+    A part = std::exp(x[0] - from);
+#pragma unroll
+    for (int j = 1; j < N; ++j) part += std::exp(x[j] - from);
+    return part;
+  }
+  // Of a sum relative to `old`, to make it one relative to m.
+  __device__ static A factor(A old, A m) {
+    return old == m ? A(1) : std::exp(old - m);
+  }
+};
+
+// And the sums of q and of q * (x - max), for a loss over all classes: sum_c q_c * (lse - x_c) is
+// log(sum) * sum(q) less the latter. Relative to the maximum, for large logits would cancel.
+template <typename A>
+struct SpreadState {
+  SoftmaxState<A> softmax;
+  A q;
+  A q_x;
+
+  __device__ static SpreadState none() {
+    return {SoftmaxState<A>::none(), A(0), A(0)};
+  }
+  template <int N>
+  __device__ void add(const A (&x)[N], const A (&q_at)[N]) {
+    const A m = softmax.highest(x);
+    q_x -= q_times_rise(m);
+    softmax.raise_max(m);
+    softmax.sum += softmax.sum_of_exp(x);
+    const A from = softmax.origin();
+    A q_part = q_at[0], q_x_part = q_at[0] * (x[0] - from);
+#pragma unroll
+    for (int j = 1; j < N; ++j) {
+      q_part += q_at[j];
+      q_x_part += q_at[j] * (x[j] - from);
+    }
+    q += q_part;
+    q_x += q_x_part;
+  }
+  __device__ void merge(const SpreadState& other) {
+    const A m = std::fmax(softmax.max, other.softmax.max);
+    q_x = (q_x - q_times_rise(m)) + (other.q_x - other.q_times_rise(m));
+    q += other.q;
+    softmax.merge(other.softmax);
+  }
+  template <typename F>
+  __device__ SpreadState each(F f) const {
+    return {softmax.each(f), f(q), f(q_x)};
+  }
+
+ private:
+  // What q_x loses when the maximum becomes m. Classes of -inf alone were taken relative to 0, and
+  // stay -inf.
+  __device__ A q_times_rise(A m) const {
+    const A old = softmax.max;
+    return old == m || old == lowest<A>() ? A(0) : q * (m - old);
+  }
+};
+
+// In double whatever the storage: a loss over many rows keeps its digits, at two additions to a
+// row.
+struct LossSums {
+  double loss;
+  double weight;
+
+  __device__ static LossSums none() {
+    return {0, 0};
+  }
+  __device__ void merge(const LossSums& other) {
+    loss += other.loss;
+    weight += other.weight;
+  }
+  template <typename F>
+  __device__ LossSums each(F f) const {
+    return {f(loss), f(weight)};
+  }
+};
+
+// ---- reductions, in a fixed order ----
+
+// Over 2^k neighbouring lanes of a warp, which all get the first one's result: merging a with b or
+// b with a may round differently (in which product goes into the fused multiply-add), and the lanes
+// of a row must agree. The mask names these lanes alone, for the warp's other rows may have ended.
+template <typename State>
+__device__ State reduce_lanes(State state, int lanes) {
+  const int first = static_cast<int>(threadIdx.x) % 32 & ~(lanes - 1);
+  const unsigned mask = (lanes == 32 ? ~0u : (1u << lanes) - 1) << first;
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    state.merge(state.each([&](auto value) { return __shfl_xor_sync(mask, value, distance); }));
+  }
+  return state.each([&](auto value) { return __shfl_sync(mask, value, first); });
+}
+
+// Over the block, whose threads all get the result: each warp merges the warps' results for itself,
+// in the same order.
+template <typename State>
+__device__ State reduce_block(State state) {
+  FASTNN_SHARED(State, of_warp, [32]);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  state = reduce_lanes(state, 32);
+  if (lane == 0) of_warp[warp] = state;
+  __syncthreads();
+  state = reduce_lanes(lane < warps ? of_warp[lane] : State::none(), 32);
+  // Before the next row's results replace these, which a slower warp may not have read.
+  __syncthreads();
+  return state;
+}
+
+// Each block's sums go to memory; finish_loss adds them up.
+template <typename Op>
+__device__ void store_sums(const LossSums& sums, LossSums* of_block) {
+  if constexpr (Op::kSums) {
+    const LossSums total = reduce_block(sums);
+    if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+  }
+}
+
+// ---- a row in one piece ----
+
+// The threads that share a row (or a slice of one).
+struct Team {
+  int64_t rank;
+  int64_t size;
+};
+
+// Loads vectors v, v + team.size, ... of each operand, all before the first is used. The first
+// operand's are kept in `cache` (kept by the thread that will want them: no barrier is needed), or
+// taken from it.
+enum class Cache { None, Store, Load };
+
+template <int kInputs, int kUnroll, Cache kCache, typename T>
+__device__ void load_vecs(const Tensors<T>& at, const Peel& peel, const bool (&aligned)[2],
+                          int64_t v, int64_t step, Vec<T>* cache, Vec<T> (&raw)[kInputs][kUnroll]) {
+#pragma unroll
+  for (int k = 0; k < kInputs; ++k) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = v + u * step;
+      if (kCache == Cache::Load && k == 0 && cache) {
+        raw[k][u] = cache[i];
+      } else {
+        raw[k][u] = load_vec(at.in[k] + peel.vec(i), aligned[k]);
+      }
+    }
+  }
+  if (kCache == Cache::Store && cache) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) cache[v + u * step] = raw[0][u];
+  }
+}
+
+// Calls f(classes, x, place) for all classes of a row in one piece, with the operands' elements
+// x[operand][j] and a way to store as many results: place(results).
+template <int kInputs, Cache kCache, typename T, typename F>
+__device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const Peel& peel,
+                               const Team& team, Vec<T>* cache, F f) {
+  using A = accum<T>;
+  constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
+  constexpr int kUnroll = 4 / kOperands;  // 64 bytes in flight to a thread
+  const T* lead = kInputs == 0 ? at.out : at.in[0];
+  const bool aligned[2] = {true, kInputs > 1 && co_aligned(lead, at.in[1])};
+  const bool out_aligned = co_aligned(lead, static_cast<const T*>(at.out));
+
+  const auto vecs = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t v) {
+    Vec<T> raw[kOperands][kCount];
+    if constexpr (kInputs > 0) {
+      load_vecs<kInputs, kCount, kCache>(at, peel, aligned, v, team.size, cache, raw);
+    }
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      A x[kOperands][kVecSize<T>];
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) to_accum(raw[k][u], x[k]);
+      const int64_t c = peel.vec(v + u * team.size);
+      f(Classes{first_class + c, 1}, x, [&](const A(&results)[kVecSize<T>]) {
+        store_vec(at.out + c, out_aligned, from_accum<T>(results));
+      });
+    }
+  };
+  int64_t v = team.rank;
+  for (; v + (kUnroll - 1) * team.size < peel.vecs; v += kUnroll * team.size) {
+    vecs(std::integral_constant<int, kUnroll>(), v);
+  }
+  for (; v < peel.vecs; v += team.size) vecs(std::integral_constant<int, 1>(), v);
+
+  for (int64_t i = team.rank; i < peel.singles(); i += team.size) {
+    const int64_t c = peel.single(i);
+    A x[kOperands][1];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) x[k][0] = to_accum(at.in[k][c]);
+    f(Classes{first_class + c, 1}, x,
+      [&](const A(&results)[1]) { at.out[c] = static_cast<T>(results[0]); });
+  }
+}
+
+// The output of a row that is skipped: its operands, which may be NaN, aren't read.
+struct PlaceZeros {
+  template <typename A, int N, typename Place>
+  __device__ void operator()(Classes, const A (&)[1][N], const Place& place) const {
+    const A zeros[N] = {};
+    place(zeros);
+  }
+};
+
+// The state of the classes [first_class, first_class + n) that this thread reads.
+template <typename Op, typename T>
+__device__ auto reduce_part(const Op& op, const typename Op::Row& row, const Tensors<T>& at,
+                            int64_t first_class, int64_t n, const Team& team, Vec<T>* cache) {
+  auto state = Op::State::none();
+  if constexpr (Op::kReduceInputs > 0) {
+    const Peel peel = Peel::of(at.in[0], n);
+    for_each_class<Op::kReduceInputs, Cache::Store>(
+        at, first_class, peel, team, cache,
+        [&](Classes classes, const auto& x, const auto&) { op.reduce(state, row, classes, x); });
+  }
+  return state;
+}
+
+template <typename Op, typename T>
+__device__ void map_part(const Op& op, const typename Op::Row& row, const Tensors<T>& at,
+                         int64_t first_class, int64_t n, const Team& team, Vec<T>* cache) {
+  if constexpr (Op::kMaps) {
+    if (op.skips(row)) {
+      const Peel peel = Peel::of(static_cast<const T*>(at.out), n);
+      for_each_class<0, Cache::None>(at, first_class, peel, team, cache, PlaceZeros());
+      return;
+    }
+    const T* lead = Op::kMapInputs > 0 ? at.in[0] : at.out;
+    for_each_class<Op::kMapInputs, Cache::Load>(
+        at, first_class, Peel::of(lead, n), team, cache,
+        [&]<typename A, int K, int N>(Classes classes, const A(&x)[K][N], const auto& place) {
+          A results[N];
+          op.map(row, classes, x, results);
+          place(results);
+        });
+  }
+}
+
+// A warp or a block to a row. `cached` says whether there is dynamic shared memory for a row of the
+// first operand to each team.
+template <typename Op, bool kWarp>
+__global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
+                                  kWarp ? kWarpBlocks<typename Op::T> : kRowBlocks<typename Op::T>)
+    team_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes, bool cached,
+              LossSums* sums_of_block) {
+  using T = typename Op::T;
+  FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
+  constexpr int kTeamWarps = kWarpThreads / 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t teams = kWarp ? kTeamWarps : 1;
+  const int64_t team_index = kWarp ? warp : 0;
+  const Team team{kWarp ? threadIdx.x % 32 : threadIdx.x, kWarp ? 32 : blockDim.x};
+  Vec<T>* cache =
+      cached ? caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>) : nullptr;
+
+  LossSums sums = LossSums::none();
+  for (int64_t row = blockIdx.x * teams + team_index; row < rows; row += gridDim.x * teams) {
+    const Tensors<T> at = tensors + row * classes;
+    typename Op::Row known = op.begin(row);
+    if constexpr (Op::kReduceInputs > 0) {
+      auto state = reduce_part(op, known, at, 0, classes, team, cache);
+      state = kWarp ? reduce_lanes(state, 32) : reduce_block(state);
+      op.finish(known, state, row);
+    }
+    if (team.rank == 0) op.report(known, row, sums);
+    map_part(op, known, at, 0, classes, team, cache);
+  }
+  store_sums<Op>(sums, sums_of_block);
+}
+
+// ---- a row to several blocks ----
+
+// Block b has slice b % slices of row b / slices, of which it leaves the state.
+template <typename Op>
+__global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
+    split_reduce(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                 int64_t slices, int64_t slice_size, typename Op::State* states) {
+  const Team team{threadIdx.x, blockDim.x};
+  for (int64_t i = blockIdx.x; i < rows * slices; i += gridDim.x) {
+    const int64_t row = i / slices, first = i % slices * slice_size;
+    const int64_t n = classes - first < slice_size ? classes - first : slice_size;
+    const auto at = tensors + (row * classes + first);
+    const auto known = op.begin(row);
+    const auto state =
+        reduce_block(reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr));
+    if (threadIdx.x == 0) states[i] = state;
+  }
+}
+
+// Each warp merges the row's states for itself, in the same order; then the block writes its slice.
+// An operator without an output has one warp to a row instead.
+template <typename Op>
+__global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
+    split_finish(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                 int64_t slices, int64_t slice_size, const typename Op::State* states,
+                 LossSums* sums_of_block) {
+  const Team team{threadIdx.x, blockDim.x};
+  const int64_t blocks_per_row = Op::kMaps ? slices : 1;
+  LossSums sums = LossSums::none();
+  for (int64_t i = blockIdx.x; i < rows * blocks_per_row; i += gridDim.x) {
+    const int64_t row = i / blocks_per_row, slice = i % blocks_per_row;
+    auto known = op.begin(row);
+    if constexpr (Op::kReduceInputs > 0) {
+      auto state = Op::State::none();
+      for (int64_t s = threadIdx.x % 32; s < slices; s += 32) state.merge(states[row * slices + s]);
+      op.finish(known, reduce_lanes(state, 32), row);
+    }
+    if (slice == 0 && threadIdx.x == 0) op.report(known, row, sums);
+    const int64_t first = slice * slice_size;
+    const int64_t n = classes - first < slice_size ? classes - first : slice_size;
+    map_part<Op, typename Op::T>(op, known, tensors + (row * classes + first), first, n, team,
+                                 nullptr);
+  }
+  store_sums<Op>(sums, sums_of_block);
+}
+
+// ---- several rows to a warp ----
+
+// A tile is a run of whole rows in shared memory, as far past a 16-byte boundary as it is in global
+// memory. Global memory is read and written in vectors whatever the rows' alignment, but for the
+// few elements at the tile's ends.
+template <typename T>
+__device__ T* load_tile(const T* from, int64_t n, T* memory) {
+  const Peel peel = Peel::of(from, n);
+  T* tile = memory + elements_past_boundary(from);
+  for (int64_t v = threadIdx.x; v < peel.vecs; v += blockDim.x) {
+    const int64_t i = peel.vec(v);
+    *reinterpret_cast<Vec<T>*>(tile + i) = *reinterpret_cast<const Vec<T>*>(from + i);
+  }
+  for (int64_t s = threadIdx.x; s < peel.singles(); s += blockDim.x) {
+    tile[peel.single(s)] = from[peel.single(s)];
+  }
+  return tile;
+}
+
+template <typename T>
+__device__ void store_tile(T* to, int64_t n, const T* tile) {
+  const Peel peel = Peel::of(static_cast<const T*>(to), n);
+  const bool aligned = co_aligned(tile, static_cast<const T*>(to));
+  for (int64_t v = threadIdx.x; v < peel.vecs; v += blockDim.x) {
+    const int64_t i = peel.vec(v);
+    *reinterpret_cast<Vec<T>*>(to + i) = load_vec(tile + i, aligned);
+  }
+  for (int64_t s = threadIdx.x; s < peel.singles(); s += blockDim.x) {
+    to[peel.single(s)] = tile[peel.single(s)];
+  }
+}
+
+// Calls f(classes, x, place) for a lane's classes of a row in shared memory: every lanes-th one, so
+// that neighbouring lanes read neighbouring words. Results replace the first operand's elements,
+// which no other lane reads.
+template <int kInputs, typename T, typename F>
+__device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int lane, int lanes,
+                                       F f) {
+  using A = accum<T>;
+  constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
+  const auto several = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
+    A x[kOperands][kCount];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) x[k][j] = to_accum(row[k][c + j * lanes]);
+    }
+    f(Classes{c, lanes}, x, [&](const A(&results)[kCount]) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) row[0][c + j * lanes] = static_cast<T>(results[j]);
+    });
+  };
+  int64_t c = lane;
+  for (; c + 3 * lanes < classes; c += 4 * lanes) several(std::integral_constant<int, 4>(), c);
+  for (; c < classes; c += lanes) several(std::integral_constant<int, 1>(), c);
+}
+
+// 2^k lanes to a row. Dynamic shared memory holds `tile_rows` rows of each operand, or of the
+// output where there is none.
+template <typename Op>
+__global__ void __launch_bounds__(kSubwarpThreads)
+    subwarp_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes, int lanes,
+                 int64_t tile_rows, LossSums* sums_of_block) {
+  using T = typename Op::T;
+  FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
+  constexpr int kInputs = Op::kMapInputs > Op::kReduceInputs ? Op::kMapInputs : Op::kReduceInputs;
+  T* const memory = reinterpret_cast<T*>(shared);
+  const int64_t tile_stride =
+      ((tile_rows * classes + kVecSize<T> - 1) / kVecSize<T> + 1) * kVecSize<T>;
+  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const int64_t team = static_cast<int>(threadIdx.x) / lanes, teams = kSubwarpThreads / lanes;
+
+  LossSums sums = LossSums::none();
+  for (int64_t first = blockIdx.x * tile_rows; first < rows; first += gridDim.x * tile_rows) {
+    const int64_t count = rows - first < tile_rows ? rows - first : tile_rows;
+    const int64_t n = count * classes;
+    const Tensors<T> at = tensors + first * classes;
+    T* tiles[2] = {nullptr, nullptr};
+    if constexpr (kInputs == 0) tiles[0] = memory + elements_past_boundary(at.out);
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) tiles[k] = load_tile(at.in[k], n, memory + k * tile_stride);
+    __syncthreads();  // rows are read by other threads than those that loaded them
+
+    for (int64_t r = team; r < count; r += teams) {
+      T* const row[2] = {tiles[0] + r * classes, tiles[1] + (kInputs > 1 ? r * classes : 0)};
+      typename Op::Row known = op.begin(first + r);
+      if constexpr (Op::kReduceInputs > 0) {
+        auto state = Op::State::none();
+        for_each_class_in_tile<Op::kReduceInputs>(
+            row, classes, lane, lanes,
+            [&](Classes c, const auto& x, const auto&) { op.reduce(state, known, c, x); });
+        op.finish(known, reduce_lanes(state, lanes), first + r);
+      }
+      if (lane == 0) op.report(known, first + r, sums);
+      if constexpr (Op::kMaps) {
+        const bool skips = op.skips(known);
+        for_each_class_in_tile<Op::kMapInputs>(
+            row, classes, lane, lanes,
+            [&]<typename A, int K, int N>(Classes c, const A(&x)[K][N], const auto& place) {
+              A results[N] = {};
+              if (!skips) op.map(known, c, x, results);
+              place(results);
+            });
+      }
+    }
+    __syncthreads();  // all results are there; and nobody reads what the next tile replaces
+    if constexpr (Op::kMaps) {
+      store_tile(tensors.out + first * classes, n, tiles[0]);
+      __syncthreads();  // before the next tile replaces results that another thread stores
+    }
+  }
+  store_sums<Op>(sums, sums_of_block);
+}
+
+// ---- rows whose classes lie apart ----
+
+// Calls f(classes, x, place) for classes [begin, end) of a row whose classes are `inner` apart, in
+// steps of several: their loads are under way together.
+template <int kInputs, typename T, typename F>
+__device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_t begin,
+                                     int64_t end, F f) {
+  using A = accum<T>;
+  constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
+  constexpr int kUnroll = 8 / kOperands;
+  const auto several = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
+    A x[kOperands][kCount];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) x[k][j] = to_accum(at.in[k][(c + j) * inner]);
+    }
+    f(Classes{c, 1}, x, [&](const A(&results)[kCount]) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = static_cast<T>(results[j]);
+    });
+  };
+  int64_t c = begin;
+  for (; c + kUnroll <= end; c += kUnroll) several(std::integral_constant<int, kUnroll>(), c);
+  for (; c < end; ++c) several(std::integral_constant<int, 1>(), c);
+}
+
+// A thread to a row, or one to each of the `slices` of its classes. Neighbouring threads have
+// neighbouring rows, whose elements of one class are neighbours (but at the end of an inner run).
+template <typename Op>
+__global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
+    strided_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                 int64_t inner, int slices, int64_t slice_size, LossSums* sums_of_block) {
+  using T = typename Op::T;
+  using State = typename Op::State;
+  FASTNN_DYNAMIC_SHARED(State, states);
+  const int rows_at_once = static_cast<int>(blockDim.x) / slices;
+  const int column = static_cast<int>(threadIdx.x) % rows_at_once;
+  const int slice = static_cast<int>(threadIdx.x) / rows_at_once;
+  const int64_t begin = slice * slice_size < classes ? slice * slice_size : classes;
+  const int64_t end = classes - begin < slice_size ? classes : begin + slice_size;
+
+  LossSums sums = LossSums::none();
+  // The block's threads go round together, with or without a row: there are barriers inside.
+  for (int64_t base = static_cast<int64_t>(blockIdx.x) * rows_at_once; base < rows;
+       base += static_cast<int64_t>(gridDim.x) * rows_at_once) {
+    const int64_t row = base + column;
+    const bool active = row < rows;
+    const Tensors<T> at = tensors + (active ? row / inner * classes * inner + row % inner : 0);
+    typename Op::Row known{};
+    if (active) known = op.begin(row);
+    if constexpr (Op::kReduceInputs > 0) {
+      State state = State::none();
+      if (active) {
+        for_each_class_apart<Op::kReduceInputs>(
+            at, inner, begin, end,
+            [&](Classes c, const auto& x, const auto&) { op.reduce(state, known, c, x); });
+      }
+      if (slices > 1) {
+        states[threadIdx.x] = state;
+        __syncthreads();
+        // Each thread for itself, in the same order.
+        state = states[column];
+        for (int s = 1; s < slices; ++s) state.merge(states[s * rows_at_once + column]);
+        __syncthreads();  // before the next rows' states replace these
+      }
+      if (active) op.finish(known, state, row);
+    }
+    if (!active) continue;
+    if (slice == 0) op.report(known, row, sums);
+    if constexpr (Op::kMaps) {
+      if (op.skips(known)) {
+        for_each_class_apart<0>(at, inner, begin, end, PlaceZeros());
+        continue;
+      }
+      for_each_class_apart<Op::kMapInputs>(
+          at, inner, begin, end,
+          [&]<typename A, int K, int N>(Classes c, const A(&x)[K][N], const auto& place) {
+            A results[N];
+            op.map(known, c, x, results);
+            place(results);
+          });
+    }
+  }
+  store_sums<Op>(sums, sums_of_block);
+}
+
+// ---- a loss of all rows ----
+
+// One block adds up what the others have left, in a fixed order; loss may be null. Over no weight
+// 'mean' is NaN, also where label smoothing's share of the loss did not vanish with the weights.
+inline constexpr int kFinishThreads = 256;
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_loss(const LossSums* of_block, int64_t blocks, bool mean, T* loss,
+                accum<T>* total_weight) {
+  LossSums sums = LossSums::none();
+  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);
+  sums = reduce_block(sums);
+  if (threadIdx.x != 0) return;
+  *total_weight = static_cast<accum<T>>(sums.weight);
+  if (loss == nullptr) return;
+  double result = sums.loss;
+  if (mean) {
+    result = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : result / sums.weight;
+  }
+  *loss = static_cast<T>(static_cast<accum<T>>(result));
+}
+
+}  // namespace fastnn::cuda

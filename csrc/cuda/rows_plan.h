@@ -1,0 +1,213 @@
+// How the rows of a tensor are handed to threads: the choice, which the host makes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "cuda/integers.cuh"
+#include "ops/layout.h"
+
+namespace fastnn::cuda {
+
+enum class Path {
+  Subwarp,  // 2^k lanes to a row, which a block's shared memory holds among its neighbours
+  Warp,     // a warp to a row
+  Block,    // a block to a row
+  Split,    // several blocks to a row, in two launches
+  Strided,  // the classes lie apart: a thread or a few to a row, neighbours on neighbouring rows
+};
+
+// What the choice depends on beside the layout.
+struct RowTraits {
+  int64_t element_bytes;
+  int64_t state_bytes;  // what a thread knows of its part of a row
+  int tensors;          // operands of the input's layout that a tile holds
+  bool maps;            // whether an output of that layout is written
+  bool rereads;         // whether an operand is read twice, and worth keeping in shared memory
+  bool sums;            // whether each block leaves a partial sum, which one block adds up
+};
+
+struct Plan {
+  Path path;
+  int threads;           // of a block, over all rows it works on
+  int64_t blocks;        // kernels take further rows in strides of the grid
+  int64_t shared_bytes;  // dynamic
+  int lanes;             // Subwarp: to a row
+  int64_t tile_rows;     // Subwarp: rows in shared memory at once
+  bool cached;           // Warp, Block: whether a row's first operand stays in shared memory
+  int64_t slices;        // Split: blocks to a row. Strided: threads to a row
+  int64_t slice_size;    // Split, Strided: classes to a slice
+  int64_t last_blocks;   // of the last launch, each of which leaves a partial sum
+};
+
+// What every GPU gives a block without being asked.
+inline constexpr int64_t kSharedBytes = 48 * 1024;
+// The grid's limit; and the most blocks that leave partial sums: a few waves of a large GPU, and
+// one number for all GPUs, so that a loss has the same bits on each.
+inline constexpr int64_t kMaxBlocks = INT32_MAX;
+inline constexpr int64_t kMaxSummingBlocks = 4096;
+inline constexpr int kSubwarpThreads = 128;
+inline constexpr int kWarpThreads = 128;
+inline constexpr int kMaxRowThreads = 512;  // Block, Strided
+inline constexpr int kMaxSplitThreads = 256;
+
+inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return std::max(low, std::min(value, high));
+}
+
+// The lowest power of two that isn't lower.
+inline int64_t power_of_two(int64_t n) {
+  int64_t p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+// The choice. A GPU is kept busy by some 10^5 threads with a few vectors in flight each:
+// - Up to 256 classes a warp alone would have lanes idle and rows start at any alignment; a block
+//   that copies whole tiles of rows uses all lanes and 128-bit accesses throughout.
+// - Up to 4 KiB a row gives each lane of a warp at most eight vectors, and the reduction needs no
+//   barrier. Where there are too few rows to fill the GPU with warps, a block takes the row.
+// - Few rows of a size that takes a block long (8 x 1M) would leave most of the GPU idle: several
+//   blocks share one.
+inline Path choose_path(const Layout& layout, int64_t element_bytes) {
+  if (layout.inner != 1) return Path::Strided;
+  const int64_t row_bytes = layout.classes * element_bytes;
+  if (layout.classes <= 256) return Path::Subwarp;
+  if (row_bytes > 256 * 1024 && layout.rows() < 256) return Path::Split;
+  if (row_bytes <= 4096 && layout.rows() >= 1024) return Path::Warp;
+  return Path::Block;
+}
+
+namespace plans {
+
+inline int64_t blocks_for(int64_t wanted, const RowTraits& traits) {
+  return clamp(wanted, 1, traits.sums ? kMaxSummingBlocks : kMaxBlocks);
+}
+
+// Four classes to a lane at most, unless there are more than 128. Tiles of some 8 KiB hide the
+// latency of their loads; of few rows they are smaller, for more blocks to work.
+inline Plan subwarp(const Layout& layout, const RowTraits& traits) {
+  const int lanes =
+      static_cast<int>(clamp(power_of_two(ceil_div<int64_t>(layout.classes, 4)), 1, 32));
+  const int64_t row_bytes = std::max<int64_t>(layout.classes * traits.element_bytes, 1);
+  const int64_t rows_at_once = kSubwarpThreads / lanes;
+  const int64_t by_size = std::max<int64_t>(8192 / row_bytes / rows_at_once, 1) * rows_at_once;
+  const int64_t by_rows =
+      std::max<int64_t>(ceil_div<int64_t>(layout.rows(), 1024 * rows_at_once), 1) * rows_at_once;
+  const int64_t tile_rows = std::min(by_size, by_rows);
+  // Each tile starts as far past a 16-byte boundary as it does in memory.
+  const int64_t tile_bytes = ceil_div<int64_t>(tile_rows * row_bytes, 16) * 16 + 16;
+  const int64_t blocks = blocks_for(ceil_div<int64_t>(layout.rows(), tile_rows), traits);
+  return {.path = Path::Subwarp,
+          .threads = kSubwarpThreads,
+          .blocks = blocks,
+          .shared_bytes = tile_bytes * traits.tensors,
+          .lanes = lanes,
+          .tile_rows = tile_rows,
+          .cached = false,
+          .slices = 1,
+          .slice_size = layout.classes,
+          .last_blocks = blocks};
+}
+
+inline Plan team(const Layout& layout, const RowTraits& traits, Path path, int threads,
+                 int64_t teams_per_block) {
+  const int64_t row_bytes = ceil_div<int64_t>(layout.classes * traits.element_bytes, 16) * 16;
+  const bool cached = traits.rereads && row_bytes * teams_per_block <= kSharedBytes;
+  const int64_t blocks = blocks_for(ceil_div<int64_t>(layout.rows(), teams_per_block), traits);
+  return {.path = path,
+          .threads = threads,
+          .blocks = blocks,
+          .shared_bytes = cached ? row_bytes * teams_per_block : 0,
+          .lanes = 32,
+          .tile_rows = 1,
+          .cached = cached,
+          .slices = 1,
+          .slice_size = layout.classes,
+          .last_blocks = blocks};
+}
+
+inline Plan warp(const Layout& layout, const RowTraits& traits) {
+  return team(layout, traits, Path::Warp, kWarpThreads, kWarpThreads / 32);
+}
+
+// About four vectors to a thread.
+inline int row_threads(int64_t classes, int64_t element_bytes) {
+  return static_cast<int>(
+      clamp(power_of_two(classes * element_bytes / 16 / 4), 128, kMaxRowThreads));
+}
+
+inline Plan block(const Layout& layout, const RowTraits& traits) {
+  return team(layout, traits, Path::Block, row_threads(layout.classes, traits.element_bytes), 1);
+}
+
+// Slices of 64 KiB or more, in all some thousand blocks. A forced plan of a small tensor has three,
+// so that tests see several.
+inline Plan split(const Layout& layout, const RowTraits& traits, bool forced) {
+  const int64_t by_size = layout.classes * traits.element_bytes / (64 * 1024);
+  const int64_t by_rows = ceil_div<int64_t>(1024, std::max<int64_t>(layout.rows(), 1));
+  const int64_t wanted = forced ? 3 : clamp(by_size, 1, by_rows);
+  // In whole vectors: a slice's operands are co-aligned where the rows are.
+  const int64_t size =
+      std::max<int64_t>(ceil_div<int64_t>(ceil_div<int64_t>(layout.classes, wanted), 16) * 16, 16);
+  const int64_t slices = std::max<int64_t>(ceil_div<int64_t>(layout.classes, size), 1);
+  return {.path = Path::Split,
+          .threads = std::min(row_threads(size, traits.element_bytes), kMaxSplitThreads),
+          .blocks = clamp(layout.rows() * slices, 1, kMaxBlocks),
+          .shared_bytes = 0,
+          .lanes = 32,
+          .tile_rows = 1,
+          .cached = false,
+          .slices = slices,
+          .slice_size = size,
+          .last_blocks = blocks_for(layout.rows() * (traits.maps ? slices : 1), traits)};
+}
+
+// One thread to a row where that makes threads enough, and up to 16, of 8 classes or more each.
+inline Plan strided(const Layout& layout, const RowTraits& traits) {
+  int64_t slices = 1;
+  while (slices < 16 && layout.rows() * slices < (1 << 16) && layout.classes >= 16 * slices) {
+    slices *= 2;
+  }
+  const int64_t rows_at_once = slices == 1 ? 256 : 32;
+  const int64_t threads = rows_at_once * slices;
+  const int64_t blocks = blocks_for(ceil_div<int64_t>(layout.rows(), rows_at_once), traits);
+  return {.path = Path::Strided,
+          .threads = static_cast<int>(threads),
+          .blocks = blocks,
+          .shared_bytes = slices == 1 ? 0 : threads * traits.state_bytes,
+          .lanes = 1,
+          .tile_rows = 1,
+          .cached = false,
+          .slices = slices,
+          .slice_size = ceil_div<int64_t>(layout.classes, slices),
+          .last_blocks = blocks};
+}
+
+}  // namespace plans
+
+// `forced` is for tests; where the classes lie apart, or a row is too long for a tile, it is not
+// followed.
+inline Plan plan_rows(const Layout& layout, const RowTraits& traits,
+                      std::optional<Path> forced = std::nullopt) {
+  Path path = choose_path(layout, traits.element_bytes);
+  if (forced && layout.inner == 1 && *forced != Path::Strided) path = *forced;
+  switch (path) {
+    case Path::Subwarp: {
+      const Plan plan = plans::subwarp(layout, traits);
+      return plan.shared_bytes <= kSharedBytes ? plan : plans::block(layout, traits);
+    }
+    case Path::Warp:
+      return plans::warp(layout, traits);
+    case Path::Block:
+      return plans::block(layout, traits);
+    case Path::Split:
+      return plans::split(layout, traits, forced.has_value());
+    case Path::Strided:
+      return plans::strided(layout, traits);
+  }
+  return plans::block(layout, traits);
+}
+
+}  // namespace fastnn::cuda

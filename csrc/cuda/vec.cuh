@@ -1,0 +1,130 @@
+// Storage types, the type each is summed in, and 128-bit access to memory of any alignment.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/portability.cuh"
+
+namespace fastnn::cuda {
+
+template <typename T>
+struct accum_of {
+  using type = float;
+};
+template <>
+struct accum_of<double> {
+  using type = double;
+};
+// float64 sums in float64, everything narrower in float32.
+template <typename T>
+using accum = typename accum_of<T>::type;
+
+// What one thread loads or stores in one instruction, at an address that is a multiple of it.
+inline constexpr int kVecBytes = 16;
+template <typename T>
+inline constexpr int kVecSize = kVecBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+struct alignas(kVecBytes) Vec {
+  T values[kVecSize<T>];
+};
+
+// How many elements past a 16-byte boundary a pointer is.
+template <typename T>
+__device__ inline int elements_past_boundary(const T* p) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVecBytes / sizeof(T));
+}
+
+// Elements [0, n) from `start` on, split for vector access: `head` single ones up to the first
+// 16-byte boundary, `vecs` vectors, and the rest single again.
+struct Peel {
+  int64_t head;
+  int64_t vecs;
+  int64_t n;
+  int vec_size;
+
+  template <typename T>
+  __device__ static Peel of(const T* start, int64_t n) {
+    const int past = elements_past_boundary(start);
+    int64_t head = past == 0 ? 0 : kVecSize<T> - past;
+    if (head > n) head = n;
+    return {head, (n - head) / kVecSize<T>, n, kVecSize<T>};
+  }
+  // The single elements, and where each of them lies.
+  __device__ int64_t singles() const {
+    return n - vecs * vec_size;
+  }
+  __device__ int64_t single(int64_t i) const {
+    return i < head ? i : i + vecs * vec_size;
+  }
+  __device__ int64_t vec(int64_t v) const {
+    return head + v * vec_size;
+  }
+};
+
+// Whether two pointers reach 16-byte boundaries at the same elements, so that one's peel is the
+// other's. Of rows equally far apart the answer is the same for all.
+template <typename T>
+__device__ inline bool co_aligned(const T* a, const T* b) {
+  return elements_past_boundary(a) == elements_past_boundary(b);
+}
+
+// kVecSize neighbouring elements; `aligned` says whether p is at a 16-byte boundary. Where it
+// isn't, a warp's single loads still touch the same cache lines as its vector loads would.
+template <typename T>
+__device__ inline Vec<T> load_vec(const T* p, bool aligned) {
+  if (aligned) return *reinterpret_cast<const Vec<T>*>(p);
+  Vec<T> result;
+#pragma unroll
+  for (int i = 0; i < kVecSize<T>; ++i) result.values[i] = p[i];
+  return result;
+}
+
+// One store of 16 or 8 bytes. Not an assignment of what they are: the compiler takes that apart
+// into stores of its elements where those are chosen one by one, as by a mask.
+template <typename V>
+__device__ inline void store_whole(void* p, const V& value) {
+  using Bits = std::conditional_t<sizeof(V) == sizeof(uint4), uint4, uint2>;
+  static_assert(sizeof(V) == sizeof(Bits));
+  Bits bits;
+  memcpy(&bits, &value, sizeof(bits));
+  __stwb(static_cast<Bits*>(p), bits);
+}
+
+template <typename T>
+__device__ inline void store_vec(T* p, bool aligned, const Vec<T>& vec) {
+  if (aligned) {
+    store_whole(p, vec);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVecSize<T>; ++i) p[i] = vec.values[i];
+}
+
+template <typename T>
+__device__ inline accum<T> to_accum(T value) {
+  return static_cast<accum<T>>(value);
+}
+
+template <typename T>
+__device__ inline void to_accum(const Vec<T>& vec, accum<T> (&values)[kVecSize<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVecSize<T>; ++i) values[i] = to_accum(vec.values[i]);
+}
+
+template <typename T>
+__device__ inline Vec<T> from_accum(const accum<T> (&values)[kVecSize<T>]) {
+  Vec<T> vec;
+#pragma unroll
+  for (int i = 0; i < kVecSize<T>; ++i) vec.values[i] = static_cast<T>(values[i]);
+  return vec;
+}
+
+}  // namespace fastnn::cuda
