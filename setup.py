@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 os.chdir(ROOT)  # pip may run us from elsewhere; sources are named relative to the repository
@@ -24,7 +25,6 @@ def fail(sentence: str) -> None:
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     fail(
         "torch can't be imported while building; install it and build without isolation: "
@@ -32,15 +32,32 @@ except ImportError:
     )
 
 
-def cuda_wanted() -> bool:
-    """Reads FASTNN_CUDA; there are no CUDA kernels yet, so that 'auto' means no."""
+CUDA = runpy.run_path("csrc/cuda/toolkit.py")
+
+
+def cuda_toolkit() -> Any:
+    """The toolkit to build the CUDA part with, or None; as FASTNN_CUDA says."""
     choice = os.environ.get("FASTNN_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         fail(f"FASTNN_CUDA must be auto, 0 or 1, not {choice!r}.")
-    if choice == "1":
-        fail("this version has no CUDA kernels; build it with FASTNN_CUDA=0.")
-    return False
+    if choice == "0":
+        return None
+    try:
+        return CUDA["find"](torch.__version__, torch.version.cuda, os.environ)
+    except CUDA["NotBuildable"] as reason:
+        if choice == "1":
+            fail(str(reason))
+        if torch.version.cuda is not None:
+            print(f"fastnn: built without CUDA: {reason}")
+        return None
 
+
+TOOLKIT = cuda_toolkit()
+if TOOLKIT is not None:
+    # Before torch looks for a toolkit itself, as it does when this is imported:
+    os.environ["CUDA_HOME"] = str(TOOLKIT.home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = TOOLKIT.architectures
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
 # -fopenmp without linking a runtime: the symbols resolve to the OpenMP runtime that torch itself
@@ -94,7 +111,9 @@ class BuildFastnn(BuildExtension):
             "compiler": version.splitlines()[0],
             "flags": " ".join(TORCH_FLAGS),
             "simd_targets": {k: " ".join(v) for k, v in simd_targets().items()},
-            "cuda": cuda_wanted(),
+            "cuda": TOOLKIT is not None,
+            "cuda_toolkit": TOOLKIT.version if TOOLKIT else None,
+            "cuda_architectures": TOOLKIT.architectures if TOOLKIT else None,
         }
         (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
@@ -111,21 +130,19 @@ def compiler_command() -> list[str]:
     return command
 
 
-cuda_wanted()
-sources = sorted(
-    str(path)
-    for folder in ("csrc/ops", "csrc/autograd", "csrc/cpu", "csrc/python")
-    for path in Path(folder).glob("*.cpp")
-)
+def extension() -> Extension:
+    folders = ["csrc/ops", "csrc/autograd", "csrc/cpu", "csrc/python"]
+    sources = sorted(str(path) for folder in folders for path in Path(folder).glob("*.cpp"))
+    arguments = {"include_dirs": [str(ROOT.resolve() / "csrc")]}
+    if TOOLKIT is None:
+        return CppExtension("fastnn._C", sources, extra_compile_args=TORCH_FLAGS, **arguments)
+    sources += sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+    flags = {"cxx": TORCH_FLAGS, "nvcc": CUDA["FLAGS"]}
+    return CUDAExtension("fastnn._C", sources, extra_compile_args=flags, **arguments)
+
+
 setup(
-    ext_modules=[
-        CppExtension(
-            "fastnn._C",
-            sources,
-            include_dirs=[str(ROOT.resolve() / "csrc")],
-            extra_compile_args=TORCH_FLAGS,
-        )
-    ],
+    ext_modules=[extension()],
     cmdclass={"build_ext": BuildFastnn},
     # A folder that stays, so that a second build compiles only what changed.
     options={"build_ext": {"build_temp": "build/temp"}},

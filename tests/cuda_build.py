@@ -1,0 +1,160 @@
+"""Builds the CUDA part, needs no GPU, and checks what the compiler made: see ``make cuda-check``.
+
+The build is a copy of the repository in build/cuda_check, so that the extension that is built in
+the repository itself stays what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COPY = REPOSITORY / "build/cuda_check"
+ARCHITECTURES = "8.0+PTX"
+
+# The kernels that have 128-bit loads or stores of global memory, by their names and, where a kernel
+# is compiled in several widths, its template arguments. Each of the names must be met.
+WIDE_LOADS = [
+    r"gemm_kernel<.*, \(int\)[248], ",
+    r"relu_backward_kernel<.*, \(int\)[248]>",
+    r"sgd_step_kernel<",
+]
+WIDE_STORES = [
+    r"gemm_kernel<(float|double), ",  # four columns to a store: those of two bytes take half of it
+    r"relu_backward_kernel<.*, \(int\)[248]>",
+    r"sgd_step_kernel<",
+]
+
+
+@dataclass
+class Kernel:
+    """What the disassembly shows of one kernel."""
+
+    name: str
+    instructions: list[str] = field(default_factory=list)
+
+    def has(self, pattern: str) -> bool:
+        return any(re.match(pattern, instruction) for instruction in self.instructions)
+
+
+def main() -> None:
+    copy_repository()
+    build()
+    library = next((COPY / "fastnn").glob("_C*.so"))
+    check_import()
+    check_kernels(list(disassemble(library)))
+    run([sys.executable, "-m", "pytest", *sys.argv[1:]])
+
+
+def copy_repository() -> None:
+    """The files that git knows or would add; those that did not change stay, and stay built."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    for name in names.stdout.split("\0"):
+        source, target = REPOSITORY / name, COPY / name
+        if not source.is_file():
+            continue
+        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+
+
+def build() -> None:
+    print(f"--- building for {ARCHITECTURES} (ten minutes on two cores)", flush=True)
+    variables = {"FASTNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}
+    run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], variables)
+
+
+IMPORT = """
+import torch, fastnn
+assert fastnn.is_available(), fastnn._extension.unavailable_reason
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")]
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+on_cpu = {name for name in names if has_kernel(name, "CPU")}
+on_cuda = {name for name in names if has_kernel(name, "CUDA")}
+assert on_cpu and on_cpu <= on_cuda, f"not registered for CUDA: {sorted(on_cpu - on_cuda)}"
+print(f"{len(on_cuda)} operators registered for CUDA")
+"""
+
+
+def check_import() -> None:
+    """That it loads where no GPU is; LD_BIND_NOW looks up every symbol, not just those called."""
+    run([sys.executable, "-c", IMPORT], {"LD_BIND_NOW": "1"})
+
+
+def check_kernels(kernels: list[Kernel]) -> None:
+    problems = [f"{k.name} spills registers" for k in kernels if k.has(r"(LDL|STL)\b")]
+    for patterns, access, instruction in [
+        (WIDE_LOADS, "loads", r"LDG\.E\.(\w+\.)*128\b"),
+        (WIDE_STORES, "stores", r"STG\.E\.(\w+\.)*128\b"),
+    ]:
+        for pattern in patterns:
+            meant = [kernel for kernel in kernels if re.search(pattern, kernel.name)]
+            if not meant:
+                problems.append(f"there is no kernel {pattern}")
+            problems += [
+                f"{kernel.name} has no 128-bit {access}"
+                for kernel in meant
+                if not kernel.has(instruction)
+            ]
+            print(f"{len(meant):3d} kernels {pattern} with 128-bit {access}")
+    if problems:
+        sys.exit("\n".join(["cuda_build.py:", *problems]))
+    print(f"{len(kernels)} kernels, none of which spills registers")
+
+
+def disassemble(library: Path) -> Iterator[Kernel]:
+    command = [tool("cuobjdump"), "--dump-sass", str(library)]
+    tools = str(Path(tool("nvdisasm")).parent)  # which cuobjdump calls
+    process = run(command, {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True)
+    kernel = None
+    for line in process.stdout.splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            if kernel is not None:
+                yield kernel
+            kernel = Kernel(demangled(match.group(1)))
+        elif kernel is not None and (
+            match := re.match(r"\s*/\*\w+\*/\s+(@!?U?P\w+\s+)?(.*?);", line)
+        ):
+            kernel.instructions.append(match.group(2))
+    if kernel is not None:
+        yield kernel
+
+
+def demangled(symbol: str) -> str:
+    process = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
+    return process.stdout.strip()
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, from its Python packages or the toolkit itself."""
+    for folder in map(Path, sys.path):
+        for candidate in sorted(folder.glob(f"nvidia/**/bin/{name}")):
+            return str(candidate)
+    found = shutil.which(name)
+    if found is None:
+        sys.exit(f"cuda_build.py: {name} is missing; run make cuda-check, which installs it.")
+    return found
+
+
+def run(
+    command: list[str], variables: dict[str, str] | None = None, **options: object
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **(variables or {})}
+    process = subprocess.run(command, cwd=COPY, env=environment, check=False, text=True, **options)
+    if process.returncode != 0:
+        output = f"\n{process.stdout}{process.stderr}" if options else ""
+        sys.exit(f"cuda_build.py: this ended with {process.returncode}: {command}{output}")
+    return process
+
+
+if __name__ == "__main__":
+    main()
