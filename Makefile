@@ -1,9 +1,11 @@
 # Each command sets up what it needs: a virtual environment, the dependencies, the built extension.
 #   make demo [ARGS="--momentum 0.9"]     trains the MNIST MLP with fastnn and with stock PyTorch
-#   make test [ARGS="-k cross_entropy"]   runs the tests
+#   make test [ARGS="-k cross_entropy"]   runs the tests, and again over emulated CUDA kernels
+#   make mutants                          plants faults in the CUDA kernels: do the tests see them?
 #   make bench [ARGS="--quick"]           times every operator against what else there is
-#   make sanitize                         runs the CPU kernels under the compiler's sanitizers
+#   make sanitize                         runs all kernels under the compiler's sanitizers
 #   make emulate                          runs them on a CPU without AVX and on aarch64, with QEMU
+#   make cuda-check                       builds the CUDA part with nvcc and checks it; needs no GPU
 #   make lint / make format               checks / applies the code style
 # Another torch: make test TORCH=torch==2.14.1 VENV=.venv-2.14
 
@@ -11,30 +13,54 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+# A torch with CUDA, for which nvcc's toolkit has to be there: 5.5 GB.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
 # Pinned: another version formats otherwise.
 LINTERS := ruff==0.17.6 clang-format==23.1.5
 
 PY := $(VENV)/bin/python
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
+HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
-.PHONY: demo test bench sanitize emulate lint format build clean
+.PHONY: demo test test-emulated bench sanitize mutants emulate cuda-check lint format build clean
 
 demo: build
 	$(PY) examples/mnist.py $(ARGS)
 
 test: build
 	$(PY) -m pytest $(ARGS)
+	$(MAKE) test-emulated
+	$(if $(HAS_GPU),$(PY) -m pytest --device cuda $(ARGS))
+
+# The CUDA launchers and kernels on the CPU: all tests with the threads in one order, and those of
+# the operators in the others.
+OR_NONE_CHOSEN := || [ $$$$? -eq 5 ]
+EMULATED := FASTNN_TEST_CUDA_EMULATION=1 CXX="$(CXX)"
+test-emulated: build
+	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PY) -m pytest $(ARGS) $(OR_NONE_CHOSEN)
+	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
+	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)
 
-# Needs a C++ compiler and no more.
-sanitize:
+# Needs a C++ compiler, and for the CUDA kernels torch's headers.
+sanitize: $(VENV)/.torch
 	CXX="$(CXX)" $(PYTHON) tests/kernels/run.py sanitize
+	CXX="$(CXX)" $(PY) tests/cuda_emulation/run.py sanitize
+
+mutants: $(VENV)/.torch
+	CXX="$(CXX)" $(PY) tests/cuda_emulation/mutants.py $(ARGS)
 
 emulate: build
 	CXX="$(CXX)" $(PY) tests/kernels/run.py emulate
+
+# In an environment of its own; ARGS go to pytest.
+cuda-check:
+	$(MAKE) VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)" $(CUDA_VENV)/.cuda_tools
+	$(CUDA_VENV)/bin/python tests/cuda_build.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
@@ -59,9 +85,13 @@ $(VENV)/.torch: | $(PY)
 	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py $(CXX_FILES)
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py csrc/cuda/toolkit.py $(CXX_FILES)
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/.cuda_tools: $(VENV)/.torch
+	$(PY) -m pip install --quiet numpy pytest tqdm matplotlib nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 $(VENV)/.lint: Makefile | $(PY)

@@ -1,10 +1,11 @@
-"""Fixtures for all tests: a seed that failures print, the thread count, the implementation."""
+"""For all tests: a seed that failures print, what runs behind fastnn, and on which device."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 # Before torch starts its OpenMP threads: waiting ones then sleep. Spinning, they hold the core that
 # the other thread needs where the machine has no more cores than threads, or other work to do; the
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from cuda_emulation.chosen import EMULATES_CUDA
 from sample_inputs import SEED
 
 import fastnn
@@ -24,10 +26,45 @@ needs_extension = pytest.mark.skipif(
 )
 
 
-def pytest_report_header() -> str:
-    return (
-        f"fastnn: FASTNN_TEST_SEED={SEED}, extension {'' if fastnn.is_available() else 'not '}built"
+# For what takes a GPU; the report says how many were left out without one.
+needs_gpu = pytest.mark.needs_gpu
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where tests make their tensors",
     )
+
+
+def pytest_report_header() -> list[str]:
+    built = "" if fastnn.is_available() else "not "
+    kernels = "CUDA kernels emulated on the CPU" if EMULATES_CUDA else f"extension {built}built"
+    return [f"fastnn: FASTNN_TEST_SEED={SEED}, {kernels}"]
+
+
+def reason_to_leave_out(item: pytest.Item, device: str) -> str | None:
+    if EMULATES_CUDA or device == "cuda":
+        if marker := item.get_closest_marker("cpu_only"):
+            return marker.args[0]
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("implementation") == "reference":
+            return "the reference, which has no kernels"
+    if item.get_closest_marker("needs_gpu") and not torch.cuda.is_available():
+        return "needs a GPU"
+    return None
+
+
+left_out: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {item: reason_to_leave_out(item, config.getoption("device")) for item in items}
+    left_out.update(reason for reason in reasons.values() if reason is not None)
+    config.hook.pytest_deselected(items=[item for item in items if reasons[item] is not None])
+    items[:] = [item for item in items if reasons[item] is None]
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -53,6 +90,8 @@ def record_agreement(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for reason, count in sorted(left_out.items()):
+        terminalreporter.write_line(f"left out: {count} tests ({reason})")
     counter = terminalreporter.config.stash.get(AGREEMENT, Counter())
     if counter:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))
@@ -63,6 +102,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _seeded() -> None:
     """Whatever a test draws from torch's own generator comes from the seed too."""
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--device cuda``, what a test makes without naming a device lies on the GPU."""
+    device = request.config.getoption("device")
+    with torch.device(device) if device != "cpu" else nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from benchmarks.cases import all_cases, sgd  # noqa: E402
 from benchmarks.device import Device  # noqa: E402
 from benchmarks.timing import Plan, Summary, measure, summarise, time_calls  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only("the benchmarks")
+
 PLAN = Plan(seconds=0.1, sample_seconds=0.01, min_rounds=3)
 
 

@@ -20,7 +20,7 @@ from conftest import needs_extension
 import fastnn
 from fastnn import _extension
 
-pytestmark = needs_extension
+pytestmark = [needs_extension, pytest.mark.cpu_only("CPU instruction sets")]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -26,6 +26,8 @@ sys.path.insert(0, str(EXAMPLES))  # the examples import each other as scripts d
 import idx  # noqa: E402
 import mnist  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only("the example, which trains in processes of its own")
+
 TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

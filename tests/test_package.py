@@ -22,6 +22,8 @@ import torch
 import fastnn
 from fastnn import env
 
+pytestmark = pytest.mark.cpu_only("the package as it is installed")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, REPOSITORY, THREAD, Way, run
+
 TESTS = Path("tests/kernels")
 SIMD = runpy.run_path(str(REPOSITORY / "csrc/cpu/simd/targets.py"))
-NATIVE = platform.machine()
-CXX = os.environ.get("CXX", "").split() or ["g++"]
 
 # For a CPU without AVX-512: vectors as wide, which the compiler splits into AVX2's. That takes it
 # three times as long as any other set, and at -O2 many times.
@@ -32,18 +31,15 @@ SPLIT = "avx512_split"
 class Program:
     """The tests, built in one way."""
 
-    name: str
+    way: Way
     compiler: list[str] = field(default_factory=lambda: CXX)
     machine: str = NATIVE
-    flags: tuple[str, ...] = ("-O2",)
     link_flags: tuple[str, ...] = ()
-    runner: tuple[str, ...] = ()
-    variables: dict[str, str] = field(default_factory=dict)
     splits: bool = False  # whether AVX-512's vectors are tested on AVX2 too
 
     @property
     def folder(self) -> Path:
-        return Path("build/kernel_tests") / self.name
+        return Path("build/kernel_tests") / self.way.name
 
     def commands(self) -> Iterator[tuple[list[str], Path]]:
         """The compiler's commands, each with its object, in the order to link in.
@@ -53,7 +49,7 @@ class Program:
         """
         targets = self.targets()
         # The lines of the code, but not its variables, which take GCC minutes more.
-        common = [*self.compiler, *self.flags, "-g1", "-pthread"]
+        common = [*self.compiler, *self.way.flags, "-g1", "-pthread"]
         flags = [*common, *SIMD["KERNEL_FLAGS"], "-Icsrc"]
         if SPLIT in targets:
             flags.append("-DFASTNN_TESTS_SPLIT")
@@ -82,45 +78,19 @@ class Program:
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, commands))
         objects = [str(path) for path in objects]
-        link = [*self.compiler, *self.flags, "-pthread", *self.link_flags]
+        link = [*self.compiler, *self.way.flags, "-pthread", *self.link_flags]
         run([*link, *objects, "-o", str(self.folder / "tests")])
 
     def test(self, jobs: int) -> None:
-        print(f"--- {self.name}", flush=True)
+        print(f"--- {self.way.name}", flush=True)
         self.build(jobs)
-        run([*self.runner, str(self.folder / "tests")], self.variables)
-
-
-def run(command: list[str], variables: dict[str, str] | None = None) -> None:
-    process = subprocess.run(command, env={**os.environ, **(variables or {})}, check=False)
-    if process.returncode != 0:
-        sys.exit(f"run.py: this ended with status {process.returncode}: {' '.join(command)}")
-
-
-def without_random_addresses() -> tuple[str, ...]:
-    """GCC 12's thread sanitizer can't start where the kernel spreads addresses too widely."""
-    command = ("setarch", NATIVE, "--addr-no-randomize")
-    if shutil.which(command[0]) is None:
-        return ()
-    usable = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
-    return command if usable else ()
+        run([*self.way.runner, str(self.folder / "tests")], self.way.variables)
 
 
 def sanitize(jobs: int) -> None:
     """Memory, undefined behaviour and leaks; then data races."""
-    fatal = "-fno-sanitize-recover=all"
-    Program(
-        "address_undefined",
-        flags=("-O1", "-fsanitize=address,undefined", fatal, "-fno-omit-frame-pointer"),
-        variables={"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
-        splits=True,
-    ).test(jobs)
-    Program(
-        "thread",
-        flags=("-O1", "-fsanitize=thread"),
-        runner=without_random_addresses(),
-        variables={"TSAN_OPTIONS": "halt_on_error=1"},
-    ).test(jobs)
+    Program(ADDRESS_UNDEFINED, splits=True).test(jobs)
+    Program(THREAD).test(jobs)
 
 
 def missing(what: str, *tools: str) -> bool:
@@ -149,22 +119,21 @@ sys.exit(pytest.main(["tests/test_operators.py", "-p", "no:cacheprovider", "-k",
 def emulate(jobs: int) -> None:
     """A CPU without AVX, for these tests and for the library; and aarch64, for these tests."""
     if NATIVE == "x86_64" and not missing("x86-64 without AVX", "qemu-x86_64"):
-        Program("without_avx", runner=NO_AVX).test(jobs)
+        Program(Way("without_avx", runner=NO_AVX)).test(jobs)
         print("--- the library without AVX (two minutes or more)", flush=True)
         run([*NO_AVX, sys.executable, "-c", TEST_LIBRARY])
     if not missing("aarch64", "aarch64-linux-gnu-g++", "qemu-aarch64"):
         Program(
-            "aarch64",
+            Way("aarch64", runner=("qemu-aarch64",)),
             compiler=["aarch64-linux-gnu-g++"],
             machine="aarch64",
             link_flags=("-static",),  # so that the emulator needs no libraries of that machine
-            runner=("qemu-aarch64",),
         ).test(jobs)
 
 
 def plain(jobs: int) -> None:
     """Without sanitizers: the fastest."""
-    Program("plain", splits=True).test(jobs)
+    Program(PLAIN, splits=True).test(jobs)
 
 
 def main() -> None:

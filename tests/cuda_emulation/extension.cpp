@@ -1,0 +1,35 @@
+// What the test-only extension has beside the product's own sources: see build.py.
+#include <torch/library.h>
+
+#include "cpu/capability.h"
+#include "cuda_emulation/runtime.h"
+
+namespace fastnn::cpu {
+
+// The CPU's kernels are not there.
+const char* capability() {
+  return "cuda emulation";
+}
+
+}  // namespace fastnn::cpu
+
+namespace fastnn::cuda_emulation {
+namespace {
+
+void set_thread_order(std::string_view name, int64_t seed) {
+  set_settings(
+      {.order = parse_thread_order(std::string(name)), .seed = static_cast<unsigned>(seed)});
+}
+
+int64_t launches() {
+  return statistics().launches;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastnn_cuda_emulation, m) {
+  m.def("set_thread_order(str name, int seed=1) -> ()", set_thread_order);
+  m.def("launches() -> int", launches);
+}
+
+}  // namespace fastnn::cuda_emulation

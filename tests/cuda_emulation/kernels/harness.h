@@ -1,0 +1,238 @@
+// What the tests of the CUDA kernels share. They need neither torch's libraries nor CUDA: each
+// kernel's tests are a file that registers itself, and main.cpp runs them in every order of
+// threads.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/vec.cuh"
+
+namespace fastnn::cuda::tests {
+
+using c10::BFloat16;
+using c10::Half;
+
+// A test in a file of its own makes one of these at namespace scope.
+struct Test {
+  const char* name;
+  void (*run)();
+
+  Test(const char* name, void (*run)()) : name(name), run(run) {
+    all().push_back(*this);
+  }
+  static std::vector<Test>& all() {
+    static std::vector<Test> tests;
+    return tests;
+  }
+};
+
+template <typename F>
+void for_each_dtype(F f) {
+  f.template operator()<double>();
+  f.template operator()<float>();
+  f.template operator()<BFloat16>();
+  f.template operator()<Half>();
+}
+
+template <typename T>
+constexpr const char* kName = "";
+template <>
+inline constexpr const char* kName<double> = "float64";
+template <>
+inline constexpr const char* kName<float> = "float32";
+template <>
+inline constexpr const char* kName<BFloat16> = "bfloat16";
+template <>
+inline constexpr const char* kName<Half> = "float16";
+
+// ---- expectations ----
+
+struct Running {
+  std::string test;
+  std::string detail;
+  int64_t values_compared = 0;
+};
+inline Running& running() {
+  static Running running;
+  return running;
+}
+
+template <typename... Args>
+std::string format(const char* format, Args... args) {
+  char text[256];
+  std::snprintf(text, sizeof(text), format, args...);
+  return text;
+}
+
+template <typename... Args>
+void describe(const char* text, Args... args) {
+  running().detail = format(text, args...);
+}
+
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s, %s: %s\n", running().test.c_str(), running().detail.c_str(),
+               what.c_str());
+  std::exit(1);
+}
+
+inline void expect(bool condition, const char* what) {
+  ++running().values_compared;
+  if (!condition) fail(what);
+}
+
+// ---- memory ----
+
+// n elements that start `offset` elements past a 16-byte boundary. What nobody has written is NaN;
+// what lies around is checked, or poisoned by the address sanitizer.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n, int64_t offset = 0)
+      : size_(n), offset_(offset), memory_(new unsigned char[bytes()]) {
+    std::memset(memory_.get(), kGuardByte, bytes());
+    if (n != 0) std::memset(data(), 0xff, n * sizeof(T));
+  }
+  Buffer(const Buffer& other) : Buffer(other.size_, other.offset_) {
+    if (size_ != 0) std::memcpy(data(), other.data(), size_ * sizeof(T));
+  }
+  ~Buffer() {
+    for (int64_t i = 0; i < front(); ++i) expect_guard(memory_[i]);
+    for (int64_t i = front() + size_ * int64_t(sizeof(T)); i < bytes(); ++i)
+      expect_guard(memory_[i]);
+  }
+  T* data() {
+    return size_ == 0 ? nullptr : reinterpret_cast<T*>(memory_.get() + front());
+  }
+  const T* data() const {
+    return const_cast<Buffer*>(this)->data();
+  }
+  T& operator[](int64_t i) {
+    return data()[i];
+  }
+  T operator[](int64_t i) const {
+    return data()[i];
+  }
+  double operator()(int64_t i) const {
+    return static_cast<double>(data()[i]);
+  }
+  int64_t size() const {
+    return size_;
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kGuard = 0;
+#else
+  static constexpr int64_t kGuard = 64;
+#endif
+  static constexpr unsigned char kGuardByte = 0xa5;
+
+  int64_t front() const {
+    return kGuard + offset_ * int64_t(sizeof(T));
+  }
+  int64_t bytes() const {
+    return front() + size_ * int64_t(sizeof(T)) + kGuard;
+  }
+  static void expect_guard(unsigned char byte) {
+    if (byte != kGuardByte) fail("memory around a buffer was written");
+  }
+
+  int64_t size_;
+  int64_t offset_;
+  std::unique_ptr<unsigned char[]> memory_;
+};
+
+inline std::mt19937_64& generator() {
+  static std::mt19937_64 engine(20240229);
+  return engine;
+}
+
+inline double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(generator());
+}
+
+inline int64_t random_index(int64_t n) {
+  return std::uniform_int_distribution<int64_t>(0, n - 1)(generator());
+}
+
+template <typename T>
+Buffer<T> random_buffer(int64_t n, int64_t offset = 0, double low = -3, double high = 3) {
+  Buffer<T> buffer(n, offset);
+  for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(uniform(low, high));
+  return buffer;
+}
+
+// ---- comparisons ----
+
+// The distance from 1 to the next number: twice the largest relative error of a rounding.
+template <typename T>
+constexpr double kEpsilon = std::numeric_limits<T>::epsilon();
+template <>
+inline constexpr double kEpsilon<Half> = 1.0 / 1024;
+template <>
+inline constexpr double kEpsilon<BFloat16> = 1.0 / 128;
+
+// That an element is the expected value, after as many `roundings` in accum<T>, of magnitudes up to
+// `scale`, and one to T.
+template <typename T>
+void expect_close(const char* name, int64_t i, T actual, double expected, double roundings,
+                  double scale) {
+  ++running().values_compared;
+  const double value = static_cast<double>(actual);
+  if (value == expected || (std::isnan(value) && std::isnan(expected))) return;
+  const double smallest = 1e-7;  // of any format's subnormal numbers
+  const double bound =
+      roundings * kEpsilon<accum<T>> * scale + kEpsilon<T> * std::abs(expected) + smallest;
+  if (std::isfinite(expected) && std::abs(value - expected) <= bound) return;
+  fail(format("%s[%lld] is %.17g, expected %.17g within %.3g", name, static_cast<long long>(i),
+              value, expected, bound));
+}
+
+// That a sum of n terms, of magnitudes that sum to `scale`, is the expected value: it is summed in
+// float64 and rounded once to T.
+template <typename T>
+void expect_sum(const char* name, T actual, double expected, int64_t n, double scale) {
+  ++running().values_compared;
+  const double value = static_cast<double>(actual);
+  const double bound = static_cast<double>(n) * kEpsilon<double> * scale + kEpsilon<T> * scale;
+  if (std::abs(value - expected) <= bound) return;
+  fail(format("%s is %.17g, expected %.17g within %.3g", name, value, expected, bound));
+}
+
+// What was computed in the first order of threads, for the others to be compared with.
+struct Record {
+  std::vector<uint64_t> hashes;
+  size_t next = 0;
+};
+inline Record& record() {
+  static Record record;
+  return record;
+}
+
+// That the buffer holds the same bits in every order of threads. (main.cpp has each order draw the
+// same random numbers.)
+template <typename T>
+void expect_same_in_every_order(const Buffer<T>& buffer) {
+  uint64_t hash = 14695981039346656037u;  // FNV-1a
+  const auto* bytes = reinterpret_cast<const unsigned char*>(buffer.data());
+  for (int64_t i = 0; i < buffer.size() * int64_t(sizeof(T)); ++i) {
+    hash = (hash ^ bytes[i]) * 1099511628211u;
+  }
+  Record& known = record();
+  if (known.next == known.hashes.size()) known.hashes.push_back(hash);
+  expect(known.hashes[known.next++] == hash, "another order of threads gives another result");
+}
+
+}  // namespace fastnn::cuda::tests

@@ -1,0 +1,66 @@
+#include "cuda/log_softmax_kernels.cuh"
+
+#include "rows.h"
+
+namespace fastnn::cuda::tests {
+namespace {
+
+template <typename T>
+void log_softmax(const Layout& layout, const Way& way, const Offsets& offsets, bool masked) {
+  auto input = random_buffer<T>(elements(layout), offsets.first, -20, 20);
+  if (masked) mask_some(input, layout);
+  using Op = LogSoftmax<T>;
+  const Plan plan = plan_of<Op>(layout, way);
+  Buffer<T> output(input.size(), offsets.output);
+  run_rows(Op{}, plan, layout, {{input.data(), nullptr}, output.data()});
+  expect_same_in_every_order(output);
+  for (int64_t row = 0; row < layout.rows(); ++row) {
+    const LogSumExp lse = log_sum_exp(input, layout, row);
+    for (int64_t c = 0; c < layout.classes; ++c) {
+      const int64_t i = element(layout, row, c);
+      expect_close<T>("output", i, output(i), lse.log_softmax(input(i)), roundings_of_row(layout),
+                      lse.scale(input(i)));
+    }
+  }
+}
+
+template <typename T>
+void log_softmax_backward(const Layout& layout, const Way& way, const Offsets& offsets) {
+  const auto grad = random_buffer<T>(elements(layout), offsets.first);
+  const auto output = random_buffer<T>(elements(layout), offsets.second, -8, 0);
+  using Op = LogSoftmaxBackward<T>;
+  const Plan plan = plan_of<Op>(layout, way);
+  Buffer<T> grad_input(grad.size(), offsets.output);
+  run_rows(Op{}, plan, layout, {{grad.data(), output.data()}, grad_input.data()});
+  expect_same_in_every_order(grad_input);
+  for (int64_t row = 0; row < layout.rows(); ++row) {
+    double sum = 0, magnitude = 0;
+    for (int64_t c = 0; c < layout.classes; ++c) {
+      sum += grad(element(layout, row, c));
+      magnitude += std::abs(grad(element(layout, row, c)));
+    }
+    for (int64_t c = 0; c < layout.classes; ++c) {
+      const int64_t i = element(layout, row, c);
+      const double softmax = std::exp(output(i));
+      expect_close<T>("grad_input", i, grad_input(i), grad(i) - softmax * sum,
+                      roundings_of_row(layout), std::abs(grad(i)) + softmax * magnitude);
+    }
+  }
+}
+
+const Test test("log_softmax", [] {
+  for_each_dtype([&]<typename T>() {
+    for (const Layout& layout : layouts()) {
+      for (const Way& way : ways(layout)) {
+        const Offsets at = one_of(offsets<T>());
+        describe("%s %s %s offsets %d, %d, %d", kName<T>, to_string(layout).c_str(), way.name,
+                 int(at.first), int(at.second), int(at.output));
+        log_softmax<T>(layout, way, at, /*masked=*/at.first == 0);
+        log_softmax_backward<T>(layout, way, at);
+      }
+    }
+  });
+});
+
+}  // namespace
+}  // namespace fastnn::cuda::tests

@@ -1,0 +1,156 @@
+// What the tests of the kernels over rows share: layouts, the ways to hand rows to threads, and a
+// row's log-sum-exp.
+#pragma once
+
+#include "cuda/rows_launch.cuh"
+#include "harness.h"
+
+namespace fastnn::cuda::tests {
+
+// No rows; rows of no, few and many classes around the ends of vectors, lanes and blocks; and rows
+// whose classes lie apart, for one thread each and for several.
+inline std::vector<Layout> layouts() {
+  std::vector<Layout> result = {{0, 5, 1}, {2, 5, 0}};
+  for (const int64_t classes : {0, 1, 2, 3, 7, 17, 33, 65, 129, 257, 1000}) {
+    result.push_back({classes < 10 ? 67 : 5, classes, 1});
+  }
+  result.push_back({1, 5000, 1});
+  for (const int64_t classes : {0, 1, 5, 65}) {
+    result.push_back({1, classes, 3});
+    result.push_back({3, classes, 21});
+  }
+  result.push_back({1, 9, 600});
+  return result;
+}
+
+// How the kernels are made to run, beside the layout.
+struct Way {
+  const char* name;
+  std::optional<Path> path = std::nullopt;
+  int64_t max_blocks = INT64_MAX;  // of more, each does several rows
+  bool may_cache = true;
+};
+
+inline std::vector<Way> ways(const Layout& layout) {
+  if (layout.inner != 1) return {{"strided"}, {.name = "strided, one block", .max_blocks = 1}};
+  std::vector<Way> result = {
+      {"warp", Path::Warp},
+      {.name = "warp, one block, no cache",
+       .path = Path::Warp,
+       .max_blocks = 1,
+       .may_cache = false},
+      {"block", Path::Block},
+      {.name = "block, two blocks, no cache",
+       .path = Path::Block,
+       .max_blocks = 2,
+       .may_cache = false},
+      {"split", Path::Split},
+      {.name = "split, two blocks", .path = Path::Split, .max_blocks = 2},
+  };
+  if (layout.classes < 1000) {
+    result.push_back({"subwarp", Path::Subwarp});
+    result.push_back({.name = "subwarp, one block", .path = Path::Subwarp, .max_blocks = 1});
+  }
+  return result;
+}
+
+template <typename Op>
+Plan plan_of(const Layout& layout, const Way& way) {
+  Plan plan = plan_rows(layout, row_traits<Op>(), way.path);
+  plan.blocks = std::min(plan.blocks, way.max_blocks);
+  plan.last_blocks = std::min(plan.last_blocks, way.max_blocks);
+  if (!way.may_cache) {
+    plan.cached = false;
+    plan.shared_bytes = plan.path == Path::Subwarp ? plan.shared_bytes : 0;
+  }
+  return plan;
+}
+
+template <typename Op>
+void run_rows(const Op& op, const Plan& plan, const Layout& layout,
+              const Tensors<typename Op::T>& tensors, LossSums* sums = nullptr) {
+  Buffer<char> states(states_bytes<Op>(plan, layout.rows()));
+  launch_rows(op, plan, layout, tensors, states.data(), sums, nullptr);
+}
+
+inline std::string to_string(const Layout& layout) {
+  return format("outer=%d classes=%d inner=%d", int(layout.outer), int(layout.classes),
+                int(layout.inner));
+}
+
+inline int64_t elements(const Layout& layout) {
+  return layout.rows() * layout.classes;
+}
+
+// Where class c of a row lies.
+inline int64_t element(const Layout& layout, int64_t row, int64_t c) {
+  return (row / layout.inner * layout.classes + c) * layout.inner + row % layout.inner;
+}
+
+// Elements past a 16-byte boundary at which operands and outputs start.
+struct Offsets {
+  int64_t first;
+  int64_t second;
+  int64_t output;
+};
+
+// At boundaries, all as far from one, and each in a place of its own.
+template <typename T>
+std::vector<Offsets> offsets() {
+  const int64_t last = 16 / int64_t(sizeof(T)) - 1;
+  return {{0, 0, 0}, {last, last, last}, {1, 0, last == 1 ? 0 : last - 1}, {0, 1, 1}};
+}
+
+// Of what is to be tried with what: all would be too many, but over all shapes all meet.
+template <typename C>
+auto one_of(const C& choices) {
+  return choices[random_index(std::size(choices))];
+}
+
+struct LogSumExp {
+  double max = -INFINITY;
+  double log_sum = 0;
+
+  double log_softmax(double x) const {
+    return (x - max) - log_sum;
+  }
+  // The magnitudes that a log-softmax is the difference of.
+  double scale(double x) const {
+    return std::isinf(x) ? 0 : 1 + std::abs(x - max) + log_sum;
+  }
+};
+
+template <typename T>
+LogSumExp log_sum_exp(const Buffer<T>& x, const Layout& layout, int64_t row) {
+  LogSumExp result;
+  double sum = 0;
+  for (int64_t c = 0; c < layout.classes; ++c) {
+    result.max = std::max(result.max, x(element(layout, row, c)));
+  }
+  for (int64_t c = 0; c < layout.classes; ++c) {
+    sum += std::exp(x(element(layout, row, c)) - result.max);
+  }
+  result.log_sum = std::log(sum);
+  return result;
+}
+
+// Roundings on the way to a sum over classes, and in exp, log and what follows.
+inline double roundings_of_row(const Layout& layout) {
+  return static_cast<double>(layout.classes) / 4 + 16;
+}
+
+// A large spread, and here and there no chance at all: at the start, where nothing has been seen
+// before it, too. Each row has a class that is finite.
+template <typename T>
+void mask_some(Buffer<T>& logits, const Layout& layout) {
+  for (int64_t row = 0; row < layout.rows() && layout.classes > 1; ++row) {
+    const int64_t kept = random_index(layout.classes);
+    for (int64_t c = 0; c < layout.classes; ++c) {
+      if (c != kept && (c < 2 || random_index(4) == 0)) {
+        logits[element(layout, row, c)] = static_cast<T>(-INFINITY);
+      }
+    }
+  }
+}
+
+}  // namespace fastnn::cuda::tests

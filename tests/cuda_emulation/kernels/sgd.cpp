@@ -1,0 +1,148 @@
+#include "harness.h"
+
+#include "cuda/sgd_kernels.cuh"
+
+namespace fastnn::cuda::tests {
+namespace {
+
+// One parameter, with each of its tensors at an offset from a 16-byte boundary.
+template <typename T>
+struct Item {
+  Buffer<T> param;
+  Buffer<T> grad;
+  Buffer<T> buffer;
+
+  Item(int64_t n, int64_t param_offset, int64_t grad_offset, int64_t buffer_offset)
+      : param(random_buffer<T>(n, param_offset)),
+        grad(random_buffer<T>(n, grad_offset)),
+        buffer(random_buffer<T>(n, buffer_offset)) {
+  }
+};
+
+struct Case {
+  SGDOptions options;  // its scalars on the device are set from these:
+  double device_lr = NAN;
+  double grad_scale = NAN;
+  double found_inf = NAN;
+  bool scalars_are_double = false;
+};
+// lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step
+const Case kCases[] = {
+    {.options = {0.1, 0, 0, 0, false, false, false}},
+    {.options = {0.1, 0, 0, 0.01, false, true, false}, .grad_scale = 4},
+    {.options = {0.1, 0.9, 0.3, 0, false, false, true}},
+    {.options = {0.1, 0.9, 0.3, 0.01, false, false, false}, .grad_scale = 3, .found_inf = 0},
+    {.options = {0.1, 0.9, 0, 0, true, true, false}, .grad_scale = 1},
+    {.options = {0, 0.9, 0, 0, true, false, false}, .device_lr = 0.25},
+    {.options = {0, 0, 0, 0, false, false, false},
+     .device_lr = 0.25,
+     .grad_scale = 3,
+     .scalars_are_double = true},
+    {.options = {0.1, 0.9, 0, 0, false, false, false}, .grad_scale = 2, .found_inf = 1},
+    {.options = {0.1, 0.9, 0, 0, false, false, false},
+     .found_inf = INFINITY,
+     .scalars_are_double = true},
+};
+
+// A number where the kernel finds those of the device.
+struct ScalarMemory {
+  float as_float;
+  double as_double;
+
+  explicit ScalarMemory(double value) : as_float(float(value)), as_double(value) {
+  }
+  DeviceScalar get(bool is_double) const {
+    if (std::isnan(as_double)) return {};
+    return is_double ? DeviceScalar{&as_double, true} : DeviceScalar{&as_float, false};
+  }
+};
+
+template <typename T>
+void step(std::vector<Item<T>>& items, const Case& c) {
+  const ScalarMemory lr(c.device_lr), scale(c.grad_scale), found(c.found_inf);
+  SGDOptions options = c.options;
+  options.device_lr = lr.get(c.scalars_are_double);
+  options.grad_scale = scale.get(c.scalars_are_double);
+  options.found_inf = found.get(c.scalars_are_double);
+  const bool has_momentum = options.momentum != 0;
+  SGDLauncher<T> launcher(options, has_momentum, nullptr);
+  for (Item<T>& item : items) {
+    launcher.add(item.param.data(), item.grad.data(), has_momentum ? item.buffer.data() : nullptr,
+                 item.param.size());
+  }
+  launcher.launch();
+}
+
+template <typename T>
+void check(const Item<T>& before, const Item<T>& after, const Case& c) {
+  constexpr double kRoundings = 8;  // operations on the way to any of the results
+  const SGDOptions& o = c.options;
+  const double scale = std::isnan(c.grad_scale) ? 1 : c.grad_scale;
+  const double lr = std::isnan(c.device_lr) ? o.lr : c.device_lr;
+  const bool skipped = !std::isnan(c.found_inf) && c.found_inf != 0;
+  for (int64_t i = 0; i < before.param.size(); ++i) {
+    double x = before.param(i), g = before.grad(i), b = before.buffer(i);
+    const double magnitude = std::abs(x) + std::abs(g) + std::abs(b);
+    if (!skipped) {
+      g /= scale;
+      double d = (o.maximize ? -g : g) + o.weight_decay * x;
+      if (o.momentum != 0) {
+        b = o.is_first_step ? d : o.momentum * b + (1 - o.dampening) * d;
+        d = o.nesterov ? d + o.momentum * b : b;
+      }
+      x -= lr * d;
+    }
+    expect_close("param", i, after.param[i], x, kRoundings, magnitude);
+    expect_close("grad", i, after.grad[i], g, 1, magnitude);
+    expect_close("momentum_buffer", i, after.buffer[i], b, kRoundings, magnitude);
+  }
+}
+
+template <typename T>
+void run(std::vector<Item<T>>& items, const Case& c) {
+  describe("%s tensors=%d case=%d", kName<T>, int(items.size()), int(&c - kCases));
+  std::vector<Item<T>> before = items;
+  if (c.options.is_first_step) {
+    // What such a buffer holds is nobody's.
+    for (Item<T>& item : items) {
+      for (int64_t i = 0; i < item.buffer.size(); ++i) item.buffer[i] = static_cast<T>(NAN);
+    }
+  }
+  step(items, c);
+  for (size_t i = 0; i < items.size(); ++i) check(before[i], items[i], c);
+}
+
+const Test test("sgd", [] {
+  for_each_dtype([]<typename T>() {
+    constexpr int64_t w = kVecSize<T>, chunk = kSGDChunk<T>;
+    for (const Case& c : kCases) {
+      std::vector<Item<T>> items;
+      for (const int64_t n : {int64_t{0}, int64_t{1}, w - 1, w, w + 1, 5 * w + 1, int64_t{97}}) {
+        items.emplace_back(n, 0, 0, 0);
+        items.emplace_back(n, 1, 1, 1);  // equally misaligned: vectors all the same
+        items.emplace_back(n, w - 1, w - 1, w - 1);
+        items.emplace_back(n, 0, 1, 0);  // differently: none
+        items.emplace_back(n, 1, 1, 0);
+      }
+      run(items, c);
+    }
+    // Around the end of a block's elements.
+    for (const int64_t n : {chunk - 1, chunk, chunk + 1, 2 * chunk + 3}) {
+      std::vector<Item<T>> items;
+      items.emplace_back(n, 0, 0, 0);
+      items.emplace_back(n, w - 1, w - 1, w - 1);
+      items.emplace_back(n, 0, 1, 0);
+      items.emplace_back(3, 0, 0, 0);
+      run(items, kCases[3]);
+    }
+    // More tensors than a launch holds, to the last one and past it.
+    for (const int count : {kSGDTensors, kSGDTensors + 1, 2 * kSGDTensors + 7}) {
+      std::vector<Item<T>> items;
+      for (int i = 0; i < count; ++i) items.emplace_back(i % 5, 0, 0, 0);
+      run(items, kCases[3]);
+    }
+  });
+});
+
+}  // namespace
+}  // namespace fastnn::cuda::tests

@@ -1,0 +1,73 @@
+"""CUDA's launchers and kernels on the CPU: the emulation's own tests, and those of the kernels.
+
+The other tests run over the emulated kernels with ``FASTNN_TEST_CUDA_EMULATION=1``; what is here
+then says that they do.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EMULATES_CUDA, needs_extension
+
+import fastnn
+
+RUN = Path(__file__).parent / "cuda_emulation/run.py"
+
+
+@pytest.mark.cpu_only("they build programs of their own")
+@pytest.mark.parametrize("program", ["self_tests", "kernels"])
+def test_programs(program):
+    command = [sys.executable, str(RUN), "plain", "--only", program]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def step_with_each_operator() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    hidden = fastnn.functional.linear_relu(x, torch.randn(5, 6), torch.randn(5))
+    target = torch.arange(4)
+    loss = fastnn.functional.nll_loss(fastnn.functional.log_softmax(hidden, 1), target)
+    (loss + fastnn.functional.cross_entropy(hidden, target)).backward()
+    fastnn.optim.SGD([x], lr=0.1).step()
+
+
+@needs_extension
+def test_the_emulated_kernels_run_where_they_are_asked_for():
+    if not EMULATES_CUDA:
+        assert not hasattr(torch.ops.fastnn_cuda_emulation, "launches")
+        return
+    launches = torch.ops.fastnn_cuda_emulation.launches
+    before = launches()
+    step_with_each_operator()
+    assert launches() >= before + 8  # a forward and a backward kernel each, and the step
+
+
+@pytest.mark.skipif(not EMULATES_CUDA, reason="of the emulated extension")
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
+def test_the_same_bits_in_any_order_of_threads(order):
+    """Over rows, columns and whole blocks; the operators' tests compare the values."""
+    set_order = torch.ops.fastnn_cuda_emulation.set_thread_order
+
+    def results() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(70, 300, requires_grad=True)
+        weight = torch.randn(65, 300, requires_grad=True)
+        bias = torch.randn(65, requires_grad=True)
+        hidden = fastnn.functional.linear_relu(x, weight, bias)
+        loss = fastnn.functional.cross_entropy(hidden, torch.arange(70) % 65, label_smoothing=0.1)
+        return [loss, *torch.autograd.grad(loss, [x, weight, bias])]
+
+    try:
+        set_order("forward")
+        expected = results()
+        set_order(order, seed=7)
+        actual = results()
+    finally:
+        set_order(os.environ.get("FASTNN_EMULATION_ORDER") or "forward")
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
