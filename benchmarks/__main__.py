@@ -15,6 +15,7 @@ from pathlib import Path
 import fastnn
 from benchmarks.case import MODES, Case
 from benchmarks.cases import all_cases
+from benchmarks.device import CPU, DEVICES, Device
 from benchmarks.machine import machine_facts
 from benchmarks.plots import MissingMatplotlib, draw, require_matplotlib
 from benchmarks.progress import progress_bar
@@ -34,6 +35,7 @@ class BenchmarkError(Exception):
 class Options:
     """What the flags ask for."""
 
+    device: Device
     quick: bool
     threads: tuple[int, ...]
     filter: re.Pattern[str]
@@ -52,6 +54,14 @@ class Options:
 
 
 # ---- command line --------------------------------------------------------------------------------
+
+
+def _device(text: str) -> Device:
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a device; the devices are {', '.join(DEVICES)}"
+        )
+    return DEVICES[text]
 
 
 def _threads(text: str) -> tuple[int, ...]:
@@ -102,12 +112,6 @@ def _folder(text: str) -> Path:
     return path
 
 
-def default_threads() -> tuple[int, ...]:
-    """One, and all that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return tuple(sorted({1, usable or 1}))
-
-
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Parses and checks the command line; a wrong flag ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
@@ -115,13 +119,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         description="Measure fastnn against its peers, all in turn in one run.",
     )
     add = parser.add_argument
+    add("--device", type=_device, default=CPU, metavar="D", help=f"of {', '.join(DEVICES)} (cpu)")
     add("--quick", action="store_true", help="short samples, without torch.compile; in minutes")
     add(
         "--threads",
         type=_threads,
-        default=default_threads(),
         metavar="N,M",
-        help="thread counts, each in a process of its own (default: 1 and all processors)",
+        help="thread counts, each in a process of its own (1 and all processors; on cuda 1)",
     )
     add(
         "--filter",
@@ -137,7 +141,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--plots", type=_folder, metavar="DIR", help="where to draw the results as PNG")
     add("--list", action="store_true", help="print the cases' names and stop")
     options = Options(**vars(parser.parse_args(arguments)))
-    return replace(options, compile=False) if options.quick else options
+    return replace(
+        options,
+        threads=options.threads or options.device.default_threads(),
+        compile=options.compile and not options.quick,
+    )
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -163,7 +171,12 @@ def run(options: Options, cases: list[Case]) -> tuple[dict, list[str]]:
     try:
         for threads, keys in plan.items():
             request = Request(
-                keys, threads, options.compile, options.plan, options.plan.seconds / 4
+                keys,
+                threads,
+                options.compile,
+                options.plan,
+                options.plan.seconds / 4,
+                options.device.name,
             )
             for event in _events(request):
                 if event["event"] == "start":
@@ -184,7 +197,7 @@ def run(options: Options, cases: list[Case]) -> tuple[dict, list[str]]:
     completed = [complete(result, limits.get(str(result["threads"]))) for result in results]
     document = {
         "schema": SCHEMA,
-        "machine": machine_facts(),
+        "machine": machine_facts() | options.device.facts(),
         "command": _command(options),
         "limits": limits,
         "results": completed,
@@ -227,6 +240,8 @@ def _events(request: Request) -> Iterator[dict]:
 def _command(options: Options) -> str:
     """The command that measures this again; where results were saved is nobody's business."""
     parts = ["python -m benchmarks"]
+    if options.device is not CPU:
+        parts.append(f"--device {options.device.name}")
     if options.quick:
         parts.append("--quick")
     parts.append(f"--threads {','.join(map(str, options.threads))}")
@@ -256,6 +271,9 @@ def check_setup(options: Options) -> None:
     """Raises where the results would be worthless or could not be drawn."""
     if not fastnn.is_available():
         raise BenchmarkError("fastnn's extension is not built, so that nothing of it can be timed")
+    complaint = options.device.complaint()
+    if complaint is not None:
+        raise BenchmarkError(complaint)
     if options.plots is not None:
         require_matplotlib()
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.device import CPU, Device
-from benchmarks.timing import Sampler, time_calls
+from benchmarks.device import CPU, DEVICES, Device, Timer
+from benchmarks.timing import Sampler
 
 OURS = "fastnn"
 MODES = ("forward", "forward_backward", "step", "call", "memory")
@@ -42,15 +42,26 @@ class Inputs:
 
     def double(self) -> Inputs:
         """The same values in float64, for the reference."""
-        return Inputs(_double(self.args), None if self.grad is None else self.grad.double())
+        return self._map(_double)
+
+    def on(self, device: Device) -> Inputs:
+        """The same values on a device."""
+        return self._map(device.place)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(_map(change, self.args), None if self.grad is None else change(self.grad))
 
 
-def _double(value):
+def _map(change: Callable[[Tensor], Tensor], value):
     if isinstance(value, (tuple, list)):
-        return type(value)(_double(item) for item in value)
-    if not value.is_floating_point():
-        return value
-    return value.detach().double().requires_grad_(value.requires_grad)
+        return type(value)(_map(change, item) for item in value)
+    return change(value)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,14 @@ class Contender:
     """One implementation of a case.
 
     ``trainable`` is False for what autograd can't differentiate, ``same_algorithm`` for what solves
-    a larger problem in another way than operator by operator.
+    a larger problem in another way than operator by operator. ``devices`` are those it exists on.
     """
 
     name: str
     compiled: bool = field(default=False, kw_only=True)
     trainable: bool = field(default=True, kw_only=True)
     same_algorithm: bool = field(default=True, kw_only=True)
+    devices: Collection[str] = field(default=tuple(DEVICES), kw_only=True)
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:
         """The call to time, over these inputs; preparation that a user does once happens here."""
@@ -82,9 +94,9 @@ class Contender:
         """What to compare with the reference: the call's results."""
         return self.bind(inputs)()
 
-    def sampler(self, inputs: Inputs, device: Device = CPU) -> Sampler:
+    def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
         """What times the calls over these inputs."""
-        return partial(time_calls, self.bind(inputs), device=device)
+        return partial(timer, self.bind(inputs))
 
     def close(self) -> None:
         """Ends what the contender started."""

@@ -7,33 +7,32 @@ A call too small for any of this is compared with the smallest copy and just com
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
 from benchmarks.case import Work
+from benchmarks.device import Device
 
 MIB = 2**20
 COPY_BYTES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
-GEMM_SIZES = (1024, 2048)
 
 
-def measure_limits(seconds: float) -> dict:
-    """This machine's rates at the current thread count: flops and bytes per second.
+def measure_limits(seconds: float, device: Device) -> dict:
+    """The device's rates at the current thread count: flops and bytes per second.
 
     Args:
         seconds: how long to try each.
+        device: where.
     """
-    sgemm = max(_gemm_rate(size, torch.float32, seconds) for size in GEMM_SIZES)
+    sgemm, bfloat16 = (
+        max(_gemm_rate(size, dtype, seconds, device) for size in device.gemm_sizes[dtype])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     return {
-        "gemm": {
-            "float32": sgemm,
-            # Where bfloat16 has no instructions of its own, converting to float32 is the better
-            # way, and the small size says so without taking minutes.
-            "bfloat16": max(sgemm, _gemm_rate(GEMM_SIZES[0] // 2, torch.bfloat16, seconds)),
-        },
-        "copy": {str(size): _copy_rate(size, seconds) for size in COPY_BYTES},
+        # bfloat16 can be converted to float32, and must be where it has no instructions.
+        "gemm": {"float32": sgemm, "bfloat16": max(sgemm, bfloat16)},
+        "copy": {str(size): _copy_rate(size, seconds, device) for size in COPY_BYTES},
     }
 
 
@@ -56,24 +55,23 @@ def limit_for(work: Work, dtype: str, limits: dict) -> float | None:
     return None
 
 
-def _gemm_rate(size: int, dtype: torch.dtype, seconds: float) -> float:
-    left, right = torch.randn(2, size, size).to(dtype)
-    product = torch.empty(size, size, dtype=dtype)
-    return 2 * size**3 / _shortest(lambda: torch.mm(left, right, out=product), seconds)
+def _gemm_rate(size: int, dtype: torch.dtype, seconds: float, device: Device) -> float:
+    left, right = torch.randn(2, size, size, device=device.name).to(dtype)
+    product = torch.empty_like(left)
+    return 2 * size**3 / _shortest(lambda: torch.mm(left, right, out=product), seconds, device)
 
 
-def _copy_rate(moved: int, seconds: float) -> float:
-    source = torch.ones(moved // 8)
+def _copy_rate(moved: int, seconds: float, device: Device) -> float:
+    source = torch.ones(moved // 8, device=device.name)
     target = torch.empty_like(source)
-    return moved / _shortest(lambda: target.copy_(source), seconds)
+    return moved / _shortest(lambda: target.copy_(source), seconds, device)
 
 
-def _shortest(call: Callable[[], object], seconds: float) -> float:
+def _shortest(call: Callable[[], object], seconds: float, device: Device) -> float:
     """The shortest of the calls' times, after a first one that touches the memory."""
+    timer = device.timer("forward")
     call()
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
-        start = time.perf_counter_ns()
-        call()
-        times.append((time.perf_counter_ns() - start) * 1e-9)
+        times.append(timer(call, 1))
     return min(times)

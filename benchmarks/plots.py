@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.results import best_ratio
+from benchmarks.results import best_ratio, gpu
 from benchmarks.table import MODE_NAMES, threads_text
 
 # One colour and marker per thread count, in the order of the results.
@@ -38,10 +38,14 @@ def draw(document: dict, folder: Path) -> list[Path]:
     require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     results = document["results"]
-    cpu = document["machine"]["cpu"]
+    (where,) = gpu(document) or [document["machine"]["cpu"]]
     figures = {
-        "ratio.png": (best_ratio, f"Best peer / fastnn, time or peak memory ({cpu})", _ratio_axis),
-        "share.png": (_share, f"Share of the machine's limit ({cpu})", _share_axis),
+        "ratio.png": (
+            best_ratio,
+            f"Best peer / fastnn, time or peak memory ({where})",
+            _ratio_axis,
+        ),
+        "share.png": (_share, f"Share of the machine's limit ({where})", _share_axis),
     }
     return [
         path

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.case import OURS
 from benchmarks.plots import MissingMatplotlib, draw
-from benchmarks.results import SCHEMA, best_ratio, is_disturbed, overall
+from benchmarks.results import SCHEMA, best_ratio, gpu, is_disturbed, overall
 from benchmarks.table import MODE_NAMES, amount, ratio_text, share_text, summary, threads_text
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -50,8 +50,9 @@ def markdown(document: dict, images: Sequence[str]) -> str:
 def _provenance(document: dict) -> str:
     machine = document["machine"]
     threads = list(dict.fromkeys(result["threads"] for result in document["results"]))
+    hardware = ", ".join([*gpu(document), machine["cpu"]])
     return (
-        f"Measured on {machine['date']} with `{document['command']}`: {machine['cpu']} "
+        f"Measured on {machine['date']} with `{document['command']}`: {hardware} "
         f"({machine['processors']} processors; {' and '.join(map(threads_text, threads))}), "
         f"{machine['os']}, torch {machine['torch']} ({machine['capability of torch']}), "
         f"fastnn {machine['fastnn']} ({machine['capability']} kernels). Ratios are the best peer's "

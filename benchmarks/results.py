@@ -40,6 +40,12 @@ def complete(result: dict, limits: dict | None) -> dict:
     }
 
 
+def gpu(document: dict) -> list[str]:
+    """The GPU's name where the document's results are a GPU's, as a list of one; else none."""
+    machine = document["machine"]
+    return [machine["gpu"]] if "gpu" in machine else []
+
+
 def _compared(contender: dict, unit: str) -> float:
     """The median; memory in whole MiB and at least one, for pages of others' come and go."""
     median = contender["median"]

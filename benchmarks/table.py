@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import groupby
 
 from benchmarks.case import OURS
-from benchmarks.results import best_ratio, is_disturbed, key, overall
+from benchmarks.results import best_ratio, gpu, is_disturbed, key, overall
 
 MODE_NAMES = {
     "forward": "fwd",
@@ -24,7 +25,8 @@ def format_document(document: dict, colour: bool = False) -> str:
     results = document["results"]
     groups = list(dict.fromkeys(_group(result) for result in results))
     ordered = sorted(results, key=lambda result: groups.index(_group(result)))
-    tables = [_format_group(list(rows), colour) for _, rows in groupby(ordered, key=_group)]
+    where = gpu(document)
+    tables = [_format_group(list(rows), where, colour) for _, rows in groupby(ordered, key=_group)]
     return "\n\n".join([*tables, *_legend(results), *_disturbed(results), summary(results)])
 
 
@@ -32,7 +34,7 @@ def _group(result: dict) -> tuple[str, int]:
     return result["op"], result["threads"]
 
 
-def _format_group(rows: list[dict], colour: bool) -> str:
+def _format_group(rows: list[dict], where: Sequence[str], colour: bool) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     header = ["", "dtype", "mode", OURS, "spread", "rate", "of limit"]
     header += [_heading(peer, rows) for peer in peers] + ["best peer"]
@@ -44,9 +46,8 @@ def _format_group(rows: list[dict], colour: bool) -> str:
         text = [
             f"{RED}{line}{PLAIN}" if red else line for line, red in zip(text, slower, strict=True)
         ]
-    return "\n".join(
-        [f"{rows[0]['op']}, {threads_text(rows[0]['threads'])}", *text, *_left_out(rows)]
-    )
+    title = ", ".join([rows[0]["op"], *where, threads_text(rows[0]["threads"])])
+    return "\n".join([title, *text, *_left_out(rows)])
 
 
 def _align(cells: list[str], widths: list[int]) -> str:

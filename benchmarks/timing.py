@@ -8,9 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
-
-from benchmarks.device import CPU, Device
 
 try:
     import resource
@@ -62,16 +59,6 @@ def summarise(samples: Sequence[float], interruptions: float = 0.0) -> Summary:
         return Summary(*list(samples) * 4, 1, interruptions)
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Summary(median, low, high, min(samples), len(samples), interruptions)
-
-
-def time_calls(call: Callable[[], object], count: int, device: Device = CPU) -> float:
-    """The seconds that ``count`` calls take, one after the other."""
-    device.synchronize()
-    start = time.perf_counter_ns()
-    for _ in repeat(None, count):
-        call()
-    device.synchronize()
-    return (time.perf_counter_ns() - start) * 1e-9
 
 
 def involuntary_switches() -> int:

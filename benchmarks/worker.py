@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from benchmarks import memory, verify
-from benchmarks.case import DTYPE_NAMES, OURS, Case, Contender
+from benchmarks.case import DTYPE_NAMES, OURS, Case, Contender, Unavailable
 from benchmarks.cases import all_cases
-from benchmarks.device import CPU
+from benchmarks.device import DEVICES, Device
 from benchmarks.limits import best_of, measure_limits
-from benchmarks.machine import available_bytes
 from benchmarks.timing import Plan, Summary, measure
 
 Emit = Callable[[dict], None]
@@ -38,6 +37,7 @@ class Request:
     compile: bool
     plan: Plan
     limit_seconds: float
+    device: str
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -55,24 +55,33 @@ class Outcome:
     contenders: list[Contender] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def leave_out(self, contender: Contender, reason: str) -> None:
+        """Goes on without this one; without ours there would be nothing to compare."""
+        contender.close()
+        if contender.name == OURS:
+            raise RuntimeError(f"{OURS}: {reason}")
+        self.contenders.remove(contender)
+        self.skipped[contender.name] = reason
+
 
 def run(request: Request, emit: Emit) -> None:
     """Measures all cases, with the machine's limits before and after."""
     torch.set_num_threads(request.threads)
+    device = DEVICES[request.device]
     logging.getLogger("torch").setLevel(logging.ERROR)  # the compiler's remarks on optimizers
     wanted = set(request.keys)
     cases = [case for case in all_cases() if case.key in wanted]
     has_limits = any(_is_work(case) for case in cases)
-    limits = measure_limits(request.limit_seconds) if has_limits else None
+    limits = measure_limits(request.limit_seconds, device) if has_limits else None
     emit({"event": "limits", "limits": limits})
     for case in cases:
         emit({"event": "start", "key": case.key})
         try:
-            emit(_run_case(case, request))
+            emit(_run_case(case, request, device))
         except Exception as error:  # one broken case must not take the others' results along
             emit({"event": "failed", "key": case.key, "reason": _one_line(error)})
     if limits is not None:
-        limits = best_of(limits, measure_limits(request.limit_seconds))
+        limits = best_of(limits, measure_limits(request.limit_seconds, device))
         emit({"event": "limits", "limits": limits})
 
 
@@ -80,50 +89,45 @@ def _is_work(case: Case) -> bool:
     return case.mode != "memory" and bool(case.work.flops or case.work.bytes)
 
 
-def _run_case(case: Case, request: Request) -> dict:
-    reason = _why_not(case)
+def _run_case(case: Case, request: Request, device: Device) -> dict:
+    reason = _why_not(case, device)
     if reason:
         return {"event": "skipped", "key": case.key, "reason": reason}
     if request.compile:
         # Compiled code of earlier cases would make the compiler generalise over shapes.
         torch._dynamo.reset()
     generator = torch.Generator().manual_seed(SEED)
-    contenders = case.contenders()
+    contenders = [one for one in case.contenders() if device.name in one.devices]
     outcome = Outcome([one for one in contenders if request.compile or not one.compiled])
     try:
         if case.mode == "memory":
-            summaries = _memory(case, outcome)
+            summaries = _memory(case, outcome, device)
         else:
             with torch.set_grad_enabled(case.records_graph):
-                _check(case, outcome, generator)
-                summaries = _time(case, outcome.contenders, request.plan, generator)
+                _check(case, outcome, generator, device)
+                summaries = _time(case, outcome.contenders, request.plan, generator, device)
     finally:
         for contender in outcome.contenders:
             contender.close()
     return {"event": "result", "result": _result(case, request, outcome, summaries)}
 
 
-def _why_not(case: Case) -> str | None:
-    if case.mode == "memory" and not memory.supported():
+def _why_not(case: Case, device: Device) -> str | None:
+    if case.mode == "memory" and not device.measures_memory():
         return "this system doesn't let a process measure its peak memory"
-    if case.peak_bytes > available_bytes():
+    if case.peak_bytes > device.available_bytes():
         return f"needs about {case.peak_bytes / 2**30:.0f} GiB of free memory"
     return None
 
 
-def _check(case: Case, outcome: Outcome, generator: torch.Generator) -> None:
+def _check(case: Case, outcome: Outcome, generator: torch.Generator, device: Device) -> None:
     """Leaves the contenders whose results are right."""
-    inputs = verify.check_inputs(case, generator)
+    inputs = verify.check_inputs(case, generator).on(device)
     reference = verify.expected(case, inputs)
     for contender in list(outcome.contenders):
         reason = _complaint(case, contender, inputs, reference)
-        if reason is None:
-            continue
-        contender.close()
-        if contender.name == OURS:
-            raise RuntimeError(f"{OURS}: {reason}")
-        outcome.contenders.remove(contender)
-        outcome.skipped[contender.name] = reason
+        if reason is not None:
+            outcome.leave_out(contender, reason)
 
 
 def _complaint(case: Case, contender: Contender, inputs, reference) -> str | None:
@@ -137,17 +141,29 @@ def _complaint(case: Case, contender: Contender, inputs, reference) -> str | Non
 
 
 def _time(
-    case: Case, contenders: list[Contender], plan: Plan, generator: torch.Generator
+    case: Case,
+    contenders: list[Contender],
+    plan: Plan,
+    generator: torch.Generator,
+    device: Device,
 ) -> dict[str, Summary]:
+    timer = device.timer(case.mode)
+
     def draw():
-        inputs = case.inputs(generator)
-        return {contender.name: contender.sampler(inputs, CPU) for contender in contenders}
+        inputs = case.inputs(generator).on(device)
+        return {contender.name: contender.sampler(inputs, timer) for contender in contenders}
 
-    return measure(draw, plan, random.Random(SEED))
+    return measure(draw, plan, random.Random(SEED), switches=device.interruptions)
 
 
-def _memory(case: Case, outcome: Outcome) -> dict[str, Summary]:
-    return {one.name: memory.peak_memory(case, one.name) for one in outcome.contenders}
+def _memory(case: Case, outcome: Outcome, device: Device) -> dict[str, Summary]:
+    summaries = {}
+    for contender in list(outcome.contenders):
+        try:
+            summaries[contender.name] = memory.peak_memory(case, contender.name, device)
+        except Unavailable as problem:
+            outcome.leave_out(contender, _one_line(problem))
+    return summaries
 
 
 def _result(case: Case, request: Request, outcome: Outcome, summaries: dict[str, Summary]) -> dict:

@@ -7,7 +7,11 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed with the package
 
 from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import limits, memory, plots, report, results, table, verify  # noqa: E402
-from benchmarks.case import Function, Inputs, Work  # noqa: E402
-from benchmarks.cases import all_cases, sgd  # noqa: E402
-from benchmarks.device import Device  # noqa: E402
-from benchmarks.timing import Plan, Summary, measure, summarise, time_calls  # noqa: E402
+from benchmarks import (  # noqa: E402
+    limits,
+    memory,
+    plots,
+    report,
+    resident,
+    results,
+    table,
+    verify,
+    worker,
+)
+from benchmarks.case import Contender, Function, Inputs, Unavailable, Work  # noqa: E402
+from benchmarks.cases import all_cases, cross_entropy, mlp, overhead, sgd  # noqa: E402
+from benchmarks.device import CPU, CUDA, Cuda, Device  # noqa: E402
+from benchmarks.timing import Plan, Summary, measure, summarise  # noqa: E402
+from fastnn import _extension  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("the benchmarks")
 
@@ -167,11 +182,303 @@ def test_summary_is_median_and_quartiles():
     assert summarise([4.0]) == Summary(4.0, 4.0, 4.0, 4.0, 1)
 
 
+# ---- devices -------------------------------------------------------------------------------------
+
+
+class FakeGpu:
+    """Stands in for torch.cuda, with a clock of its own in milliseconds and a log."""
+
+    FLUSH, CALL, L2 = 100.0, 3.0, 1000
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.now, self.allocated, self.peak = 0.0, 500, 9999
+        self.buffer_size = 0
+
+    def device(self) -> Cuda:
+        return Cuda(self, self._make_buffer)
+
+    def _make_buffer(self, size: int) -> SimpleNamespace:
+        self.buffer_size = size
+        return SimpleNamespace(zero_=lambda: self.work("flush", self.FLUSH))
+
+    def work(self, name: str, milliseconds: float) -> None:
+        self.log.append(name)
+        self.now += milliseconds
+
+    def call(self) -> None:
+        self.work("call", self.CALL)
+        self.peak = max(self.peak, self.allocated + 70)
+
+    def Event(self, enable_timing: bool) -> FakeEvent:
+        assert enable_timing
+        return FakeEvent(self)
+
+    def synchronize(self) -> None:
+        self.log.append("synchronise")
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_properties(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(L2_cache_size=self.L2)
+
+    def get_device_name(self) -> str:
+        return "A GPU"
+
+    def get_device_capability(self) -> tuple[int, int]:
+        return 9, 0
+
+    def memory_allocated(self) -> int:
+        return self.allocated
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.allocated
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+
+class FakeEvent:
+    """A moment of the fake's clock; as on a GPU it can't be read before a synchronisation."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.gpu.log.append("event")
+        self.moment = self.gpu.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.gpu.log[-1] == "synchronise"
+        return end.moment - self.moment
+
+
+class Meta(Device):
+    """Torch's device without data: what ends up elsewhere shows."""
+
+    name = "meta"
+
+
 def test_time_calls_makes_all_calls_and_synchronises():
     log: list[str] = []
-    device = Device("fake", lambda: log.append("synchronise"))
-    assert time_calls(lambda: log.append("call"), 3, device) > 0
+    device = Device()
+    device.synchronize = lambda: log.append("synchronise")
+    assert device.time_calls(lambda: log.append("call"), 3) > 0
     assert log == ["synchronise", "call", "call", "call", "synchronise"]
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+def test_kernels_are_timed_by_events_after_the_l2_is_flushed(mode: str):
+    gpu = FakeGpu()
+    seconds = gpu.device().timer(mode)(gpu.call, 3)
+    assert gpu.log == ["flush", "event", "call", "event"] * 3 + ["synchronise"]
+    assert seconds == pytest.approx(3 * FakeGpu.CALL * 1e-3)  # without the flushes
+    assert gpu.buffer_size >= 2 * FakeGpu.L2
+
+
+@pytest.mark.parametrize("mode", ["step", "call"])
+def test_what_launches_cost_is_timed_by_the_clock(mode: str):
+    gpu = FakeGpu()
+    assert 0 < gpu.device().timer(mode)(gpu.call, 2) < 1
+    assert gpu.log == ["synchronise", "call", "call", "synchronise"]
+
+
+def test_peak_memory_of_a_gpu_is_what_a_call_adds():
+    gpu = FakeGpu()
+    assert gpu.device().peak_growth(gpu.call) == 70
+    assert gpu.log == ["synchronise", "call", "synchronise"]
+
+
+def test_inputs_on_another_device_are_the_same_leaves():
+    leaf, plain = torch.ones(2, requires_grad=True), torch.ones(3)
+    target = torch.zeros(2, dtype=torch.int64)
+    here = Inputs((leaf, target, [plain]), torch.ones(2))
+    there = here.on(Meta())
+    assert [arg.requires_grad and arg.is_leaf for arg in there.args[:2]] == [True, False]
+    assert there.leaves == (there.args[0],)
+    assert not there.args[2][0].requires_grad
+    everything = [*there.args[:2], *there.args[2], there.grad]
+    assert {tensor.device.type for tensor in everything} == {"meta"}
+    assert [tensor.dtype for tensor in everything[:2]] == [torch.float32, torch.int64]
+    assert here.on(CPU).args[0] is leaf
+
+
+def _meta_inputs(make) -> Inputs:
+    return make(torch.Generator().manual_seed(0)).on(Meta())
+
+
+def test_what_contenders_make_themselves_lies_where_the_inputs_are():
+    step = next(one for one in mlp._contenders("cross_entropy") if one.name == "torch")
+    step.bind(_meta_inputs(mlp._batch))
+    optimizer = next(one for one in sgd.step_contenders() if one.name == "SGD")
+    shapes = [(2, 3), (4,)]
+    optimizer.bind(_meta_inputs(partial(sgd.parameters_and_gradients, shapes=shapes)))
+    layer = overhead.Backward("torch", *overhead._layers()["torch"])
+    layer.bind(_meta_inputs(overhead._row))
+    parameters = [*step.params, *optimizer.params, *layer.modules[0].parameters()]
+    assert len(parameters) == 6 + 2 + 2
+    assert {parameter.device.type for parameter in parameters} == {"meta"}
+    assert overhead._reference_layer(torch.ones(1, 8, device="meta")).device.type == "meta"
+
+
+def names_on(device: Device) -> set[str]:
+    contenders = [one for case in all_cases() for one in case.contenders()]
+    return {one.name for one in contenders if device.name in one.devices}
+
+
+def test_peers_compete_on_their_own_devices():
+    cpu, cuda = names_on(CPU), names_on(CUDA)
+    assert cpu - cuda == {"mkldnn", "mkldnn packed", "jax.jit"}
+    assert cuda - cpu == {"Liger", "Apex", "Apex FusedSGD"}
+    assert {"fastnn", "torch.compile", "SGD", "SGD foreach", "SGD fused"} <= cpu & cuda
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("liger_kernel", lambda: cross_entropy._liger(torch.ones(1, 2), torch.zeros(1).long())),
+        ("apex", lambda: cross_entropy._apex(torch.ones(1, 2), torch.zeros(1).long())),
+        ("apex", lambda: sgd._apex_sgd([torch.ones(2)])),
+    ],
+)
+def test_a_peer_that_is_not_installed_is_unavailable(module: str, call, monkeypatch):
+    for loaded in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
+    with pytest.raises(Unavailable, match=f"{module}.* is not installed"):
+        call()
+
+
+def test_a_destructive_peer_leaves_the_others_their_inputs():
+    def overwriting(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = (logits * target).sum()
+        logits.data.zero_()
+        return loss
+
+    inputs = Inputs((torch.ones(3, requires_grad=True), torch.full((3,), 2.0)))
+    call = cross_entropy.Destructive("peer", overwriting).bind(inputs)
+    loss, gradient = call()
+    assert loss == 6 and torch.equal(gradient, inputs.args[1])
+    assert torch.equal(inputs.args[0], torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["peer", "fastnn"])
+def test_memory_mode_goes_on_without_a_peer_that_refuses(name: str, monkeypatch):
+    def peak_memory(case, contender: str, device: Device) -> Summary:
+        if contender == name:
+            raise Unavailable("not installed")
+        return summarise([1.0])
+
+    monkeypatch.setattr(memory, "peak_memory", peak_memory)
+    outcome = worker.Outcome([Contender("fastnn"), Contender("peer")])
+    if name == "fastnn":
+        with pytest.raises(RuntimeError, match="fastnn: not installed"):
+            worker._memory(None, outcome, CPU)
+        return
+    assert list(worker._memory(None, outcome, CPU)) == ["fastnn"]
+    assert outcome.skipped == {"peer": "not installed"}
+    assert [one.name for one in outcome.contenders] == ["fastnn"]
+
+
+def test_memory_process_reports_a_refusal(monkeypatch):
+    said = subprocess.CompletedProcess([], 0, stdout='noise\n"not installed"\n')
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
+    case = next(case for case in all_cases() if case.mode == "memory")
+    with pytest.raises(Unavailable, match="not installed"):
+        memory.peak_memory(case, "Liger", CUDA)
+
+
+def test_worker_measures_on_the_device_of_the_request(monkeypatch):
+    gpu = FakeGpu()
+    device = gpu.device()
+    device.name = "cpu"  # where the tensors are; the clock is the fake's
+    device.gemm_sizes = dict.fromkeys(device.gemm_sizes, (8,))
+    device.available_bytes = lambda: float("inf")
+    assert device.interruptions() == 0
+    device.interruptions = partial(next, count())  # one in each sample, of three calls
+    monkeypatch.setattr(worker, "DEVICES", {"cuda": device})
+    monkeypatch.setattr(limits, "COPY_BYTES", (1024,))
+    # Every call and copy takes the fake no time; its clock only shows that it was asked.
+    monkeypatch.setattr(FakeEvent, "elapsed_time", lambda start, end: FakeGpu.CALL)
+    key = "nll_loss 64 x 10 float32 forward"
+    events: list[dict] = []
+    plan = Plan(seconds=0.02, sample_seconds=0.01, min_rounds=3)
+    worker.run(
+        worker.Request([key], torch.get_num_threads(), False, plan, 0.01, "cuda"), events.append
+    )
+    assert [event["event"] for event in events] == ["limits", "start", "result", "limits"]
+    assert events[0]["limits"]["copy"]["1024"] == pytest.approx(1024 / (FakeGpu.CALL * 1e-3))
+    contenders = events[2]["result"]["contenders"]
+    assert contenders["fastnn"]["median"] == pytest.approx(FakeGpu.CALL * 1e-3)
+    assert contenders["fastnn"]["interruptions"] == pytest.approx(1 / (3 * FakeGpu.CALL * 1e-3))
+    assert gpu.log.count("flush") == gpu.log.count("event") / 2 > 10
+
+
+@pytest.mark.parametrize(
+    ("is_available", "build_info", "message"),
+    [
+        (False, {"cuda": True}, "needs a CUDA device that torch can use, and torch finds none"),
+        (True, {"cuda": False}, "needs fastnn's CUDA part, and fastnn was built without it"),
+    ],
+)
+def test_cuda_that_can_not_be_used_ends_in_one_sentence(
+    is_available: bool, build_info: dict, message: str, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    monkeypatch.setattr(_extension, "build_info", lambda: build_info)
+    assert cli.main(["--device", "cuda", "--filter", "overhead"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"benchmarks: error: --device cuda {message}"
+
+
+def test_cuda_with_a_device_and_the_kernels_has_no_complaint(monkeypatch):
+    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda": True})
+    assert Cuda(SimpleNamespace(is_available=lambda: True)).complaint() is None
+    assert CPU.complaint() is None
+
+
+def test_command_line_chooses_and_records_the_device():
+    options = cli.parse_options(["--device", "cuda"])
+    assert (options.device, options.threads) == (CUDA, (1,))
+    assert cli._command(options) == "python -m benchmarks --device cuda --threads 1"
+    assert cli.parse_options(["--device", "cuda", "--threads", "2"]).threads == (2,)
+    options = cli.parse_options(["--threads", "1"])
+    assert options.device is CPU
+    assert cli._command(options) == "python -m benchmarks --threads 1"
+    assert cli.parse_options([]).threads == CPU.default_threads()
+
+
+def test_document_table_plots_and_report_name_the_gpu(tmp_path: Path, monkeypatch):
+    facts = FakeGpu().device().facts()
+    assert facts["gpu"] == "A GPU" and facts["capability"] == "CUDA sm_90"
+    assert facts["capability of torch"] == f"CUDA {torch.version.cuda}"
+    document = make_document(WON, LOST)
+    titles: list[str] = []
+    monkeypatch.setattr(plots, "_draw", lambda results, value, title, *rest: titles.append(title))
+
+    def texts() -> tuple[str, str, list[str]]:
+        titles.clear()
+        plots.draw(document, tmp_path)
+        return table.format_document(document), report.markdown(document, []), list(titles)
+
+    shown, written, titled = texts()
+    assert "won, 1 thread\n" in shown and ": A Processor (2 processors" in written
+    assert all(title.endswith("(A Processor)") for title in titled)
+    document["machine"] |= facts
+    shown, written, titled = texts()
+    assert "won, A GPU, 1 thread\n" in shown
+    assert ": A GPU, A Processor (2 processors" in written and "(CUDA sm_90 kernels)" in written
+    assert len(titled) == 2 and all(title.endswith("(A GPU)") for title in titled)
+
+
+def test_run_records_the_facts_of_the_device(monkeypatch):
+    monkeypatch.setattr(cli, "_events", lambda request: iter([{"event": "limits", "limits": None}]))
+    options = cli.parse_options(["--threads", "1", "--filter", "overhead"])
+    document, _ = cli.run(options, [])
+    assert "gpu" not in document["machine"]
+    document, _ = cli.run(replace(options, device=FakeGpu().device()), [])
+    assert document["machine"]["gpu"] == "A GPU"
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -255,9 +562,9 @@ def test_resnet18_has_its_parameters():
     assert sum(torch.Size(shape).numel() for shape in shapes) == 11_689_512
 
 
-@pytest.mark.skipif(not memory.supported(), reason="the system does not reset a process's peak")
+@pytest.mark.skipif(not resident.supported(), reason="the system does not reset a process's peak")
 def test_peak_memory_sees_what_a_call_allocates():
-    growth = memory._growth_of(lambda: torch.ones(8 * 2**20))
+    growth = CPU.peak_growth(lambda: torch.ones(8 * 2**20))
     assert growth == pytest.approx(32 * 2**20, rel=0.1)
 
 
@@ -339,6 +646,7 @@ def test_plots_show_what_there_is(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--device", "tpu"], "'tpu' is not a device; the devices are cpu, cuda"),
         (["--threads", "0"], "expected thread counts such as 1,2, got '0'"),
         (["--threads", "1,x"], "expected thread counts such as 1,2, got '1,x'"),
         (["--modes", "backward"], "'backward' is not a mode; the modes are forward"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastnn
-from benchmarks.case import Case, Compiled, Contender, Function, Inputs, Work, classes, normal
+from benchmarks.case import (
+    Case,
+    Compiled,
+    Contender,
+    Function,
+    Inputs,
+    Unavailable,
+    Work,
+    classes,
+    normal,
+)
 from benchmarks.cases.classifiers import (
     DTYPES,
     MODES,
@@ -19,6 +30,7 @@ from benchmarks.cases.classifiers import (
     logits_and_targets,
     size_facts,
 )
+from benchmarks.device import CUDA
 
 OPTIONS_SHAPE = (512, 1000)
 SMOOTHING = 0.1
@@ -64,11 +76,49 @@ def _contenders() -> list[Contender]:
         Function("F.cross_entropy", F.cross_entropy),
         Function("LogSoftmax+NLLLoss", _two_operators),
         Compiled("torch.compile", F.cross_entropy),
+        Destructive("Liger", _liger, devices=(CUDA.name,)),
+        Function("Apex", _apex, devices=(CUDA.name,)),
     ]
 
 
 def _two_operators(logits: Tensor, target: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(logits, 1), target)
+
+
+# ---- other libraries' kernels --------------------------------------------------------------------
+
+
+def _liger(logits: Tensor, target: Tensor) -> Tensor:
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError:
+        raise Unavailable("liger_kernel is not installed") from None
+    return liger_cross_entropy(logits, target)
+
+
+def _apex(logits: Tensor, target: Tensor) -> Tensor:
+    try:
+        from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
+    except ImportError:
+        raise Unavailable("apex with its xentropy extension is not installed") from None
+    # No smoothing; the class that it ignores is 0 where it is told no other.
+    return SoftmaxCrossEntropyLoss.apply(logits, target, 0.0, -100).mean()
+
+
+@dataclass
+class Destructive(Function):
+    """A function that overwrites its first argument, as Liger's does, with the gradient.
+
+    It gets a copy of its own, or its neighbours would find other inputs than the check has seen.
+    The copy is made outside of the timed calls, for in a training loop the logits may be lost and
+    need none. Only the first call finds the logits there, the later ones what the one before has
+    left: finite numbers too, over which the kernel takes as long.
+    """
+
+    def bind(self, inputs: Inputs) -> Callable[[], object]:
+        logits, *others = inputs.args
+        own = logits.detach().clone().requires_grad_(logits.requires_grad)
+        return super().bind(replace(inputs, args=(own, *others)))
 
 
 # ---- options -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Contender, Inputs, Unavailable
-from benchmarks.device import CPU, Device
+from benchmarks.device import CPU, Timer
 from benchmarks.timing import Sampler
 
 
@@ -36,7 +36,7 @@ class JaxStep(Contender):
         self._send(inputs)
         return [torch.tensor(loss) for loss in self._ask("losses", self.checked_steps)]
 
-    def sampler(self, inputs: Inputs, device: Device = CPU) -> Sampler:
+    def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
         self._send(inputs)
         return lambda count: self._ask("time", count)
 

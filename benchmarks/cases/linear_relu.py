@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fastnn
 from benchmarks.case import Case, Compiled, Contender, Function, Inputs, Work, normal
+from benchmarks.device import CPU
 
 # Rows, input features, output features: the MNIST MLP's two layers, the first at a larger batch, a
 # middle and a large square one.
@@ -86,8 +87,8 @@ def _contenders() -> list[Contender]:
 def _forward_contenders() -> list[Contender]:
     return [
         *_contenders(),
-        Function("mkldnn", _mkldnn, trainable=False),
-        Prepacked("mkldnn packed", _mkldnn, _pack_mkldnn, trainable=False),
+        Function("mkldnn", _mkldnn, trainable=False, devices=(CPU.name,)),
+        Prepacked("mkldnn packed", _mkldnn, _pack_mkldnn, trainable=False, devices=(CPU.name,)),
         Function("_addmm_activation", _addmm_activation, trainable=False),
     ]
 

@@ -14,6 +14,7 @@ import fastnn
 from benchmarks.case import Case, Contender, Inputs, Work, classes, normal
 from benchmarks.cases.jax_step import JaxStep
 from benchmarks.cases.sgd import OPTIONS, optimizers
+from benchmarks.device import CPU
 
 BATCH = 64
 WIDTHS = (784, 128, 64, 10)
@@ -60,7 +61,13 @@ def _contenders(loss: str) -> list[Contender]:
         TrainingStep("torch", stock, made["SGD"]),
         TrainingStep("torch, SGD fused", stock, made["SGD fused"]),
         TrainingStep("torch.compile, SGD fused", stock, made["SGD fused"], compiled=True),
-        JaxStep("jax.jit", initial_weights, **OPTIONS, checked_steps=CHECKED_STEPS),
+        JaxStep(
+            "jax.jit",
+            initial_weights,
+            **OPTIONS,
+            checked_steps=CHECKED_STEPS,
+            devices=(CPU.name,),
+        ),
     ]
 
 
@@ -103,12 +110,12 @@ class TrainingStep(Contender):
 
     def bind(self, inputs: Inputs) -> Callable[[], Tensor]:
         if self.step is None:
-            self._build(inputs.args[0].dtype)
+            self._build(inputs.args[0])
         return partial(self.step, *inputs.args)
 
-    def _build(self, dtype: torch.dtype) -> None:
+    def _build(self, images: Tensor) -> None:
         model, criterion = self.build()
-        model.to(dtype)
+        model.to(images)  # their dtype and device
         self.params = list(model.parameters())
         with torch.no_grad():
             for param, value in zip(self.params, initial_weights(), strict=True):
@@ -134,5 +141,5 @@ class TrainingStep(Contender):
         """The losses of some steps, and how far each parameter went."""
         call = self.bind(inputs)
         losses = [call().detach() for _ in range(CHECKED_STEPS)]
-        start = initial_weights()
-        return losses + [new.detach() - old for new, old in zip(self.params, start, strict=True)]
+        moves = zip(self.params, initial_weights(), strict=True)
+        return losses + [new.detach() - old.to(new.device) for new, old in moves]

@@ -22,8 +22,8 @@ from benchmarks.cases.sgd import (
 
 SIZE = 8
 
-#: A call with the parameters behind it.
-Layer = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+#: A call with the modules whose parameters it takes.
+Layer = tuple[Callable[..., Tensor], tuple[nn.Module, ...]]
 
 
 def cases() -> list[Case]:
@@ -64,13 +64,13 @@ def _layers() -> dict[str, Layer]:
     linear, relu, fused = _linear(), nn.ReLU(), fastnn.nn.LinearReLU(SIZE, SIZE)
     fused.load_state_dict(linear.state_dict())
     return {
-        "fastnn": (fused, tuple(fused.parameters())),
-        "torch": (lambda input: relu(linear(input)), tuple(linear.parameters())),
+        "fastnn": (fused, (fused,)),
+        "torch": (lambda input: relu(linear(input)), (linear,)),
     }
 
 
 def _reference_layer(input: Tensor) -> Tensor:
-    return F.relu(_linear().double()(input))
+    return F.relu(_linear().to(input)(input))
 
 
 def _losses() -> dict[str, Layer]:
@@ -98,8 +98,8 @@ def _call_case(
         dtype=torch.float32,
         mode="call",
         inputs=inputs,
-        contenders=lambda: [Call(name, call) for name, (call, _) in calls().items()],
-        reference=Call("reference", reference),
+        contenders=lambda: [Call(name, *layer) for name, layer in calls().items()],
+        reference=Call("reference", reference, ()),
         grad_enabled=grad_enabled,
     )
 
@@ -126,21 +126,22 @@ class Call(Contender):
     """The forward alone, whether or not autograd records it."""
 
     function: Callable[..., Tensor]
+    modules: tuple[nn.Module, ...]
 
-    def bind(self, inputs: Inputs) -> Callable[[], Tensor]:
+    def bind(self, inputs: Inputs) -> Callable[[], object]:
+        for module in self.modules:
+            module.to(inputs.args[0].device)
         return partial(self.function, *inputs.args)
 
 
 @dataclass
-class Backward(Contender):
+class Backward(Call):
     """The backward alone, again and again over one graph."""
 
-    function: Callable[..., Tensor]
-    parameters: tuple[Tensor, ...]
-
-    def bind(self, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-        output = self.function(*inputs.args)
-        leaves = inputs.leaves + self.parameters
+    def bind(self, inputs: Inputs) -> Callable[[], object]:
+        output = super().bind(inputs)()
+        parameters = (one for module in self.modules for one in module.parameters())
+        leaves = (*inputs.leaves, *parameters)
         grad = inputs.grad if output.dim() else None
         return partial(torch.autograd.grad, output, leaves, grad, retain_graph=True)
 

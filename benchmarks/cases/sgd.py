@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import fastnn
-from benchmarks.case import Case, Contender, Inputs, Work, normal
-from benchmarks.device import CPU, Device
+from benchmarks.case import Case, Contender, Inputs, Unavailable, Work, normal
+from benchmarks.device import CPU, CUDA, Timer
 from benchmarks.timing import Sampler
 
 Shapes = list[tuple[int, ...]]
@@ -93,8 +93,19 @@ def parameters_and_gradients(generator: torch.Generator, shapes: Shapes) -> Inpu
 
 def step_contenders() -> list[Contender]:
     made = optimizers()
-    contenders: list[Contender] = [Step(name, make) for name, make in made.items()]
-    return [*contenders, Step("torch.compile", made["SGD"], compiled=True)]
+    return [
+        *(Step(name, make) for name, make in made.items()),
+        Step("Apex FusedSGD", _apex_sgd, devices=(CUDA.name,)),
+        Step("torch.compile", made["SGD"], compiled=True),
+    ]
+
+
+def _apex_sgd(params: Iterable[Tensor]) -> Optimizer:
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError:
+        raise Unavailable("apex is not installed") from None
+    return FusedSGD(params, **OPTIONS)
 
 
 def step_reference() -> Contender:
@@ -175,7 +186,7 @@ class ZeroGrad(Contender):
             self.optimizer = self.make(self.params)
         return self.optimizer.zero_grad
 
-    def sampler(self, inputs: Inputs, device: Device = CPU) -> Sampler:
+    def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
         """Gradients must be there each time; putting them there is not timed."""
         zero_grad, params, grads = self.bind(inputs), self.params, inputs.args[1]
 
