@@ -3,7 +3,8 @@
 #   make test [ARGS="-k cross_entropy"]   runs the tests, and again over emulated CUDA kernels
 #   make mutants                          plants faults in the CUDA kernels: do the tests see them?
 #   make bench [ARGS="--quick"]           times every operator against what else there is
-#   make sanitize                         runs all kernels under the compiler's sanitizers
+#   make sanitize                         runs the CPU kernels under the compiler's sanitizers
+#   make sanitize-cuda                    runs the emulated CUDA kernels under them
 #   make emulate                          runs them on a CPU without AVX and on aarch64, with QEMU
 #   make cuda-check                       builds the CUDA part with nvcc and checks it; needs no GPU
 #   make lint / make format               checks / applies the code style
@@ -24,7 +25,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
-.PHONY: demo test test-emulated bench sanitize mutants emulate cuda-check lint format build clean
+.PHONY: demo test test-emulated bench sanitize sanitize-cuda mutants emulate cuda-check lint format build clean
 
 demo: build
 	$(PY) examples/mnist.py $(ARGS)
@@ -46,9 +47,12 @@ test-emulated: build
 bench: build
 	$(PY) -m benchmarks $(ARGS)
 
-# Needs a C++ compiler, and for the CUDA kernels torch's headers.
-sanitize: $(VENV)/.torch
+# Needs a C++ compiler and no more.
+sanitize:
 	CXX="$(CXX)" $(PYTHON) tests/kernels/run.py sanitize
+
+# Apart, as it takes long. Needs torch's headers.
+sanitize-cuda: $(VENV)/.torch
 	CXX="$(CXX)" $(PY) tests/cuda_emulation/run.py sanitize
 
 mutants: $(VENV)/.torch

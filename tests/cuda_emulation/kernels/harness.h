@@ -40,10 +40,12 @@ struct Test {
 
 template <typename F>
 void for_each_dtype(F f) {
-  f.template operator()<double>();
   f.template operator()<float>();
   f.template operator()<BFloat16>();
+#if !defined(__SANITIZE_THREAD__)  // the barriers are the same, and each takes minutes
+  f.template operator()<double>();
   f.template operator()<Half>();
+#endif
 }
 
 template <typename T>
