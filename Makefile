@@ -37,7 +37,7 @@ test: build
 
 # The CUDA launchers and kernels on the CPU: all tests with the threads in one order, and those of
 # the operators in the others.
-OR_NONE_CHOSEN := || [ $$$$? -eq 5 ]
+OR_NONE_CHOSEN := || [ $$? -eq 5 ]
 EMULATED := FASTNN_TEST_CUDA_EMULATION=1 CXX="$(CXX)"
 test-emulated: build
 	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PY) -m pytest $(ARGS) $(OR_NONE_CHOSEN)
