@@ -444,9 +444,9 @@ MUTANTS = [
     Mutant(
         "sgd_step_kernel",
         "sgd_kernels.cuh",
-        "a first buffer is read",
-        "if (kMomentum && !step.is_first_step) b = load_vec",
-        "if (kMomentum) b = load_vec",
+        "a first step is dampened",
+        "buffer = is_first_step ? direction : momentum * buffer + keep * direction;",
+        "buffer = momentum * buffer + keep * direction;",
         "sgd",
     ),
     Mutant(

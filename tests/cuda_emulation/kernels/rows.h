@@ -29,6 +29,7 @@ struct Way {
   std::optional<Path> path = std::nullopt;
   int64_t max_blocks = INT64_MAX;  // of more, each does several rows
   bool may_cache = true;
+  int64_t slice_size = 0;  // of a split row; 0: the plan's own
 };
 
 inline std::vector<Way> ways(const Layout& layout) {
@@ -50,6 +51,9 @@ inline std::vector<Way> ways(const Layout& layout) {
   if (layout.classes < 1000) {
     result.push_back({"subwarp", Path::Subwarp});
     result.push_back({.name = "subwarp, one block", .path = Path::Subwarp, .max_blocks = 1});
+  } else {
+    // More slices than a warp has lanes.
+    result.push_back({.name = "split, short slices", .path = Path::Split, .slice_size = 16});
   }
   return result;
 }
@@ -57,6 +61,12 @@ inline std::vector<Way> ways(const Layout& layout) {
 template <typename Op>
 Plan plan_of(const Layout& layout, const Way& way) {
   Plan plan = plan_rows(layout, row_traits<Op>(), way.path);
+  if (way.slice_size != 0) {
+    plan.slice_size = way.slice_size;
+    plan.slices = (layout.classes + way.slice_size - 1) / way.slice_size;
+    plan.blocks = layout.rows() * plan.slices;
+    plan.last_blocks = layout.rows() * (row_traits<Op>().maps ? plan.slices : 1);
+  }
   plan.blocks = std::min(plan.blocks, way.max_blocks);
   plan.last_blocks = std::min(plan.last_blocks, way.max_blocks);
   if (!way.may_cache) {
