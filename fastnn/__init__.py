@@ -13,7 +13,20 @@ PyTorch's, the time is not:
 
 from fastnn import autograd, functional, nn, optim, reference
 from fastnn._extension import is_available
+from fastnn.fusion import FusionReport, fuse, fusion_report, unfuse
 
-__all__ = ["__version__", "autograd", "functional", "is_available", "nn", "optim", "reference"]
+__all__ = [
+    "FusionReport",
+    "__version__",
+    "autograd",
+    "functional",
+    "fuse",
+    "fusion_report",
+    "is_available",
+    "nn",
+    "optim",
+    "reference",
+    "unfuse",
+]
 
 __version__ = "0.1.0"
