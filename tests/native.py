@@ -7,6 +7,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,3 +61,10 @@ def run(command: list[str], variables: dict[str, str] | None = None) -> None:
     if process.returncode != 0:
         name = Path(sys.argv[0]).name
         sys.exit(f"{name}: this ended with status {process.returncode}: {' '.join(command)}")
+
+
+def build(compile_commands: Sequence[list[str]], link_command: list[str], jobs: int) -> None:
+    """Compiles, several files at once, and links."""
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, compile_commands))
+    run(link_command)

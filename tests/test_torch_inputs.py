@@ -10,7 +10,10 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import stock
 import torch
+from sample_inputs import DTYPES
+from torch.testing._comparison import default_tolerances
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 from torch.utils._pytree import tree_map
@@ -18,16 +21,11 @@ from torch.utils._pytree import tree_map
 import fastnn
 
 F = torch.nn.functional
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def linear_then_relu(input, weight, bias=None):
-    return F.relu(F.linear(input, weight, bias))
 
 
 # By OpInfo's name: fastnn's function, torch's.
 FUNCTIONS = {
-    "nn.functional.linear": (fastnn.functional.linear_relu, linear_then_relu),
+    "nn.functional.linear": (fastnn.functional.linear_relu, stock.linear_relu),
     "log_softmax": (fastnn.functional.log_softmax, F.log_softmax),
     "nn.functional.nll_loss": (fastnn.functional.nll_loss, F.nll_loss),
     "nn.functional.cross_entropy": (fastnn.functional.cross_entropy, F.cross_entropy),
@@ -77,7 +75,7 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
             assert actual is None
             continue
         assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-        if torch.allclose(actual, expected, *tolerances(expected.dtype), equal_nan=True):
+        if torch.allclose(actual, expected, *default_tolerances(expected.dtype), equal_nan=True):
             continue
         assert expected.dtype in (torch.bfloat16, torch.float16)
         reference = exact()[i].detach()
@@ -85,16 +83,6 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
         rounding = torch.finfo(expected.dtype).eps / 2 * reference[reference.isfinite()].abs().max()
         allowed = max(error_of(expected.detach(), reference), 1.01 * rounding.item())
         assert error_of(actual.detach(), reference) <= allowed
-
-
-def tolerances(dtype: torch.dtype) -> tuple[float, float]:
-    """torch.testing.assert_close's own."""
-    return {
-        torch.float64: (1e-7, 1e-7),
-        torch.float32: (1.3e-6, 1e-5),
-        torch.bfloat16: (1.6e-2, 1e-5),
-        torch.float16: (1e-3, 1e-5),
-    }[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

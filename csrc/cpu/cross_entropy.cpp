@@ -9,29 +9,12 @@
 namespace fastnn::cpu {
 namespace {
 
-// The kernels' operands, and the tensors that keep them alive.
-struct Operands {
-  bool classes_last;
-  simd::Layout layout;
-  at::Tensor logits;
-  at::Tensor target;
-  std::optional<at::Tensor> weight;
-  bool probabilities;
-  int64_t ignore_index;
-  double label_smoothing;
-
-  Operands(const at::Tensor& input, const at::Tensor& target_, const std::optional<at::Tensor>& w,
-           int64_t ignore_index, double label_smoothing)
-      : classes_last(has_classes_last(input)),
-        logits(arranged(input, classes_last)),
-        weight(contiguous(w)),
-        probabilities(has_class_probabilities(input, target_)),
-        ignore_index(ignore_index),
-        label_smoothing(label_smoothing) {
-    TORCH_CHECK(input.size(class_dim(input)) <= INT32_MAX, "cross_entropy: expected input to have ",
-                "at most 2147483647 classes, but it has shape ", input.sizes());
-    layout = layout_around(logits.sizes(), classes_last ? logits.dim() - 1 : class_dim(input));
-    target = probabilities ? arranged(target_, classes_last) : contiguous_indices(target_);
+struct Operands : CrossEntropyOperands {
+  Operands(const at::Tensor& input, const at::Tensor& target,
+           const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing)
+      : CrossEntropyOperands(input, target, weight, ignore_index, label_smoothing) {
+    TORCH_CHECK(layout.classes <= INT32_MAX, "cross_entropy: expected input to have at most ",
+                "2147483647 classes, but it has shape ", input.sizes());
   }
 
   template <typename T>
@@ -39,14 +22,10 @@ struct Operands {
     return {.layout = layout,
             .logits = const_data<T>(logits),
             .target = indices(),
-            .target_probs = probabilities ? const_data<T>(target) : nullptr,
+            .target_probs = target_probs<T>(),
             .weight = const_data_or_null<T>(weight),
             .ignore_index = ignore_index,
             .label_smoothing = label_smoothing};
-  }
-
-  const int64_t* indices() const {
-    return probabilities ? nullptr : target.const_data_ptr<int64_t>();
   }
 };
 
@@ -115,7 +94,7 @@ at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::T
   if (!operands.probabilities) {
     bad.raise_if_any(operands.indices(), operands.layout.classes, ignore_index);
   }
-  return operands.classes_last ? grad_logits.movedim(-1, 1) : grad_logits;
+  return operands.in_shape_of_input(grad_logits);
 }
 
 }  // namespace

@@ -15,18 +15,7 @@ namespace fastnn::cpu {
 // Calls f.template operator()<T>() with the kernels' storage type T of the dtype.
 template <typename F>
 void dispatch(at::ScalarType dtype, std::string_view op, F f) {
-  switch (dtype) {
-    case at::kDouble:
-      return f.template operator()<double>();
-    case at::kFloat:
-      return f.template operator()<float>();
-    case at::kBFloat16:
-      return f.template operator()<simd::bfloat16>();
-    case at::kHalf:
-      return f.template operator()<simd::float16>();
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, '"', op, "\" not implemented for '", dtype, "'");
-  }
+  dispatch_storage<simd::bfloat16, simd::float16>(dtype, op, f);
 }
 
 // Elements below which waking a second thread costs more than it gains.

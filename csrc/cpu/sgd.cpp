@@ -66,13 +66,9 @@ void sgd_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList mo
   const double scale = grad_scale ? grad_scale->item<double>() : 1;
   const simd::SGD options{lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step};
 
-  if (!any_share_memory(params, momentum_buffers)) {
-    step_range(params, grads, momentum_buffers, 0, params.size(), options, scale);
-    return;
-  }
-  for (size_t i = 0; i < params.size(); ++i) {
-    step_range(params, grads, momentum_buffers, i, i + 1, options, scale);
-  }
+  step_in_order(params, momentum_buffers, [&](size_t first, size_t last) {
+    step_range(params, grads, momentum_buffers, first, last, options, scale);
+  });
 }
 
 void sgd_step_tensor_lr_cpu(at::TensorList params, at::TensorList grads,

@@ -10,28 +10,8 @@
 namespace fastnn::cuda {
 namespace {
 
-// The kernels' operands, and the tensors that keep them alive.
-struct Operands {
-  bool classes_last;
-  at::Tensor logits;
-  at::Tensor target;
-  std::optional<at::Tensor> weight;
-  Layout layout;
-  bool probabilities;
-  int64_t ignore_index;
-  double label_smoothing;
-
-  Operands(const at::Tensor& input, const at::Tensor& target_, const std::optional<at::Tensor>& w,
-           int64_t ignore_index, double label_smoothing)
-      : classes_last(has_classes_last(input)),
-        logits(arranged(input, classes_last)),
-        weight(contiguous(w)),
-        layout(layout_around(logits.sizes(), classes_last ? logits.dim() - 1 : class_dim(input))),
-        probabilities(has_class_probabilities(input, target_)),
-        ignore_index(ignore_index),
-        label_smoothing(label_smoothing) {
-    target = probabilities ? arranged(target_, classes_last) : contiguous_indices(target_);
-  }
+struct Operands : CrossEntropyOperands {
+  using CrossEntropyOperands::CrossEntropyOperands;
 
   double uniform() const {
     return label_smoothing / static_cast<double>(std::max<int64_t>(layout.classes, 1));
@@ -41,8 +21,8 @@ struct Operands {
     return {.logits = const_data<T>(logits),
             .classes = layout.classes,
             .inner = layout.inner,
-            .target = probabilities ? nullptr : const_data<int64_t>(target),
-            .target_probs = probabilities ? const_data<T>(target) : nullptr,
+            .target = indices(),
+            .target_probs = target_probs<T>(),
             .weight = const_data_or_null<T>(weight),
             .ignore_index = ignore_index,
             .keep = static_cast<accum<T>>(1 - label_smoothing),
@@ -146,7 +126,7 @@ at::Tensor cross_entropy_backward_cuda(const at::Tensor& grad_output, const at::
     }
     run_rows(op, plan_of<Op>(layout), layout, tensors, input.options());
   });
-  return operands.classes_last ? grad_logits.movedim(-1, 1) : grad_logits;
+  return operands.in_shape_of_input(grad_logits);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "cuda/portability.cuh"
+#include "ops/operands.h"
 
 // The dispatch key that the launchers register under; the tests' emulation says CPU.
 #ifndef FASTNN_CUDA_KEY
@@ -22,18 +23,7 @@ namespace fastnn::cuda {
 // Calls f.template operator()<T>() with the kernels' storage type T of the dtype.
 template <typename F>
 void dispatch(at::ScalarType dtype, std::string_view op, F f) {
-  switch (dtype) {
-    case at::kDouble:
-      return f.template operator()<double>();
-    case at::kFloat:
-      return f.template operator()<float>();
-    case at::kBFloat16:
-      return f.template operator()<c10::BFloat16>();
-    case at::kHalf:
-      return f.template operator()<c10::Half>();
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, '"', op, "\" not implemented for '", dtype, "'");
-  }
+  dispatch_storage<c10::BFloat16, c10::Half>(dtype, op, f);
 }
 
 }  // namespace fastnn::cuda

@@ -44,9 +44,8 @@ Product requested_product() {
 // - for float64, for which ATen's fused call may fall back to three kernels, and tensor cores are
 // rare;
 // - where nothing is summed, or one number (a depth of 0 or 1), which cuBLASLt does not take;
-// - for small products: the time to prepare cuBLASLt's call, a few microseconds, is as long as a
-// GPU
-//   takes for 2^20 multiply-adds. This limit is an estimate and not measured.
+// - for small products: a GPU does 2^20 multiply-adds in the few microseconds that it takes to
+//   prepare cuBLASLt's call. This limit is an estimate and not measured.
 bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
   if (rows == 0 || cols == 0 || depth == 0) return false;
   switch (requested_product()) {
@@ -79,7 +78,7 @@ at::Tensor library_product(const at::Tensor& input, const at::Tensor& weight,
 at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias) {
   const at::Tensor output = at::empty({input.size(0), weight.size(0)}, input.options());
-  const auto contiguous_bias = bias ? std::optional(bias->contiguous()) : std::nullopt;
+  const auto contiguous_bias = contiguous(bias);
   dispatch(input.scalar_type(), "linear_relu", [&]<typename T>() {
     const auto lines = [](const at::Tensor& matrix) {
       return operand(matrix.const_data_ptr<T>(), matrix.stride(0), matrix.stride(1));
@@ -89,7 +88,7 @@ at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
                        .depth = weight.size(1),
                        .a = lines(input),
                        .b = lines(weight),
-                       .bias = contiguous_bias ? contiguous_bias->const_data_ptr<T>() : nullptr,
+                       .bias = const_data_or_null<T>(contiguous_bias),
                        .relu = true,
                        .whole_groups = false,
                        .out = output.data_ptr<T>()};

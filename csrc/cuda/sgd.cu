@@ -69,12 +69,8 @@ void step_on_device(const Lists& lists, SGDOptions options, const Scalars& scala
   options.device_lr = device_scalar(scalars.lr);
   options.grad_scale = device_scalar(scalars.grad_scale);
   options.found_inf = device_scalar(scalars.found_inf);
-  const size_t count = lists.params.size();
-  if (!any_share_memory(lists.params, lists.momentum_buffers)) {
-    step_range(lists, 0, count, options);
-    return;
-  }
-  for (size_t i = 0; i < count; ++i) step_range(lists, i, i + 1, options);
+  step_in_order(lists.params, lists.momentum_buffers,
+                [&](size_t first, size_t last) { step_range(lists, first, last, options); });
 }
 
 // Calls f with the lists of each device and dtype, in the order of their first parameters.

@@ -1,4 +1,4 @@
-// Storage types, the type each is summed in, and 128-bit access to memory of any alignment.
+// Conversions of storage types, and 128-bit access to memory of any alignment.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -11,20 +11,9 @@
 #include <type_traits>
 
 #include "cuda/portability.cuh"
+#include "ops/accum.h"
 
 namespace fastnn::cuda {
-
-template <typename T>
-struct accum_of {
-  using type = float;
-};
-template <>
-struct accum_of<double> {
-  using type = double;
-};
-// float64 sums in float64, everything narrower in float32.
-template <typename T>
-using accum = typename accum_of<T>::type;
 
 // What one thread loads or stores in one instruction, at an address that is a multiple of it.
 inline constexpr int kVecBytes = 16;

@@ -88,6 +88,19 @@ void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
               accumulate_dtype(input), ", but got ", lse.scalar_type());
 }
 
+CrossEntropyOperands::CrossEntropyOperands(const at::Tensor& input, const at::Tensor& target_,
+                                           const std::optional<at::Tensor>& w, int64_t ignore_index,
+                                           double label_smoothing)
+    : classes_last(has_classes_last(input)),
+      logits(arranged(input, classes_last)),
+      weight(contiguous(w)),
+      layout(layout_around(logits.sizes(), classes_last ? logits.dim() - 1 : class_dim(input))),
+      probabilities(has_class_probabilities(input, target_)),
+      ignore_index(ignore_index),
+      label_smoothing(label_smoothing) {
+  target = probabilities ? arranged(target_, classes_last) : contiguous_indices(target_);
+}
+
 at::DimVector lse_sizes(const at::Tensor& input) {
   at::DimVector sizes = per_row_sizes(input);
   sizes.insert(sizes.begin(), 2);

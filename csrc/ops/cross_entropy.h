@@ -9,6 +9,8 @@
 #include <string_view>
 #include <tuple>
 
+#include "ops/operands.h"
+
 namespace fastnn {
 
 // Calls through the dispatcher. `lse` holds each row's log-sum-exp in two parts, its maximum (0)
@@ -40,6 +42,35 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
 void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                   const at::Tensor& lse, const at::Tensor& total_weight,
                                   at::Reduction::Reduction reduction);
+
+// The tensors as the kernels of every device take them, and what is known of them.
+struct CrossEntropyOperands {
+  bool classes_last;
+  at::Tensor logits;
+  at::Tensor target;
+  std::optional<at::Tensor> weight;
+  Layout layout;
+  bool probabilities;
+  int64_t ignore_index;
+  double label_smoothing;
+
+  CrossEntropyOperands(const at::Tensor& input, const at::Tensor& target,
+                       const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                       double label_smoothing);
+
+  // Null where the target holds probabilities.
+  const int64_t* indices() const {
+    return probabilities ? nullptr : const_data<int64_t>(target);
+  }
+  template <typename T>
+  const T* target_probs() const {
+    return probabilities ? const_data<T>(target) : nullptr;
+  }
+  // A tensor that is laid out as `logits`, in the input's shape.
+  at::Tensor in_shape_of_input(const at::Tensor& tensor) const {
+    return classes_last ? tensor.movedim(-1, 1) : tensor;
+  }
+};
 
 // The shape of lse: two values per row.
 at::DimVector lse_sizes(const at::Tensor& input);

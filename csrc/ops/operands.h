@@ -5,10 +5,29 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "ops/layout.h"
 
 namespace fastnn {
+
+// Calls f.template operator()<T>() with the dtype's storage type T, of which each device's kernels
+// have two of their own.
+template <typename BFloat16, typename Half, typename F>
+void dispatch_storage(at::ScalarType dtype, std::string_view op, F f) {
+  switch (dtype) {
+    case at::kDouble:
+      return f.template operator()<double>();
+    case at::kFloat:
+      return f.template operator()<float>();
+    case at::kBFloat16:
+      return f.template operator()<BFloat16>();
+    case at::kHalf:
+      return f.template operator()<Half>();
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, '"', op, "\" not implemented for '", dtype, "'");
+  }
+}
 
 // A defined tensor's data; the caller has checked its dtype.
 template <typename T>

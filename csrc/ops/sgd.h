@@ -50,8 +50,18 @@ SGDItem sgd_item(at::TensorList params, at::TensorList grads, at::TensorList mom
 void copy_back(const SGDItem& item, at::TensorList params, at::TensorList grads,
                at::TensorList momentum_buffers, size_t i, bool grads_changed);
 
-// Whether two tensors share memory: a parameter listed twice, or two views of one tensor. Those are
-// stepped one after the other, as torch does: each sees what the one before has written.
+// Whether two tensors share memory: a parameter listed twice, or two views of one tensor.
 bool any_share_memory(at::TensorList params, at::TensorList momentum_buffers);
+
+// Calls step(first, last) for all parameters at once; or, where some share memory, for one after
+// the other, as torch steps them: each sees what the one before has written.
+template <typename F>
+void step_in_order(at::TensorList params, at::TensorList momentum_buffers, F step) {
+  if (!any_share_memory(params, momentum_buffers)) {
+    step(size_t{0}, params.size());
+    return;
+  }
+  for (size_t i = 0; i < params.size(); ++i) step(i, i + 1);
+}
 
 }  // namespace fastnn

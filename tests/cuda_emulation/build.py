@@ -1,6 +1,6 @@
 """Builds fastnn's extension with the CUDA launchers and kernels in place of the CPU's, emulated.
 
-It lies outside the package, in ``build/``; only the tests load it (``pytest --emulate-cuda``).
+It lies outside the package, in ``build/``; only the tests load it (see chosen.py).
 """
 
 from __future__ import annotations

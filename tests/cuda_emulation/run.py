@@ -12,18 +12,25 @@ import importlib.util
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from native import ADDRESS_UNDEFINED, CXX, REPOSITORY, THREAD, Way, run
+from native import ADDRESS_UNDEFINED, CXX, REPOSITORY, THREAD, Way, build, run
 
 EMULATION = Path("tests/cuda_emulation")
 # `#pragma unroll` is nvcc's.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-FLAGS = ["-std=c++20", "-g1", "-pthread", *WARNINGS, f"-I{EMULATION / 'include'}", "-Icsrc"]
+FLAGS = [
+    "-std=c++20",
+    "-g1",
+    "-pthread",
+    *WARNINGS,
+    f"-I{EMULATION / 'include'}",
+    "-Icsrc",
+    "-Itests",
+]
 
 # Not -O2: GCC 12's vectorizer then takes a load that is aligned in one branch for aligned in both.
 PLAIN = Way("plain", flags=("-O1",))
@@ -100,10 +107,9 @@ class Program:
     def build(self, jobs: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         commands = self.commands()
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(run, commands))
         objects = [command[-1] for command in commands]
-        run([*CXX, *self.way.flags, "-pthread", *objects, "-o", str(self.path)])
+        link = [*CXX, *self.way.flags, "-pthread", *objects, "-o", str(self.path)]
+        build(commands, link, jobs)
 
     def test(self, jobs: int) -> None:
         print(f"--- {self.name} of the CUDA emulation, {self.way.name}", flush=True)

@@ -16,7 +16,7 @@ struct Options {
 
 // The operands, and what they are made of.
 template <typename T>
-struct Problem {
+struct Problem : TargetDistribution<Problem<T>> {
   Options options;
   Layout layout;
   Buffer<T> logits;
@@ -58,22 +58,6 @@ struct Problem {
   }
   bool counts(int64_t row) const {
     return options.probabilities || (!is_bad(row) && target[row] != kIgnored);
-  }
-  double class_weight(int64_t c) const {
-    return options.weighted ? weight(c) : 1;
-  }
-  // A row's target distribution at class c.
-  double q(int64_t row, int64_t c) const {
-    if (!counts(row)) return 0;
-    const double p =
-        options.probabilities ? target_probs(element(layout, row, c)) : double(target[row] == c);
-    const double s = options.label_smoothing;
-    return class_weight(c) * ((1 - s) * p + s / layout.classes);
-  }
-  // What a row adds to the sum of weights.
-  double row_weight(int64_t row) const {
-    if (!counts(row)) return 0;
-    return options.probabilities ? 1 : class_weight(target[row]);
   }
   int64_t first_bad() const {
     for (int64_t row = 0; row < layout.rows(); ++row) {

@@ -1,7 +1,8 @@
-// What the tests of log_softmax and cross_entropy share: layouts, and a row's log-sum-exp.
+// What the tests of log_softmax and cross_entropy share: layouts, and how they round.
 #pragma once
 
 #include "harness.h"
+#include "row_math.h"
 
 namespace fastnn::tests {
 
@@ -15,47 +16,6 @@ inline std::vector<Layout> layouts(int64_t lanes) {
     result.push_back({1, classes, 3});
     result.push_back({2, classes, lanes + 1});
   }
-  return result;
-}
-
-inline std::string to_string(const Layout& layout) {
-  return format("outer=%d classes=%d inner=%d", int(layout.outer), int(layout.classes),
-                int(layout.inner));
-}
-
-inline int64_t elements(const Layout& layout) {
-  return layout.rows() * layout.classes;
-}
-
-// Where class c of a row lies.
-inline int64_t element(const Layout& layout, int64_t row, int64_t c) {
-  return (row / layout.inner * layout.classes + c) * layout.inner + row % layout.inner;
-}
-
-struct LogSumExp {
-  double max = -INFINITY;
-  double log_sum = 0;
-
-  double log_softmax(double x) const {
-    return (x - max) - log_sum;
-  }
-  // The magnitudes that a log-softmax is the difference of.
-  double scale(double x) const {
-    return std::isinf(x) ? 0 : 1 + std::abs(x - max) + log_sum;
-  }
-};
-
-template <typename T>
-LogSumExp log_sum_exp(const Buffer<T>& x, const Layout& layout, int64_t row) {
-  LogSumExp result;
-  double sum = 0;
-  for (int64_t c = 0; c < layout.classes; ++c) {
-    result.max = std::max(result.max, x(element(layout, row, c)));
-  }
-  for (int64_t c = 0; c < layout.classes; ++c) {
-    sum += std::exp(x(element(layout, row, c)) - result.max);
-  }
-  result.log_sum = std::log(sum);
   return result;
 }
 

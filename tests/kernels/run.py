@@ -11,13 +11,12 @@ import runpy
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, REPOSITORY, THREAD, Way, run
+from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, REPOSITORY, THREAD, Way, build, run
 
 TESTS = Path("tests/kernels")
 SIMD = runpy.run_path(str(REPOSITORY / "csrc/cpu/simd/targets.py"))
@@ -75,11 +74,9 @@ class Program:
     def build(self, jobs: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         commands, objects = zip(*self.commands(), strict=True)
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(run, commands))
-        objects = [str(path) for path in objects]
         link = [*self.compiler, *self.way.flags, "-pthread", *self.link_flags]
-        run([*link, *objects, "-o", str(self.folder / "tests")])
+        link += [*map(str, objects), "-o", str(self.folder / "tests")]
+        build(commands, link, jobs)
 
     def test(self, jobs: int) -> None:
         print(f"--- {self.way.name}", flush=True)

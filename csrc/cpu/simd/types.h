@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "ops/accum.h"
 #include "ops/layout.h"
 
 namespace fastnn::simd {
@@ -16,18 +17,7 @@ struct float16 {
   uint16_t bits;
 };
 
-template <typename T>
-struct accum_of {
-  using type = float;
-};
-template <>
-struct accum_of<double> {
-  using type = double;
-};
-// float64 sums in float64, everything narrower in float32.
-template <typename T>
-using accum = typename accum_of<T>::type;
-
+using fastnn::accum;
 using fastnn::Layout;
 
 }  // namespace fastnn::simd

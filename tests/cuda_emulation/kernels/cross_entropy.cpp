@@ -16,7 +16,7 @@ struct Options {
 };
 
 template <typename T>
-struct Problem {
+struct Problem : TargetDistribution<Problem<T>> {
   using A = accum<T>;
   Layout layout;
   Options options;
@@ -51,23 +51,7 @@ struct Problem {
             A(s / std::max<double>(layout.classes, 1))};
   }
   bool counts(int64_t row) const {
-    return options.probabilities || target.data()[row] != kIgnored;
-  }
-  double class_weight(int64_t c) const {
-    return options.weighted ? weight(c) : 1;
-  }
-  // A row's target distribution at class c.
-  double q(int64_t row, int64_t c) const {
-    if (!counts(row)) return 0;
-    const double p = options.probabilities ? target_probs(element(layout, row, c))
-                                           : double(target.data()[row] == c);
-    const double s = options.label_smoothing;
-    return class_weight(c) * ((1 - s) * p + s / layout.classes);
-  }
-  // What a row adds to the sum of weights.
-  double row_weight(int64_t row) const {
-    if (!counts(row)) return 0;
-    return options.probabilities ? 1 : class_weight(target.data()[row]);
+    return options.probabilities || target[row] != kIgnored;
   }
 };
 

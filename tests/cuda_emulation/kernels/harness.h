@@ -8,19 +8,17 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <random>
-#include <string>
 #include <vector>
 
 #include "cuda/vec.cuh"
+#include "kernels/expectations.h"
 
 namespace fastnn::cuda::tests {
 
+using namespace fastnn::tests;
 using c10::BFloat16;
 using c10::Half;
 
@@ -58,41 +56,6 @@ template <>
 inline constexpr const char* kName<BFloat16> = "bfloat16";
 template <>
 inline constexpr const char* kName<Half> = "float16";
-
-// ---- expectations ----
-
-struct Running {
-  std::string test;
-  std::string detail;
-  int64_t values_compared = 0;
-};
-inline Running& running() {
-  static Running running;
-  return running;
-}
-
-template <typename... Args>
-std::string format(const char* format, Args... args) {
-  char text[256];
-  std::snprintf(text, sizeof(text), format, args...);
-  return text;
-}
-
-template <typename... Args>
-void describe(const char* text, Args... args) {
-  running().detail = format(text, args...);
-}
-
-[[noreturn]] inline void fail(const std::string& what) {
-  std::fprintf(stderr, "FAILED: %s, %s: %s\n", running().test.c_str(), running().detail.c_str(),
-               what.c_str());
-  std::exit(1);
-}
-
-inline void expect(bool condition, const char* what) {
-  ++running().values_compared;
-  if (!condition) fail(what);
-}
 
 // ---- memory ----
 
@@ -156,19 +119,6 @@ class Buffer {
   std::unique_ptr<unsigned char[]> memory_;
 };
 
-inline std::mt19937_64& generator() {
-  static std::mt19937_64 engine(20240229);
-  return engine;
-}
-
-inline double uniform(double low, double high) {
-  return std::uniform_real_distribution<double>(low, high)(generator());
-}
-
-inline int64_t random_index(int64_t n) {
-  return std::uniform_int_distribution<int64_t>(0, n - 1)(generator());
-}
-
 template <typename T>
 Buffer<T> random_buffer(int64_t n, int64_t offset = 0, double low = -3, double high = 3) {
   Buffer<T> buffer(n, offset);
@@ -191,15 +141,10 @@ inline constexpr double kEpsilon<BFloat16> = 1.0 / 128;
 template <typename T>
 void expect_close(const char* name, int64_t i, T actual, double expected, double roundings,
                   double scale) {
-  ++running().values_compared;
-  const double value = static_cast<double>(actual);
-  if (value == expected || (std::isnan(value) && std::isnan(expected))) return;
   const double smallest = 1e-7;  // of any format's subnormal numbers
-  const double bound =
-      roundings * kEpsilon<accum<T>> * scale + kEpsilon<T> * std::abs(expected) + smallest;
-  if (std::isfinite(expected) && std::abs(value - expected) <= bound) return;
-  fail(format("%s[%lld] is %.17g, expected %.17g within %.3g", name, static_cast<long long>(i),
-              value, expected, bound));
+  const double rounded = kEpsilon<T> * std::abs(expected) + smallest;
+  expect_within(name, i, static_cast<double>(actual), expected,
+                roundings * kEpsilon<accum<T>> * scale + rounded);
 }
 
 // That a sum of n terms, of magnitudes that sum to `scale`, is the expected value: it is summed in

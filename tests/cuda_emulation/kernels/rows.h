@@ -1,9 +1,10 @@
-// What the tests of the kernels over rows share: layouts, the ways to hand rows to threads, and a
-// row's log-sum-exp.
+// What the tests of the kernels over rows share: layouts, the ways to hand rows to threads, and
+// how they round.
 #pragma once
 
 #include "cuda/rows_launch.cuh"
 #include "harness.h"
+#include "kernels/row_math.h"
 
 namespace fastnn::cuda::tests {
 
@@ -83,20 +84,6 @@ void run_rows(const Op& op, const Plan& plan, const Layout& layout,
   launch_rows(op, plan, layout, tensors, states.data(), sums, nullptr);
 }
 
-inline std::string to_string(const Layout& layout) {
-  return format("outer=%d classes=%d inner=%d", int(layout.outer), int(layout.classes),
-                int(layout.inner));
-}
-
-inline int64_t elements(const Layout& layout) {
-  return layout.rows() * layout.classes;
-}
-
-// Where class c of a row lies.
-inline int64_t element(const Layout& layout, int64_t row, int64_t c) {
-  return (row / layout.inner * layout.classes + c) * layout.inner + row % layout.inner;
-}
-
 // Elements past a 16-byte boundary at which operands and outputs start.
 struct Offsets {
   int64_t first;
@@ -115,33 +102,6 @@ std::vector<Offsets> offsets() {
 template <typename C>
 auto one_of(const C& choices) {
   return choices[random_index(std::size(choices))];
-}
-
-struct LogSumExp {
-  double max = -INFINITY;
-  double log_sum = 0;
-
-  double log_softmax(double x) const {
-    return (x - max) - log_sum;
-  }
-  // The magnitudes that a log-softmax is the difference of.
-  double scale(double x) const {
-    return std::isinf(x) ? 0 : 1 + std::abs(x - max) + log_sum;
-  }
-};
-
-template <typename T>
-LogSumExp log_sum_exp(const Buffer<T>& x, const Layout& layout, int64_t row) {
-  LogSumExp result;
-  double sum = 0;
-  for (int64_t c = 0; c < layout.classes; ++c) {
-    result.max = std::max(result.max, x(element(layout, row, c)));
-  }
-  for (int64_t c = 0; c < layout.classes; ++c) {
-    sum += std::exp(x(element(layout, row, c)) - result.max);
-  }
-  result.log_sum = std::log(sum);
-  return result;
 }
 
 // Roundings on the way to a sum over classes, and in exp, log and what follows.
