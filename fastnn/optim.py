@@ -58,6 +58,36 @@ class SGD(torch.optim.SGD):
     tensor([0.9000, 0.9000])
     """
 
+    @classmethod
+    def from_torch(cls, optimizer: torch.optim.SGD) -> SGD:
+        """Takes over a live :class:`torch.optim.SGD` in the middle of its training.
+
+        The parameter groups, momentum buffers and hooks are the same objects, not copies: a
+        scheduler that was built over ``optimizer`` still sets the learning rate. Only one of the
+        two optimizers should step from then on.
+
+        Args:
+            optimizer: the optimizer, with or without state.
+
+        Returns: an optimizer that goes on where ``optimizer`` is.
+        Errors: ``TypeError`` where ``optimizer`` is not a :class:`torch.optim.SGD`.
+
+        >>> import torch, fastnn
+        >>> stock = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+        >>> optimizer = fastnn.optim.SGD.from_torch(stock)
+        >>> optimizer.param_groups is stock.param_groups
+        True
+        """
+        if not isinstance(optimizer, torch.optim.SGD):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.SGD, got {type(optimizer).__name__}"
+            )
+        taken = cls.__new__(cls)
+        # An instance's own step is a scheduler's wrapper around the old optimizer's.
+        attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
+        taken.__setstate__(attributes)
+        return taken
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
@@ -113,35 +143,40 @@ class SGD(torch.optim.SGD):
     def _step_group(self, group: dict[str, Any]) -> None:
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        # Before any buffer is made: a skipped first step leaves no state behind.
-        if found_inf is not None and bool(found_inf):
+        fusable = extension is not None and _options_are_plain(group)
+        # On a GPU the kernels find out whether to skip, so that nobody waits for it. The first step
+        # differs from later ones if there is dampening: skipped, it has to leave no buffer behind.
+        kernels_skip = fusable and _is_on_gpu(found_inf) and not group["dampening"]
+        if found_inf is not None and not kernels_skip and bool(found_inf):
             return
-        if extension is None or not _options_are_plain(group):
+        if not fusable:
             self._step_as_torch(group, group["params"], grad_scale)
             return
+        scaling = {"grad_scale": grad_scale, "found_inf": found_inf if kernels_skip else None}
         # fused=True refuses what torch's fused implementation does, before anything is changed.
-        rest = self._step_fusable(group, grad_scale, all_or_nothing=bool(group["fused"]))
+        rest = self._step_fusable(group, scaling, all_or_nothing=bool(group["fused"]))
         if rest and group["fused"]:
             _check_fused(rest)
-            self._step_fusable(group, grad_scale, all_or_nothing=False)
-        if rest:
+            self._step_fusable(group, scaling, all_or_nothing=False)
+        if rest and not (kernels_skip and bool(found_inf)):
             self._step_as_torch(group, rest, grad_scale)
 
     def _step_fusable(
-        self, group: dict[str, Any], grad_scale: Tensor | None, all_or_nothing: bool
+        self, group: dict[str, Any], scaling: dict[str, Tensor | None], all_or_nothing: bool
     ) -> list[Tensor]:
         """Steps what the operator takes and returns the rest; nothing where all or nothing asks."""
+        lr = group["lr"]
         return extension.sgd_step_group(
             group["params"],
             self.state,
-            lr=float(group["lr"]),
+            lr=lr if _is_on_gpu(lr) else float(lr),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=float(group["weight_decay"]),
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             all_or_nothing=all_or_nothing,
-            grad_scale=grad_scale,
+            **scaling,
         )
 
     @_use_grad_for_differentiable
@@ -187,6 +222,10 @@ def _check_fused(params: list[Tensor]) -> None:
                 f"SGD(fused=True): expected scalar type {param.dtype} for the gradient, as for its "
                 f"parameter, but found {param.grad.dtype}"
             )
+
+
+def _is_on_gpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
 
 
 def _options_are_plain(group: dict[str, Any]) -> bool:

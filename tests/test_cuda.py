@@ -15,11 +15,11 @@ from fastnn import functional
 pytestmark = needs_gpu
 
 
-def step_of_a_model(device: str = "cuda"):
+def step_of_a_model(device: str = "cuda", lr: float | torch.Tensor = 0.1):
     """A function that trains one step and returns the loss, and the model's parameters."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(fastnn.nn.LinearReLU(20, 33), torch.nn.Linear(33, 10)).to(device)
-    optimizer = fastnn.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = fastnn.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     x = torch.randn(64, 20).to(device)
     target = (torch.arange(64) % 10).to(device)
 
@@ -54,9 +54,8 @@ def test_training_gives_the_same_bits_again():
     assert_same_bits(trained(5), trained(5))
 
 
-def test_training_in_a_graph():
-    """Capturing fails where anything synchronises; the replays read what a step has left."""
-    step, parameters = step_of_a_model()
+def captured(step) -> torch.cuda.CUDAGraph:
+    """A graph of the step, after three that ran as they were."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -66,9 +65,29 @@ def test_training_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    return graph
+
+
+def test_training_in_a_graph():
+    """Capturing fails where anything synchronises; the replays read what a step has left."""
+    step, parameters = step_of_a_model()
+    graph = captured(step)
     for _ in range(2):
         graph.replay()
     assert_same_bits([parameter.detach().cpu() for parameter in parameters], trained(5))
+
+
+def test_a_graph_reads_the_learning_rate_at_each_replay():
+    lr = torch.tensor(0.5, device="cuda")
+    step, parameters = step_of_a_model(lr=lr)
+    graph = captured(step)
+    lr.fill_(0.0)
+    before = [parameter.detach().cpu() for parameter in parameters]
+    graph.replay()
+    assert_same_bits([parameter.detach().cpu() for parameter in parameters], before)
+    lr.fill_(0.5)
+    graph.replay()
+    assert not torch.equal(parameters[0].detach().cpu(), before[0])
 
 
 def test_training_on_a_second_stream():
@@ -88,6 +107,23 @@ def test_nothing_waits_for_the_device():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_scaled_step_does_not_wait_for_the_device(overflow):
+    parameter = torch.nn.Parameter(torch.ones(5, device="cuda"))
+    lr = torch.tensor(0.25, device="cuda")
+    optimizer = fastnn.optim.SGD([parameter], lr=lr, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0)
+    factor = torch.tensor(float("inf") if overflow else 1.0, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert parameter.tolist() == [1.0 if overflow else 0.75] * 5
 
 
 def test_training_on_a_second_device():

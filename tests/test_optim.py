@@ -1444,6 +1444,128 @@ def test_found_inf_skips_every_kind_of_parameter():
         assert momentum_buffer(optimizer, param) is None
 
 
+@pytest.fixture
+def scalars_stay_on_device(monkeypatch):
+    """Has the optimizer treat the CPU's tensors as a GPU's: the kernels read them, not the host."""
+    monkeypatch.setattr(fastnn.optim, "_is_on_gpu", lambda value: isinstance(value, Tensor))
+
+
+class OperatorNames(TorchDispatchMode):
+    """The operators that are called, those inside of other operators excepted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_extension
+@pytest.mark.usefixtures("scalars_stay_on_device")
+@pytest.mark.parametrize("overflow", [0.0, 1.0])
+def test_nothing_waits_for_scalars_on_the_device(overflow):
+    (param,) = make_params((5, 3), dtype=torch.float32)
+    start = param.detach().clone()
+    optimizer = fastnn.optim.SGD([param], lr=torch.tensor(0.25), momentum=0.9, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(overflow)
+    param.grad = torch.ones_like(param)
+    with OperatorNames() as operators:
+        optimizer.step()
+    assert "fastnn.sgd_step_.tensor_lr" in operators.names
+    assert "aten._local_scalar_dense.default" not in operators.names
+    # A gradient of 1 over a scale of 2, times a quarter: no rounding but that of the difference.
+    assert torch.equal(param, start if overflow else start - 0.125)
+
+
+@needs_extension
+@pytest.mark.usefixtures("scalars_stay_on_device")
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+@pytest.mark.parametrize("overflowing_steps", [{0}, {0, 1}, {3}], ids=str)
+def test_a_step_that_the_kernels_skip_is_as_if_it_had_not_been(dampening, overflowing_steps):
+    """After a first step so skipped the next is a first one, with dampening too."""
+    params = make_params((5, 3), (7,), dtype=torch.float32)
+    stock_params = make_params((5, 3), (7,), dtype=torch.float32)
+    options = {"momentum": 0.9, "dampening": dampening}
+    ours = fastnn.optim.SGD(params, lr=torch.tensor(0.1), fused=True, **options)
+    stock = torch.optim.SGD(stock_params, lr=0.1, **options)
+    ours.grad_scale = torch.tensor(1.0)
+    for step in range(5):
+        for index, (mine, theirs) in enumerate(zip(params, stock_params, strict=True)):
+            mine.grad = randn(tuple(mine.shape), torch.float32, 100 * step + index)
+            theirs.grad = mine.grad.clone()
+        ours.found_inf = torch.tensor(float(step in overflowing_steps))
+        ours.step()
+        if step not in overflowing_steps:
+            stock.step()
+    for mine, theirs in zip(params, stock_params, strict=True):
+        atol = tolerance(torch.float32, 5, theirs, torch.tensor(5.0))
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
+
+
+@needs_extension
+@pytest.mark.usefixtures("scalars_stay_on_device")
+def test_parameters_of_torchs_own_path_are_skipped_too_where_the_kernels_skip():
+    tagged, plain = TaggedParameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = fastnn.optim.SGD([tagged, plain], fused=True, **MOMENTUM)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    train(optimizer, 1)
+    for param in (tagged, plain):
+        assert torch.equal(param, torch.ones(3))
+
+
+# --- taking over torch's optimizer ----------------------------------------------------------------
+
+
+def test_from_torch_goes_on_where_torch_is():
+    old, stock = (torch.optim.SGD(make_params((5, 3), (7,)), **EVERYTHING) for _ in range(2))
+    train(old, 2)
+    taken = fastnn.optim.SGD.from_torch(old)
+    assert type(taken) is fastnn.optim.SGD
+    for param in params_of(old):
+        assert momentum_buffer(taken, param) is momentum_buffer(old, param)
+    train(taken, 3, first_seed=3)
+    train(stock, 5)
+    assert_same_training(taken, stock, 5)
+
+
+def test_from_torch_keeps_groups_hooks_and_scheduler():
+    params = make_params((5, 3), (7,))
+    groups = [{"params": params[:1], "lr": 0.2, "name": "body"}, {"params": params[1:]}]
+    old = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    called = []
+    old.register_step_post_hook(lambda *_: called.append("hook"))
+    scheduler = StepLR(old, step_size=1, gamma=0.5)
+    train(old, 1)
+    taken = fastnn.optim.SGD.from_torch(old)
+    assert taken.param_groups is old.param_groups
+    train(taken, 1, first_seed=2)
+    scheduler.step()
+    assert called == ["hook", "hook"]
+    assert [group["lr"] for group in taken.param_groups] == [0.1, 0.05]
+    assert taken.param_groups[0]["name"] == "body"
+    assert pickle.loads(pickle.dumps(taken)).state_dict().keys() == old.state_dict().keys()
+
+
+def test_from_torch_steps_with_our_operator():
+    (param,) = make_params((5, 3))
+    taken = fastnn.optim.SGD.from_torch(torch.optim.SGD([param], **MOMENTUM))
+    StepLR(taken, step_size=1)
+    param.grad = torch.ones_like(param)
+    with OperatorNames() as operators:
+        taken.step()
+    expected = "fastnn.sgd_step_.default" if fastnn.is_available() else "aten.add_.Tensor"
+    assert expected in operators.names
+
+
+@pytest.mark.parametrize("wrong", [torch.optim.Adam([torch.ones(1)]), None, "SGD"])
+def test_from_torch_refuses_what_is_no_sgd(wrong):
+    expected = f"optimizer: expected a torch.optim.SGD, got {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=re.escape(expected)):
+        fastnn.optim.SGD.from_torch(wrong)
+
+
 @pytest.mark.parametrize("late", [0, 1])
 def test_late_first_gradient_of_a_subclass_under_fused(late):
     """torch's fused path takes no list in which only some have a buffer; ours must not meet it."""

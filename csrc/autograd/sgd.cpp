@@ -22,9 +22,10 @@ void bump_versions(at::TensorList params, at::TensorList grads, at::TensorList m
   if (grad_scale) bump_versions(grads);
 }
 
+template <typename LR>
 void sgd_step_inplace(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                      double lr, double momentum, double dampening, double weight_decay,
-                      bool nesterov, bool maximize, bool is_first_step,
+                      LR lr, double momentum, double dampening, double weight_decay, bool nesterov,
+                      bool maximize, bool is_first_step,
                       const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf) {
   {
@@ -35,25 +36,11 @@ void sgd_step_inplace(at::TensorList params, at::TensorList grads, at::TensorLis
   bump_versions(params, grads, momentum_buffers, grad_scale);
 }
 
-void sgd_step_tensor_lr_inplace(at::TensorList params, at::TensorList grads,
-                                at::TensorList momentum_buffers, const at::Tensor& lr,
-                                double momentum, double dampening, double weight_decay,
-                                bool nesterov, bool maximize, bool is_first_step,
-                                const std::optional<at::Tensor>& grad_scale,
-                                const std::optional<at::Tensor>& found_inf) {
-  {
-    at::AutoDispatchBelowADInplaceOrView below_inplace;
-    sgd_step_tensor_lr_(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay,
-                        nesterov, maximize, is_first_step, grad_scale, found_inf);
-  }
-  bump_versions(params, grads, momentum_buffers, grad_scale);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, ADInplaceOrView, m) {
-  m.impl("sgd_step_", sgd_step_inplace);
-  m.impl("sgd_step_.tensor_lr", sgd_step_tensor_lr_inplace);
+  m.impl("sgd_step_", sgd_step_inplace<double>);
+  m.impl("sgd_step_.tensor_lr", sgd_step_inplace<const at::Tensor&>);
 }
 
 }  // namespace fastnn

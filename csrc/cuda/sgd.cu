@@ -104,10 +104,9 @@ void step(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
     if (device.type() == our_type) {
       step_on_device(lists, options, here);
     } else if (here.lr) {
-      sgd_step_tensor_lr_(lists.params, lists.grads, lists.momentum_buffers, *here.lr,
-                          options.momentum, options.dampening, options.weight_decay,
-                          options.nesterov, options.maximize, options.is_first_step,
-                          here.grad_scale, here.found_inf);
+      sgd_step_(lists.params, lists.grads, lists.momentum_buffers, *here.lr, options.momentum,
+                options.dampening, options.weight_decay, options.nesterov, options.maximize,
+                options.is_first_step, here.grad_scale, here.found_inf);
     } else {
       // A list of several kinds of devices comes to one of them only.
       sgd_step_(lists.params, lists.grads, lists.momentum_buffers, options.lr, options.momentum,

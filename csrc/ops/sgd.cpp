@@ -9,25 +9,37 @@
 
 namespace fastnn {
 
+namespace {
+
+template <typename LR>
+using SGDStep = void(at::TensorList, at::TensorList, at::TensorList, LR, double, double, double,
+                     bool, bool, bool, const std::optional<at::Tensor>&,
+                     const std::optional<at::Tensor>&);
+
+template <typename LR>
+auto find_sgd_step(const char* overload) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow("fastnn::sgd_step_", overload)
+      .typed<SGDStep<LR>>();
+}
+
+}  // namespace
+
 void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                double lr, double momentum, double dampening, double weight_decay, bool nesterov,
                bool maximize, bool is_first_step, const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastnn::sgd_step_", "")
-                             .typed<decltype(sgd_step_)>();
+  static const auto op = find_sgd_step<double>("");
   op.call(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov,
           maximize, is_first_step, grad_scale, found_inf);
 }
 
-void sgd_step_tensor_lr_(at::TensorList params, at::TensorList grads,
-                         at::TensorList momentum_buffers, const at::Tensor& lr, double momentum,
-                         double dampening, double weight_decay, bool nesterov, bool maximize,
-                         bool is_first_step, const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastnn::sgd_step_", "tensor_lr")
-                             .typed<decltype(sgd_step_tensor_lr_)>();
+void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+               const at::Tensor& lr, double momentum, double dampening, double weight_decay,
+               bool nesterov, bool maximize, bool is_first_step,
+               const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf) {
+  static const auto op = find_sgd_step<const at::Tensor&>("tensor_lr");
   op.call(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov,
           maximize, is_first_step, grad_scale, found_inf);
 }

@@ -16,11 +16,11 @@ void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momen
 
 // The same with a learning rate of one element that is read where it lies: on a GPU nobody has to
 // wait for it, and a CUDA graph reads it anew at each replay.
-void sgd_step_tensor_lr_(at::TensorList params, at::TensorList grads,
-                         at::TensorList momentum_buffers, const at::Tensor& lr, double momentum,
-                         double dampening, double weight_decay, bool nesterov, bool maximize,
-                         bool is_first_step, const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf);
+void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+               const at::Tensor& lr, double momentum, double dampening, double weight_decay,
+               bool nesterov, bool maximize, bool is_first_step,
+               const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf);
 
 // Whether the operator takes a parameter with this gradient or momentum buffer; any strides do.
 bool sgd_takes(const at::Tensor& param);

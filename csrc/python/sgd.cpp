@@ -2,6 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "ops/sgd.h"
@@ -78,9 +79,11 @@ void save_buffer(const py::dict& state, PyObject* param, const at::Tensor& buffe
 
 }  // namespace
 
-py::list sgd_step_group(const py::list& params, const py::dict& state, double lr, double momentum,
+py::list sgd_step_group(const py::list& params, const py::dict& state,
+                        const std::variant<double, at::Tensor>& lr, double momentum,
                         double dampening, double weight_decay, bool nesterov, bool maximize,
-                        bool all_or_nothing, const std::optional<at::Tensor>& grad_scale) {
+                        bool all_or_nothing, const std::optional<at::Tensor>& grad_scale,
+                        const std::optional<at::Tensor>& found_inf) {
   const bool has_momentum = momentum != 0;
   Batch first, later;
   std::vector<PyObject*> first_params;
@@ -108,14 +111,20 @@ py::list sgd_step_group(const py::list& params, const py::dict& state, double lr
   }
   if (all_or_nothing && !rest.empty()) return rest;
 
-  for (const at::Tensor& param : first.params) first.buffers.push_back(at::empty_like(param));
+  for (const at::Tensor& param : first.params) {
+    first.buffers.push_back(found_inf ? at::zeros_like(param) : at::empty_like(param));
+  }
   const auto step = [&](const Batch& batch, bool is_first_step) {
     if (batch.params.empty()) return;
     py::gil_scoped_release no_gil;
     // Autograd has no kernel for it, and its fallback would box every tensor.
     at::AutoDispatchBelowAutograd below_autograd;
-    sgd_step_(batch.params, batch.grads, batch.buffers, lr, momentum, dampening, weight_decay,
-              nesterov, maximize, is_first_step, grad_scale, /*found_inf=*/std::nullopt);
+    std::visit(
+        [&](const auto& lr) {
+          sgd_step_(batch.params, batch.grads, batch.buffers, lr, momentum, dampening, weight_decay,
+                    nesterov, maximize, is_first_step, grad_scale, found_inf);
+        },
+        lr);
   };
   step(first, /*is_first_step=*/true);
   for (size_t i = 0; i < first_params.size(); ++i) {
