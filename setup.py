@@ -86,21 +86,22 @@ class BuildFastnn(BuildExtension):
         self.write_build_info(Path("fastnn") if self.inplace else Path(self.build_lib) / "fastnn")
 
     def build_simd_kernels(self, compiler: list[str]) -> list[str]:
-        objects = []
         folder = Path(self.build_temp) / "simd"
         folder.mkdir(parents=True, exist_ok=True)
-        for target in simd_targets():
-            output = folder / f"kernels_{target}.o"
-            flags = [*COMMON_FLAGS, *SIMD["target_flags"](platform.machine(), target), "-fPIC"]
-            command = [*compiler, *flags, "-c", SIMD["SOURCE"], "-o", str(output)]
-            print(" ".join(command))
-            if subprocess.run(command, check=False).returncode != 0:
+        outputs = {target: folder / f"kernels_{target}.o" for target in simd_targets()}
+        compiles = {
+            target: start_simd_compile(compiler, target, output)
+            for target, output in outputs.items()
+            if not is_up_to_date(output)
+        }
+        for target, process in compiles.items():
+            if process.wait() != 0:
+                outputs[target].unlink(missing_ok=True)
                 fail(
                     f"{compiler[0]} could not compile {SIMD['SOURCE']} (its message is "
                     "above); a C++20 compiler is needed: GCC 11 or newer."
                 )
-            objects.append(str(output.resolve()))
-        return objects
+        return [str(output.resolve()) for output in outputs.values()]
 
     def write_build_info(self, folder: Path) -> None:
         version = subprocess.run(
@@ -116,6 +117,27 @@ class BuildFastnn(BuildExtension):
             "cuda_architectures": TOOLKIT.architectures if TOOLKIT else None,
         }
         (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def start_simd_compile(compiler: list[str], target: str, output: Path) -> subprocess.Popen:
+    flags = [*COMMON_FLAGS, *SIMD["target_flags"](platform.machine(), target), "-fPIC"]
+    dependencies = ["-MMD", "-MF", str(output.with_suffix(".d"))]
+    command = [*compiler, *flags, *dependencies, "-c", SIMD["SOURCE"], "-o", str(output)]
+    print(" ".join(command))
+    return subprocess.Popen(command)
+
+
+def is_up_to_date(output: Path) -> bool:
+    """Whether an object is newer than all that it was compiled from, and how."""
+    rule = output.with_suffix(".d")
+    if not (output.exists() and rule.exists()):
+        return False
+    files = rule.read_text().replace("\\\n", " ").partition(":")[2].split()
+    files += ["setup.py", "csrc/cpu/simd/targets.py"]
+    return all(
+        Path(file).exists() and Path(file).stat().st_mtime < output.stat().st_mtime
+        for file in files
+    )
 
 
 def compiler_command() -> list[str]:

@@ -6,9 +6,9 @@
 #include <cuda_runtime.h>
 
 // Launches and checks: FASTNN_LAUNCH((kernel<T, 4>), grid, block, shared_bytes, stream, args...).
-// A kernel with template arguments stands in parentheses. Where it is used,
-// <c10/cuda/CUDAException.h> is included.
+// A kernel with template arguments stands in parentheses.
 #ifndef FASTNN_LAUNCH
+#include <c10/cuda/CUDAException.h>
 #define FASTNN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)     \
   do {                                                                    \
     (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
