@@ -95,7 +95,7 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py 
 	touch $@
 
 $(VENV)/.cuda_tools: $(VENV)/.torch
-	$(PY) -m pip install --quiet numpy pytest tqdm matplotlib nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) -m pip install --quiet numpy pytest tqdm matplotlib expecttest nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 $(VENV)/.lint: Makefile | $(PY)

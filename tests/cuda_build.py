@@ -20,16 +20,28 @@ COPY = REPOSITORY / "build/cuda_check"
 ARCHITECTURES = "8.0+PTX"
 
 # The kernels that have 128-bit loads or stores of global memory, by their names and, where a kernel
-# is compiled in several widths, its template arguments. Each of the names must be met.
+# is compiled in several widths, its template arguments. Each of the names must be met. Strided rows
+# (`strided_rows`) and the targets' elements (`nll_loss_rows`) have nothing that wide.
+WIDTH = r"(\(int\))?[248]"  # some versions of c++filt name an argument's type
+WHOLE_ROWS = r"(subwarp_rows|team_rows|split_finish)<.*::"
 WIDE_LOADS = [
-    r"gemm_kernel<.*, \(int\)[248], ",
-    r"relu_backward_kernel<.*, \(int\)[248]>",
+    rf"gemm_kernel<[^,]+, {WIDTH}, ",
+    rf"relu_backward_kernel<.*, {WIDTH}>",
     r"sgd_step_kernel<",
+    r"(subwarp_rows|team_rows|split_reduce)<.*::CrossEntropyForward<",
+    rf"{WHOLE_ROWS}CrossEntropyBackward<",
+    rf"{WHOLE_ROWS}LogSoftmax<",
+    rf"{WHOLE_ROWS}LogSoftmaxBackward<",
+    r"split_reduce<",
 ]
 WIDE_STORES = [
     r"gemm_kernel<(float|double), ",  # four columns to a store: those of two bytes take half of it
-    r"relu_backward_kernel<.*, \(int\)[248]>",
+    rf"relu_backward_kernel<.*, {WIDTH}>",
     r"sgd_step_kernel<",
+    rf"{WHOLE_ROWS}CrossEntropyBackward<",
+    rf"{WHOLE_ROWS}LogSoftmax<",
+    rf"{WHOLE_ROWS}LogSoftmaxBackward<",
+    rf"{WHOLE_ROWS}NLLLossBackward<",
 ]
 
 
