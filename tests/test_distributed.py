@@ -1,0 +1,212 @@
+"""torch.distributed over fastnn: two gloo processes come to what one does on the whole batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+import torch.distributed.checkpoint as checkpoint
+from small_training import (
+    ATOL,
+    BATCH,
+    HEADS,
+    OPTIONS,
+    STEPS,
+    expected_outcome,
+    make_model,
+    make_optimizer,
+    outcome,
+    train,
+)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fastnn
+
+pytestmark = pytest.mark.cpu_only("processes talk over gloo, whatever the kernels")
+
+RANKS = 2
+
+
+def rows_of(rank: int) -> slice:
+    """A rank's share of a batch."""
+    return slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
+
+
+def assert_as_in_one_process(actual: dict[str, Tensor], head: str = "cross_entropy") -> None:
+    torch.testing.assert_close(actual, expected_outcome(head), rtol=0, atol=ATOL)
+
+
+# --- replicated parameters ------------------------------------------------------------------------
+
+
+def train_replicated(rank: int, head: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    model = DistributedDataParallel(make_model(head), **options)
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer, head, rows=rows_of(rank))
+    return outcome(model.module, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        *((head, {}) for head in HEADS),
+        # The gradients are views into the memory that is communicated.
+        ("cross_entropy", {"gradient_as_bucket_view": True}),
+        # The graph is walked for parameters that it doesn't reach: through our nodes.
+        ("cross_entropy", {"find_unused_parameters": True}),
+        ("cross_entropy", {"static_graph": True}),
+    ],
+    ids=lambda value: next(iter(value), "default") if isinstance(value, dict) else value,
+)
+def test_distributed_data_parallel(tmp_path, head, options):
+    first, second = processes.run_ranks(tmp_path, RANKS, train_replicated, head, options)
+    assert_as_in_one_process(first, head)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)  # the same gradients, the same bits
+
+
+class WithIdleLayer(nn.Module):
+    """The model, and a layer of ours that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = make_model()
+        self.idle = fastnn.nn.LinearReLU(3, 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.used(input)
+
+
+def train_with_idle_layer(rank: int) -> tuple[dict[str, Tensor], bool]:
+    model = DistributedDataParallel(WithIdleLayer(), find_unused_parameters=True)
+    optimizer = make_optimizer(model.parameters())
+    before = [parameter.clone() for parameter in model.module.idle.parameters()]
+    train(model, optimizer, rows=rows_of(rank))
+    after = list(model.module.idle.parameters())
+    untouched = all(map(torch.equal, before, after)) and not any(
+        p in optimizer.state for p in after
+    )
+    return outcome(model.module.used, optimizer), untouched
+
+
+def test_distributed_data_parallel_with_a_layer_that_is_not_used(tmp_path):
+    for results, untouched in processes.run_ranks(tmp_path, RANKS, train_with_idle_layer):
+        assert_as_in_one_process(results)
+        assert untouched
+
+
+# --- a sharded optimizer --------------------------------------------------------------------------
+
+
+def train_with_sharded_state(rank: int, as_views: bool) -> dict[str, Any]:
+    # Here, as the import alone gives dozens of warnings of what torch itself has deprecated.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = DistributedDataParallel(make_model())
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(),
+        optimizer_class=fastnn.optim.SGD,
+        parameters_as_bucket_view=as_views,
+        **OPTIONS,
+    )
+    train(model, optimizer, rows=rows_of(rank))
+    optimizer.consolidate_state_dict(to=0)
+    return {
+        "class": type(optimizer.optim).__name__,
+        "buffers": len(optimizer.optim.state),
+        "parameters": model.module.state_dict(),
+        "optimizer": optimizer.state_dict() if rank == 0 else None,
+    }
+
+
+@pytest.mark.parametrize("as_views", [False, True], ids=["tensors", "views"])
+def test_zero_redundancy_optimizer(tmp_path, as_views):
+    ranks = processes.run_ranks(tmp_path, RANKS, train_with_sharded_state, as_views)
+    model = make_model()
+    optimizer = make_optimizer(model.parameters())
+    # No parameter's buffer is kept twice, and no rank keeps all.
+    assert sum(rank["buffers"] for rank in ranks) == len(list(model.parameters()))
+    assert all(rank["buffers"] for rank in ranks)
+    # The state put together again is one that the optimizer itself takes.
+    optimizer.load_state_dict(ranks[0]["optimizer"])
+    for rank in ranks:
+        model.load_state_dict(rank["parameters"])
+        assert_as_in_one_process(outcome(model, optimizer))
+
+
+# --- sharded parameters ---------------------------------------------------------------------------
+
+
+def make_sharded_model(head: str, reshard_after_forward: bool = True) -> nn.Module:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = make_model(head)
+    for layer in model:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
+
+
+def train_sharded(rank: int, head: str, reshard_after_forward: bool) -> dict[str, Tensor]:
+    model = make_sharded_model(head, reshard_after_forward)
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer, head, rows=rows_of(rank))
+    shards = outcome(model, optimizer)
+    assert all(isinstance(shard, DTensor) for shard in shards.values())
+    assert all(shard.to_local().shape[0] < shard.shape[0] for shard in shards.values())
+    return {name: shard.full_tensor() for name, shard in shards.items()}
+
+
+@pytest.mark.parametrize(
+    ("head", "reshard_after_forward"), [*((head, True) for head in HEADS), ("cross_entropy", False)]
+)
+def test_fully_shard(tmp_path, head, reshard_after_forward):
+    arguments = (head, reshard_after_forward)
+    for results in processes.run_ranks(tmp_path, RANKS, train_sharded, *arguments):
+        assert_as_in_one_process(results, head)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+SAVED_AFTER = STEPS // 2
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def train_sharded_and_save(rank: int, path: Path) -> None:
+    model = make_sharded_model("cross_entropy")
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer, steps=range(SAVED_AFTER), rows=rows_of(rank))
+    checkpoint.save(state_of(model, optimizer), checkpoint_id=path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # in one process
+@pytest.mark.parametrize(
+    "optimizer_class", [fastnn.optim.SGD, torch.optim.SGD], ids=["ours", "torch"]
+)
+def test_checkpoint_saved_by_two_ranks_goes_on_in_one_process(tmp_path, optimizer_class):
+    path = tmp_path / "checkpoint"
+    processes.run_ranks(tmp_path, RANKS, train_sharded_and_save, path)
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # all must come from the checkpoint, the options too
+    optimizer = optimizer_class(model.parameters(), lr=0.0, momentum=0.1)
+    state = state_of(model, optimizer)
+    checkpoint.load(state, checkpoint_id=path)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    train(model, optimizer, steps=range(SAVED_AFTER, STEPS))
+    assert_as_in_one_process(outcome(model, optimizer))
