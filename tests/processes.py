@@ -47,6 +47,7 @@ def run(
     children = []
     for number, own in enumerate(folders):
         own.mkdir()
+        _output(own).touch()  # another's end may come before this one has started
         target = (function, number, arguments, own, timeout)
         children.append(context.Process(target=_child, args=target, daemon=True))
         children[-1].start()
