@@ -8,6 +8,9 @@ Under :class:`torch.autocast` they follow torch's rules: ``linear_relu`` runs in
 ``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on CUDA and in its input's
 dtype on the CPU.
 
+A :class:`torch.distributed.tensor.DTensor` takes torch's own operators, which know what its
+processes have to exchange.
+
 An argument that is no tensor raises ``TypeError``, one of another dtype, shape or device than the
 operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message names the argument.
 """
@@ -15,6 +18,7 @@ operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message name
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 from torch.nn.functional import _get_softmax_dim
@@ -24,6 +28,7 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
+from fastnn._dtensor import is_dtensor
 from fastnn._extension import operators
 
 __all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"]
@@ -89,6 +94,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
+    if type(input) is not Tensor and is_dtensor(input):
+        return F.linear(input, weight, bias).relu()
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(bias, Tensor)):
         _check_tensor("linear_relu", "input", input)
         _check_tensor("linear_relu", "weight", weight)
@@ -131,6 +138,8 @@ def log_softmax(
             log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
         )
     _check_tensor("log_softmax", "input", input)
+    if type(input) is not Tensor and is_dtensor(input):
+        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
     if dim is None:
         dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
     _check_number("log_softmax", "dim", dim, int)
@@ -191,6 +200,8 @@ def nll_loss(
             reduce=reduce,
             reduction=reduction,
         )
+    if type(input) is not Tensor and is_dtensor(input):
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -253,6 +264,10 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
+        )
+    if type(input) is not Tensor and is_dtensor(input):
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     _check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
     if type(label_smoothing) is not float:

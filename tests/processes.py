@@ -24,7 +24,12 @@ GRACE = 60
 
 # Forked from a server that has imported torch and no more: as fresh as a spawned one, but at once.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"]
+    [
+        "torch",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+    ]
 )
 
 

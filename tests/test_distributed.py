@@ -14,7 +14,9 @@ from small_training import (
     BATCH,
     HEADS,
     OPTIONS,
+    SIZES,
     STEPS,
+    batch,
     expected_outcome,
     make_model,
     make_optimizer,
@@ -23,9 +25,10 @@ from small_training import (
 )
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnn
@@ -169,6 +172,69 @@ def test_fully_shard(tmp_path, head, reshard_after_forward):
     arguments = (head, reshard_after_forward)
     for results in processes.run_ranks(tmp_path, RANKS, train_sharded, *arguments):
         assert_as_in_one_process(results, head)
+
+
+# --- tensor parallelism ---------------------------------------------------------------------------
+
+
+def train_parallel_layers(rank: int) -> dict[str, Tensor]:
+    """Each rank computes some columns of each layer, and gets the others' for the next one."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    columns = ColwiseParallel(output_layouts=Replicate())
+    model = parallelize_module(make_model(), mesh, {str(layer): columns for layer in range(3)})
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer)
+    assert all(parameter.placements == (Shard(0),) for parameter in model.parameters())
+    return {name: shard.full_tensor() for name, shard in outcome(model, optimizer).items()}
+
+
+def test_layers_split_by_columns(tmp_path):
+    for results in processes.run_ranks(tmp_path, RANKS, train_parallel_layers):
+        assert_as_in_one_process(results)
+
+
+def calls() -> dict[str, list[Any]]:
+    """Arguments for each function."""
+    inputs, targets = batch(step=0)
+    logits = inputs[:, : SIZES[-1]]
+    layer = make_model()[0]
+    return {
+        "linear_relu": [inputs, layer.weight.detach(), layer.bias.detach()],
+        "log_softmax": [logits, 1],
+        "nll_loss": [logits, targets],
+        "cross_entropy": [logits, targets],
+    }
+
+
+def value_and_gradients(op: str, arguments: list[Any]) -> list[Tensor]:
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    value = getattr(fastnn.functional, op)(*arguments)
+    return [value.detach(), *torch.autograd.grad(value.square().sum(), leaves)]
+
+
+def distribute_rows(argument: Any, mesh: DeviceMesh) -> Any:
+    """What has a row for each sample is cut, weights are copied."""
+    if not isinstance(argument, Tensor):
+        return argument
+    placement = Shard(0) if argument.shape[0] == BATCH else Replicate()
+    return distribute_tensor(argument, mesh, [placement])
+
+
+def call_on_distributed_rows(rank: int) -> dict[str, list[Tensor]]:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    results = {}
+    for op, arguments in calls().items():
+        parts = value_and_gradients(op, [distribute_rows(a, mesh) for a in arguments])
+        results[op] = [part.full_tensor() for part in parts]
+    return results
+
+
+def test_functions_of_distributed_rows(tmp_path):
+    whole = {op: value_and_gradients(op, arguments) for op, arguments in calls().items()}
+    for results in processes.run_ranks(tmp_path, RANKS, call_on_distributed_rows):
+        torch.testing.assert_close(results, whole, rtol=0, atol=ATOL)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
