@@ -6,8 +6,31 @@ Who has one has imported its module, which takes so long that fastnn doesn't.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def is_dtensor(value: object) -> bool:
     module = getattr(torch.distributed, "tensor", None)
     return module is not None and isinstance(value, module.DTensor)
+
+
+def are_spread_alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether all are DTensors of one dtype, and each process has the same elements of each."""
+    return is_dtensor(first) and all(
+        is_dtensor(other)
+        and other.dtype == first.dtype
+        and other.device_mesh == first.device_mesh
+        and other.placements == first.placements
+        for other in others
+    )
+
+
+def spread_like(dtensor: Tensor, part: Tensor) -> Tensor:
+    """The DTensor of which this process has that part, spread as another."""
+    return torch.distributed.tensor.DTensor.from_local(
+        part,
+        dtensor.device_mesh,
+        dtensor.placements,
+        shape=dtensor.shape,
+        stride=dtensor.stride(),
+    )

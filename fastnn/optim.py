@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import (
@@ -17,6 +19,7 @@ from torch.optim.optimizer import (
 )
 from torch.optim.sgd import sgd as torch_sgd
 
+from fastnn._dtensor import are_spread_alike, spread_like
 from fastnn._extension import extension
 
 __all__ = ["SGD"]
@@ -28,7 +31,8 @@ class SGD(torch.optim.SGD):
     The whole update of a parameter list (weight decay, momentum, step) is one pass over memory in
     one parallel region. ``param_groups``, ``state_dict`` (both ways), hooks, schedulers and
     ``GradScaler`` work as in torch; ``lr`` and the other options are read from the groups at each
-    step. What the fused pass can't serve (sparse or complex tensors, tensor subclasses,
+    step. Each process steps its own part of a :class:`~torch.distributed.tensor.DTensor`. What the
+    fused pass can't serve (sparse or complex tensors, other tensor subclasses,
     ``differentiable=True``, an ``lr`` that requires a gradient, a gradient or momentum buffer of
     another dtype or device than its parameter) takes torch's own path.
 
@@ -152,32 +156,43 @@ class SGD(torch.optim.SGD):
         if not fusable:
             self._step_as_torch(group, group["params"], grad_scale)
             return
+        params, state, fused = group["params"], self.state, bool(group["fused"])
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf if kernels_skip else None}
         # fused=True refuses what torch's fused implementation does, before anything is changed.
-        rest = self._step_fusable(group, scaling, all_or_nothing=bool(group["fused"]))
-        if rest and group["fused"]:
+        rest = _step_fusable(group, params, state, scaling, all_or_nothing=fused)
+        if rest and fused:
             _check_fused(rest)
-            self._step_fusable(group, scaling, all_or_nothing=False)
+            _step_fusable(group, params, state, scaling)
+        if rest:
+            rest = self._step_parts(group, rest, scaling)
         if rest and not (kernels_skip and bool(found_inf)):
             self._step_as_torch(group, rest, grad_scale)
 
-    def _step_fusable(
-        self, group: dict[str, Any], scaling: dict[str, Tensor | None], all_or_nothing: bool
+    @torch.no_grad()
+    def _step_parts(
+        self, group: dict[str, Any], params: list[Tensor], scaling: dict[str, Tensor | None]
     ) -> list[Tensor]:
-        """Steps what the operator takes and returns the rest; nothing where all or nothing asks."""
-        lr = group["lr"]
-        return extension.sgd_step_group(
-            group["params"],
-            self.state,
-            lr=lr if _is_on_gpu(lr) else float(lr),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=float(group["weight_decay"]),
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            all_or_nothing=all_or_nothing,
-            **scaling,
-        )
+        """Steps this process's part of each DTensor; returns the rest. No element needs another."""
+        rest: list[Tensor] = []
+        whole: dict[Tensor, Tensor] = {}  # each part's DTensor
+        state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for param in params:
+            buffer = self.state.get(param, {}).get("momentum_buffer")
+            if not are_spread_alike(param, param.grad, *([] if buffer is None else [buffer])):
+                rest.append(param)
+                continue
+            part = param.to_local().detach()
+            part.grad = param.grad.to_local()
+            if buffer is not None:
+                state[part]["momentum_buffer"] = buffer.to_local()
+            whole[part] = param
+        rest += [whole.pop(part) for part in _step_fusable(group, list(whole), state, scaling)]
+        for part, param in whole.items():
+            if part in state and self.state[param].get("momentum_buffer") is None:
+                buffer = spread_like(param, state[part]["momentum_buffer"])
+                self.state[param]["momentum_buffer"] = buffer
+        increment_version(whole.values())
+        return rest
 
     @_use_grad_for_differentiable
     def _step_as_torch(
@@ -209,6 +224,29 @@ class SGD(torch.optim.SGD):
         )
         for param, buffer in zip(params, buffers, strict=False):
             self.state[param]["momentum_buffer"] = buffer
+
+
+def _step_fusable(
+    group: dict[str, Any],
+    params: list[Tensor],
+    state: dict[Tensor, dict[str, Tensor]],
+    scaling: dict[str, Tensor | None],
+    all_or_nothing: bool = False,
+) -> list[Tensor]:
+    """Steps what the operator takes and returns the rest; nothing where all or nothing asks."""
+    lr = group["lr"]
+    return extension.sgd_step_group(
+        params,
+        state,
+        lr=lr if _is_on_gpu(lr) else float(lr),
+        momentum=group["momentum"],
+        dampening=group["dampening"],
+        weight_decay=float(group["weight_decay"]),
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        all_or_nothing=all_or_nothing,
+        **scaling,
+    )
 
 
 def _check_fused(params: list[Tensor]) -> None:

@@ -9,6 +9,7 @@ import processes
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
+from conftest import needs_extension
 from small_training import (
     ATOL,
     BATCH,
@@ -23,11 +24,19 @@ from small_training import (
     outcome,
     train,
 )
+from test_optim import Recorder, randn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,6 +181,106 @@ def test_fully_shard(tmp_path, head, reshard_after_forward):
     arguments = (head, reshard_after_forward)
     for results in processes.run_ranks(tmp_path, RANKS, train_sharded, *arguments):
         assert_as_in_one_process(results, head)
+
+
+# Shape, how the parameter is spread, how its gradient is; None where the first step has none.
+SPREADS = {
+    "alike": [
+        ((5, 4), Shard(0), Shard(0)),  # in parts of 3 and 2 rows
+        ((1, 4), Shard(0), Shard(0)),  # the second rank has nothing
+        ((5, 4), Shard(1), Shard(1)),
+        ((5, 4), Replicate(), Replicate()),
+        ((5, 4), Shard(0), None),
+    ],
+    "otherwise": [
+        ((5, 4), Shard(0), Replicate()),
+        ((5, 4), Shard(0), Shard(1)),
+        ((5, 4), Replicate(), Partial()),  # parts of one shape, but to be summed up
+    ],
+}
+FUSED_STEP = "fastnn.sgd_step_.default"
+
+
+def make_whole_params(spreads: str) -> list[Tensor]:
+    return [randn(shape, torch.float64, seed=i) for i, (shape, _, _) in enumerate(SPREADS[spreads])]
+
+
+def spread(tensor: Tensor, placement: Placement) -> DTensor:
+    return distribute_tensor(tensor, init_device_mesh("cpu", (RANKS,)), [placement])
+
+
+def take_steps(
+    params: list[nn.Parameter], optimizer: torch.optim.Optimizer, spreads: str
+) -> list[Tensor]:
+    """The parameters and their buffers after some steps."""
+    for step in range(3):
+        for i, (shape, placement, grad_placement) in enumerate(SPREADS[spreads]):
+            grad = randn(shape, torch.float64, seed=100 * (step + 1) + i)
+            if isinstance(params[i], DTensor):
+                grad = spread(grad, grad_placement or placement)
+            params[i].grad = None if step == 0 and grad_placement is None else grad
+        optimizer.step()
+    buffers = [optimizer.state[param].get("momentum_buffer") for param in params]
+    return [tensor.detach() for tensor in (*params, *buffers) if tensor is not None]
+
+
+def step_spread_params(
+    rank: int, spreads: str, options: dict[str, Any]
+) -> tuple[list[Tensor], list[str]]:
+    params = [
+        nn.Parameter(spread(param, placement))
+        for param, (_, placement, _) in zip(
+            make_whole_params(spreads), SPREADS[spreads], strict=True
+        )
+    ]
+    versions = [param._version for param in params]
+    with Recorder() as recorder:
+        results = take_steps(params, fastnn.optim.SGD(params, **options), spreads)
+    # Or a backward through a parameter that has been stepped since would not raise.
+    assert all(p._version > before for p, before in zip(params, versions, strict=True))
+    return [result.full_tensor() for result in results], recorder.mutating
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("spreads", "options"),
+    [
+        ("alike", {"lr": 0.1}),
+        ("alike", {**OPTIONS, "dampening": 0.3}),
+        ("alike", {**OPTIONS, "nesterov": True, "maximize": True, "fused": True}),
+        ("otherwise", OPTIONS),
+    ],
+    ids=["alike-plain", "alike-dampening", "alike-nesterov", "otherwise"],
+)
+def test_each_process_steps_its_part(tmp_path, spreads, options):
+    whole = [nn.Parameter(param) for param in make_whole_params(spreads)]
+    stock = torch.optim.SGD(whole, **{**options, "fused": False})
+    expected = take_steps(whole, stock, spreads)
+    ranks = processes.run_ranks(tmp_path, RANKS, step_spread_params, spreads, options)
+    for results, operators in ranks:
+        torch.testing.assert_close(results, expected, rtol=0, atol=ATOL)
+        # By the fused operator alone; torch's own exchange what lies elsewhere.
+        assert {operator == FUSED_STEP for operator in operators} == {spreads == "alike"}
+
+
+def step_along_narrow_gradients(rank: int) -> list[list[Tensor]]:
+    """By fastnn's and by torch's optimizer."""
+    results = []
+    for optimizer_class in (fastnn.optim.SGD, torch.optim.SGD):
+        param = nn.Parameter(spread(torch.ones(5, 4), Shard(0)))
+        param.grad_dtype = torch.bfloat16
+        param.grad = spread(torch.ones(5, 4, dtype=torch.bfloat16), Shard(0))
+        optimizer = optimizer_class([param], **OPTIONS)
+        for _ in range(3):
+            optimizer.step()
+        steps = outcome(nn.ParameterList([param]), optimizer).values()
+        results.append([tensor.full_tensor() for tensor in steps])
+    return results
+
+
+def test_gradients_of_another_dtype_take_torchs_way(tmp_path):
+    for ours, stock in processes.run_ranks(tmp_path, RANKS, step_along_narrow_gradients):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=0)
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------
