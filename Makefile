@@ -7,6 +7,7 @@
 #   make sanitize-cuda                    runs the emulated CUDA kernels under them
 #   make emulate                          runs them on a CPU without AVX and on aarch64, with QEMU
 #   make cuda-check                       builds the CUDA part with nvcc and checks it; needs no GPU
+#   make docs                             builds the documentation and runs its examples
 #   make lint / make format               checks / applies the code style
 # Another torch: make test TORCH=torch==2.14.1 VENV=.venv-2.14
 
@@ -25,7 +26,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
-.PHONY: demo test test-emulated bench sanitize sanitize-cuda mutants emulate cuda-check lint format build clean
+.PHONY: demo test test-emulated bench sanitize sanitize-cuda mutants emulate cuda-check docs lint format build clean
 
 demo: build
 	$(PY) examples/mnist.py $(ARGS)
@@ -66,6 +67,13 @@ cuda-check:
 	$(MAKE) VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)" $(CUDA_VENV)/.cuda_tools
 	$(CUDA_VENV)/bin/python tests/cuda_build.py $(ARGS)
 
+# A warning is an error, a name of ours that isn't there a warning.
+SPHINX := $(PY) -m sphinx -q -W --keep-going -d docs/_build/doctrees
+docs: $(VENV)/.docs
+	$(SPHINX) -b html docs docs/_build/html
+	$(SPHINX) -b doctest docs docs/_build/doctest
+	@echo "Built docs/_build/html/index.html; its examples run."
+
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -79,7 +87,7 @@ format: $(VENV)/.lint
 build: $(VENV)/.built
 
 clean:
-	rm -rf build dist $(VENV) fastnn/*.so fastnn/_build_info.json fastnn.egg-info
+	rm -rf build dist docs/_build docs/_notebook $(VENV) fastnn/*.so fastnn/_build_info.json fastnn.egg-info
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -96,6 +104,11 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py 
 
 $(VENV)/.cuda_tools: $(VENV)/.torch
 	$(PY) -m pip install --quiet numpy pytest tqdm matplotlib expecttest nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
+
+# fastnn itself is installed already: pip adds what the extra names.
+$(VENV)/.docs: $(VENV)/.built
+	$(PY) -m pip install --quiet "fastnn[docs]"
 	touch $@
 
 $(VENV)/.lint: Makefile | $(PY)
