@@ -8,6 +8,7 @@
 #   make emulate                          runs them on a CPU without AVX and on aarch64, with QEMU
 #   make cuda-check                       builds the CUDA part with nvcc and checks it; needs no GPU
 #   make docs                             builds the documentation and runs its examples
+#   make dist                             builds the sdist and the wheel, and tries them
 #   make lint / make format               checks / applies the code style
 # Another torch: make test TORCH=torch==2.14.1 VENV=.venv-2.14
 
@@ -26,7 +27,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
-.PHONY: demo test test-emulated bench sanitize sanitize-cuda mutants emulate cuda-check docs lint format build clean
+.PHONY: demo test test-emulated bench sanitize sanitize-cuda mutants emulate cuda-check docs dist lint format build clean
 
 demo: build
 	$(PY) examples/mnist.py $(ARGS)
@@ -74,6 +75,9 @@ docs: $(VENV)/.docs
 	$(SPHINX) -b doctest docs docs/_build/doctest
 	@echo "Built docs/_build/html/index.html; its examples run."
 
+dist: $(VENV)/.build_tool
+	$(PY) tests/dist.py "$(TORCH)"
+
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -109,6 +113,10 @@ $(VENV)/.cuda_tools: $(VENV)/.torch
 # fastnn itself is installed already: pip adds what the extra names.
 $(VENV)/.docs: $(VENV)/.built
 	$(PY) -m pip install --quiet "fastnn[docs]"
+	touch $@
+
+$(VENV)/.build_tool: $(VENV)/.torch
+	$(PY) -m pip install --quiet build
 	touch $@
 
 $(VENV)/.lint: Makefile | $(PY)

@@ -9,8 +9,10 @@ import inspect
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -156,6 +158,32 @@ def test_type_marker_is_shipped():
     assert '"py.typed"' in package_data[1]
 
 
+SDIST = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+
+
+def test_the_source_distribution_holds_what_a_build_reads_and_nothing_that_one_leaves(tmp_path):
+    """`make dist` builds a wheel from it, which takes minutes."""
+    copy = tmp_path / "copy"
+    caches = shutil.ignore_patterns("__pycache__")
+    for part in ("csrc", "fastnn", "tests"):
+        shutil.copytree(REPOSITORY / part, copy / part, ignore=caches)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, copy)
+    (copy / "fastnn" / "_build_info.json").write_text("{}")
+    (copy / "fastnn" / "_C.so").touch()
+
+    output = run_python("-c", SDIST, cwd=copy)
+    with tarfile.open(copy / "dist" / output.splitlines()[-1]) as archive:
+        files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    sources = {path.relative_to(copy) for path in (copy / "csrc").rglob("*") if path.is_file()}
+    package = {Path("fastnn", path.name) for path in (copy / "fastnn").glob("*.py")}
+    needed = {Path(name) for name in ("setup.py", "pyproject.toml", "fastnn/py.typed", "LICENSE")}
+    about = {Path(name) for name in ("README.md", "MANIFEST.in", "PKG-INFO", "setup.cfg")}
+    written = {path for path in files if path.parts[0] == "fastnn.egg-info"} | about
+    assert len(sources) > 50
+    assert files - written == sources | package | needed
+
+
 def read(name: str) -> str:
     return (REPOSITORY / name).read_text()
 
@@ -173,11 +201,11 @@ def test_readme_names_no_other_version():
 # --- imports --------------------------------------------------------------------------------------
 
 
-def run_python(*arguments: str) -> str:
+def run_python(*arguments: str, cwd: Path = REPOSITORY) -> str:
     """What a fresh interpreter prints."""
     process = subprocess.run(
         [sys.executable, "-W", "ignore::RuntimeWarning", *arguments],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(Path(fastnn.__file__).parents[1])},
         capture_output=True,
         text=True,
