@@ -6,12 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 # Before torch starts its OpenMP threads: waiting ones then sleep. Spinning, they hold the core that
 # the other thread needs where the machine has no more cores than threads, or other work to do; the
 # suite then takes ten times as long. Results are the same.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import capabilities
 import pytest
 import torch
 from cuda_emulation.chosen import EMULATES_CUDA
@@ -37,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where tests make their tensors",
     )
+    parser.addoption("--capabilities", type=Path, help="file for the matrix of capabilities.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--capabilities"):
+        config.pluginmanager.register(capabilities.Recorder(path))
 
 
 def pytest_report_header() -> list[str]:
@@ -118,6 +126,14 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code of another test's, and none left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(params=["functional", "reference"])
