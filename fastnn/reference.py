@@ -11,6 +11,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 __all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss", "sgd_step_"]
 
@@ -114,7 +115,7 @@ def _kept_and_index(
     if input.dim() == 1:
         target = target.reshape(())
     kept = target != ignore_index
-    if target.is_meta:  # no values to look at
+    if target.is_meta or is_compiling():  # no values to look at
         return kept, target.where(kept, 0)
     classes = input.shape[_class_dim(input)]
     bad = target[kept & ((target < 0) | (target >= classes))]

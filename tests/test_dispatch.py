@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, registrations, compile, modes, and the fallback."""
+"""The operators as torch sees them: schemas, registrations, shapes, modes, and the fallback."""
 
 from __future__ import annotations
 
@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stock
 import torch
 from conftest import needs_extension
-from functorch.compile import make_boxed_func
 from sample_inputs import DTYPES, OPS, Sample, sample_input
 from test_operators import leaves_of, memory_of, ours, random_grad_like
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
 
@@ -205,7 +200,7 @@ def test_opcheck_sgd_step(options):
     opcheck(torch.ops.fastnn.sgd_step_.default, arguments, {"lr": 0.1, **options})
 
 
-# --- compile, export and shapes -------------------------------------------------------------------
+# --- values and shapes ---------------------------------------------------------------------------
 
 COMPILE_SAMPLES = [
     ("linear_relu", "7x15_to_9"),
@@ -220,94 +215,10 @@ COMPILE_SAMPLES = [
 ]
 
 
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    """No compiled code of another test's, and none left behind."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def value_and_gradients(function: Callable[..., Tensor], op: str, sample: Sample) -> list[Tensor]:
     leaves = leaves_of(op, sample)
     output = function(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
     return [output, *torch.autograd.grad(output.square().sum(), leaves)]
-
-
-@needs_extension
-@pytest.mark.parametrize(("op", "name"), COMPILE_SAMPLES)
-def test_compile_changes_nothing(fresh_dynamo, op, name):
-    """In one graph, and to the same bits: the same operators run."""
-    compiled = torch.compile(ours(op), fullgraph=True, backend="aot_eager")
-    sample = sample_input(op, torch.float32, name)
-    eager = value_and_gradients(ours(op), op, sample)
-    for result, expected in zip(value_and_gradients(compiled, op, sample), eager, strict=True):
-        assert torch.equal(result, expected)
-
-
-@needs_extension
-@pytest.mark.parametrize("op", OPS)
-def test_compile_once_for_all_batch_sizes(fresh_dynamo, op):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ours(op), fullgraph=True, backend=counter, dynamic=True)
-    weight = torch.randn(3, 5, requires_grad=True)
-    compilations = []
-    for batch in (4, 7, 33):
-        input = torch.randn(batch, 5, requires_grad=True)
-        other = {"linear_relu": weight, "log_softmax": 1}.get(op, torch.arange(batch) % 5)
-        result, eager = compiled(input, other), ours(op)(input, other)
-        assert torch.equal(result, eager)
-        (grad,) = torch.autograd.grad(result.square().sum(), input)
-        (eager_grad,) = torch.autograd.grad(eager.square().sum(), input)
-        assert torch.equal(grad, eager_grad)
-        compilations.append(counter.frame_count)
-    # The first may take two: Dynamo starts again when it finds that an option isn't a number that
-    # varies. No other batch size adds any.
-    assert compilations == [compilations[0]] * 3
-
-
-@needs_extension
-@pytest.mark.parametrize(
-    ("op", "forward", "backward"),
-    [
-        ("linear_relu", "linear_relu", "linear_relu_backward"),
-        ("log_softmax", "log_softmax", "log_softmax_backward"),
-        ("nll_loss", "nll_loss_forward", "nll_loss_backward"),
-        ("cross_entropy", "cross_entropy_forward", "cross_entropy_backward"),
-    ],
-)
-def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, op, forward, backward):
-    """One operator each way, and nothing of what it replaces."""
-    graphs: list[set[str]] = []
-
-    def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
-        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-        graphs.append({str(node.target) for node in calls})
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    input = torch.randn(4, 5, requires_grad=True)
-    other = {"linear_relu": torch.randn(3, 5), "log_softmax": 1}.get(op, torch.arange(4))
-    torch.compile(ours(op), fullgraph=True, backend=backend)(input, other).sum().backward()
-    in_forward, in_backward = graphs
-    assert {call for call in in_forward if "fastnn" in call} == {f"fastnn.{forward}.default"}
-    assert {call for call in in_backward if "fastnn" in call} == {f"fastnn.{backward}.default"}
-    replaced = re.compile("mm|linear|relu|threshold|softmax|nll|gather|scatter|exp[.]|log[.]")
-    aten = {call for call in in_forward | in_backward if "fastnn" not in call}
-    assert not {call for call in aten if replaced.search(call)}
-
-
-@needs_extension
-def test_export_keeps_the_operators():
-    model = torch.nn.Sequential(fastnn.nn.LinearReLU(5, 4), fastnn.nn.LogSoftmax(dim=1))
-    input = torch.randn(6, 5)
-    exported = torch.export.export(
-        model, (input,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
-    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    assert targets == {"fastnn.linear_relu.default", "fastnn.log_softmax.default"}
-    other_batch = torch.randn(9, 5)
-    assert torch.equal(exported.module()(other_batch), model(other_batch))
 
 
 @needs_extension
@@ -546,44 +457,3 @@ def test_the_extension_loads_in_silence_trains_and_brings_no_second_openmp():
     # Three steps of float32: the same operations but for the order of a few sums.
     assert losses == pytest.approx(torch_losses, rel=1e-5)
     assert len(runtimes) == 1
-
-
-@needs_extension
-def test_flop_counter_counts_the_matrix_products_as_torch_does():
-    x, w, b = torch.randn(2, 6, 5), torch.randn(3, 5), torch.randn(3)
-
-    def flops(function, *inputs_with_gradient):
-        for tensor in (x, w, b):
-            tensor.requires_grad_(any(tensor is other for other in inputs_with_gradient))
-        with FlopCounterMode(display=False) as counter:
-            result = function(x, w, b)
-            if inputs_with_gradient:
-                result.sum().backward()
-        return counter.get_total_flops()
-
-    for wanted in ((), (w, b), (x,), (x, w, b)):
-        expected = flops(stock.linear_relu, *wanted)
-        assert expected > 0
-        assert flops(fastnn.functional.linear_relu, *wanted) == expected
-
-
-@needs_extension
-def test_optimizer_step_compiles_without_graph_break(fresh_dynamo):
-    def step_of(optimizer_class):
-        generator = torch.Generator().manual_seed(0)
-        params = [torch.randn(4, 3, generator=generator).requires_grad_() for _ in range(2)]
-        for param in params:
-            param.grad = torch.randn(4, 3, generator=generator)
-        return params, optimizer_class(params, lr=0.1, momentum=0.9, weight_decay=0.1).step
-
-    params, step = step_of(fastnn.optim.SGD)
-    explanation = torch._dynamo.explain(step)()
-    assert explanation.graph_break_count == 0, explanation.break_reasons
-    params, step = step_of(fastnn.optim.SGD)
-    compiled = torch.compile(step, backend="aot_eager")
-    expected, torch_step = step_of(torch.optim.SGD)
-    for _ in range(3):
-        compiled()
-        torch_step()
-    for actual, wanted in zip(params, expected, strict=True):
-        torch.testing.assert_close(actual, wanted)

@@ -1,10 +1,8 @@
-"""Derivatives of any order, in every mode of autograd, against finite differences and torch."""
+"""Derivatives of any order, against finite differences and torch; changes in place."""
 
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +12,7 @@ from oracles import assert_within, away_from_kink, expected
 from sample_inputs import OPS, sample_input, sample_names
 from test_operators import TORCH, leaves_of, ours, random_grad_like
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.autograd import gradcheck, gradgradcheck
 
 import fastnn
 
@@ -72,6 +69,12 @@ def class_weights() -> Tensor:
 
 
 LOG_SOFTMAX_CASES = [((), 0), ((3,), 0), ((2, 3), 1), ((3, 2), 0), ((2, 3, 2), 1), ((2, 3, 2), -1)]
+
+
+def assert_close(actual: object, theirs: object) -> None:
+    """In float64 and of the order of one: 1e-12 is thousands of roundings."""
+    __tracebackhide__ = True
+    torch.testing.assert_close(actual, theirs, rtol=1e-12, atol=1e-12)
 
 
 def assert_derivatives(
@@ -274,188 +277,7 @@ def test_class_weights_of_indices_may_not_want_gradients(implementation, op, opt
             function(*arguments, **options)
 
 
-# --- modes of autograd ----------------------------------------------------------------------------
-
-
-def with_options(name: str) -> Callable[[Function], Function]:
-    """From an operator's function to one of a single (4, 3) tensor, with the options named."""
-    weight, bias = normal(4, 3), normal(4)
-    target = torch.tensor([0, 2, -100, 1])
-    smooth = {"label_smoothing": 0.1, "weight": class_weights()}
-    probabilities = torch.rand(4, 3, dtype=torch.float64)
-    return {
-        "linear_relu": lambda f: lambda x: f(x, weight, bias),
-        "log_softmax": lambda f: lambda x: f(x, 1),
-        "nll_loss": lambda f: lambda x: f(x, target),
-        "nll_loss-none": lambda f: lambda x: f(x, target, reduction="none"),
-        "cross_entropy": lambda f: lambda x: f(x, target),
-        "cross_entropy-none": lambda f: lambda x: f(x, target, reduction="none"),
-        "cross_entropy-smooth": lambda f: lambda x: f(x, target, **smooth),
-        "cross_entropy-probabilities": lambda f: lambda x: f(x, probabilities),
-    }[name]
-
-
-MODE_CASES = (
-    *("linear_relu", "log_softmax", "nll_loss", "nll_loss-none", "cross_entropy"),
-    *("cross_entropy-none", "cross_entropy-smooth", "cross_entropy-probabilities"),
-)
-
-
-@pytest.fixture(params=MODE_CASES)
-def functions(request, implementation, _seeded) -> tuple[Function, Function]:
-    """Our function of one (4, 3) tensor, and torch's."""
-    op = request.param.split("-")[0]
-    make = with_options(request.param)
-    return make(ours(op)), make(TORCH[op])
-
-
-def sum_of(function: Function) -> Function:
-    return lambda x: function(x).sum()
-
-
-def sum_of_squares(function: Function) -> Function:
-    return lambda x: function(x).square().sum()
-
-
-def assert_close(actual: object, theirs: object) -> None:
-    """In float64 and of the order of one: 1e-12 is thousands of roundings."""
-    __tracebackhide__ = True
-    torch.testing.assert_close(actual, theirs, rtol=1e-12, atol=1e-12)
-
-
-class TestModes:
-    def test_func_grad_and_vjp(self, functions):
-        mine, theirs = functions
-        x = normal(4, 3)
-        assert_close(grad(sum_of_squares(mine))(x), grad(sum_of_squares(theirs))(x))
-        value, pull = vjp(mine, x)
-        torch_value, torch_pull = vjp(theirs, x)
-        assert_close(value, torch_value)
-        cotangent = torch.randn_like(value)
-        assert_close(pull(cotangent), torch_pull(cotangent))
-
-    def test_func_jvp_and_forward_mode(self, functions):
-        mine, theirs = functions
-        x, tangent = normal(4, 3), normal(4, 3)
-        value, derivative = jvp(theirs, (x,), (tangent,))
-        assert_close(jvp(mine, (x,), (tangent,)), (value, derivative))
-        with forward_ad.dual_level():
-            dual = mine(forward_ad.make_dual(x, tangent))
-            assert_close(tuple(forward_ad.unpack_dual(dual)), (value, derivative))
-
-    def test_func_vmap(self, functions):
-        mine, theirs = functions
-        batch = normal(5, 4, 3)
-        assert_close(vmap(mine)(batch), torch.stack([theirs(x) for x in batch]))
-        last = batch.movedim(0, -1)
-        assert_close(vmap(mine, in_dims=-1)(last), vmap(theirs)(batch))
-
-    def test_per_sample_gradients(self, functions):
-        mine, theirs = functions
-        batch = normal(5, 4, 3)
-        per_sample = vmap(grad(sum_of(mine)))(batch)
-        assert_close(per_sample, vmap(grad(sum_of(theirs)))(batch))
-
-    def test_jacobians_and_hessian(self, functions):
-        mine, theirs = functions
-        x = normal(4, 3)
-        assert_close(jacrev(mine)(x), jacrev(theirs)(x))
-        assert_close(jacfwd(mine)(x), jacfwd(theirs)(x))
-        assert_close(hessian(sum_of_squares(mine))(x), hessian(sum_of_squares(theirs))(x))
-
-    def test_batched_incoming_gradients(self, functions):
-        mine, theirs = functions
-        x = normal(4, 3).requires_grad_()
-        value, torch_value = mine(x), theirs(x)
-        batch = torch.randn(5, *value.shape, dtype=torch.float64)
-        (grads,) = torch.autograd.grad(value, x, batch, is_grads_batched=True)
-        (torch_grads,) = torch.autograd.grad(torch_value, x, batch, is_grads_batched=True)
-        assert_close(grads, torch_grads)
-
-    def test_the_graph_may_be_retained_and_used_again(self, functions):
-        mine, theirs = functions
-        x = normal(4, 3).requires_grad_()
-        total, torch_total = mine(x).sum(), theirs(x).sum()
-        (torch_grad,) = torch.autograd.grad(torch_total, x)
-        (first,) = torch.autograd.grad(total, x, retain_graph=True)
-        (second,) = torch.autograd.grad(total, x)
-        assert_close(first, torch_grad)
-        assert torch.equal(first, second)
-        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-            torch.autograd.grad(total, x)
-
-    def test_gradients_accumulate(self, functions):
-        mine, _ = functions
-        x = normal(4, 3).requires_grad_()
-        mine(x).sum().backward()
-        once = x.grad.clone()
-        mine(x).sum().backward()
-        assert torch.equal(x.grad, 2 * once)  # doubling is exact
-
-    def test_second_derivative_through_create_graph(self, functions):
-        mine, theirs = functions
-        x = normal(4, 3).requires_grad_()
-        results = []
-        for function in (mine, theirs):
-            (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-            (second,) = torch.autograd.grad(first.square().sum(), x)
-            results.append((first, second))
-        assert_close(results[0], results[1])
-
-    def test_checkpoint_recomputes_the_same(self, functions):
-        mine, _ = functions
-        x = normal(4, 3).requires_grad_()
-        total = torch.utils.checkpoint.checkpoint(mine, x, use_reentrant=False).sum()
-        (gradient,) = torch.autograd.grad(total, x)
-        (direct,) = torch.autograd.grad(mine(x).sum(), x)
-        assert torch.equal(gradient, direct)
-
-    def test_saved_tensors_pass_through_hooks(self, functions):
-        """What the backward needs is saved where hooks (offloading, say) can get at it."""
-        mine, _ = functions
-        x = normal(4, 3).requires_grad_()
-        packed = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            packed.append(tensor)
-            return tensor.clone()
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            total = mine(x).sum()
-        assert packed
-        (gradient,) = torch.autograd.grad(total, x)
-        (direct,) = torch.autograd.grad(mine(x).sum(), x)
-        assert torch.equal(gradient, direct)
-
-    def test_nothing_outlives_its_use(self, functions):
-        """An output that its own node held on to would never be freed."""
-        mine, _ = functions
-        gc.disable()  # it must go without the collector's help
-        try:
-            output = mine(normal(4, 3).requires_grad_())
-            gone = weakref.ref(output)
-            del output
-            assert gone() is None
-        finally:
-            gc.enable()
-
-
-def test_func_transforms_take_bytes_in_several_dimensions(implementation):
-    """As plain calls do; torch's own operators refuse them."""
-    input = normal(2, 3, 4)
-    target = torch.arange(8).remainder(3).reshape(2, 4)
-    for op in ("nll_loss", "cross_entropy"):
-        exact = grad(lambda x, op=op: TORCH[op](x, target))(input)
-        gradient = grad(lambda x, op=op: ours(op)(x, target.to(torch.uint8)))(input)
-        assert_close(gradient, exact)
-
-
-def test_linear_relu_of_weights_of_their_own_for_each_sample(implementation):
-    """An ensemble: vmap over the weights too."""
-    inputs, weights, biases = normal(5, 4, 3), normal(5, 2, 3), normal(5, 2)
-    outputs = vmap(fastnn.functional.linear_relu)(inputs, weights, biases)
-    each = zip(inputs, weights, biases, strict=True)
-    assert_close(outputs, torch.stack([TORCH["linear_relu"](*arguments) for arguments in each]))
+# --- changes in place ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

@@ -1,0 +1,131 @@
+"""Models of our layers outlive their Python: torch.export, AOTInductor, traces, torch.fx."""
+
+from __future__ import annotations
+
+import io
+
+import perceptron
+import pytest
+import torch
+from conftest import needs_extension
+from perceptron import OURS, loss_and_gradients
+from test_nn import MODULES, inputs_of, make
+from torch.export import Dim
+
+import fastnn
+
+capability = pytest.mark.capability
+every_module = pytest.mark.parametrize("name", MODULES)
+# torch's own use of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
+
+# --- torch.export ---------------------------------------------------------------------------------
+
+
+@needs_extension
+@capability(
+    "Export",
+    "`torch.export`: one call each, dynamic batch",
+    operators=["linear_relu", "log_softmax"],
+)
+def test_export_keeps_the_operators():
+    model = torch.nn.Sequential(fastnn.nn.LinearReLU(5, 4), fastnn.nn.LogSoftmax(dim=1))
+    input = torch.randn(6, 5)
+    exported = torch.export.export(
+        model, (input,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert targets == {"fastnn.linear_relu.default", "fastnn.log_softmax.default"}
+    other_batch = torch.randn(9, 5)
+    assert torch.equal(exported.module()(other_batch), model(other_batch))
+
+
+@capability("Export", "`torch.export`, strict and not")
+@every_module
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_modules_compute_the_same(fresh_dynamo, strict, name):
+    module, inputs = make(name)[0].double(), inputs_of(name)
+    exported = torch.export.export(module, inputs, strict=strict)
+    assert torch.equal(exported.module()(*inputs), module(*inputs))
+    decomposed = exported.run_decompositions()
+    assert torch.equal(decomposed.module()(*inputs), module(*inputs))
+
+
+@needs_extension
+@capability("Export", "exported, saved, loaded, and trained on", operators=perceptron.USES)
+def test_an_exported_model_is_saved_and_trained_on():
+    model, inputs = perceptron.make(OURS), perceptron.batch(4)
+    rows = {0: Dim("rows")}
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, inputs, dynamic_shapes=(rows, rows)), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    other_inputs = perceptron.batch(9)
+    eager = loss_and_gradients(model, model, *other_inputs)
+    for result, expected in zip(
+        loss_and_gradients(loaded, loaded, *other_inputs), eager, strict=True
+    ):
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.cpu_only("inductor compiles for the device: the CPU's code around any kernels")
+@needs_extension
+@capability("Export", "AOTInductor package", operators=perceptron.USES)
+def test_aot_inductor(fresh_dynamo, tmp_path):
+    model, inputs = perceptron.make(OURS), perceptron.batch(4)
+    rows = {0: Dim("rows")}
+    exported = torch.export.export(model, inputs, dynamic_shapes=(rows, rows))
+    package = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "model.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    for rows in (4, 9):
+        inputs = perceptron.batch(rows)
+        # In float64 and of the order of one: 1e-12 is thousands of roundings.
+        torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=1e-12, atol=1e-12)
+
+
+# --- torch.jit, torch.fx --------------------------------------------------------------------------
+
+deprecated = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.*is deprecated",
+)
+
+
+@deprecated
+@capability("Export", "`torch.jit.trace`, saved and loaded")
+@every_module
+def test_jit_trace(name):
+    module, inputs = make(name)[0].double(), inputs_of(name)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(module, inputs), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    other_inputs = (inputs[0].detach().neg().requires_grad_(), *inputs[1:])
+    result, expected = traced(*other_inputs), module(*other_inputs)
+    assert torch.equal(result, expected)
+    (gradient,) = torch.autograd.grad(result.sum(), other_inputs[0])
+    (eager_gradient,) = torch.autograd.grad(expected.sum(), other_inputs[0])
+    assert torch.equal(gradient, eager_gradient)
+
+
+@deprecated
+@capability("Export", "`torch.jit.script`")
+@pytest.mark.xfail(
+    reason="TorchScript's compiler takes a small part of Python, and is deprecated: trace instead.",
+    raises=RuntimeError,
+)
+@every_module
+def test_jit_script(name):
+    torch.jit.script(make(name)[0])
+
+
+@capability("Export", "`torch.fx.symbolic_trace`: one call each, which it prints and runs")
+@every_module
+def test_fx_sees_one_call(name):
+    module, inputs = make(name)[0].double(), inputs_of(name)
+    traced = torch.fx.symbolic_trace(module)
+    (call,) = (node for node in traced.graph.nodes if node.op == "call_function")
+    assert call.target.__module__ == "fastnn.functional"
+    assert f"fastnn_functional_{call.target.__name__}(" in traced.code
+    assert torch.equal(traced(*inputs), module(*inputs))
