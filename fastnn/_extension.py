@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
+from torch.onnx import is_in_onnx_export
 
-from fastnn import reference
+from fastnn import _onnx, reference
 
 REINSTALL = "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
@@ -64,14 +65,14 @@ else:
 
 
 def operators() -> Any:
-    """What holds the operators as functions: the extension, torch.ops.fastnn or the reference."""
-    if extension is None:
-        return reference
+    """What holds the operators as functions: the extension, torch.ops.fastnn or plain PyTorch."""
     # While torch.compile, torch.export or torch.jit.trace look on, the callable that they know. It
     # boxes its arguments, and so costs two to three times what the extension's own function does.
     if is_compiling() or _get_tracing_state() is not None:
-        return torch.ops.fastnn
-    return extension
+        if is_in_onnx_export():
+            return _onnx
+        return reference if extension is None else torch.ops.fastnn
+    return reference if extension is None else extension
 
 
 def is_available() -> bool:

@@ -1,15 +1,18 @@
-"""Models of our layers outlive their Python: torch.export, AOTInductor, traces, torch.fx."""
+"""Models of our layers outlive their Python: torch.export, AOTInductor, traces, torch.fx, ONNX."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+from pathlib import Path
 
 import perceptron
 import pytest
 import torch
 from conftest import needs_extension
 from perceptron import OURS, loss_and_gradients
-from test_nn import MODULES, inputs_of, make
+from test_nn import MODULES, assert_close, inputs_of, make
+from torch import Tensor
 from torch.export import Dim
 
 import fastnn
@@ -89,6 +92,8 @@ def test_aot_inductor(fresh_dynamo, tmp_path):
 
 deprecated = pytest.mark.filterwarnings(
     "ignore:`torch.jit.*is deprecated",
+    "ignore:You are using the legacy TorchScript",
+    "ignore:The feature will be removed",
 )
 
 
@@ -129,3 +134,85 @@ def test_fx_sees_one_call(name):
     assert call.target.__module__ == "fastnn.functional"
     assert f"fastnn_functional_{call.target.__name__}(" in traced.code
     assert torch.equal(traced(*inputs), module(*inputs))
+
+
+# --- ONNX -----------------------------------------------------------------------------------------
+
+onnx_packages = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="torch.onnx takes onnx and onnxscript; running its models, onnxruntime",
+)
+of_no_kernels = pytest.mark.cpu_only("an exported model has none of our kernels")
+dynamo_exporter = {"dynamo": True, "verbose": False, "dynamic_shapes": ({0: Dim("rows")},)}
+trace_exporter = {"dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": {0: "rows"}}}
+
+
+def operators_of(path: Path) -> list[str]:
+    import onnx
+
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def run_onnx(path: Path, *inputs: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    arrays = [tensor.detach().cpu().numpy() for tensor in inputs]
+    (output,) = session.run(None, dict(zip(names, arrays, strict=True)))
+    return torch.as_tensor(output, device=inputs[0].device)
+
+
+@deprecated
+@of_no_kernels
+@onnx_packages
+@capability("Export", "`torch.onnx.export`, run in onnxruntime", operators=perceptron.USES[:2])
+@pytest.mark.parametrize("exporter", [dynamo_exporter, trace_exporter], ids=["dynamo", "trace"])
+def test_onnx_runs_a_model(tmp_path, exporter):
+    """In ONNX's own operators."""
+    model, path = perceptron.make(OURS, torch.float32).eval(), tmp_path / "model.onnx"
+    torch.onnx.export(model, perceptron.batch(4, torch.float32)[:1], path, **exporter)
+    assert operators_of(path) == ["Gemm", "Relu", "Gemm", "LogSoftmax"]
+    for rows in (4, 9):
+        x, _ = perceptron.batch(rows, torch.float32)
+        assert_close(run_onnx(path, x), model(x))
+
+
+# By the operator's name and an option: the loss, and which of inputs_of(name)'s targets it takes.
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 1.5, 0.25])
+ONNX_LOSSES = {
+    "NLLLoss-weighted": lambda: fastnn.nn.NLLLoss(weight=WEIGHT),
+    "NLLLoss-none": lambda: fastnn.nn.NLLLoss(ignore_index=2, reduction="none"),
+    "CrossEntropyLoss-weighted": lambda: fastnn.nn.CrossEntropyLoss(weight=WEIGHT),
+    "CrossEntropyLoss-none": lambda: fastnn.nn.CrossEntropyLoss(ignore_index=2, reduction="none"),
+    # torch's exporter drops it from torch's own loss, and its model computes something else.
+    "CrossEntropyLoss-smooth": lambda: fastnn.nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1),
+    "CrossEntropyLoss-probabilities": fastnn.nn.CrossEntropyLoss,
+}
+
+
+@of_no_kernels
+@onnx_packages
+@capability("Export", "`torch.onnx.export`, run in onnxruntime")
+@pytest.mark.parametrize("name", ONNX_LOSSES)
+def test_onnx_runs_a_loss(tmp_path, name):
+    loss, path = ONNX_LOSSES[name]().eval(), tmp_path / "loss.onnx"
+    x, target = inputs_of(name.partition("-")[0], torch.float32)
+    if name.endswith("probabilities"):
+        target = torch.rand(x.shape).softmax(1)
+    torch.onnx.export(loss, (x, target), path, dynamo=True, verbose=False)
+    assert_close(run_onnx(path, x, target), loss(x, target))
+
+
+@of_no_kernels
+@onnx_packages
+@capability("Export", "`torch.onnx.export` of a program of `torch.export`")
+@pytest.mark.xfail(
+    reason="It is of fastnn's operators already: give `torch.onnx.export` the model itself.",
+    raises=torch.onnx.errors.OnnxExporterError,
+)
+@needs_extension
+@every_module
+def test_onnx_of_an_exported_program(name):
+    program = torch.export.export(make(name)[0].double(), inputs_of(name))
+    torch.onnx.export(program, dynamo=True, verbose=False)
