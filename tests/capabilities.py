@@ -1,7 +1,7 @@
 """The matrix in docs/capabilities.md, made from the tests: which operator can be used in which way.
 
-A test says what it shows: ``@pytest.mark.capability("torch.compile", "in one graph")``, a section
-and a row. The columns are the operators and modules that its parameters name, or ``operators=``.
+A test says what it shows: ``@pytest.mark.capability("compile", "in one graph")``, a section and
+a row. The columns are the operators and modules that its parameters name, or ``operators=``.
 Where PyTorch or fastnn can't do it, the test is an expected failure, whose reason the matrix
 shows. ``make capabilities`` runs these tests, and writes the file if all went as expected.
 """
@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-SECTIONS = (
-    "torch.compile",
-    "Export",
-    "Autograd and torch.func",
-    "Mixed precision",
-    "Saving, moving, parametrizing",
-    "Processes and threads",
-    "Tools",
-    "PyTorch's own test inputs",
-)
+SECTIONS = {
+    "compile": "torch.compile",
+    "export": "Export",
+    "autograd": "Autograd and torch.func",
+    "precision": "Mixed precision",
+    "saving": "Saving, moving, parametrizing",
+    "processes": "Processes and threads",
+    "tools": "Tools",
+    "inputs": "PyTorch's own test inputs",
+}
 FUNCTIONS = ("linear_relu", "log_softmax", "nll_loss", "cross_entropy")
 COLUMNS = (*FUNCTIONS, "SGD")
 # Other names that tests' parameters have for them: modules, torch's OpInfos.
@@ -91,7 +91,7 @@ def document(findings: Iterable[Finding]) -> str:
 
 
 def _table(section: str, rows: dict[str, list[Finding]]) -> str:
-    lines = [f"## {section}", "", f"| | {' | '.join(COLUMNS)} | tests |"]
+    lines = [f"## {SECTIONS[section]}", "", f"| | {' | '.join(COLUMNS)} | tests |"]
     lines.append("|---|" + ":-:|" * len(COLUMNS) + "---|")
     reasons: dict[str, int] = {}
     for row, findings in rows.items():
@@ -125,7 +125,7 @@ class Recorder:
         if report.skipped and not hasattr(report, "wasxfail"):
             self.skipped.append(report.nodeid)
 
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
         if self.skipped:
             pytest.exit(f"{self.path} is not written: skipped {self.skipped}", returncode=1)
         if exitstatus == pytest.ExitCode.OK:

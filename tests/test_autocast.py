@@ -95,6 +95,10 @@ def assert_same_gradient(actual, expected, result) -> None:
 @operators
 @low_precision
 @inputs
+@pytest.mark.capability(
+    "precision",
+    "`torch.autocast` on the CPU, bfloat16 and float16: torch's dtypes and numbers",
+)
 def test_same_dtypes_and_numbers_as_torch(name, autocast_dtype, dtype) -> None:
     ours, theirs = OPERATORS[name]
     a = arguments(dtype)
@@ -108,6 +112,7 @@ def test_same_dtypes_and_numbers_as_torch(name, autocast_dtype, dtype) -> None:
 @operators
 @low_precision
 @inputs
+@pytest.mark.capability("precision", "`torch.autocast` on CUDA: torch's dtypes (on fake tensors)")
 def test_dtypes_on_cuda_are_torchs(name, autocast_dtype, dtype) -> None:
     """Of shapes and dtypes alone, so that no GPU is needed."""
     ours, theirs = OPERATORS[name]
@@ -126,6 +131,7 @@ def test_dtypes_on_cuda_are_torchs(name, autocast_dtype, dtype) -> None:
 
 
 @operators
+@pytest.mark.capability("precision", "disabled regions inside of others")
 def test_a_disabled_region_is_left_alone(name) -> None:
     ours, theirs = OPERATORS[name]
     a = arguments(torch.float32)
@@ -135,6 +141,7 @@ def test_a_disabled_region_is_left_alone(name) -> None:
         assert ours(a).dtype == theirs(a).dtype
 
 
+@pytest.mark.capability("precision", "nested regions", operators=["linear_relu"])
 def test_nested_regions_take_the_inner_dtype() -> None:
     a = arguments(torch.float32)
     # Without the cache, which in torch keeps the inner region's casts for the outer one.
@@ -158,6 +165,7 @@ class CountCasts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("cache_enabled", [True, False])
+@pytest.mark.capability("precision", "autocast's cache of casts", operators=["linear_relu"])
 def test_a_parameter_is_cast_once_in_a_region_with_the_cache(cache_enabled) -> None:
     a = arguments(torch.float32)
     with (
@@ -170,6 +178,11 @@ def test_a_parameter_is_cast_once_in_a_region_with_the_cache(cache_enabled) -> N
 
 
 @low_precision
+@pytest.mark.capability(
+    "precision",
+    "training with `GradScaler`",
+    operators=["linear_relu", "cross_entropy", "SGD"],
+)
 def test_training_under_autocast_with_a_scaler_is_torchs(autocast_dtype) -> None:
     """Some steps of the MLP with GradScaler, one of them with an overflow that skips the step."""
 

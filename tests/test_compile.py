@@ -30,7 +30,7 @@ NO_MORE_RECOMPILATIONS = "no more recompilations than torch's, as batch size or 
 
 
 @needs_extension
-@capability("torch.compile", "`fullgraph=True`, forward and backward: the same bits")
+@capability("compile", "`fullgraph=True`, forward and backward: the same bits")
 @pytest.mark.parametrize(("op", "name"), COMPILE_SAMPLES)
 def test_compile_changes_nothing(fresh_dynamo, op, name):
     """In one graph, and to the same bits: the same operators run."""
@@ -42,7 +42,7 @@ def test_compile_changes_nothing(fresh_dynamo, op, name):
 
 
 @needs_extension
-@capability("torch.compile", "`dynamic=True`: one compilation for all batch sizes")
+@capability("compile", "`dynamic=True`: one compilation for all batch sizes")
 @pytest.mark.parametrize("op", OPS)
 def test_compile_once_for_all_batch_sizes(fresh_dynamo, op):
     counter = CompileCounterWithBackend("aot_eager")
@@ -110,7 +110,7 @@ def test_the_reference_compiles_in_one_graph_too(fresh_dynamo, monkeypatch, op):
 # --- modules and models ---------------------------------------------------------------------------
 
 
-@capability("torch.compile", NO_GRAPH_BREAK)
+@capability("compile", NO_GRAPH_BREAK)
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_have_no_graph_break(fresh_dynamo, name):
     explanation = torch._dynamo.explain(make(name)[0].double())(*inputs_of(name))
@@ -125,7 +125,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 @pytest.mark.cpu_only("inductor compiles for the device: the CPU's code around any kernels")
 @needs_extension
-@capability("torch.compile", INDUCTOR, operators=perceptron.USES)
+@capability("compile", INDUCTOR, operators=perceptron.USES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor_gives_eagers_numbers(fresh_dynamo, dynamic):
     model = perceptron.make(OURS)
@@ -136,7 +136,7 @@ def test_inductor_gives_eagers_numbers(fresh_dynamo, dynamic):
         torch.testing.assert_close(loss_and_gradients(model, compiled, *inputs), eager, **CLOSE)
 
 
-@capability("torch.compile", NO_MORE_RECOMPILATIONS, operators=perceptron.USES)
+@capability("compile", NO_MORE_RECOMPILATIONS, operators=perceptron.USES)
 def test_a_change_of_batch_size_recompiles_as_often_as_torchs_model(fresh_dynamo):
     """By default: static at first, dynamic at the second size, and 1 is a size of its own."""
     compilations = []
@@ -155,7 +155,7 @@ def test_a_change_of_batch_size_recompiles_as_often_as_torchs_model(fresh_dynamo
     assert compilations[0] == compilations[1]
 
 
-@capability("torch.compile", "under `torch.autocast`", operators=perceptron.USES)
+@capability("compile", "under `torch.autocast`", operators=perceptron.USES)
 def test_compiled_under_autocast(fresh_dynamo):
     model = perceptron.make(OURS, torch.float32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -172,7 +172,7 @@ def test_compiled_under_autocast(fresh_dynamo):
 
 
 @needs_extension
-@capability("torch.compile", "compiled autograd", operators=perceptron.USES)
+@capability("compile", "compiled autograd", operators=perceptron.USES)
 def test_compiled_autograd(fresh_dynamo):
     """The backward of a model that ran eagerly, compiled: our nodes say what they call."""
     model = perceptron.make(OURS)
@@ -210,13 +210,13 @@ def step_of(
 
 @pytest.mark.cpu_only("a compiled step runs torch's loop, without our kernels")
 class TestOptimizer:
-    @capability("torch.compile", NO_GRAPH_BREAK, operators=["SGD"])
+    @capability("compile", NO_GRAPH_BREAK, operators=["SGD"])
     def test_step_has_no_graph_break(self, fresh_dynamo):
         _, optimizer = step_of(fastnn.optim.SGD)
         explanation = torch._dynamo.explain(optimizer.step)()
         assert explanation.graph_break_count == 0, explanation.break_reasons
 
-    @capability("torch.compile", NO_MORE_RECOMPILATIONS, operators=["SGD"])
+    @capability("compile", NO_MORE_RECOMPILATIONS, operators=["SGD"])
     def test_compiled_step_is_torchs_in_numbers_and_recompilations(self, fresh_dynamo):
         """A changed learning rate is a recompilation, or not, as for torch's optimizer."""
         results, compilations = [], []
@@ -234,7 +234,7 @@ class TestOptimizer:
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
         assert compilations[0] == compilations[1]
 
-    @capability("torch.compile", INDUCTOR, operators=["SGD"])
+    @capability("compile", INDUCTOR, operators=["SGD"])
     def test_inductor_steps_as_torch(self, fresh_dynamo):
         params, optimizer = step_of(fastnn.optim.SGD)
         expected, torch_optimizer = step_of(torch.optim.SGD)
@@ -246,7 +246,7 @@ class TestOptimizer:
         torch.testing.assert_close(params, expected, rtol=0, atol=3 * 8 * 2**-23)
 
     @capability(
-        "torch.compile",
+        "compile",
         "no more graph breaks than torch in a function of the whole training step",
         operators=[*perceptron.USES, "SGD"],
     )

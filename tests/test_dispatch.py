@@ -132,6 +132,7 @@ def loss_options(op: str, sample: Sample) -> dict[str, Any]:
 
 @needs_extension
 @pytest.mark.parametrize(("op", "name"), OPCHECK_CASES)
+@pytest.mark.capability("compile", "`torch.library.opcheck`")
 def test_opcheck_for_users(op, name):
     sample = sample_input(op, torch.float32, name)
     leaves = leaves_of(op, sample)
@@ -191,6 +192,7 @@ def test_fake_outputs_have_the_real_dtypes(op, dtype):
     ],
     ids=["plain", "first", "momentum", "nesterov", "scaled", "skipped"],
 )
+@pytest.mark.capability("compile", "`torch.library.opcheck`", operators=["SGD"])
 def test_opcheck_sgd_step(options):
     def tensors() -> list[Tensor]:
         return [torch.randn(3, 5), torch.randn(4, 2).t(), torch.randn(())]
@@ -223,6 +225,7 @@ def value_and_gradients(function: Callable[..., Tensor], op: str, sample: Sample
 
 @needs_extension
 @pytest.mark.parametrize(("op", "name"), COMPILE_SAMPLES)
+@pytest.mark.capability("saving", "fake tensors, the meta device")
 def test_meta_tensors_get_shapes_and_gradients(op, name):
     sample = sample_input(op, torch.float32, name)
     on_meta = Sample(
@@ -276,6 +279,7 @@ MODE_SAMPLES = {
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.capability("saving", "modes: `__torch_function__`, `__torch_dispatch__`")
 def test_torch_function_modes_see_the_call_and_its_arguments(implementation, op):
     sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
     direct = ours(op)(*sample.args, **sample.kwargs)
@@ -286,6 +290,7 @@ def test_torch_function_modes_see_the_call_and_its_arguments(implementation, op)
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.capability("saving", "tensor subclasses: `__torch_function__`")
 def test_torch_function_of_each_argument_is_called(implementation, op):
     sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
     direct = ours(op)(*sample.args, **sample.kwargs)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec")
 
 @needs_extension
 @capability(
-    "Export",
+    "export",
     "`torch.export`: one call each, dynamic batch",
     operators=["linear_relu", "log_softmax"],
 )
@@ -43,7 +43,7 @@ def test_export_keeps_the_operators():
     assert torch.equal(exported.module()(other_batch), model(other_batch))
 
 
-@capability("Export", "`torch.export`, strict and not")
+@capability("export", "`torch.export`, strict and not")
 @every_module
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_modules_compute_the_same(fresh_dynamo, strict, name):
@@ -55,7 +55,7 @@ def test_exported_modules_compute_the_same(fresh_dynamo, strict, name):
 
 
 @needs_extension
-@capability("Export", "exported, saved, loaded, and trained on", operators=perceptron.USES)
+@capability("export", "exported, saved, loaded, and trained on", operators=perceptron.USES)
 def test_an_exported_model_is_saved_and_trained_on():
     model, inputs = perceptron.make(OURS), perceptron.batch(4)
     rows = {0: Dim("rows")}
@@ -73,7 +73,7 @@ def test_an_exported_model_is_saved_and_trained_on():
 
 @pytest.mark.cpu_only("inductor compiles for the device: the CPU's code around any kernels")
 @needs_extension
-@capability("Export", "AOTInductor package", operators=perceptron.USES)
+@capability("export", "AOTInductor package", operators=perceptron.USES)
 def test_aot_inductor(fresh_dynamo, tmp_path):
     model, inputs = perceptron.make(OURS), perceptron.batch(4)
     rows = {0: Dim("rows")}
@@ -98,7 +98,7 @@ deprecated = pytest.mark.filterwarnings(
 
 
 @deprecated
-@capability("Export", "`torch.jit.trace`, saved and loaded")
+@capability("export", "`torch.jit.trace`, saved and loaded")
 @every_module
 def test_jit_trace(name):
     module, inputs = make(name)[0].double(), inputs_of(name)
@@ -115,7 +115,7 @@ def test_jit_trace(name):
 
 
 @deprecated
-@capability("Export", "`torch.jit.script`")
+@capability("export", "`torch.jit.script`")
 @pytest.mark.xfail(
     reason="TorchScript's compiler takes a small part of Python, and is deprecated: trace instead.",
     raises=RuntimeError,
@@ -125,7 +125,7 @@ def test_jit_script(name):
     torch.jit.script(make(name)[0])
 
 
-@capability("Export", "`torch.fx.symbolic_trace`: one call each, which it prints and runs")
+@capability("export", "`torch.fx.symbolic_trace`: one call each, which it prints and runs")
 @every_module
 def test_fx_sees_one_call(name):
     module, inputs = make(name)[0].double(), inputs_of(name)
@@ -166,7 +166,7 @@ def run_onnx(path: Path, *inputs: Tensor) -> Tensor:
 @deprecated
 @of_no_kernels
 @onnx_packages
-@capability("Export", "`torch.onnx.export`, run in onnxruntime", operators=perceptron.USES[:2])
+@capability("export", "`torch.onnx.export`, run in onnxruntime", operators=perceptron.USES[:2])
 @pytest.mark.parametrize("exporter", [dynamo_exporter, trace_exporter], ids=["dynamo", "trace"])
 def test_onnx_runs_a_model(tmp_path, exporter):
     """In ONNX's own operators."""
@@ -193,7 +193,7 @@ ONNX_LOSSES = {
 
 @of_no_kernels
 @onnx_packages
-@capability("Export", "`torch.onnx.export`, run in onnxruntime")
+@capability("export", "`torch.onnx.export`, run in onnxruntime")
 @pytest.mark.parametrize("name", ONNX_LOSSES)
 def test_onnx_runs_a_loss(tmp_path, name):
     loss, path = ONNX_LOSSES[name]().eval(), tmp_path / "loss.onnx"
@@ -206,7 +206,7 @@ def test_onnx_runs_a_loss(tmp_path, name):
 
 @of_no_kernels
 @onnx_packages
-@capability("Export", "`torch.onnx.export` of a program of `torch.export`")
+@capability("export", "`torch.onnx.export` of a program of `torch.export`")
 @pytest.mark.xfail(
     reason="It is of fastnn's operators already: give `torch.onnx.export` the model itself.",
     raises=torch.onnx.errors.OnnxExporterError,

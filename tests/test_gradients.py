@@ -103,6 +103,7 @@ def assert_derivatives(
 
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
 @pytest.mark.parametrize("shape", LINEAR_RELU_SHAPES)
+@pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`", operators=["linear_relu"])
 def test_linear_relu(implementation, shape, wanted):
     """With every subset of its arguments wanting a gradient."""
     inputs = linear_relu_arguments(shape, 4, bias=True)
@@ -124,6 +125,7 @@ def test_linear_relu_without_bias(implementation, shape, wanted):
 
 
 @pytest.mark.parametrize(("shape", "dim"), LOG_SOFTMAX_CASES)
+@pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`", operators=["log_softmax"])
 def test_log_softmax(implementation, shape, dim):
     input = normal(*shape).requires_grad_()
     assert_derivatives(implementation, lambda x: fastnn.functional.log_softmax(x, dim), (input,))
@@ -136,6 +138,7 @@ every_loss = pytest.mark.parametrize(
 
 
 @every_loss
+@pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`", operators=["nll_loss"])
 def test_nll_loss(implementation, shape, reduction, weighted):
     target = class_indices(shape, ignored=True)
     options = {"reduction": reduction, "weight": class_weights() if weighted else None}
@@ -148,6 +151,7 @@ def test_nll_loss(implementation, shape, reduction, weighted):
 @every_loss
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`", operators=["cross_entropy"])
 def test_cross_entropy(implementation, kind, label_smoothing, shape, reduction, weighted):
     target = class_indices(shape, ignored=True)
     if kind == "probabilities":

@@ -303,6 +303,7 @@ def options_with_state(name: str) -> dict[str, Tensor]:
 
 
 @all_modules
+@pytest.mark.capability("saving", "`state_dict` to and from torch's, `strict=True`")
 def test_state_dict_passes_both_ways(name):
     ours, stock = (module.double() for module in make(name, **options_with_state(name)))
     assert ours.state_dict().keys() == stock.state_dict().keys()
@@ -323,6 +324,7 @@ def assert_states_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 
 
 @all_modules
+@pytest.mark.capability("saving", "`state_dict` through `torch.load(weights_only=True)`")
 def test_state_dict_is_saved_and_loaded_weights_only(name):
     ours, stock = make(name, **options_with_state(name))
     file = io.BytesIO()
@@ -347,6 +349,7 @@ def through_torch_save(module: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, through_pickle, through_torch_save]
 )
+@pytest.mark.capability("saving", "`pickle`, `torch.save`, `copy.deepcopy`")
 def test_copies_compute_the_same(name, duplicate):
     ours, stock = (module.double() for module in make(name, **options_with_state(name)))
     copied = duplicate(ours)
@@ -356,6 +359,7 @@ def test_copies_compute_the_same(name, duplicate):
 
 
 @pytest.mark.parametrize("name", ["LinearReLU", *LOSSES])
+@pytest.mark.capability("saving", "`.to(dtype)`, `half`, `bfloat16`")
 def test_state_moves_with_the_module(name):
     ours = make(name, **options_with_state(name))[0].double()
     tensors = list(ours.state_dict().values())
@@ -404,6 +408,7 @@ def test_forward_and_backward_on_the_meta_device(name):
     assert inputs[0].grad.shape == inputs[0].shape
 
 
+@pytest.mark.capability("saving", "`nn.utils.skip_init`", operators=["linear_relu"])
 def test_skip_init():
     layer = torch.nn.utils.skip_init(fastnn.nn.LinearReLU, 5, 3, dtype=torch.float64)
     assert type(layer) is fastnn.nn.LinearReLU
@@ -412,6 +417,11 @@ def test_skip_init():
     assert_same_output("LinearReLU", layer, stock)
 
 
+@pytest.mark.capability(
+    "saving",
+    "built on the meta device, `to_empty`, `load_state_dict(assign=True)`",
+    operators=["linear_relu"],
+)
 def test_to_empty_after_meta():
     with torch.device("meta"):
         layer = fastnn.nn.LinearReLU(5, 3, dtype=torch.float64)
@@ -474,6 +484,11 @@ class Double(torch.nn.Module):
         return x * 2
 
 
+@pytest.mark.capability(
+    "saving",
+    "`weight_norm`, `spectral_norm`, `orthogonal`, pruning; and removed again",
+    operators=["linear_relu"],
+)
 def test_parametrized_weight():
     ours, stock = make("LinearReLU", dtype=torch.float64)
     for layer in (ours, stock):
@@ -498,6 +513,11 @@ def test_weight_norm_and_pruning():
     assert_same_output("LinearReLU", ours, stock)
 
 
+@pytest.mark.capability(
+    "autograd",
+    "`functional_call`: per-sample gradients of a model",
+    operators=["linear_relu"],
+)
 def test_functional_call():
     layer = fastnn.nn.LinearReLU(5, 3, dtype=torch.float64)
     _, stock = make("LinearReLU", dtype=torch.float64)

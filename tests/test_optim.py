@@ -341,6 +341,9 @@ def test_many_small_parameters():
     assert_same_training(ours, stock, 3)
 
 
+@pytest.mark.capability(
+    "precision", "parameters of several dtypes in one optimizer", operators=["SGD"]
+)
 def test_mixed_dtypes_in_one_group():
     def params() -> list[Tensor]:
         return [p for dtype in DTYPES for p in make_params((5, 3), (17,), dtype=dtype)]
@@ -781,6 +784,7 @@ def test_nothing_stale_is_kept_between_steps(change):
     assert_same_training(ours, stock, 6)
 
 
+@pytest.mark.capability("saving", "`.to(dtype)`, `half`, `bfloat16`", operators=["SGD"])
 def test_parameters_converted_in_place_follow_their_new_dtype():
     def run(kind) -> torch.optim.Optimizer:
         model = torch.nn.Linear(3, 2)
@@ -801,6 +805,7 @@ def test_parameters_converted_in_place_follow_their_new_dtype():
         torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
 
 
+@pytest.mark.capability("saving", "lazy parameters", operators=["SGD"])
 def test_lazy_parameters():
     """Uninitialised while the optimizer is made, of another class once they have a shape."""
 
@@ -922,6 +927,7 @@ def test_gradients_with_a_graph():
     # Not all three: torch overwrites the buffer that the gradient of lr needs.
     [(0.0, True), (0.9, False)],
 )
+@pytest.mark.capability("autograd", "`differentiable=True`", operators=["SGD"])
 def test_differentiable_step(momentum, lr_requires_grad):
     def run(kind) -> list[Tensor]:
         start = randn((4,), torch.float64, 0).requires_grad_()
@@ -1026,6 +1032,11 @@ def test_profiler_shows_the_step_under_torchs_name():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{"lr": 0.1}, MOMENTUM, EVERYTHING], ids=option_name)
+@pytest.mark.capability(
+    "saving",
+    "`state_dict` to and from torch's, `strict=True`",
+    operators=["SGD"],
+)
 def test_state_dict_passes_from_torch_to_fastnn_and_back(options, dtype):
     """One training handed from torch to fastnn and back equals one of torch alone."""
     alone = torch.optim.SGD(layout_params(dtype), **options)
@@ -1044,6 +1055,11 @@ def test_state_dict_passes_from_torch_to_fastnn_and_back(options, dtype):
     assert_same_training(relay, alone, 12)
 
 
+@pytest.mark.capability(
+    "saving",
+    "`state_dict` through `torch.load(weights_only=True)`",
+    operators=["SGD"],
+)
 def test_state_dict_of_fastnn_has_torchs_keys_and_loads_weights_only():
     ours, stock = make_pair((5, 3), (7,), **EVERYTHING)
     for optimizer in (ours, stock):
@@ -1077,6 +1093,7 @@ def through_torch_save(optimizer):
 
 @pytest.mark.parametrize("trained_before", [0, 3])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.capability("saving", "`pickle`, `torch.save`, `copy.deepcopy`", operators=["SGD"])
 def test_copies_train_on_their_own(duplicate, trained_before):
     ours, stock = make_pair((5, 3), (7,), **EVERYTHING)
     for optimizer in (ours, stock):
@@ -1239,6 +1256,7 @@ def test_simple_parameter_subclass_beside_plain_parameters(options, fused):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+@pytest.mark.capability("saving", "tensor subclasses: `__torch_dispatch__`", operators=["SGD"])
 def test_wrapper_subclass(options):
     def run(kind) -> list[Tensor]:
         inner = randn((5, 3), torch.float64, 0)
@@ -1302,6 +1320,11 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.capability(
+    "saving",
+    "modes: `__torch_function__`, `__torch_dispatch__`",
+    operators=["SGD"],
+)
 def test_dispatch_modes_see_the_step():
     ours, stock = make_pair((5, 3), **MOMENTUM)
     train(ours, 1)
@@ -1314,6 +1337,7 @@ def test_dispatch_modes_see_the_step():
     assert_same_training(ours, stock, 2)
 
 
+@pytest.mark.capability("saving", "fake tensors, the meta device", operators=["SGD"])
 def test_fake_tensors():
     with FakeTensorMode():
         model = torch.nn.Linear(3, 2)
@@ -1326,6 +1350,7 @@ def test_fake_tensors():
         assert isinstance(momentum_buffer(optimizer, param), FakeTensor)
 
 
+@pytest.mark.capability("saving", "fake tensors, the meta device", operators=["SGD"])
 def test_meta_device():
     param = torch.nn.Parameter(torch.empty(3, device="meta"))
     optimizer = fastnn.optim.SGD([param], **EVERYTHING)
@@ -1356,6 +1381,7 @@ def scaled_training(kind, fused: bool | None, overflowing_steps: set[int], steps
 
 @pytest.mark.parametrize("overflowing_steps", [set(), {0}, {0, 1}, {3}, {0, 2, 5}], ids=str)
 @pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.capability("precision", "training with `GradScaler`", operators=["SGD"])
 def test_grad_scaler_trains_as_in_torch(fused, overflowing_steps):
     """torch's fused=True is wrong after a first step that overflows: the peer is its default."""
     runs = zip(

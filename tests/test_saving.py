@@ -28,7 +28,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 
 def capability(row: str, operators=perceptron.USES):
-    return pytest.mark.capability("Saving, moving, parametrizing", row, operators=operators)
+    return pytest.mark.capability("saving", row, operators=operators)
 
 
 def loss_of(model: Perceptron) -> Tensor:

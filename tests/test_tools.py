@@ -19,7 +19,7 @@ import fastnn
 
 
 def capability(row: str, **options):
-    return pytest.mark.capability("Tools", row, **options)
+    return pytest.mark.capability("tools", row, **options)
 
 
 # --- the profiler ---------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.formatted_name)
+@pytest.mark.capability("inputs", "OpInfo's samples, float64 to float16: values, gradients")
 def test_op_agrees_on_torchs_samples(op, dtype, record_agreement) -> None:
     ours, theirs = FUNCTIONS[op.name]
     samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
@@ -112,6 +113,7 @@ SGD_INPUTS = SGD.optim_inputs_func(device="cpu")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("optimizer_input", SGD_INPUTS, ids=lambda x: x.desc.replace(" ", "-"))
+@pytest.mark.capability("inputs", "OptimizerInfo's options", operators=["SGD"])
 def test_sgd_agrees_on_torchs_options(optimizer_input, dtype, record_agreement) -> None:
     def train(optimizer_class) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -131,6 +133,7 @@ def test_sgd_agrees_on_torchs_options(optimizer_input, dtype, record_agreement) 
     record_agreement("optim.SGD")
 
 
+@pytest.mark.capability("inputs", "errors that torch raises", operators=["SGD"])
 def test_sgd_refuses_what_torch_refuses(record_agreement) -> None:
     errors = SGD.optim_error_inputs_func(device="cpu", dtype=torch.float32)
     assert errors

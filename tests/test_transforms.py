@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def capability(row: str, **options):
-    return pytest.mark.capability("Autograd and torch.func", row, **options)
+    return pytest.mark.capability("autograd", row, **options)
 
 
 # --- the operators --------------------------------------------------------------------------------
