@@ -94,6 +94,7 @@ def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, op, forward, bac
     assert not {call for call in aten if replaced.search(call)}
 
 
+@pytest.mark.cpu_only("the reference, which has no kernels")
 @pytest.mark.parametrize("op", OPS)
 def test_the_reference_compiles_in_one_graph_too(fresh_dynamo, monkeypatch, op):
     monkeypatch.setattr(fastnn.functional, "operators", lambda: fastnn.reference)
