@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from capabilities import Finding, Recorder, document
+from conftest import needs_extension
 from native import REPOSITORY
 
 pytestmark = pytest.mark.cpu_only("of no kernels")
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.cpu_only("of no kernels")
 DOCUMENT = REPOSITORY / "docs" / "capabilities.md"
 
 
+@needs_extension
 def test_the_document_is_up_to_date(tmp_path):
     """It has each cell that a test is marked for, and says yes or no as the test is expected to."""
     tests = Path(__file__).parent.glob("test_*.py")

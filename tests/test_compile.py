@@ -156,6 +156,7 @@ def test_a_change_of_batch_size_recompiles_as_often_as_torchs_model(fresh_dynamo
     assert compilations[0] == compilations[1]
 
 
+@needs_extension
 @capability("compile", "under `torch.autocast`", operators=perceptron.USES)
 def test_compiled_under_autocast(fresh_dynamo):
     model = perceptron.make(OURS, torch.float32)

@@ -360,6 +360,7 @@ def losses_of(kind) -> tuple[perceptron.Perceptron, Function, dict[str, Tensor]]
     return model, loss, {name: p.detach() for name, p in model.named_parameters()}
 
 
+@needs_extension
 @capability("`functional_call`: per-sample gradients of a model", **of_the_model)
 def test_per_sample_gradients_of_a_model():
     model, loss, parameters = losses_of(OURS)
