@@ -9,6 +9,7 @@ import processes
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
+from capabilities import COLUMNS, FUNCTIONS
 from conftest import needs_extension
 from small_training import (
     ATOL,
@@ -66,6 +67,7 @@ def train_replicated(rank: int, head: str, options: dict[str, Any]) -> dict[str,
     return outcome(model.module, optimizer)
 
 
+@pytest.mark.capability("processes", "`DistributedDataParallel`", operators=[*COLUMNS])
 @pytest.mark.parametrize(
     ("head", "options"),
     [
@@ -138,6 +140,7 @@ def train_with_sharded_state(rank: int, as_views: bool) -> dict[str, Any]:
     }
 
 
+@pytest.mark.capability("processes", "`ZeroRedundancyOptimizer`", operators=["SGD"])
 @pytest.mark.parametrize("as_views", [False, True], ids=["tensors", "views"])
 def test_zero_redundancy_optimizer(tmp_path, as_views):
     ranks = processes.run_ranks(tmp_path, RANKS, train_with_sharded_state, as_views)
@@ -174,6 +177,7 @@ def train_sharded(rank: int, head: str, reshard_after_forward: bool) -> dict[str
     return {name: shard.full_tensor() for name, shard in shards.items()}
 
 
+@pytest.mark.capability("processes", "FSDP2: `fully_shard`", operators=[*COLUMNS])
 @pytest.mark.parametrize(
     ("head", "reshard_after_forward"), [*((head, True) for head in HEADS), ("cross_entropy", False)]
 )
@@ -297,6 +301,7 @@ def train_parallel_layers(rank: int) -> dict[str, Tensor]:
     return {name: shard.full_tensor() for name, shard in outcome(model, optimizer).items()}
 
 
+@pytest.mark.capability("processes", "tensor parallelism", operators=["linear_relu"])
 def test_layers_split_by_columns(tmp_path):
     for results in processes.run_ranks(tmp_path, RANKS, train_parallel_layers):
         assert_as_in_one_process(results)
@@ -340,6 +345,7 @@ def call_on_distributed_rows(rank: int) -> dict[str, list[Tensor]]:
     return results
 
 
+@pytest.mark.capability("processes", "`DTensor` arguments", operators=[*FUNCTIONS])
 def test_functions_of_distributed_rows(tmp_path):
     whole = {op: value_and_gradients(op, arguments) for op, arguments in calls().items()}
     for results in processes.run_ranks(tmp_path, RANKS, call_on_distributed_rows):
@@ -363,6 +369,9 @@ def train_sharded_and_save(rank: int, path: Path) -> None:
     checkpoint.save(state_of(model, optimizer), checkpoint_id=path)
 
 
+@pytest.mark.capability(
+    "processes", "`torch.distributed.checkpoint`: two ranks save, one loads", operators=["SGD"]
+)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # in one process
 @pytest.mark.parametrize(
     "optimizer_class", [fastnn.optim.SGD, torch.optim.SGD], ids=["ours", "torch"]

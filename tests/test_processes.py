@@ -12,6 +12,7 @@ from multiprocessing.synchronize import Semaphore
 import processes
 import pytest
 import torch
+from capabilities import COLUMNS
 from small_training import SIZES, STEPS, make_model, make_optimizer, train
 from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +22,8 @@ import fastnn
 pytestmark = pytest.mark.cpu_only("processes and threads of Python, whatever the kernels")
 
 WIDTH = 256  # every operator of the training below then takes two threads
+
+USED = ["linear_relu", "cross_entropy", "SGD"]  # by the trainings below
 
 # On a GPU torch's backward has threads, which no forked process has.
 trains_in_a_fork = pytest.mark.skipif(
@@ -91,6 +94,9 @@ def collate(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
     return log_probs, fastnn.functional.nll_loss(log_probs, targets, reduction="none")
 
 
+@pytest.mark.capability(
+    "processes", "`DataLoader` workers, forked and spawned", operators=[*COLUMNS]
+)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_data_loader_workers_while_the_main_process_trains(method, two_threads):
     alone = train_wide(wide_model(0))  # also the first parallel region: before the fork
@@ -121,6 +127,7 @@ def use_torch_on(number: int, threads: int) -> None:
     nn.functional.cross_entropy(wide @ wide, torch.arange(WIDTH)).backward()
 
 
+@pytest.mark.capability("processes", "a fork after a parallel region, one thread", operators=USED)
 @trains_in_a_fork
 def test_forked_after_a_parallel_region_one_thread_trains(tmp_path, two_threads):
     expected = train_wide(wide_model(0))
@@ -128,6 +135,9 @@ def test_forked_after_a_parallel_region_one_thread_trains(tmp_path, two_threads)
         assert_same_bits(trained, expected)
 
 
+@pytest.mark.capability(
+    "processes", "a fork before any parallel region, several threads", operators=USED
+)
 def test_forked_before_any_parallel_region_two_threads_train(tmp_path, two_threads):
     expected = train_wide(wide_model(0))
     # From a server, which computes nothing itself.
@@ -154,6 +164,7 @@ def test_forked_after_a_parallel_region_two_threads_train_where_torchs_do(tmp_pa
 THREADS = 4
 
 
+@pytest.mark.capability("processes", "several threads that train at once", operators=USED)
 def test_threads_that_train_at_once_come_to_the_same_as_one_by_one(two_threads, eager_switches):
     together = threading.Barrier(THREADS, timeout=processes.TIMEOUT)
 
@@ -181,6 +192,9 @@ def take_turns(number: int, model: nn.Module, turns: list[Semaphore]) -> None:
         turns[(number + 1) % len(turns)].release()
 
 
+@pytest.mark.capability(
+    "processes", "parameters shared by processes (`share_memory`)", operators=USED
+)
 @pytest.mark.parametrize("method", [pytest.param("fork", marks=trains_in_a_fork), "forkserver"])
 def test_processes_train_shared_parameters_in_turns(tmp_path, method):
     shared = make_model().share_memory()
