@@ -50,7 +50,7 @@ test-emulated: build
 
 capabilities: build
 	mkdir -p docs
-	$(PY) -m pytest -m capability --capabilities docs/capabilities.md
+	$(PY) -m pytest -m capability --capabilities=docs/capabilities.md
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)
@@ -113,7 +113,7 @@ $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py 
 	touch $@
 
 $(VENV)/.cuda_tools: $(VENV)/.torch
-	$(PY) -m pip install --quiet numpy pytest tqdm matplotlib expecttest nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 # fastnn itself is installed already: pip adds what the extra names.
