@@ -38,39 +38,62 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-class Maker:
-    """Draws a sample's tensors. Always on the CPU: a device gets the CPU's numbers."""
+def on_device(values: Tensor) -> Tensor:
+    """On the device under test: the default one, see conftest.py."""
+    return values.to(torch.get_default_device())
 
-    def __init__(self, name: str, dtype: torch.dtype, device: str, seed: int) -> None:
+
+class Draws:
+    """Random tensors of a seed, on the device under test; always the CPU's numbers, as a generator
+    draws on its own device alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=dtype, device="cpu")
+        return on_device(values)
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = torch.rand(shape, generator=self.generator, dtype=dtype, device="cpu")
+        return on_device(values)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        values = torch.randint(low, high, shape, generator=self.generator, device="cpu")
+        return on_device(values)
+
+
+class Maker:
+    """Draws a sample's tensors."""
+
+    def __init__(self, name: str, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
-        self.device = device
-        self.generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        self.draw = Draws(zlib.crc32(f"{seed}/{name}".encode()))
 
     def normal(self, *shape: int, scale: float = 1.0, layout: str = "contiguous") -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
-        return laid_out(values.to(self.dtype).to(self.device), layout)
+        values = self.draw.normal(*shape, dtype=torch.float64) * scale
+        return laid_out(values.to(self.dtype), layout)
 
     def log_probs(self, *shape: int, layout: str = "contiguous") -> Tensor:
         """What nll_loss is given in practice: log_softmax over the classes, rounded."""
-        logits = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        logits = self.draw.normal(*shape, dtype=torch.float64)
         class_dim = 0 if len(shape) == 1 else 1
-        return laid_out(logits.log_softmax(class_dim).to(self.dtype).to(self.device), layout)
+        return laid_out(logits.log_softmax(class_dim).to(self.dtype), layout)
 
     def probabilities(self, *shape: int, layout: str = "contiguous") -> Tensor:
         """Class probabilities; they sum to one before they are rounded, as a teacher's do."""
         return laid_out(self.log_probs(*shape).exp(), layout)
 
     def integers(self, low: int, high: int, *shape: int, layout: str = "contiguous") -> Tensor:
-        values = torch.randint(low, high, shape, generator=self.generator)
-        return laid_out(values.to(self.device), layout)
+        return laid_out(self.draw.integers(low, high, *shape), layout)
 
     def class_weights(self, classes: int, layout: str = "contiguous") -> Tensor:
         """Class weights in [0.25, 2), one of them zero where there are three classes or more: a
         class switched off is the common use, and the one that a division by it would break."""
-        values = torch.rand(classes, generator=self.generator, dtype=torch.float64) * 1.75 + 0.25
+        values = self.draw.uniform(classes, dtype=torch.float64) * 1.75 + 0.25
         if classes > 2:
             values[classes // 2] = 0
-        return laid_out(values.to(self.dtype).to(self.device), layout)
+        return laid_out(values.to(self.dtype), layout)
 
 
 def _filler(values: Tensor) -> float:
@@ -447,13 +470,12 @@ def sample_names(op: str) -> list[str]:
 def sample_inputs(
     op: str,
     dtype: torch.dtype,
-    device: str = "cpu",
     seed: int = SEED,
     names: list[str] | None = None,
 ) -> Iterator[Sample]:
     """The operator's samples in the given dtype; all, or those called ``names``."""
     for name in sample_names(op) if names is None else names:
-        maker = Maker(f"{op}/{name}/{dtype}", dtype, device, seed)
+        maker = Maker(f"{op}/{name}/{dtype}", dtype, seed)
         args, kwargs = _SPECS[op][name](maker)
         yield Sample(name, args, kwargs)
 

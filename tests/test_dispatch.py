@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import needs_extension
-from sample_inputs import DTYPES, OPS, Sample, sample_input
+from sample_inputs import DTYPES, OPS, Sample, on_device, sample_input
 from test_operators import leaves_of, memory_of, ours, random_grad_like
 from torch import Tensor
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 import fastnn
 
@@ -199,6 +200,7 @@ def test_opcheck_sgd_step(options):
 
     buffers = tensors() if options.get("momentum") else []
     arguments = (tensors(), tensors(), buffers)
+    options = tree_map_only(Tensor, on_device, options)
     opcheck(torch.ops.fastnn.sgd_step_.default, arguments, {"lr": 0.1, **options})
 
 

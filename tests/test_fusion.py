@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 from conftest import needs_extension
-from sample_inputs import SEED
+from sample_inputs import SEED, Draws
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -81,7 +81,7 @@ def reason(model: nn.Module, path: str, **options) -> str:
 
 def input_of(model: nn.Module) -> Tensor:
     features = next(m.in_features for m in model.modules() if isinstance(m, nn.Linear))
-    return torch.randn(7, features, generator=torch.Generator().manual_seed(SEED))
+    return Draws(SEED).normal(7, features)
 
 
 def assert_same_results(fused: nn.Module, stock: nn.Module, x: Tensor) -> None:
@@ -173,7 +173,7 @@ def test_transformer(activation, training):
     fused = fastnn.fuse(stock)
     assert fused_paths(fused) == {"layers.0.linear1", "layers.1.linear1"}
     assert fused_paths(fastnn.fuse(decoder)) == {"linear1"}
-    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(SEED))
+    x = Draws(SEED).normal(2, 3, 6)
     assert_same_results(fused, stock, x)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-6)

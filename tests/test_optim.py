@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import io
 import itertools
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import needs_extension
+from sample_inputs import Draws
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
@@ -33,6 +35,18 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
 EVERYTHING = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
 OPTIMIZERS = [fastnn.optim.SGD, torch.optim.SGD]
+
+
+@pytest.fixture(autouse=True)
+def _torch_steps_parameter_by_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does by default on the CPU. On a GPU its default is foreach, which writes to the
+    gradients (Nesterov's) and takes parameters that share memory for several."""
+    module = importlib.import_module("torch.optim.sgd")  # torch.optim hides it
+    monkeypatch.setattr(module, "_default_to_fused_or_foreach", lambda *_, **__: (False, False))
+
+
+def grad_scaler(**options) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(torch.get_default_device().type, **options)
 
 
 # --- inputs ---------------------------------------------------------------------------------------
@@ -96,8 +110,7 @@ LAYOUTS = [
 
 
 def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return Draws(seed).normal(*shape, dtype=torch.float64).to(dtype)
 
 
 def layout_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -1367,7 +1380,7 @@ def scaled_training(kind, fused: bool | None, overflowing_steps: set[int], steps
     """Trains under a GradScaler; the loss of some steps overflows. Yields after each step."""
     params = make_params((5, 3), (7,), dtype=torch.float32)
     optimizer = kind(params, fused=fused, **EVERYTHING)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    scaler = grad_scaler(init_scale=2.0**10, growth_interval=2)
     for step in range(steps):
         optimizer.zero_grad()
         loss = sum((p * randn(tuple(p.shape), p.dtype, 100 + step)).sum() for p in params)
@@ -1426,7 +1439,7 @@ def test_unscaled_and_clipped_by_hand(fused):
     def run(kind) -> torch.optim.Optimizer:
         params = make_params((5, 3), dtype=torch.float32)
         optimizer = kind(params, fused=fused, **EVERYTHING)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler = grad_scaler(init_scale=2.0**10)
         for step in range(3):
             optimizer.zero_grad()
             scaler.scale((params[0] * randn((5, 3), torch.float32, step)).sum()).backward()
@@ -1459,11 +1472,13 @@ def test_fused_step_divides_gradients_by_the_scale_in_place(momentum, dtype):
 
 
 def test_found_inf_skips_every_kind_of_parameter():
-    """The parameters that take torch's own path must be skipped too."""
+    """The parameters that take torch's own path must be skipped too. (Where the kernels skip, which
+    is below, there is a buffer.)"""
     tagged = TaggedParameter(torch.ones(3))
     plain = torch.nn.Parameter(torch.ones(3))
     optimizer = fastnn.optim.SGD([tagged, plain], fused=True, **MOMENTUM)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.grad_scale = torch.tensor(1.0)
+    optimizer.found_inf = torch.tensor(1.0, device="cpu")
     train(optimizer, 1)
     for param in (tagged, plain):
         assert torch.equal(param, torch.ones(3))

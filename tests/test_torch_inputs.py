@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import stock
 import torch
-from sample_inputs import DTYPES
+from sample_inputs import DTYPES, Draws
 from torch.testing._comparison import default_tolerances
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
@@ -90,7 +90,8 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
 @pytest.mark.capability("inputs", "OpInfo's samples, float64 to float16: values, gradients")
 def test_op_agrees_on_torchs_samples(op, dtype, record_agreement) -> None:
     ours, theirs = FUNCTIONS[op.name]
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    device = torch.get_default_device()
+    samples = list(op.sample_inputs(device, dtype, requires_grad=True))
     assert samples
     for sample in samples:
 
@@ -116,13 +117,13 @@ SGD_INPUTS = SGD.optim_inputs_func(device="cpu")
 @pytest.mark.capability("inputs", "OptimizerInfo's options", operators=["SGD"])
 def test_sgd_agrees_on_torchs_options(optimizer_input, dtype, record_agreement) -> None:
     def train(optimizer_class) -> list[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
+        draw = Draws(0)
         shapes = [(10, 5), (10,), (3, 4, 5), (), (0, 4)]
-        params = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+        params = [draw.normal(*shape).to(dtype).requires_grad_() for shape in shapes]
         optimizer = optimizer_class(params, **optimizer_input.kwargs)
         for _ in range(4):
             for param in params:
-                param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+                param.grad = draw.normal(*param.shape).to(dtype)
             optimizer.step()
         return [param.detach() for param in params]
 
