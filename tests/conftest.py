@@ -32,6 +32,12 @@ needs_extension = pytest.mark.skipif(
 needs_gpu = pytest.mark.needs_gpu
 
 
+# For calls with a bad class index: without this one test would fail all that come after it.
+trips_device_assert = pytest.mark.not_on_a_gpu(
+    "device asserts, after which a process can't use the GPU; test_cuda.py starts one for them"
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
@@ -54,6 +60,8 @@ def pytest_report_header() -> list[str]:
 
 
 def reason_to_leave_out(item: pytest.Item, device: str) -> str | None:
+    if device == "cuda" and (marker := item.get_closest_marker("not_on_a_gpu")):
+        return marker.args[0]
     if EMULATES_CUDA or device == "cuda":
         if marker := item.get_closest_marker("cpu_only"):
             return marker.args[0]
@@ -114,7 +122,10 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With ``--device cuda``, what a test makes without naming a device lies on the GPU."""
+    """With ``--device cuda``, what a test makes without naming a device lies on the GPU.
+
+    ``torch.get_default_device()`` is the device under test, for those that need its name.
+    """
     device = request.config.getoption("device")
     with torch.device(device) if device != "cpu" else nullcontext():
         yield

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EMULATES_CUDA, needs_extension
+from conftest import EMULATES_CUDA, needs_extension, trips_device_assert
 from test_operators import TORCH, memory_of, ours
 from torch import Tensor
 
@@ -36,6 +36,9 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}".replace(" ", "_")
+
+
+DEVICE = r"\bcpu\b|\bcuda:\d"  # how messages name the one under test
 
 
 def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,7 +91,7 @@ LINEAR_RELU_CASES = [
         "weight on another device",
         lambda: (floats(2, 3), floats(4, 3).to("meta")),
         RuntimeError,
-        ("linear_relu", "weight", "cpu", "meta"),
+        ("linear_relu", "weight", DEVICE, "meta"),
         unlike_torch="without a bias torch returns uninitialised memory",
         reference_too=False,
     ),
@@ -97,7 +100,7 @@ LINEAR_RELU_CASES = [
         "bias on another device",
         lambda: (floats(2, 3), floats(4, 3), floats(4).to("meta")),
         RuntimeError,
-        ("linear_relu", "bias", "cpu", "meta"),
+        ("linear_relu", "bias", DEVICE, "meta"),
         reference_too=False,
     ),
     Case(
@@ -105,7 +108,7 @@ LINEAR_RELU_CASES = [
         "input on another device",
         lambda: (floats(2, 3).to("meta"), floats(4, 3), floats(4)),
         RuntimeError,
-        ("linear_relu", "weight", "cpu", "meta"),
+        ("linear_relu", "weight", DEVICE, "meta"),
         reference_too=False,
     ),
     Case(
@@ -209,7 +212,10 @@ LOG_SOFTMAX_CASES += [
 
 def shared_loss_cases(op: str) -> list[Case]:
     """What nll_loss and cross_entropy refuse alike."""
-    target = indices(0, 4)
+
+    def target() -> Tensor:
+        return indices(0, 4)
+
     cases = [
         Case(
             op,
@@ -218,7 +224,7 @@ def shared_loss_cases(op: str) -> list[Case]:
                 value if argument == name else tensor
                 for name, tensor in (
                     ("input", floats(2, 5)),
-                    ("target", target),
+                    ("target", target()),
                     ("weight", floats(5)),
                 )
             ),
@@ -234,7 +240,7 @@ def shared_loss_cases(op: str) -> list[Case]:
         Case(
             op,
             f"input of {dtype}",
-            lambda dtype=dtype: (torch.ones(2, 5).to(dtype), target),
+            lambda dtype=dtype: (torch.ones(2, 5).to(dtype), target()),
             NotImplementedError,
             ("not implemented for", name),
         )
@@ -378,7 +384,7 @@ def shared_loss_cases(op: str) -> list[Case]:
         Case(
             op,
             "weight too short",
-            lambda: (floats(2, 5), target, floats(4)),
+            lambda: (floats(2, 5), target(), floats(4)),
             RuntimeError,
             ("weight", "all 5 classes", re.escape("[4]")),
         ),
@@ -392,53 +398,53 @@ def shared_loss_cases(op: str) -> list[Case]:
         Case(
             op,
             "2-d weight",
-            lambda: (floats(2, 5), target, floats(5, 1)),
+            lambda: (floats(2, 5), target(), floats(5, 1)),
             RuntimeError,
             ("weight", "all 5 classes", re.escape("[5, 1]")),
         ),
         Case(
             op,
             "0-d weight",
-            lambda: (floats(2, 5), target, floats()),
+            lambda: (floats(2, 5), target(), floats()),
             RuntimeError,
             ("weight", "all 5 classes", re.escape("[]")),
         ),
         Case(
             op,
             "weight of another dtype",
-            lambda: (floats(2, 5), target, floats(5, dtype=torch.float64)),
+            lambda: (floats(2, 5), target(), floats(5, dtype=torch.float64)),
             RuntimeError,
             ("Float", "Double"),
         ),
         Case(
             op,
             "weight of integers",
-            lambda: (floats(2, 5), target, torch.ones(5, dtype=torch.long)),
+            lambda: (floats(2, 5), target(), torch.ones(5, dtype=torch.long)),
             RuntimeError,
             ("Float", "Long"),
         ),
         Case(
             op,
             "weight on another device",
-            lambda: (floats(2, 5), target, floats(5).to("meta")),
+            lambda: (floats(2, 5), target(), floats(5).to("meta")),
             RuntimeError,
-            ("meta", "cpu"),
+            ("meta", DEVICE),
             reference_too=False,
         ),
         Case(
             op,
             "target on another device",
-            lambda: (floats(2, 5), target.to("meta")),
+            lambda: (floats(2, 5), target().to("meta")),
             RuntimeError,
-            ("meta", "cpu"),
+            ("meta", DEVICE),
             reference_too=False,
         ),
         Case(
             op,
             "input on another device",
-            lambda: (floats(2, 5).to("meta"), target),
+            lambda: (floats(2, 5).to("meta"), target()),
             RuntimeError,
-            ("meta", "cpu"),
+            ("meta", DEVICE),
             reference_too=False,
         ),
     ]
@@ -446,7 +452,7 @@ def shared_loss_cases(op: str) -> list[Case]:
         Case(
             op,
             f"reduction {reduction!r}",
-            lambda: (floats(2, 5), target),
+            lambda: (floats(2, 5), target()),
             ValueError,
             (f"{reduction} is not a valid value for reduction",),
             {"reduction": reduction},
@@ -457,7 +463,7 @@ def shared_loss_cases(op: str) -> list[Case]:
         Case(
             op,
             "ignore_index is no integer",
-            lambda: (floats(2, 5), target),
+            lambda: (floats(2, 5), target()),
             TypeError,
             ("ignore_index",),
             {"ignore_index": 1.5},
@@ -581,7 +587,7 @@ CROSS_ENTROPY_CASES = [
         "probabilities on another device",
         lambda: (floats(2, 5), probabilities(2, 5).to("meta")),
         RuntimeError,
-        ("meta", "cpu"),
+        ("meta", DEVICE),
         reference_too=False,
     ),
     Case(
@@ -596,7 +602,7 @@ CROSS_ENTROPY_CASES = [
         "probabilities with a weight on another device",
         lambda: (floats(2, 5), probabilities(2, 5), floats(5).to("meta")),
         RuntimeError,
-        ("meta", "cpu"),
+        ("meta", DEVICE),
         reference_too=False,
     ),
     Case(
@@ -611,11 +617,15 @@ CROSS_ENTROPY_CASES = [
 CASES = LINEAR_RELU_CASES + LOG_SOFTMAX_CASES + NLL_LOSS_CASES + CROSS_ENTROPY_CASES
 
 
+def is_found_by_the_kernel(error: type[Exception], says: tuple[str, ...]) -> bool:
+    return error is IndexError and says[0].startswith("Target ")
+
+
 def as_kernels_raise(
     error: type[Exception], says: tuple[str, ...]
 ) -> tuple[type[Exception], tuple[str, ...]]:
     """What comes of a bad index that a CUDA kernel finds: an assert, which can't name the index."""
-    if EMULATES_CUDA and error is IndexError and says[0].startswith("Target "):
+    if EMULATES_CUDA and is_found_by_the_kernel(error, says):
         return RuntimeError, ("device-side assert triggered", "Target is out of bounds")
     return error, says
 
@@ -628,10 +638,14 @@ def exception_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Exc
     return None
 
 
+def marks_of(case: Case) -> list[pytest.MarkDecorator]:
+    return [trips_device_assert] if is_found_by_the_kernel(case.error, case.says) else []
+
+
 @pytest.mark.parametrize(
     ("implementation", "case"),
     [
-        pytest.param(implementation, case, id=f"{implementation}-{case}")
+        pytest.param(implementation, case, id=f"{implementation}-{case}", marks=marks_of(case))
         for implementation in ("functional", "reference")
         for case in CASES
         if case.reference_too or (implementation == "functional" and fastnn.is_available())
@@ -643,7 +657,7 @@ def test_bad_arguments(implementation, case):
         args = case.args()
         if wants_grad and can_want_grad(args[0]):
             args[0].requires_grad_()
-        before = [memory_of(arg) if is_on_cpu(arg) else None for arg in args]
+        before = [memory_of(arg) if has_memory(arg) else None for arg in args]
 
         error = exception_of(ours(case.op), *args, **case.options)
 
@@ -662,10 +676,11 @@ def can_want_grad(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def is_on_cpu(value: object) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu"
+def has_memory(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_meta
 
 
+@pytest.mark.not_on_a_gpu("torch's exceptions on the CPU, which are the model")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exceptions_are_of_torch_s_types(case):
     """The table above says the types; this says that they are torch's, or why not."""
@@ -679,6 +694,7 @@ def test_exceptions_are_of_torch_s_types(case):
 # --- where torch doesn't raise: what we take and what we refuse -----------------------------------
 
 
+@trips_device_assert
 def test_a_good_call_after_a_bad_one(implementation):
     """Nothing of the bad one is left behind, in this thread or in others."""
     logits = torch.randn(9000, 10)
@@ -735,7 +751,7 @@ def raises_and_changes_nothing(
     op: str, arguments: dict[str, Any], error: type[Exception], *says: str
 ) -> None:
     __tracebackhide__ = True
-    tensors = [value for value in arguments.values() if is_on_cpu(value)]
+    tensors = [value for value in arguments.values() if has_memory(value)]
     before = [memory_of(tensor) for tensor in tensors]
     raised = exception_of(getattr(torch.ops.fastnn, op), **arguments)
     error, says = as_kernels_raise(error, says)
@@ -747,6 +763,7 @@ def raises_and_changes_nothing(
 
 
 @needs_extension
+@trips_device_assert
 @pytest.mark.parametrize("bad", [5, -1, 10**12])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
