@@ -44,10 +44,13 @@ def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+def assert_agrees(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """After five steps of float32: the same operations, in another order of sums."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_training_agrees_with_the_cpu():
-    for ours, cpus in zip(trained(5), trained(5, "cpu"), strict=True):
-        # Five steps of float32: the same operations, in another order of sums.
-        torch.testing.assert_close(ours, cpus, rtol=1e-4, atol=1e-6)
+    assert_agrees(trained(5), trained(5, "cpu"))
 
 
 def test_training_gives_the_same_bits_again():
@@ -130,7 +133,8 @@ def test_training_on_a_second_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
     with torch.cuda.device(0):  # the tensors' device is another
-        assert_same_bits(trained(5, "cuda:1"), trained(5, "cuda:0"))
+        # Not the same bits: it may be another kind of GPU.
+        assert_agrees(trained(5, "cuda:1"), trained(5, "cuda:0"))
 
 
 BAD_TARGET = """
