@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sample_inputs import Draws
 from torch import Tensor, nn
 
 import fastnn
@@ -60,9 +61,8 @@ def make(kind: Any, dtype: torch.dtype = torch.float64) -> Perceptron:
 
 def batch(rows: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Inputs and targets, the same ones every time."""
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
-    return x.to(torch.get_default_device()), torch.arange(rows) % CLASSES
+    x = Draws(rows).normal(rows, FEATURES, dtype=torch.float64)
+    return x.to(dtype), torch.arange(rows) % CLASSES
 
 
 def loss_and_gradients(
