@@ -87,8 +87,25 @@ class LogSoftmax(torch.nn.LogSoftmax):
         return functional.log_softmax(input, self.dim, _stacklevel=6)
 
 
-class NLLLoss(torch.nn.NLLLoss):
+class _ClassificationLoss:
+    """What fastai asks of a loss of classes, beside ``reduction``; ``activation`` is the loss's."""
+
+    # Targets are class indices: MixUp and CutMix, which mix them, then mix the losses instead.
+    y_int = True
+
+    def decodes(self, output: Tensor) -> Tensor:
+        """The class of each row: the one of the largest output."""
+        return output.argmax(_class_dim(output))
+
+
+def _class_dim(output: Tensor) -> int:
+    return 1 if output.dim() > 1 else 0
+
+
+class NLLLoss(_ClassificationLoss, torch.nn.NLLLoss):
     r"""Negative log likelihood loss; :class:`torch.nn.NLLLoss` with our operator.
+
+    ``activation`` and ``decodes`` turn a model's output into probabilities and classes, for fastai.
 
     Args:
         weight: ``(C,)`` weight of each class (default: 1), of the input's dtype.
@@ -105,7 +122,13 @@ class NLLLoss(torch.nn.NLLLoss):
     >>> import torch, fastnn
     >>> log_probs = torch.log_softmax(torch.randn(3, 5), dim=1)
     >>> loss = fastnn.nn.NLLLoss()(log_probs, torch.tensor([1, 0, 4]))
+    >>> fastnn.nn.NLLLoss().decodes(torch.tensor([[-0.1, -2.4]]))
+    tensor([0])
     """
+
+    def activation(self, output: Tensor) -> Tensor:
+        """The probabilities of the classes."""
+        return output.exp()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.nll_loss(
@@ -117,9 +140,11 @@ class NLLLoss(torch.nn.NLLLoss):
         )
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(_ClassificationLoss, torch.nn.CrossEntropyLoss):
     r"""Cross entropy between logits and targets, as one operator each way;
     :class:`torch.nn.CrossEntropyLoss` with our operator.
+
+    ``activation`` and ``decodes`` turn a model's output into probabilities and classes, for fastai.
 
     Args:
         weight: ``(C,)`` weight of each class (default: 1), of the input's dtype.
@@ -139,7 +164,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     >>> fastnn.nn.CrossEntropyLoss()(logits, torch.tensor([1, 0, 4])).backward()
     >>> logits.grad.shape
     torch.Size([3, 5])
+    >>> fastnn.nn.CrossEntropyLoss().activation(torch.zeros(1, 2))
+    tensor([[0.5000, 0.5000]])
     """
+
+    def activation(self, output: Tensor) -> Tensor:
+        """The probabilities of the classes."""
+        return output.softmax(_class_dim(output))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(

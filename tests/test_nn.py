@@ -273,6 +273,21 @@ def test_bad_reduction_raises(name):
         loss(*inputs_of(name))
 
 
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 5, 3, 3)], ids=str)
+def test_losses_read_predictions_for_fastai(shape):
+    logits = torch.randn(shape, dtype=torch.float64)
+    classes = logits.movedim(1, -1) if len(shape) > 1 else logits
+    for loss, output in (
+        (fastnn.nn.CrossEntropyLoss(), logits),
+        (fastnn.nn.NLLLoss(), classes.log_softmax(-1).movedim(-1, min(1, len(shape) - 1))),
+    ):
+        assert_close(
+            loss.activation(output).movedim(min(1, len(shape) - 1), -1), classes.softmax(-1)
+        )
+        assert torch.equal(loss.decodes(output), classes.argmax(-1))
+        assert loss.y_int
+
+
 # --- LogSoftmax without a dimension ---------------------------------------------------------------
 
 
