@@ -36,6 +36,8 @@ _KNOWN_CALLERS = (
     ("torch.nn", "TransformerEncoderLayer", "_ff_block", "linear1", "activation"),
     ("torch.nn", "TransformerDecoderLayer", "_ff_block", "linear1", "activation"),
     ("timm.layers", "Mlp", "forward", "fc1", "act"),
+    ("transformers.models.t5.modeling_t5", "T5DenseActDense", "forward", "wi", "act"),
+    ("transformers.models.opt.modeling_opt", "OPTDecoderLayer", "forward", "fc1", "activation_fn"),
 )
 
 FUSED, FUSIBLE, LEFT = "fused", "can be fused", "left"
@@ -119,9 +121,10 @@ def fuse(
     The parameters and buffers stay the same objects, so that an optimizer built before goes on
     working, and the ``state_dict`` keeps its keys. Pairs are found among the neighbours of
     ``Sequential`` modules, nested ones too, and in ``TransformerEncoderLayer``,
-    ``TransformerDecoderLayer`` and timm's ``Mlp``. A pair is left as it is where fusing it could
-    change what the program does: hooks that see what lies between, parametrizations, subclasses, a
-    layer that is also used elsewhere. Applied twice, it changes nothing more.
+    ``TransformerDecoderLayer``, timm's ``Mlp`` and the T5 and OPT of transformers. A pair is left
+    as it is where fusing it could change what the program does: hooks that see what lies between,
+    parametrizations, subclasses, a layer that is also used elsewhere. Applied twice, it changes
+    nothing more.
 
     A ``Sequential`` whose owner runs its parts one by one, ``self.head[0](x)``, can't be told from
     one that is called: between the two halves of a pair such code finds the ReLU already applied.
