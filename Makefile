@@ -10,6 +10,7 @@
 #   make cuda-check                       builds the CUDA part with nvcc and checks it; needs no GPU
 #   make docs                             builds the documentation and runs its examples
 #   make dist                             builds the sdist and the wheel, and tries them
+#   make test-integrations                trains with torchvision, timm, fastai, Lightning and others
 #   make lint / make format               checks / applies the code style
 # Another torch: make test TORCH=torch==2.14.1 VENV=.venv-2.14
 
@@ -20,6 +21,8 @@ ARGS ?=
 # A torch with CUDA, for which nvcc's toolkit has to be there: 5.5 GB.
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
+# The same torch and what trains with it: 7 GB.
+INTEGRATIONS_VENV ?= .venv-integrations
 # Pinned: another version formats otherwise.
 LINTERS := ruff==0.17.6 clang-format==23.1.5
 
@@ -29,7 +32,7 @@ CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
 .PHONY: demo test test-emulated capabilities bench sanitize sanitize-cuda mutants emulate cuda-check docs dist \
-    lint format build clean
+    test-integrations lint format build clean
 
 demo: build
 	$(PY) examples/mnist.py $(ARGS)
@@ -84,6 +87,12 @@ docs: $(VENV)/.docs
 dist: $(VENV)/.build_tool
 	$(PY) tests/dist.py "$(TORCH)"
 
+# In an environment of its own, too, and on the CPU. pytest by itself, which does not put the working
+# tree before what is installed.
+test-integrations:
+	$(MAKE) VENV=$(INTEGRATIONS_VENV) TORCH="$(CUDA_TORCH)" $(INTEGRATIONS_VENV)/.stacks
+	CUDA_VISIBLE_DEVICES= $(INTEGRATIONS_VENV)/bin/pytest tests/integrations $(ARGS)
+
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -123,6 +132,12 @@ $(VENV)/.docs: $(VENV)/.built
 
 $(VENV)/.build_tool: $(VENV)/.torch
 	$(PY) -m pip install --quiet build
+	touch $@
+
+# Not editable: the extension in the working tree is another torch's.
+$(VENV)/.stacks: $(VENV)/.torch setup.py pyproject.toml $(CXX_FILES) $(wildcard fastnn/*.py) tests/integrations/requirements.txt
+	@echo "Building fastnn (about three minutes on two cores) ..."
+	FASTNN_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation . -r tests/integrations/requirements.txt
 	touch $@
 
 $(VENV)/.lint: Makefile | $(PY)
