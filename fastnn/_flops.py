@@ -1,29 +1,36 @@
 """FLOP formulas of the operators that multiply matrices, for
-:class:`torch.utils.flop_counter.FlopCounterMode`: those of torch's own matrix products."""
+:class:`torch.utils.flop_counter.FlopCounterMode`: those of torch's own matrix products.
+
+They are registered when somebody imports the counter. To import it here would make every import of
+fastnn wait for what it imports: with a CUDA build of torch that is triton, half a second.
+"""
 
 from __future__ import annotations
 
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import mm_flop, register_flop_formula
+
+_COUNTER = "torch.utils.flop_counter"
 
 
 def _product_flops(input_shape: torch.Size, weight_shape: torch.Size) -> int:
     """Of (rows, in) times (in, out), or of one of its gradients, which take as many."""
-    rows = prod(input_shape[:-1])
-    return mm_flop((rows, weight_shape[1]), (weight_shape[1], weight_shape[0]))
+    return 2 * prod(input_shape) * weight_shape[0]
 
 
-@register_flop_formula(torch.ops.fastnn.linear_relu)
 def _linear_relu(
     input_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
     return _product_flops(input_shape, weight_shape)
 
 
-@register_flop_formula(torch.ops.fastnn.linear_relu_backward)
 def _linear_relu_backward(
     grad_output_shape: torch.Size,
     input_shape: torch.Size,
@@ -33,3 +40,32 @@ def _linear_relu_backward(
     **kwargs: Any,
 ) -> int:
     return (output_mask[0] + output_mask[1]) * _product_flops(input_shape, weight_shape)
+
+
+def _register(counter: ModuleType) -> None:
+    counter.register_flop_formula(torch.ops.fastnn.linear_relu)(_linear_relu)
+    counter.register_flop_formula(torch.ops.fastnn.linear_relu_backward)(_linear_relu_backward)
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds the counter as it would be found without this, once, and registers the formulas."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _COUNTER in sys.modules:
+    _register(sys.modules[_COUNTER])
+else:
+    sys.meta_path.insert(0, _WhenImported())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import perceptron
 import pytest
@@ -159,3 +161,25 @@ def test_timer_runs(name):
 def test_graph_nodes_have_the_operators_names(name):
     output = make(name)[0].double()(*inputs_of(name))
     assert output.grad_fn.name() == NODES[ALIASES[name]]
+
+
+@needs_extension
+@pytest.mark.cpu_only("an import")
+@pytest.mark.parametrize("first", ["fastnn", "torch.utils.flop_counter"])
+def test_flops_are_counted_whatever_is_imported_first(first):
+    """fastnn doesn't import the counter, which takes long where it brings triton."""
+    script = f"""
+import sys, torch, {first}
+print("torch.utils.flop_counter" in sys.modules)
+import fastnn
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    fastnn.nn.LinearReLU(3, 5)(torch.ones(2, 3))
+ours = [f for f in sys.meta_path if type(f).__module__.startswith("fastnn")]
+print(counter.get_total_flops(), ours)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    # 2 x 3 x 5 products, and as many sums.
+    assert output.splitlines() == [str(first != "fastnn"), "60 []"]
