@@ -3,11 +3,20 @@
 ``rewrite`` gives a module the forward of its trace, less the ReLUs behind each ``LinearReLU``: by a
 class made for it, a subclass of its own, so that it stays the same object. Copies and pickles hold
 the class it had, and are rewritten when they are made.
+
+A trace keeps tensor operations and calls of modules and no more: contexts, decorators, branches,
+side effects and the values of attributes are lost or fixed. So only a forward is traced whose
+source consists of what a trace keeps.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,6 +26,17 @@ from fastnn import nn
 
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
+
+
+def is_plain_relu(module: torch.nn.Module) -> bool:
+    """Whether a module is a ReLU that nobody looks at: no hooks, no forward of its own."""
+    return type(module) is torch.nn.ReLU and not any(
+        (
+            *(module._forward_hooks, module._forward_pre_hooks),
+            *(module._backward_hooks, module._backward_pre_hooks),
+            "forward" in vars(module),
+        )
+    )
 
 
 class Untraceable(Exception):
@@ -62,7 +82,14 @@ def restore(module: torch.nn.Module) -> None:
 
 
 class _Rewritten:
-    """Beside a module's own class: how it is copied and pickled."""
+    """Beside a module's own class: how it is copied, pickled and made anew."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        # Of the class that the program wrote: a new module's Linear layers have no ReLU in them.
+        return _stock_class_of(cls)(*args, **kwargs)
+
+    def __init_subclass__(cls) -> None:
+        """Not the program's own: this is no class of the program's."""
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(2)
@@ -70,17 +97,27 @@ class _Rewritten:
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        rewrite(self)
+        # Where the source isn't there, the forward as it was written does the same: a ReLU more.
+        with suppress(Untraceable):
+            rewrite(self)
 
 
 def _to_be_rewritten(stock: type) -> torch.nn.Module:
     """An object without attributes yet, which its state will rewrite."""
-    rewritten = type(f"Fused{stock.__name__}", (_Rewritten, stock), {})
-    return rewritten.__new__(rewritten)
+    return object.__new__(type(f"Fused{stock.__name__}", (_Rewritten, stock), {}))
 
 
 def _stock_class(module: torch.nn.Module) -> type:
-    return type(module).__bases__[1] if isinstance(module, _Rewritten) else type(module)
+    return _stock_class_of(type(module))
+
+
+def _stock_class_of(kind: type) -> type:
+    return kind.__bases__[1] if issubclass(kind, _Rewritten) else kind
+
+
+def is_rewritten(module: torch.nn.Module) -> bool:
+    """Whether a module has the forward of its trace."""
+    return isinstance(module, _Rewritten)
 
 
 # ---- tracing -------------------------------------------------------------------------------------
@@ -99,10 +136,19 @@ class _Tracer(fx.Tracer):
 def _trace(module: torch.nn.Module) -> fx.Graph:
     """Traces a forward, if a trace shows all that it does."""
     _check_signature(module)
-    graph = _record(module, module.training)
-    # What depends on the mode would be fixed to the present one.
-    if str(graph) != str(_record(module, not module.training)):
-        raise Untraceable("does another thing in training than in evaluation")
+    _Source(module).check()
+    before = dict(vars(module))
+    try:
+        graph = _Tracer().trace(module)
+        constants = vars(module).keys() - before.keys()
+    except Exception as error:
+        message = next(iter(str(error).splitlines()), "")
+        raise Untraceable(f"torch.fx can't trace ({type(error).__name__}: {message})") from error
+    finally:
+        vars(module).clear()
+        vars(module).update(before)
+    if constants:
+        raise Untraceable("makes tensors that don't depend on its input")
     return graph
 
 
@@ -119,23 +165,133 @@ def _check_signature(module: torch.nn.Module) -> None:
             raise Untraceable(f"has an optional argument, {parameter.name}")
 
 
-def _record(module: torch.nn.Module, training: bool) -> fx.Graph:
-    before, mode = dict(vars(module)), module.training
-    module.training = training
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:
-        message = next(iter(str(error).splitlines()), "")
-        raise Untraceable(f"torch.fx can't trace ({type(error).__name__}: {message})") from error
-    finally:
-        after = dict(vars(module)) | {"training": mode}
-        vars(module).clear()
-        vars(module).update(before)
-    if any(name.startswith("_tensor_constant") for name in after.keys() - before.keys()):
-        raise Untraceable("makes tensors that don't depend on its input")
-    if after.keys() != before.keys() or any(after[name] is not before[name] for name in before):
-        raise Untraceable("changes attributes of its module")
-    return graph
+class _Source:
+    """The source of a module's forward, held against what a trace keeps."""
+
+    # Of expressions: names, attributes and calls are looked at more closely.
+    _STATEMENTS = (
+        *(ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.For, ast.Pass),
+    )
+    _EXPRESSIONS = (
+        *(ast.Name, ast.Attribute, ast.Call, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Subscript),
+        *(ast.Slice, ast.Tuple, ast.List, ast.Dict, ast.Starred, ast.keyword),
+    )
+    _OTHERS = (ast.operator, ast.unaryop, ast.expr_context)
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        function = type(module).forward
+        self._globals = getattr(function, "__globals__", {})
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError, SyntaxError):
+            raise Untraceable("has no source to be read") from None
+        self._function = tree.body[0]
+        if not isinstance(self._function, ast.FunctionDef) or function.__closure__:
+            raise Untraceable("is no plain function")
+        if self._function.decorator_list:
+            raise Untraceable("has a decorator")
+        arguments = [argument.arg for argument in self._function.args.args]
+        self._self, self._locals = arguments[0], set(arguments[1:])
+        # Names that a loop over modules gives to each.
+        self._modules: set[str] = set()
+
+    def check(self) -> None:
+        """Raises :class:`Untraceable` unless a trace keeps all that the function does."""
+        for statement in self._function.body:
+            self._check_statement(statement)
+
+    def _refuse(self, node: ast.AST) -> None:
+        raise Untraceable(f"does what a trace loses, or fixes: {ast.unparse(node).splitlines()[0]}")
+
+    def _check_statement(self, node: ast.stmt) -> None:
+        if not isinstance(node, self._STATEMENTS):
+            self._refuse(node)
+        if isinstance(node, ast.For):
+            self._check_loop(node)
+            return
+        targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+        for target in filter(None, targets):
+            self._bind(target)
+        if getattr(node, "value", None) is not None:
+            self._check_expression(node.value)
+
+    def _check_loop(self, node: ast.For) -> None:
+        """Only over modules, as their number is the module's own."""
+        modules = self._held(node.iter)
+        if not isinstance(modules, (torch.nn.ModuleList, torch.nn.Sequential)) or node.orelse:
+            self._refuse(node)
+        if not isinstance(node.target, ast.Name):
+            self._refuse(node)
+        self._modules.add(node.target.id)
+        for statement in node.body:
+            self._check_statement(statement)
+
+    def _bind(self, target: ast.expr) -> None:
+        """A local variable gets a value, of a trace's own."""
+        for name in target.elts if isinstance(target, ast.Tuple) else [target]:
+            if not isinstance(name, ast.Name):
+                self._refuse(target)
+            self._locals.add(name.id)
+            self._modules.discard(name.id)
+
+    def _check_expression(self, node: ast.AST) -> None:
+        if not isinstance(node, (*self._EXPRESSIONS, *self._OTHERS)):
+            self._refuse(node)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            self._refuse(node)
+        if isinstance(node, ast.Call):
+            self._check_function(node.func)
+            for argument in (*node.args, *node.keywords):
+                self._check_expression(argument)
+        elif isinstance(node, ast.Name):
+            if node.id not in self._locals:
+                self._refuse(node)
+        elif isinstance(node, ast.Attribute):
+            # A parameter or a buffer; or an attribute of a local variable, which is a trace's own.
+            if not isinstance(self._held(node), torch.Tensor):
+                self._check_expression(node.value)
+        else:
+            for child in ast.iter_child_nodes(node):
+                self._check_expression(child)
+
+    def _check_function(self, node: ast.expr) -> None:
+        """A module, a function of tensors, or a method of a local variable."""
+        if isinstance(node, ast.Name) and node.id in self._modules:
+            return
+        if isinstance(self._held(node), torch.nn.Module) or self._is_tensor_function(node):
+            return
+        if not isinstance(node, ast.Attribute) or self._global(node) is not None:
+            self._refuse(node)
+        self._check_expression(node.value)
+
+    def _held(self, node: ast.expr) -> Any:
+        """What an expression as ``self.layers[0].weight`` stands for; None for others."""
+        if isinstance(node, ast.Name) and node.id == self._self:
+            return self._module
+        if isinstance(node, ast.Attribute):
+            holder = self._held(node.value)
+            return getattr(holder, node.attr, None) if isinstance(holder, torch.nn.Module) else None
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            holder = self._held(node.value)
+            containers = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
+            return holder[node.slice.value] if isinstance(holder, containers) else None
+        return None
+
+    def _is_tensor_function(self, node: ast.expr) -> bool:
+        """Whether it is one of torch's functions of tensors, of which none looks at other state."""
+        function = self._global(node)
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(function, "__name__", "")
+        return function is not None and (
+            function is getattr(torch._C._VariableFunctions, name, None)
+            or (function is getattr(F, name, None) and "dropout" not in name)
+        )
+
+    def _global(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            return None if node.id in self._locals else self._globals.get(node.id)
+        holder = self._global(node.value) if isinstance(node, ast.Attribute) else None
+        return getattr(holder, node.attr, None) if isinstance(holder, ModuleType) else None
 
 
 def _is_call_of(node: object, module: torch.nn.Module, kind: type) -> bool:
@@ -151,9 +307,6 @@ def _is_relu(node: fx.Node, module: torch.nn.Module) -> bool:
     if not node.args:
         return False
     if node.op == "call_module":
-        relu = module.get_submodule(node.target)
-        return type(relu) is torch.nn.ReLU and not any(
-            (relu._forward_hooks, relu._forward_pre_hooks, relu._backward_hooks)
-        )
+        return is_plain_relu(module.get_submodule(node.target))
     functions = RELU_FUNCTIONS if node.op == "call_function" else _RELU_METHODS
     return node.op in ("call_function", "call_method") and node.target in functions

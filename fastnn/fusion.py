@@ -126,8 +126,10 @@ def fuse(
     parametrizations, subclasses, a layer that is also used elsewhere. Applied twice, it changes
     nothing more.
 
-    A ``Sequential`` whose owner runs its parts one by one, ``self.head[0](x)``, can't be told from
-    one that is called: between the two halves of a pair such code finds the ReLU already applied.
+    What can't be seen: that code runs the parts of a ``Sequential`` one by one, as in
+    ``self.head[0](x)``, or a layer outside of its module's forward; there it finds the ReLU already
+    applied. Hooks that are registered later see the same. :func:`unfuse` a model before exchanging
+    its layers; where a fused one has been exchanged for a ``Linear``, ``fuse`` mends the pair.
 
     Args:
         model: any module; a loss by itself too.
@@ -135,9 +137,10 @@ def fuse(
             modules is returned, over the same parameters and buffers.
         trace: look into the ``forward`` methods with :mod:`torch.fx` too, for pairs such as
             ``F.relu(self.fc(x))`` (default ``False``). The ``forward`` of a module with such a pair
-            is then replaced by its trace, in which the values of plain attributes are fixed and
-            calls such as ``print`` are gone. Not traced are methods with optional arguments, with
-            branches on their input or on ``self.training``, or that change attributes.
+            is then replaced by its trace. Traced are only methods of which a trace keeps all: of
+            calls of modules and of torch's functions on tensors, loops over modules, parameters and
+            buffers. Branches, contexts, decorators, optional arguments and the module's other
+            attributes leave a method as it is. While tracing, no other thread may run a model.
         verbose: print the :class:`FusionReport` (default ``False``).
 
     Returns: the fused model.
@@ -188,8 +191,9 @@ def fusion_report(model: torch.nn.Module, *, trace: bool = False) -> FusionRepor
 def unfuse(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
     r"""Gives back a model of PyTorch's own modules, for those who don't have fastnn.
 
-    What :func:`fuse` changed becomes what it was. A ``LinearReLU`` that was written as such becomes
-    ``Sequential(Linear, ReLU)``; the keys of its parameters then gain a ``0.``.
+    What :func:`fuse` changed becomes what it was. A ``LinearReLU`` that was written as such, or
+    whose ReLU was outside of ``model``, becomes ``Sequential(Linear, ReLU)``; the keys of its
+    parameters then gain a ``0.``.
 
     Args:
         model: any module.
@@ -210,16 +214,18 @@ def unfuse(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
     _check_module(model)
     if not inplace:
         model = _copy_of_modules(model)
+    alone = [linear for linear in model.modules() if type(linear) is nn.LinearReLU]
+    have_relu = _Plan(model, trace=False).linears_with_fused_relu()
+    pairs = {
+        linear: torch.nn.Sequential(linear, torch.nn.ReLU())
+        for linear in alone
+        if linear not in have_relu
+    }
     for module in list(model.modules()):
         _tracing.restore(module)
         for name, child in list(module._modules.items()):
             if type(child) is nn.FusedReLU:
                 _put_back(module, name, child)
-    pairs = {
-        module: torch.nn.Sequential(module, torch.nn.ReLU())
-        for module in model.modules()
-        if type(module) is nn.LinearReLU and not module.of_pair
-    }
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in pairs:
@@ -227,7 +233,6 @@ def unfuse(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
     root = pairs.get(model, model)
     for module in list(root.modules()):
         module.__class__ = _STOCK.get(type(module), type(module))
-        module.__dict__.pop("of_pair", None)
     return root
 
 
@@ -261,11 +266,13 @@ class _Attribute:
     def why_no_relu(self) -> str:
         """The reason why this is no ReLU that can be left out; empty where it is one."""
         content = getattr(self.owner, self.name)
-        if content in _tracing.RELU_FUNCTIONS:
+        # A FusedReLU behind a Linear: the layer that had its ReLU has been exchanged since.
+        if content in _tracing.RELU_FUNCTIONS or type(content) is nn.FusedReLU:
             return ""
         if type(content) is not torch.nn.ReLU:
             return f"followed by {_name_of(content)}, not by ReLU"
-        return _why_observed(content, inputs=True) and "hooks on the ReLU behind it"
+        observed = not _tracing.is_plain_relu(content)
+        return "hooks on the ReLU behind it, or a forward of its own" if observed else ""
 
     def leave_out(self) -> None:
         """Puts a FusedReLU in the place of the ReLU."""
@@ -318,8 +325,16 @@ class _Site:
     path: str
     after: _Attribute | _Call | str
 
+    # Whether a rewritten forward runs it, which has left the ReLU out.
+    is_rewritten: bool = False
+
     def why_no_relu(self) -> str:
         return self.after if isinstance(self.after, str) else self.after.why_no_relu()
+
+    def has_fused_relu(self) -> bool:
+        if isinstance(self.after, _Attribute):
+            return type(getattr(self.after.owner, self.after.name)) is nn.FusedReLU
+        return self.is_rewritten
 
 
 class _Plan:
@@ -338,7 +353,6 @@ class _Plan:
     def apply(self) -> None:
         for linear in self._pairs:
             linear.__class__ = nn.LinearReLU
-            linear.of_pair = True
         for linear in self._pairs:
             for site in self._sites[linear]:
                 site.after.leave_out()
@@ -355,13 +369,23 @@ class _Plan:
                 if stock is not None:
                     yield _entry(path, module, _LOSSES[stock], _why_own_forward(module, stock))
 
+    def linears_with_fused_relu(self) -> set[torch.nn.Module]:
+        """The layers that have taken over a ReLU of this model, wherever they are run."""
+        return {
+            linear
+            for linear, sites in self._sites.items()
+            if all(site.has_fused_relu() for site in sites)
+        }
+
     # ---- finding the sites ----
 
     def _visit(self, module: torch.nn.Module, path: str, after: _Attribute | str) -> None:
         """Notes the sites under a module, behind which ``after`` is run."""
         if isinstance(module, torch.nn.Linear):
             afters = self._traced_calls.get(path, [after])
-            self._sites.setdefault(module, []).extend(_Site(path, after) for after in afters)
+            rewritten = any(map(_tracing.is_rewritten, self._ancestors))
+            sites = self._sites.setdefault(module, [])
+            sites.extend(_Site(path, after, rewritten) for after in afters)
         elif module not in self._ancestors:
             self._ancestors.add(module)
             afters = self._afters(module, path, after)
@@ -378,7 +402,7 @@ class _Plan:
         if _is_sequential(module):
             follower = _followers(module, after)
             return lambda name: follower[name]
-        if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+        if _is_container(module):
             return lambda name: after
         for linear, activation in _known_pairs(module):
             slot = _Attribute(module, activation)
@@ -472,8 +496,24 @@ def _first_slot(sequential: torch.nn.Sequential, names: list[str]) -> _Attribute
 
 
 def _is_sequential(module: torch.nn.Module) -> bool:
-    return getattr(type(module), "forward", None) is torch.nn.Sequential.forward and not (
-        _is_patched(module)
+    return isinstance(module, torch.nn.Sequential) and _runs_as(
+        module, torch.nn.Sequential, "forward", "__iter__", "__call__"
+    )
+
+
+def _is_container(module: torch.nn.Module) -> bool:
+    """Whether a module only holds others, which its owner runs."""
+    return any(
+        isinstance(module, kind) and _runs_as(module, kind, "forward", "__call__")
+        for kind in (torch.nn.ModuleList, torch.nn.ModuleDict)
+    )
+
+
+def _runs_as(module: torch.nn.Module, kind: type, *methods: str) -> bool:
+    """Whether these methods of a module are those of the class it descends from."""
+    return all(
+        getattr(type(module), method) is getattr(kind, method) and method not in vars(module)
+        for method in methods
     )
 
 
@@ -490,9 +530,9 @@ def _is_patched(module: torch.nn.Module) -> bool:
 def _known_pairs(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
     for package, name, method, linear, activation in _KNOWN_CALLERS:
         known = getattr(sys.modules.get(package), name, None)
-        if known is None or not isinstance(module, known) or method in vars(module):
+        if known is None or not isinstance(module, known):
             continue
-        if getattr(type(module), method) is getattr(known, method):
+        if _runs_as(module, known, "forward", "__call__", method):
             yield linear, activation
 
 

@@ -39,9 +39,6 @@ class LinearReLU(torch.nn.Linear):
     LinearReLU(in_features=20, out_features=30, bias=True)
     """
 
-    # Whether fastnn.fuse made it of a Linear, whose ReLU it has then put out of the way.
-    of_pair = False
-
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear_relu(input, self.weight, self.bias)
 

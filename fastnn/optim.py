@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -66,31 +67,35 @@ class SGD(torch.optim.SGD):
     def from_torch(cls, optimizer: torch.optim.SGD) -> SGD:
         """Takes over a live :class:`torch.optim.SGD` in the middle of its training.
 
-        The parameter groups, momentum buffers and hooks are the same objects, not copies: a
-        scheduler that was built over ``optimizer`` still sets the learning rate. Only one of the
-        two optimizers should step from then on.
+        The optimizer stays the same object and becomes one of ours: schedulers, scalers and whoever
+        else holds it go on with it, and so do its parameter groups, state and hooks.
 
         Args:
             optimizer: the optimizer, with or without state.
 
-        Returns: an optimizer that goes on where ``optimizer`` is.
-        Errors: ``TypeError`` where ``optimizer`` is not a :class:`torch.optim.SGD`.
+        Returns: ``optimizer``.
+        Errors: ``TypeError`` where ``optimizer`` is not a :class:`torch.optim.SGD`, or one whose
+        ``step`` is not PyTorch's (a subclass, or replaced).
 
         >>> import torch, fastnn
         >>> stock = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
         >>> optimizer = fastnn.optim.SGD.from_torch(stock)
-        >>> optimizer.param_groups is stock.param_groups
-        True
+        >>> optimizer is stock, type(stock)
+        (True, <class 'fastnn.optim.SGD'>)
         """
-        if not isinstance(optimizer, torch.optim.SGD):
+        if isinstance(optimizer, cls):
+            return optimizer
+        if type(optimizer) is not torch.optim.SGD:
             raise TypeError(
                 f"optimizer: expected a torch.optim.SGD, got {type(optimizer).__name__}"
             )
-        taken = cls.__new__(cls)
-        # An instance's own step is a scheduler's wrapper around the old optimizer's.
-        attributes = {name: value for name, value in vars(optimizer).items() if name != "step"}
-        taken.__setstate__(attributes)
-        return taken
+        step = vars(optimizer).get("step")
+        if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+            raise TypeError("optimizer: its step has been replaced; expected PyTorch's own")
+        optimizer.__class__ = cls
+        if step is not None:
+            optimizer.step = MethodType(_step_for_schedulers, optimizer)
+        return optimizer
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -247,6 +252,15 @@ def _step_fusable(
         all_or_nothing=all_or_nothing,
         **scaling,
     )
+
+
+def _step_for_schedulers(optimizer: SGD, closure: Callable[[], Any] | None = None) -> Any:
+    """The step of an optimizer that a scheduler watches: in place of its wrapper of torch's."""
+    optimizer._opt_called = True
+    return SGD.step(optimizer, closure)
+
+
+_step_for_schedulers._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _check_fused(params: list[Tensor]) -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 import sys
 import types
+import typing
 
 import pytest
 import torch
@@ -346,7 +347,7 @@ HOOKS = [
 
 @pytest.mark.parametrize(("register", "module"), HOOKS)
 def test_hooks(register, module):
-    expected = ["hooks on it", "hooks on the ReLU behind it"][module]
+    expected = ["hooks on it", "hooks on the ReLU behind it, or a forward of its own"][module]
     assert reason(hooked(register, module), "0") == expected
 
 
@@ -456,6 +457,76 @@ def test_replaced_forwards():
     assert reason(loss, "") == "its forward has been replaced"
 
 
+def test_a_relu_with_a_replaced_forward():
+    model = nn.Sequential(*pair())
+    model[1].forward = F.leaky_relu
+    assert reason(model, "0") == "hooks on the ReLU behind it, or a forward of its own"
+    traced = Functional()
+    traced.act.forward = F.leaky_relu
+    assert fused_paths(fastnn.fuse(traced, inplace=True, trace=True)) == TRACED - {"four"}
+    traced = Functional()
+    traced.act.register_full_backward_pre_hook(lambda module, grads: None)
+    assert fused_paths(fastnn.fuse(traced, inplace=True, trace=True)) == TRACED - {"four"}
+
+
+class Residual(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = x + module(x)
+        return x
+
+
+class Reverse(nn.Sequential):
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+class Doubled(nn.Sequential):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class Tanh(nn.TransformerEncoderLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(torch.tanh(self.linear1(x)))
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [
+        nn.Sequential(Residual([nn.Linear(6, 6)]), nn.ReLU()),
+        nn.Sequential(Reverse(nn.ReLU(), nn.Linear(6, 6))),
+        nn.Sequential(Doubled(nn.Identity(), nn.Linear(6, 6)), nn.ReLU()),
+        nn.Sequential(nn.Linear(6, 6), Doubled(nn.ReLU())),
+        Tanh(6, 2, 8),
+    ],
+    ids=["ModuleList", "__iter__", "__call__", "__call__ behind", "TransformerEncoderLayer"],
+)
+def test_containers_that_run_their_modules_in_their_own_way(stock):
+    fused = fastnn.fuse(stock)
+    assert fused_paths(fused) == set()
+    x = torch.randn(3, 6)
+    assert torch.equal(fused(x), stock(x))
+
+
+def test_fuse_mends_a_pair_whose_layer_has_been_exchanged():
+    fused = fastnn.fuse(nn.Sequential(*pair(), nn.Linear(5, 3)))
+    fused[0] = nn.Linear(6, 5)
+    assert [entry.path for entry in fastnn.fusion_report(fused).fusible] == ["0"]
+    fastnn.fuse(fused, inplace=True)
+    x = input_of(fused)
+    expected = F.linear(F.linear(x, fused[0].weight, fused[0].bias).relu(), *fused[2].parameters())
+    torch.testing.assert_close(fused(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unfuse_of_a_part_keeps_its_relu():
+    fused = fastnn.fuse(nn.Sequential(*pair(), nn.Linear(5, 3)))
+    x = input_of(fused)
+    assert (fastnn.unfuse(fused[:1])(x) >= 0).all()
+    assert type(fastnn.unfuse(fused[0])) is nn.Sequential
+    torch.testing.assert_close(fastnn.unfuse(fused[:2])(x), fused[:2](x), rtol=1e-5, atol=1e-6)
+
+
 def test_a_sequential_with_its_own_forward():
     class Backwards(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
@@ -475,11 +546,22 @@ def test_dtype():
 # --- what a trace can't show ----------------------------------------------------------------------
 
 
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return -grad
+
+
 class Traced(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(6, 6)
         self.calls = 0
+        self.losses: list[Tensor] = []
 
 
 class Optional(Traced):
@@ -490,6 +572,13 @@ class Optional(Traced):
 
 class Branching(Traced):
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            x = x * 2
+        return F.relu(self.fc(x))
+
+
+class Choosing(Traced):
+    def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.fc(x)) if x.sum() > 0 else x
 
 
@@ -498,10 +587,22 @@ class Training(Traced):
         return F.dropout(F.relu(self.fc(x)), 0.5, self.training)
 
 
+class Reading(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x)) * self.calls
+
+
 class Counting(Traced):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return F.relu(self.fc(x))
+
+
+class Collecting(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc(x))
+        self.losses.append(x.mean())
+        return x
 
 
 class Random(Traced):
@@ -509,13 +610,58 @@ class Random(Traced):
         return F.relu(self.fc(x)) + torch.rand(6)
 
 
+class Frozen(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = F.relu(self.fc(x))
+        return x
+
+
+class Decorated(Traced):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x))
+
+
+class Reversing(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        return Reversal.apply(F.relu(self.fc(x)))
+
+
+class Checkpointing(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.fc, x, use_reentrant=False).relu()
+
+
+class Casting(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x)).to(next(self.parameters()).dtype)
+
+
+class Delegating(Traced):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x))
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+LOSES = "does what a trace loses, or fixes: "
 UNTRACEABLE = {
     Optional: "has an optional argument, scale",
-    Branching: "torch.fx can't trace (TraceError: symbolically traced variables cannot be used as "
-    "inputs to control flow)",
-    Training: "does another thing in training than in evaluation",
-    Counting: "changes attributes of its module",
+    Branching: LOSES + "if isinstance(x, Tensor):",
+    Choosing: LOSES + "F.relu(self.fc(x)) if x.sum() > 0 else x",
+    Training: LOSES + "F.dropout",
+    Reading: LOSES + "self",
+    Counting: LOSES + "self.calls",
+    Collecting: LOSES + "self",
     Random: "makes tensors that don't depend on its input",
+    Frozen: LOSES + "with torch.no_grad():",
+    Decorated: "is no plain function",
+    Reversing: LOSES + "Reversal",
+    Checkpointing: LOSES + "torch.utils.checkpoint.checkpoint",
+    Casting: LOSES + "next",
+    Delegating: LOSES + "self",
 }
 
 
@@ -526,7 +672,32 @@ def test_untraceable(kind):
     assert reason(model, "fc", trace=True) == expected
     assert type(model) is kind
     assert model.calls == 0
+    assert model.losses == []
     assert model.training
+
+
+def test_a_new_module_of_a_traced_ones_class_is_as_written():
+    class Registering(nn.Module):
+        kinds: typing.ClassVar[list[type]] = []
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def __init_subclass__(cls, name: str) -> None:
+            cls.kinds.append(cls)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.fc(x))
+
+    fused = fastnn.fuse(Registering(), trace=True)
+    assert fused_paths(fused) == {"fc"}
+    again = type(fused)()
+    assert type(again) is Registering
+    again.load_state_dict(fused.state_dict())
+    x = input_of(fused)
+    torch.testing.assert_close(again(x), fused(x), rtol=1e-5, atol=1e-6)
+    assert Registering.kinds == []
 
 
 def test_buffers_changed_in_place():

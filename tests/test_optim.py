@@ -1562,49 +1562,77 @@ def test_parameters_of_torchs_own_path_are_skipped_too_where_the_kernels_skip():
 def test_from_torch_goes_on_where_torch_is():
     old, stock = (torch.optim.SGD(make_params((5, 3), (7,)), **EVERYTHING) for _ in range(2))
     train(old, 2)
+    buffers = [momentum_buffer(old, param) for param in params_of(old)]
     taken = fastnn.optim.SGD.from_torch(old)
+    assert taken is old
     assert type(taken) is fastnn.optim.SGD
-    for param in params_of(old):
-        assert momentum_buffer(taken, param) is momentum_buffer(old, param)
+    for param, buffer in zip(params_of(taken), buffers, strict=True):
+        assert momentum_buffer(taken, param) is buffer
     train(taken, 3, first_seed=3)
     train(stock, 5)
     assert_same_training(taken, stock, 5)
+    assert fastnn.optim.SGD.from_torch(taken) is taken
 
 
-def test_from_torch_keeps_groups_hooks_and_scheduler():
-    params = make_params((5, 3), (7,))
-    groups = [{"params": params[:1], "lr": 0.2, "name": "body"}, {"params": params[1:]}]
-    old = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    called = []
-    old.register_step_post_hook(lambda *_: called.append("hook"))
-    scheduler = StepLR(old, step_size=1, gamma=0.5)
-    train(old, 1)
-    taken = fastnn.optim.SGD.from_torch(old)
-    assert taken.param_groups is old.param_groups
-    train(taken, 1, first_seed=2)
-    scheduler.step()
-    assert called == ["hook", "hook"]
-    assert [group["lr"] for group in taken.param_groups] == [0.1, 0.05]
-    assert taken.param_groups[0]["name"] == "body"
-    assert pickle.loads(pickle.dumps(taken)).state_dict().keys() == old.state_dict().keys()
+@pytest.mark.parametrize("resumed", [False, True])
+def test_from_torch_under_a_scheduler(resumed):
+    """It goes on without a warning, after a resume too, which replaces the parameter groups."""
+    runs = []
+    for take in (fastnn.optim.SGD.from_torch, lambda optimizer: optimizer):
+        params = make_params((5, 3), (7,))
+        groups = [{"params": params[:1], "lr": 0.2, "name": "body"}, {"params": params[1:]}]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        called = []
+        optimizer.register_step_post_hook(lambda *_, called=called: called.append("hook"))
+        scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+        optimizer = take(optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for seed in range(1, 4):
+                train(optimizer, 1, first_seed=seed)
+                scheduler.step()
+                if resumed:
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert called == ["hook"] * 3
+        assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.0125]
+        assert optimizer.param_groups[0]["name"] == "body"
+        runs.append(optimizer)
+    assert_same_training(*runs, 3)
 
 
 def test_from_torch_steps_with_our_operator():
-    (param,) = make_params((5, 3))
-    taken = fastnn.optim.SGD.from_torch(torch.optim.SGD([param], **MOMENTUM))
-    StepLR(taken, step_size=1)
-    param.grad = torch.ones_like(param)
-    with OperatorNames() as operators:
-        taken.step()
-    expected = "fastnn.sgd_step_.default" if fastnn.is_available() else "aten.add_.Tensor"
-    assert expected in operators.names
+    for scheduled in (False, True):
+        (param,) = make_params((5, 3))
+        old = torch.optim.SGD([param], **MOMENTUM)
+        if scheduled:
+            StepLR(old, step_size=1)
+        taken = fastnn.optim.SGD.from_torch(old)
+        param.grad = torch.ones_like(param)
+        with OperatorNames() as operators:
+            taken.step()
+        expected = "fastnn.sgd_step_.default" if fastnn.is_available() else "aten.add_.Tensor"
+        assert expected in operators.names
 
 
-@pytest.mark.parametrize("wrong", [torch.optim.Adam([torch.ones(1)]), None, "SGD"])
+class OwnStep(torch.optim.SGD):
+    def step(self, closure=None):
+        return None
+
+
+@pytest.mark.parametrize("wrong", [torch.optim.Adam, OwnStep, None, "SGD"])
 def test_from_torch_refuses_what_is_no_sgd(wrong):
+    wrong = wrong(make_params((3,))) if isinstance(wrong, type) else wrong
     expected = f"optimizer: expected a torch.optim.SGD, got {type(wrong).__name__}"
     with pytest.raises(TypeError, match=re.escape(expected)):
         fastnn.optim.SGD.from_torch(wrong)
+
+
+def test_from_torch_refuses_a_replaced_step():
+    optimizer = torch.optim.SGD(make_params((3,)))
+    optimizer.step = lambda closure=None: None
+    with pytest.raises(TypeError, match="optimizer: its step has been replaced"):
+        fastnn.optim.SGD.from_torch(optimizer)
+    assert type(optimizer) is torch.optim.SGD
 
 
 @pytest.mark.parametrize("late", [0, 1])
