@@ -68,6 +68,10 @@ def _check_loss_arguments(
     _check_number(function, "ignore_index", ignore_index, int)
 
 
+def _bad_reduction(reduction: object) -> ValueError:
+    return ValueError(f"{reduction} is not a valid value for reduction")
+
+
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``relu(input @ weight.T + bias)`` in one operator: :func:`torch.nn.functional.linear`
     followed by :func:`torch.nn.functional.relu`.
@@ -205,6 +209,8 @@ def nll_loss(
     _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    elif type(reduction) is not str:
+        raise _bad_reduction(reduction)
     return operators().nll_loss(input, target, weight, ignore_index, reduction)
 
 
@@ -274,6 +280,8 @@ def cross_entropy(
         _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    elif type(reduction) is not str:
+        raise _bad_reduction(reduction)
     return operators().cross_entropy(
         input, target, weight, ignore_index, reduction, label_smoothing
     )

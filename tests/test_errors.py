@@ -457,7 +457,7 @@ def shared_loss_cases(op: str) -> list[Case]:
             (f"{reduction} is not a valid value for reduction",),
             {"reduction": reduction},
         )
-        for reduction in ("batchmean", "", "Mean", "avg")
+        for reduction in ("batchmean", "", "Mean", "avg", None, 3)
     ]
     cases += [
         Case(
