@@ -60,6 +60,22 @@ def relu_calls(module: torch.nn.Module) -> list[tuple[str, str | None]]:
     return calls
 
 
+def runs_in_parts(module: torch.nn.Module, child: str) -> bool:
+    """Whether a module's forward does anything with a child but call it, as far as its source says:
+    ``self.child[0](x)``, ``for layer in self.child``."""
+    function = _definition(type(module).forward)
+    if function is None or not function.args.args:
+        return False
+    this = function.args.args[0].arg
+    called = {id(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+    return any(
+        isinstance(node, ast.Attribute)
+        and (node.attr, getattr(node.value, "id", None)) == (child, this)
+        and id(node) not in called
+        for node in ast.walk(function)
+    )
+
+
 def rewrite(module: torch.nn.Module) -> None:
     """Takes the ReLUs behind each LinearReLU out of a module's forward."""
     stock = _stock_class(module)
@@ -165,6 +181,15 @@ def _check_signature(module: torch.nn.Module) -> None:
             raise Untraceable(f"has an optional argument, {parameter.name}")
 
 
+def _definition(function: Any) -> ast.FunctionDef | None:
+    """A function's syntax, if its source is there."""
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    return definition if isinstance(definition, ast.FunctionDef) else None
+
+
 class _Source:
     """The source of a module's forward, held against what a trace keeps."""
 
@@ -182,13 +207,12 @@ class _Source:
         self._module = module
         function = type(module).forward
         self._globals = getattr(function, "__globals__", {})
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
-            raise Untraceable("has no source to be read") from None
-        self._function = tree.body[0]
-        if not isinstance(self._function, ast.FunctionDef) or function.__closure__:
+        definition = _definition(function)
+        if definition is None:
+            raise Untraceable("has no source to be read")
+        if function.__closure__:
             raise Untraceable("is no plain function")
+        self._function = definition
         if self._function.decorator_list:
             raise Untraceable("has a decorator")
         arguments = [argument.arg for argument in self._function.args.args]

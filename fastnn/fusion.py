@@ -40,6 +40,8 @@ _KNOWN_CALLERS = (
     ("transformers.models.opt.modeling_opt", "OPTDecoderLayer", "forward", "fc1", "activation_fn"),
 )
 
+_IN_PARTS = "its Sequential is run in parts"
+
 FUSED, FUSIBLE, LEFT = "fused", "can be fused", "left"
 
 
@@ -126,10 +128,11 @@ def fuse(
     parametrizations, subclasses, a layer that is also used elsewhere. Applied twice, it changes
     nothing more.
 
-    What can't be seen: that code runs the parts of a ``Sequential`` one by one, as in
-    ``self.head[0](x)``, or a layer outside of its module's forward; there it finds the ReLU already
-    applied. Hooks that are registered later see the same. :func:`unfuse` a model before exchanging
-    its layers; where a fused one has been exchanged for a ``Linear``, ``fuse`` mends the pair.
+    What can't be seen: that code other than its owner's forward runs the parts of a ``Sequential``
+    one by one, as in ``model.head[0](x)``, or a layer outside of its module's forward; there it
+    finds the ReLU already applied. Hooks that are registered later see the same. :func:`unfuse` a
+    model before exchanging its layers; where a fused one has been exchanged for a ``Linear``,
+    ``fuse`` mends the pair.
 
     Args:
         model: any module; a loss by itself too.
@@ -347,6 +350,7 @@ class _Plan:
         self._runs: Counter[_Attribute | _Call] = Counter()
         self._traced_calls: dict[str, list[_Call | str]] = {}
         self._ancestors: set[torch.nn.Module] = set()
+        self._run_in_parts: set[torch.nn.Module] = set()
         self._visit(model, "", "nothing follows it")
         self._pairs = self._find_pairs()
 
@@ -379,10 +383,18 @@ class _Plan:
 
     # ---- finding the sites ----
 
-    def _visit(self, module: torch.nn.Module, path: str, after: _Attribute | str) -> None:
+    def _visit(
+        self,
+        module: torch.nn.Module,
+        path: str,
+        after: _Attribute | str,
+        parent: torch.nn.Module | None = None,
+    ) -> None:
         """Notes the sites under a module, behind which ``after`` is run."""
         if isinstance(module, torch.nn.Linear):
             afters = self._traced_calls.get(path, [after])
+            if isinstance(parent, torch.nn.Sequential) and path in self._traced_calls:
+                afters = [_IN_PARTS]
             rewritten = any(map(_tracing.is_rewritten, self._ancestors))
             sites = self._sites.setdefault(module, [])
             sites.extend(_Site(path, after, rewritten) for after in afters)
@@ -392,13 +404,22 @@ class _Plan:
             for name, child in module._modules.items():
                 if child is not None:
                     self._runs[_Attribute(module, name)] += 1
-                    self._visit(child, f"{path}.{name}" if path else name, afters(name))
+                    self._note_parts(module, name, child)
+                    self._visit(child, f"{path}.{name}" if path else name, afters(name), module)
             self._ancestors.remove(module)
+
+    def _note_parts(self, module: torch.nn.Module, name: str, child: torch.nn.Module) -> None:
+        """Notes a Sequential whose modules its owner runs one by one."""
+        is_owner = not (_is_sequential(module) or _is_container(module))
+        if is_owner and _is_sequential(child) and _tracing.runs_in_parts(module, name):
+            self._run_in_parts.add(child)
 
     def _afters(
         self, module: torch.nn.Module, path: str, after: _Attribute | str
     ) -> Callable[[str], _Attribute | str]:
         """What is run after each child of a module."""
+        if module in self._run_in_parts:
+            return lambda name: _IN_PARTS
         if _is_sequential(module):
             follower = _followers(module, after)
             return lambda name: follower[name]

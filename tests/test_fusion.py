@@ -509,6 +509,45 @@ def test_containers_that_run_their_modules_in_their_own_way(stock):
     assert torch.equal(fused(x), stock(x))
 
 
+class Owner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+
+
+class Indexing(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](torch.tanh(self.net[0](x)))
+
+
+class Iterating(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x := layer(x) for layer in self.net]
+        return torch.stack(found)
+
+
+class CallingAndIndexing(Owner):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.net[0](x)
+
+
+@pytest.mark.parametrize("kind", [Indexing, Iterating, CallingAndIndexing])
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_sequential_that_is_run_in_parts(kind, trace):
+    stock = kind()
+    fused = fastnn.fuse(stock, trace=trace)
+    assert torch.equal(fused(input_of(stock)), stock(input_of(stock)))
+    assert reason(stock, "net.0", trace=trace) == "its Sequential is run in parts"
+
+
+def test_a_sequential_that_its_owner_calls():
+    class Calling(Owner):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    assert fused_paths(fastnn.fuse(Calling())) == {"net.0"}
+
+
 def test_fuse_mends_a_pair_whose_layer_has_been_exchanged():
     fused = fastnn.fuse(nn.Sequential(*pair(), nn.Linear(5, 3)))
     fused[0] = nn.Linear(6, 5)
