@@ -14,8 +14,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 from contextlib import suppress
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -190,6 +191,28 @@ def _definition(function: Any) -> ast.FunctionDef | None:
     return definition if isinstance(definition, ast.FunctionDef) else None
 
 
+def _has_its_source(function: FunctionType) -> bool:
+    """Whether a file still has what a function was compiled from when it was imported."""
+    own = function.__code__
+    try:
+        lines, _ = inspect.findsource(function)
+        compiled = compile("".join(lines), own.co_filename, "exec", dont_inherit=True)
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    return any(
+        (code.co_firstlineno, code.co_code, code.co_names, code.co_varnames)
+        == (own.co_firstlineno, own.co_code, own.co_names, own.co_varnames)
+        for code in _codes_in(compiled)
+    )
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes_in(constant)
+
+
 class _Source:
     """The source of a module's forward, held against what a trace keeps."""
 
@@ -207,11 +230,11 @@ class _Source:
         self._module = module
         function = type(module).forward
         self._globals = getattr(function, "__globals__", {})
-        definition = _definition(function)
-        if definition is None:
-            raise Untraceable("has no source to be read")
-        if function.__closure__:
+        if not inspect.isfunction(function) or function.__closure__:
             raise Untraceable("is no plain function")
+        definition = _definition(function)
+        if definition is None or not _has_its_source(function):
+            raise Untraceable("has no source to be read")
         self._function = definition
         if self._function.decorator_list:
             raise Untraceable("has a decorator")

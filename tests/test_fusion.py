@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import linecache
 import pickle
 import sys
 import types
@@ -713,6 +715,25 @@ def test_untraceable(kind):
     assert model.calls == 0
     assert model.losses == []
     assert model.training
+
+
+def test_a_source_that_has_changed_since_it_was_imported(tmp_path, monkeypatch):
+    source = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(6, 6)
+    def forward(self, x):
+        return torch.relu(self.fc(x)) RANDOM
+"""
+    path = tmp_path / "changing_net.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    path.write_text(source.replace("RANDOM", "if len(x) else x"))
+    net = importlib.import_module("changing_net").Net()
+    path.write_text(source.replace("RANDOM", ""))
+    linecache.checkcache()
+    assert reason(net, "fc", trace=True) == "run by Net.forward, which has no source to be read"
 
 
 def test_a_new_module_of_a_traced_ones_class_is_as_written():
