@@ -31,13 +31,24 @@ _RELU_METHODS = ("relu", "relu_")
 
 def is_plain_relu(module: torch.nn.Module) -> bool:
     """Whether a module is a ReLU that nobody looks at: no hooks, no forward of its own."""
-    return type(module) is torch.nn.ReLU and not any(
-        (
-            *(module._forward_hooks, module._forward_pre_hooks),
-            *(module._backward_hooks, module._backward_pre_hooks),
-            "forward" in vars(module),
-        )
+    return (
+        type(module) is torch.nn.ReLU
+        and not is_observed(module, inputs=True)
+        and not is_patched(module)
     )
+
+
+def is_observed(module: torch.nn.Module, inputs: bool) -> bool:
+    """Whether hooks see what a module returns, or, if asked for, what it gets."""
+    hooks = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
+    if inputs:
+        hooks.append(module._forward_pre_hooks)
+    return any(hooks)
+
+
+def is_patched(module: torch.nn.Module) -> bool:
+    """Whether a module has a forward of its own, beside its class's."""
+    return "forward" in vars(module)
 
 
 class Untraceable(Exception):
@@ -174,7 +185,7 @@ def _check_signature(module: torch.nn.Module) -> None:
         raise Untraceable("is compiled already")
     if type(module).__module__.startswith("torch.nn."):
         raise Untraceable("is PyTorch's own")
-    if "forward" in vars(module):
+    if is_patched(module):
         raise Untraceable("has been replaced")
     for parameter in inspect.signature(module.forward).parameters.values():
         plain = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)

@@ -217,12 +217,11 @@ def unfuse(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
     _check_module(model)
     if not inplace:
         model = _copy_of_modules(model)
-    alone = [linear for linear in model.modules() if type(linear) is nn.LinearReLU]
     have_relu = _Plan(model, trace=False).linears_with_fused_relu()
     pairs = {
         linear: torch.nn.Sequential(linear, torch.nn.ReLU())
-        for linear in alone
-        if linear not in have_relu
+        for linear in model.modules()
+        if type(linear) is nn.LinearReLU and linear not in have_relu
     }
     for module in list(model.modules()):
         _tracing.restore(module)
@@ -280,7 +279,7 @@ class _Attribute:
     def leave_out(self) -> None:
         """Puts a FusedReLU in the place of the ReLU."""
         content = getattr(self.owner, self.name)
-        if type(content) is not nn.FusedReLU:
+        if type(content) is not nn.FusedReLU:  # as it is behind an exchanged layer
             setattr(self.owner, self.name, nn.FusedReLU(content))
 
 
@@ -294,9 +293,6 @@ class _Call:
     def why_no_relu(self) -> str:
         return ""
 
-    def leave_out(self) -> None:
-        _tracing.rewrite(self.owner)
-
 
 def _put_back(owner: torch.nn.Module, name: str, fused: nn.FusedReLU) -> None:
     if isinstance(fused.replaced, torch.nn.Module):
@@ -308,14 +304,6 @@ def _put_back(owner: torch.nn.Module, name: str, fused: nn.FusedReLU) -> None:
 
 def _name_of(content: object) -> str:
     return getattr(content, "__name__", None) or type(content).__name__
-
-
-def _why_observed(module: torch.nn.Module, inputs: bool) -> str:
-    """Whether somebody sees what a module returns, or, if asked for, what it gets."""
-    hooks = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
-    if inputs:
-        hooks.append(module._forward_pre_hooks)
-    return "hooks on it" if any(hooks) else ""
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -357,11 +345,15 @@ class _Plan:
     def apply(self) -> None:
         for linear in self._pairs:
             linear.__class__ = nn.LinearReLU
-        for linear in self._pairs:
-            for site in self._sites[linear]:
-                site.after.leave_out()
+        slots = {site.after for linear in self._pairs for site in self._sites[linear]}
+        for slot in slots:
+            if isinstance(slot, _Attribute):
+                slot.leave_out()
+        # Once for all the calls in it.
+        for owner in {slot.owner for slot in slots if isinstance(slot, _Call)}:
+            _tracing.rewrite(owner)
         for module in self._model.modules():
-            if type(module) in _LOSSES and not _is_patched(module):
+            if type(module) in _LOSSES and not _tracing.is_patched(module):
                 module.__class__ = _LOSSES[type(module)]
 
     def entries(self) -> Iterator[FusionEntry]:
@@ -540,12 +532,7 @@ def _runs_as(module: torch.nn.Module, kind: type, *methods: str) -> bool:
 
 def _is_transparent(module: torch.nn.Module) -> bool:
     """Whether nobody sees what goes in and out of a module."""
-    return not _why_observed(module, inputs=True)
-
-
-def _is_patched(module: torch.nn.Module) -> bool:
-    """Whether a module has a forward of its own, beside its class's."""
-    return "forward" in vars(module)
+    return not _tracing.is_observed(module, inputs=True)
 
 
 def _known_pairs(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
@@ -563,11 +550,13 @@ def _why_own_forward(module: torch.nn.Module, stock: type) -> str:
         return "parametrized"
     if type(module) is not stock:
         return f"a subclass of {stock.__name__}, whose forward may be its own"
-    return "its forward has been replaced" if _is_patched(module) else ""
+    return "its forward has been replaced" if _tracing.is_patched(module) else ""
 
 
 def _why_unfit_module(linear: torch.nn.Module) -> str:
-    reason = _why_own_forward(linear, torch.nn.Linear) or _why_observed(linear, inputs=False)
+    reason = _why_own_forward(linear, torch.nn.Linear)
+    if not reason and _tracing.is_observed(linear, inputs=False):
+        return "hooks on it"
     if not reason and linear.weight.dtype not in _DTYPES:
         return f"its weight is {linear.weight.dtype}"
     return reason
