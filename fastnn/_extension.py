@@ -8,6 +8,7 @@ still gives the right numbers.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
-from torch.onnx import is_in_onnx_export
 
 from fastnn import _onnx, reference
 
@@ -69,7 +69,9 @@ def operators() -> Any:
     # While torch.compile, torch.export or torch.jit.trace look on, the callable that they know. It
     # boxes its arguments, and so costs two to three times what the extension's own function does.
     if is_compiling() or _get_tracing_state() is not None:
-        if is_in_onnx_export():
+        # Imported by who exports: to import it here would make every start wait for it.
+        onnx = sys.modules.get("torch.onnx")
+        if onnx is not None and onnx.is_in_onnx_export():
             return _onnx
         return reference if extension is None else torch.ops.fastnn
     return reference if extension is None else extension
