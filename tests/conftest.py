@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import capabilities
 import pytest
 import torch
-from cuda_emulation.chosen import EMULATES_CUDA
+from cuda_emulation.chosen import EMULATES_CUDA, EXECUTES_PTX
 from sample_inputs import SEED
 
 import fastnn
@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where tests make their tensors",
     )
     parser.addoption("--capabilities", type=Path, help="file for the matrix of capabilities.py")
+    parser.addoption("--never-launched", type=Path, help="file for PTX kernels no test launched")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,14 +56,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> list[str]:
     built = "" if fastnn.is_available() else "not "
-    kernels = "CUDA kernels emulated on the CPU" if EMULATES_CUDA else f"extension {built}built"
+    kernels = f"extension {built}built"
+    if EMULATES_CUDA:
+        kernels = f"CUDA kernels{' in PTX' * EXECUTES_PTX} emulated on the CPU"
     return [f"fastnn: FASTNN_TEST_SEED={SEED}, {kernels}"]
 
 
 def reason_to_leave_out(item: pytest.Item, device: str) -> str | None:
     if device == "cuda" and (marker := item.get_closest_marker("not_on_a_gpu")):
         return marker.args[0]
-    if EMULATES_CUDA or device == "cuda":
+    on_cuda_kernels = EMULATES_CUDA or device == "cuda"
+    if not on_cuda_kernels and item.get_closest_marker("on_cuda_kernels"):
+        return "of the CUDA kernels, emulated or not"
+    if on_cuda_kernels:
         if marker := item.get_closest_marker("cpu_only"):
             return marker.args[0]
         callspec = getattr(item, "callspec", None)
@@ -108,6 +114,12 @@ def record_agreement(request: pytest.FixtureRequest) -> Callable[[str], None]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reason, count in sorted(left_out.items()):
         terminalreporter.write_line(f"left out: {count} tests ({reason})")
+    if EXECUTES_PTX:
+        emulation = torch.ops.fastnn_cuda_emulation
+        never, count = emulation.ptx_never_launched(), emulation.ptx_kernel_count()
+        terminalreporter.write_line(f"PTX executed: {count - len(never)} of {count} kernels")
+        if path := terminalreporter.config.getoption("--never-launched"):
+            path.write_text("".join(f"{name}\n" for name in never))
     counter = terminalreporter.config.stash.get(AGREEMENT, Counter())
     if counter:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(counter.items()))

@@ -1,5 +1,8 @@
 """Builds the CUDA part, needs no GPU, and checks what the compiler made: see ``make cuda-check``.
 
+Then the tests: those of the operators over the kernels' PTX, which tests/cuda_emulation/ptx
+executes on the CPU, and all of them over the CPU's own kernels.
+
 The build is a copy of the repository in build/cuda_check, so that the extension that is built in
 the repository itself stays what it is.
 """
@@ -45,6 +48,18 @@ WIDE_STORES = [
 ]
 
 
+# The others have nothing that another form of the kernels could change.
+PTX_TESTS = [
+    "tests/test_operators.py",
+    "tests/test_gradients.py",
+    "tests/test_accuracy.py",
+    "tests/test_optim.py",
+    "tests/test_training.py",
+    "tests/test_cuda_emulation.py",
+    "tests/test_cuda_plans.py",
+]
+
+
 @dataclass
 class Kernel:
     """What the disassembly shows of one kernel."""
@@ -62,6 +77,9 @@ def main() -> None:
     library = next((COPY / "fastnn").glob("_C*.so"))
     check_import()
     check_kernels(list(disassemble(library)))
+    extract_ptx(library)
+    execute_ptx()
+    print("--- all tests, on the CPU", flush=True)
     run([sys.executable, "-m", "pytest", *sys.argv[1:]])
 
 
@@ -142,6 +160,26 @@ def disassemble(library: Path) -> Iterator[Kernel]:
         yield kernel
 
 
+def extract_ptx(library: Path) -> None:
+    """Puts it where tests/cuda_emulation/build.py looks for it."""
+    folder = COPY / "build/cuda_emulation/ptx"
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("*.ptx"):
+        earlier.unlink()
+    run([tool("cuobjdump"), "--extract-ptx", "all", str(library)], folder=folder)
+    print(f"{len(list(folder.glob('*.ptx')))} modules of PTX extracted")
+
+
+def execute_ptx() -> None:
+    """Each kernel, by some test at least."""
+    print("--- the tests of the operators, over the kernels' PTX", flush=True)
+    report = COPY / "build/never_launched.txt"
+    pytest = [sys.executable, "-m", "pytest", f"--never-launched={report}"]
+    run([*pytest, *PTX_TESTS], {"FASTNN_TEST_CUDA_EMULATION": "ptx"})
+    if names := report.read_text():
+        sys.exit(f"cuda_build.py: no test has launched\n{names}")
+
+
 def demangled(symbol: str) -> str:
     process = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
     return process.stdout.strip()
@@ -159,10 +197,15 @@ def tool(name: str) -> str:
 
 
 def run(
-    command: list[str], variables: dict[str, str] | None = None, **options: object
+    command: list[str],
+    variables: dict[str, str] | None = None,
+    folder: Path = COPY,
+    **options: object,
 ) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **(variables or {})}
-    process = subprocess.run(command, cwd=COPY, env=environment, check=False, text=True, **options)
+    process = subprocess.run(
+        command, cwd=folder, env=environment, check=False, text=True, **options
+    )
     if process.returncode != 0:
         output = f"\n{process.stdout}{process.stderr}" if options else ""
         sys.exit(f"cuda_build.py: this ended with {process.returncode}: {command}{output}")

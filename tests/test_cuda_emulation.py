@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import EMULATES_CUDA, needs_extension
+from cuda_emulation import build
+from cuda_emulation.ptx.translate import UnsupportedPTX, translate
 
 import fastnn
 
@@ -21,11 +23,71 @@ RUN = Path(__file__).parent / "cuda_emulation/run.py"
 
 
 @pytest.mark.cpu_only("they build programs of their own")
-@pytest.mark.parametrize("program", ["self_tests", "kernels"])
+@pytest.mark.parametrize("program", ["self_tests", "kernels", "ptx_tests"])
 def test_programs(program):
     command = [sys.executable, str(RUN), "plain", "--only", program]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
+
+
+PTX = """
+.visible .entry kernel(
+.param .u64 kernel_param_0
+)
+{{
+.reg .b32 %r<3>;
+.reg .b64 %rd<3>;
+
+{statement}
+ret;
+
+}}
+"""
+
+
+def translated(folder: Path, statement: str) -> str:
+    path = folder / "kernel.ptx"
+    path.write_text(PTX.format(statement=statement))
+    return "".join(translate(path))
+
+
+@pytest.mark.cpu_only("nothing runs")
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "mov.u32 %r1, %clock64.x;",
+        "ld.global.u32 %r1, [%rd1+%rd2];",
+        ".local .align 4 .b8 memory[4];",
+        "atom.global.add.u32 %r1, [%rd1], 1;",
+    ],
+)
+def test_ptx_of_another_form_is_refused(tmp_path, statement):
+    with pytest.raises(UnsupportedPTX):
+        translated(tmp_path, statement)
+
+
+@pytest.mark.cpu_only("nothing runs")
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("add.s32 %r1, %r2, 1;", None),
+        ("popc.b32 %r1, %r2;", "popc"),
+        ("ld.local.u32 %r1, [%rd1];", "ld_local"),
+        ("cvt.f32.f64 %r1, %rd1;", "a rounding is missing"),
+    ],
+)
+def test_an_unknown_instruction_does_not_compile(tmp_path, statement, says):
+    source = tmp_path / "kernel.cpp"
+    source.write_text(translated(tmp_path, statement))
+    command = [build.CXX, *build.PTXEmulation.flags, *build.INCLUDES, "-w", "-fsyntax-only"]
+    command = " ".join([*command, str(source)]).split()
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if says is None:
+        assert process.returncode == 0, process.stderr
+    else:
+        assert process.returncode != 0
+        assert says in process.stderr
+        assert "kernel.ptx:9" in process.stderr  # the line
 
 
 def step_with_each_operator() -> None:

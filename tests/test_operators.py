@@ -118,8 +118,11 @@ def memory_of(value: object) -> Tensor | None:
 @every_dtype
 @every_sample
 def test_value_and_gradients(implementation, op, name, dtype):
+    check_value_and_gradients(op, sample_input(op, dtype, name))
+
+
+def check_value_and_gradients(op: str, sample: Sample) -> None:
     """They are the oracle's, and torch's; and the arguments stay as they were."""
-    sample = sample_input(op, dtype, name)
     output = ours(op)(*sample.args, **sample.kwargs)
     grad_output = laid_out(random_grad_like(op, sample, output).reshape(-1), "offset")
     grad_output = grad_output.view(output.shape)

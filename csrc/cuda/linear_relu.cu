@@ -24,18 +24,15 @@ using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
 enum class Product { Auto, Library, Tiled };
 
-// FASTNN_CUDA_GEMM=auto|library|tiled, read once: for tests, and to compare the two.
+// FASTNN_CUDA_GEMM=auto|library|tiled: for tests, and to compare the two.
 Product requested_product() {
-  static const Product product = [] {
-    const char* variable = std::getenv("FASTNN_CUDA_GEMM");
-    const std::string_view name = variable == nullptr ? "auto" : variable;
-    if (name == "library") return Product::Library;
-    if (name == "tiled") return Product::Tiled;
-    TORCH_CHECK_VALUE(name == "auto", "FASTNN_CUDA_GEMM must be auto, library or tiled, not '",
-                      name, "'");
-    return Product::Auto;
-  }();
-  return product;
+  const char* variable = std::getenv("FASTNN_CUDA_GEMM");
+  const std::string_view name = variable == nullptr ? "auto" : variable;
+  if (name == "library") return Product::Library;
+  if (name == "tiled") return Product::Tiled;
+  TORCH_CHECK_VALUE(name == "auto", "FASTNN_CUDA_GEMM must be auto, library or tiled, not '", name,
+                    "'");
+  return Product::Auto;
 }
 
 // Whether the forward takes the library's product: cuBLASLt's, whose epilogue adds the bias and

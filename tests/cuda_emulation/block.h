@@ -93,6 +93,9 @@ class Block {
   unsigned vote(const char* function, unsigned mask, bool predicate, const Site& site);
   void* shared_memory(const void* variable, size_t bytes);
   void* dynamic_shared_memory();
+  size_t dynamic_shared_bytes() const {
+    return kernel_.config.dynamic_shared_bytes;
+  }
   int lane_id() const {
     return current_->lane();
   }

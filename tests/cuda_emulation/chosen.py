@@ -1,16 +1,18 @@
 """Whether the tests run over the CUDA launchers and kernels, emulated on the CPU.
 
-``FASTNN_TEST_CUDA_EMULATION=1`` says so. Imported before fastnn, this module then puts the
-emulated extension in the place of fastnn's own.
+``FASTNN_TEST_CUDA_EMULATION=1`` says so, and ``=ptx`` that the kernels be those that nvcc made.
+Imported before fastnn, this module then puts the emulated extension in the place of fastnn's own.
 """
 
 from __future__ import annotations
 
 import os
 
-EMULATES_CUDA = os.environ.get("FASTNN_TEST_CUDA_EMULATION", "0") not in ("", "0")
+CHOICE = os.environ.get("FASTNN_TEST_CUDA_EMULATION", "")
+EMULATES_CUDA = CHOICE not in ("", "0")
+EXECUTES_PTX = CHOICE == "ptx"
 
 if EMULATES_CUDA:
     from cuda_emulation import build
 
-    build.load()
+    build.load(build.PTXEmulation() if EXECUTES_PTX else build.Emulation())

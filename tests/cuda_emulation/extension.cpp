@@ -4,6 +4,11 @@
 #include "cpu/capability.h"
 #include "cuda_emulation/runtime.h"
 
+#if defined(FASTNN_EMULATION_PTX)
+#include "ptx/allocator.h"
+#include "ptx/kernels.h"
+#endif
+
 namespace fastnn::cpu {
 
 // The CPU's kernels are not there.
@@ -28,6 +33,11 @@ int64_t launches() {
 }  // namespace
 
 TORCH_LIBRARY(fastnn_cuda_emulation, m) {
+#if defined(FASTNN_EMULATION_PTX)
+  ptx::watch_tensors();
+  m.def("ptx_never_launched() -> str[]", ptx::never_launched);
+  m.def("ptx_kernel_count() -> int", [] { return static_cast<int64_t>(ptx::kernel_count()); });
+#endif
   m.def("set_thread_order(str name, int seed=1) -> ()", set_thread_order);
   m.def("launches() -> int", launches);
 }

@@ -1,8 +1,8 @@
 """Builds and runs what of the emulation's tests needs neither CUDA nor torch's libraries.
 
-Its own tests, and those of the CUDA kernels, under the compiler's sanitizers or without:
-``python tests/cuda_emulation/run.py plain|sanitize [--only self_tests|kernels]``. CXX names the
-compiler. Of torch, the headers of c10::Half and c10::BFloat16 are used.
+Its own tests, those of what executes PTX, and those of the CUDA kernels, without the compiler's
+sanitizers or (but for PTX) under them: ``python tests/cuda_emulation/run.py plain|sanitize [--only
+NAME]``. CXX names the compiler. Of torch, the headers of c10::Half and c10::BFloat16 are used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cuda_emulation.ptx.translate import COMPILER_FLAGS, translate
 from native import ADDRESS_UNDEFINED, CXX, REPOSITORY, THREAD, Way, build, run
 
 EMULATION = Path("tests/cuda_emulation")
@@ -81,7 +82,7 @@ class Program:
 
     def commands(self) -> list[list[str]]:
         sources = sorted((EMULATION / self.name).glob("*.cpp"))
-        includes = torch_includes() if self.name == "kernels" else []
+        includes = [] if self.name == "self_tests" else torch_includes()
         commands = [self.command(source, [*self.way.flags, *includes]) for source in sources]
         for name in ("runtime", "block", "fiber"):
             commands.append(self.command(EMULATION / f"{name}.cpp", self.runtime_flags()))
@@ -107,9 +108,11 @@ class Program:
     def build(self, jobs: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         commands = self.commands()
-        objects = [command[-1] for command in commands]
-        link = [*CXX, *self.way.flags, "-pthread", *objects, "-o", str(self.path)]
+        objects = [command[command.index("-o") + 1] for command in commands]
+        link = [*CXX, *self.way.flags, *self.link_flags, *objects, "-o", str(self.path)]
         build(commands, link, jobs)
+
+    link_flags = ("-pthread",)
 
     def test(self, jobs: int) -> None:
         print(f"--- {self.name} of the CUDA emulation, {self.way.name}", flush=True)
@@ -138,20 +141,45 @@ class Program:
             sys.exit(f"run.py: {self.way.name} has not reported {fault}:\n{process.stderr}")
 
 
+class PTXTests(Program):
+    """Those of what executes PTX, with kernels that are written in it."""
+
+    link_flags = ("-pthread", "-rdynamic")  # the kernels are found by their names
+
+    def commands(self) -> list[list[str]]:
+        flags = ["-DFASTNN_EMULATION_PTX", f"-I{EMULATION}"]
+        mine = [EMULATION / "ptx/kernels.cpp", EMULATION / "ptx/memory.cpp"]
+        commands = super().commands()
+        commands += [self.command(source, [*self.way.flags, *torch_includes()]) for source in mine]
+        commands.append(self.command(self.translation(), [*self.way.flags, *torch_includes()]))
+        commands[-1] += COMPILER_FLAGS
+        return [[*command, *flags] for command in commands]
+
+    def translation(self) -> Path:
+        path = self.folder / "translated.cpp"
+        (text,) = translate(EMULATION / self.name / "kernels.ptx")
+        path.write_text(text)
+        return path
+
+
 WAYS = {"plain": [PLAIN], "sanitize": [ADDRESS_UNDEFINED, THREAD]}
-PROGRAMS = ["self_tests", "kernels"]
+PROGRAMS = {
+    "plain": ["self_tests", "kernels", "ptx_tests"],
+    # PTX is executed with checks of its own.
+    "sanitize": ["self_tests", "kernels"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("way", choices=WAYS)
-    parser.add_argument("--only", choices=PROGRAMS)
+    parser.add_argument("--only", choices=PROGRAMS["plain"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
     arguments = parser.parse_args()
     os.chdir(REPOSITORY)
     for way in WAYS[arguments.way]:
-        for name in [arguments.only] if arguments.only else PROGRAMS:
-            Program(name, way).test(arguments.jobs)
+        for name in [arguments.only] if arguments.only else PROGRAMS[arguments.way]:
+            (PTXTests if name == "ptx_tests" else Program)(name, way).test(arguments.jobs)
 
 
 if __name__ == "__main__":

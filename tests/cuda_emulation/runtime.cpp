@@ -171,6 +171,9 @@ int lane_id() {
 void* dynamic_shared_memory() {
   return running_block->dynamic_shared_memory();
 }
+size_t dynamic_shared_bytes() {
+  return running_block->dynamic_shared_bytes();
+}
 void* shared_memory(const void* variable, size_t bytes) {
   return running_block->shared_memory(variable, bytes);
 }

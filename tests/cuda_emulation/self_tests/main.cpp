@@ -16,37 +16,18 @@
 #include <vector>
 
 #include "cuda/portability.cuh"
+#include "cuda_emulation/expect.h"
 
 namespace {
 
 namespace emulation = fastnn::cuda_emulation;
 using emulation::ThreadOrder;
+using emulation::tests::expect;
+using emulation::tests::expect_fault;
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr ThreadOrder kOrders[] = {ThreadOrder::Forward, ThreadOrder::Reverse,
                                    ThreadOrder::Shuffled};
-
-int expectations = 0;
-
-void expect(bool condition, const std::string& what) {
-  ++expectations;
-  if (condition) return;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  std::exit(1);
-}
-
-// That `launch` ends in a fault whose message has each of the words.
-void expect_fault(const std::function<void()>& launch, const std::vector<std::string>& words) {
-  std::string message = "no fault";
-  try {
-    launch();
-  } catch (const emulation::Fault& fault) {
-    message = fault.what();
-  }
-  for (const std::string& word : words) {
-    expect(message.find(word) != std::string::npos, "\"" + word + "\" is not in: " + message);
-  }
-}
 
 template <typename F>
 void in_each_order(F f) {
@@ -466,5 +447,5 @@ int main(int argc, char** argv) {
   test_faults();
   test_invalid_launches();
   test_amounts_of_shared_memory();
-  std::printf("%d expectations hold\n", expectations);
+  std::printf("%d expectations hold\n", emulation::tests::expectations);
 }

@@ -16,6 +16,10 @@
 
 #include "cuda_emulation/vector_types.h"
 
+#if defined(FASTNN_EMULATION_PTX)
+#include "ptx/kernels.h"
+#endif
+
 namespace fastnn::cuda_emulation {
 
 // A place in a kernel's source. As a default argument: the caller's.
@@ -62,13 +66,32 @@ void run_grid(const char* kernel_name, const void* kernel, const LaunchConfig& c
 // Lets the kernel's launches have more than 48 KiB of shared memory.
 void allow_dynamic_shared_memory(const void* kernel, size_t bytes);
 
+// What one thread does: the kernel as the host's compiler made it, or what nvcc made of it.
+template <typename... Parameters>
+std::function<void()> thread_body(void (*kernel)(Parameters...),
+                                  const std::tuple<std::decay_t<Parameters>...>& parameters,
+                                  const dim3& block) {
+#if defined(FASTNN_EMULATION_PTX)
+  const auto described = std::apply(
+      [](const auto&... values) {
+        return std::vector<ptx::Parameter>{{&values, sizeof(values)}...};
+      },
+      parameters);
+  const auto& translated = ptx::find(reinterpret_cast<const void*>(kernel), described,
+                                     size_t(block.x) * block.y * block.z);
+  return [&translated, described] { translated.body(described); };
+#else
+  return [kernel, &parameters] { std::apply(kernel, parameters); };
+#endif
+}
+
 // As `kernel<<<grid, block, bytes>>>(arguments...)`: each thread gets copies of the arguments.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* kernel_name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t dynamic_shared_bytes, Arguments&&... arguments) {
   const std::tuple<std::decay_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
   run_grid(kernel_name, reinterpret_cast<const void*>(kernel), {grid, block, dynamic_shared_bytes},
-           [&] { std::apply(kernel, parameters); });
+           thread_body(kernel, parameters, block));
 }
 
 // The remaining functions are called by kernels.
@@ -87,6 +110,7 @@ int lane_id();
 
 // Memory of the block: uninitialized (NaN where read as floating point) when it starts.
 void* dynamic_shared_memory();
+size_t dynamic_shared_bytes();
 void* shared_memory(const void* variable, size_t bytes);
 
 [[noreturn]] void fail(const std::string& what, const Site& site);
