@@ -6,7 +6,7 @@
 #   make bench [ARGS="--quick"]           times every operator against what else there is
 #   make sanitize                         runs the CPU kernels under the compiler's sanitizers
 #   make sanitize-cuda                    runs the emulated CUDA kernels under them
-#   make emulate                          runs them on a CPU without AVX and on aarch64, with QEMU
+#   make emulate                          runs the CPU kernels on emulated CPUs: no AVX, AVX-512, ARM
 #   make cuda-check                       builds the CUDA part with nvcc and checks it; needs no GPU
 #   make docs                             builds the documentation and runs its examples
 #   make dist                             builds the sdist and the wheel, and tries them

@@ -1,4 +1,8 @@
-// Runs every test on every instruction set that this CPU has, and says which it hasn't. See run.py.
+// Runs every test on every instruction set that this CPU has, and says which it hasn't; or on those
+// that the arguments name, each of which it must have. See run.py.
+#include <span>
+#include <string_view>
+
 #include "harness.h"
 
 namespace fastnn::tests {
@@ -47,11 +51,28 @@ void run_all(const Target& target) {
               Test::all().size(), static_cast<long long>(running().values_compared - before));
 }
 
+const Target& named(const std::vector<Target>& targets, std::string_view name) {
+  running().test = name;
+  for (const Target& target : targets) {
+    if (target.name != name) continue;
+    if (target.not_run) fail(target.not_run);
+    return target;
+  }
+  fail("there is no such instruction set");
+}
+
 }  // namespace
 }  // namespace fastnn::tests
 
-int main() {
+int main(int argc, char** argv) {
+  using namespace fastnn::tests;
   // Line by line wherever it goes: a sanitizer's end would lose what waits to be printed.
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
-  for (const auto& target : fastnn::tests::targets()) fastnn::tests::run_all(target);
+  const std::vector<Target> targets = fastnn::tests::targets();
+  if (argc == 1) {
+    for (const Target& target : targets) run_all(target);
+  }
+  for (const std::string_view name : std::span(argv, argc).subspan(1)) {
+    run_all(named(targets, name));
+  }
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import emulated_pc
 from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, REPOSITORY, THREAD, Way, build, run
 
 TESTS = Path("tests/kernels")
@@ -39,6 +40,10 @@ class Program:
     @property
     def folder(self) -> Path:
         return Path("build/kernel_tests") / self.way.name
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "tests"
 
     def commands(self) -> Iterator[tuple[list[str], Path]]:
         """The compiler's commands, each with its object, in the order to link in.
@@ -75,13 +80,13 @@ class Program:
         self.folder.mkdir(parents=True, exist_ok=True)
         commands, objects = zip(*self.commands(), strict=True)
         link = [*self.compiler, *self.way.flags, "-pthread", *self.link_flags]
-        link += [*map(str, objects), "-o", str(self.folder / "tests")]
+        link += [*map(str, objects), "-o", str(self.path)]
         build(commands, link, jobs)
 
     def test(self, jobs: int) -> None:
         print(f"--- {self.way.name}", flush=True)
         self.build(jobs)
-        run([*self.way.runner, str(self.folder / "tests")], self.way.variables)
+        run([*self.way.runner, str(self.path)], self.way.variables)
 
 
 def sanitize(jobs: int) -> None:
@@ -90,15 +95,20 @@ def sanitize(jobs: int) -> None:
     Program(THREAD).test(jobs)
 
 
-def missing(what: str, *tools: str) -> bool:
-    """Whether some of the tools aren't there; says which Debian packages have them."""
-    package_of = {"qemu": "qemu-user", "aarch64": "g++-aarch64-linux-gnu"}
-    absent = {package_of[tool.partition("-")[0]] for tool in tools if shutil.which(tool) is None}
+def present(what: str, packages: dict[str, str]) -> bool:
+    """Whether these Debian packages are there, each known by a command or file; says if not."""
+    absent = [
+        package
+        for package, file in packages.items()
+        if shutil.which(file) is None and not Path(file).exists()
+    ]
     if absent:
-        packages = " ".join(sorted(absent))
-        print(f"--- {what}: skipped (Debian: apt install {packages})", flush=True)
-    return bool(absent)
+        print(f"--- {what}: skipped (Debian: apt install {' '.join(absent)})", flush=True)
+    return not absent
 
+
+# So that an emulator needs no libraries of its machine.
+STATIC = ("-static",)
 
 # An x86-64 CPU of the time before AVX.
 NO_AVX = ("qemu-x86_64", "-cpu", "Nehalem")
@@ -114,18 +124,34 @@ sys.exit(pytest.main(["tests/test_operators.py", "-p", "no:cacheprovider", "-k",
 
 
 def emulate(jobs: int) -> None:
-    """A CPU without AVX, for these tests and for the library; and aarch64, for these tests."""
-    if NATIVE == "x86_64" and not missing("x86-64 without AVX", "qemu-x86_64"):
-        Program(Way("without_avx", runner=NO_AVX)).test(jobs)
-        print("--- the library without AVX (two minutes or more)", flush=True)
-        run([*NO_AVX, sys.executable, "-c", TEST_LIBRARY])
-    if not missing("aarch64", "aarch64-linux-gnu-g++", "qemu-aarch64"):
+    """A CPU without AVX, for these tests and for the library; one with AVX-512; and aarch64."""
+    if NATIVE == "x86_64":
+        emulate_x86_64(jobs)
+    packages = {"g++-aarch64-linux-gnu": "aarch64-linux-gnu-g++", "qemu-user": "qemu-aarch64"}
+    if present("aarch64", packages):
         Program(
             Way("aarch64", runner=("qemu-aarch64",)),
             compiler=["aarch64-linux-gnu-g++"],
             machine="aarch64",
-            link_flags=("-static",),  # so that the emulator needs no libraries of that machine
+            link_flags=STATIC,
         ).test(jobs)
+
+
+def emulate_x86_64(jobs: int) -> None:
+    """One program for both CPUs."""
+    qemu = present("x86-64 without AVX", {"qemu-user": NO_AVX[0]})
+    bochs = present("x86-64 with AVX-512", emulated_pc.PACKAGES)
+    program = Program(Way("x86_64"), link_flags=STATIC)
+    if qemu or bochs:
+        program.build(jobs)
+    if qemu:
+        print("--- x86-64 without AVX", flush=True)
+        run([*NO_AVX, str(program.path)])
+        print("--- the library without AVX (two minutes or more)", flush=True)
+        run([*NO_AVX, sys.executable, "-c", TEST_LIBRARY])
+    if bochs:
+        print("--- x86-64 with AVX-512 (about ten minutes)", flush=True)
+        run([sys.executable, emulated_pc.__file__, str(program.path), "avx512"])
 
 
 def plain(jobs: int) -> None:
