@@ -93,8 +93,19 @@ inline bits32 select(bits32 condition, bits32 yes, bits32 no) {
   return condition ? yes : no;
 }
 
+// Zeros above each element's bits. On x86 that is one instruction, for which GCC 12 takes four.
+inline bits32 zero_extend(bits16 bits) {
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return (bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);  // a mask as in vec_max
+#elif FASTNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  return (bits32)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, bits32);
+#endif
+}
+
 inline vec<float> widen(bits16 bits, bfloat16) {
-  return (vec<float>)(__builtin_convertvector(bits, bits32) << 16);
+  return (vec<float>)(zero_extend(bits) << 16);
 }
 
 inline bits16 narrow(vec<float> value, bfloat16) {
@@ -105,7 +116,7 @@ inline bits16 narrow(vec<float> value, bfloat16) {
 }
 
 inline vec<float> widen(bits16 half, float16) {
-  const bits32 bits = __builtin_convertvector(half, bits32);
+  const bits32 bits = zero_extend(half);
   const bits32 sign = (bits & 0x8000) << 16;
   const bits32 magnitude = (bits & 0x7fff) << 13;
   const bits32 normal = magnitude + ((127 - 15) << 23);
