@@ -18,8 +18,10 @@ from conftest import needs_extension
 from sample_inputs import DTYPES, OPS, Sample, on_device, sample_input
 from test_operators import leaves_of, memory_of, ours, random_grad_like
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastnn
@@ -240,6 +242,41 @@ def test_meta_tensors_get_shapes_and_gradients(op, name):
         assert meta_result.is_meta
         assert meta_result.shape == real_result.shape
         assert meta_result.dtype == real_result.dtype
+
+
+class Recorded(TorchDispatchMode):
+    """The fused operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastnn":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@needs_extension
+@pytest.mark.capability(
+    "saving",
+    "devices without kernels in this build: PyTorch's operators",
+    operators=["linear_relu", "log_softmax", "nll_loss", "cross_entropy"],
+)
+@pytest.mark.parametrize(
+    ("device", "fused"),
+    [("cpu", {"linear_relu", "log_softmax", "nll_loss", "cross_entropy"})]
+    + [(device, set()) for device in ("mps", "xpu")],
+)
+def test_devices_without_kernels_get_pytorchs_operators(device, fused):
+    """Fake tensors stand for those of the device."""
+    functional = fastnn.functional
+    with FakeTensorMode(), Recorded() as recorded:
+        hidden = functional.linear_relu(*(torch.empty(5, 6, device=device) for _ in range(2)))
+        target = torch.empty(5, dtype=torch.long, device=device)
+        functional.nll_loss(functional.log_softmax(hidden, 1), target)
+        functional.cross_entropy(hidden, target)
+    assert recorded.names == fused
 
 
 def to_meta(value: object) -> object:

@@ -1,5 +1,6 @@
 #include "ops/checks.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
 #include "ops/operands.h"
@@ -9,6 +10,22 @@ namespace fastnn {
 bool is_supported_dtype(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
          dtype == at::kHalf;
+}
+
+namespace {
+
+bool is_on_our_device(const at::Tensor& tensor) {
+  static const bool has_cuda = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("fastnn::linear_relu", "")
+                                   .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return tensor.is_cpu() || (has_cuda && tensor.is_cuda()) || tensor.is_meta();
+}
+
+}  // namespace
+
+bool has_kernels(const at::Tensor& tensor) {
+  return is_supported_dtype(tensor.scalar_type()) && tensor.layout() == at::kStrided &&
+         is_on_our_device(tensor);
 }
 
 void check_same_dtype(std::string_view op, const at::Tensor& input, std::string_view name,

@@ -14,6 +14,10 @@ namespace fastnn {
 // float64, float32, bfloat16, float16: the dtypes the kernels are written for.
 bool is_supported_dtype(at::ScalarType dtype);
 
+// Whether there are kernels for such a tensor: for its dtype, its layout, and its device in this
+// build. (Those of the meta device know shapes alone.) On other devices PyTorch's operators run.
+bool has_kernels(const at::Tensor& tensor);
+
 // Raises unless `other` has the dtype and the device of `input`.
 void check_same_dtype(std::string_view op, const at::Tensor& input, std::string_view name,
                       const at::Tensor& other);

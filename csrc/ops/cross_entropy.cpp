@@ -47,10 +47,7 @@ bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
   check_same_device("cross_entropy", input, "target", target);
   if (weight) check_same_device("cross_entropy", input, "weight", *weight);
   check_label_smoothing(label_smoothing);
-  if (!is_supported_dtype(input.scalar_type()) || input.layout() != at::kStrided ||
-      input.dim() < 1) {
-    return false;
-  }
+  if (!has_kernels(input) || input.dim() < 1) return false;
   // Probabilities or weights of another dtype promote the result's.
   return !has_class_probabilities(input, target) ||
          (target.scalar_type() == input.scalar_type() &&

@@ -38,8 +38,8 @@ bool linear_relu_is_fusable(const at::Tensor& input, const at::Tensor& weight,
                 "linear_relu: expected bias to have shape [", weight.sym_size(0), "], but got ",
                 bias->sym_sizes());
   }
-  return is_supported_dtype(input.scalar_type()) && input.layout() == at::kStrided &&
-         weight.layout() == at::kStrided && input.dim() >= 1 && weight.dim() == 2 &&
+  return has_kernels(input) && weight.layout() == at::kStrided && input.dim() >= 1 &&
+         weight.dim() == 2 &&
          (!bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
 }
 

@@ -23,7 +23,7 @@ at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor&
 }
 
 bool log_softmax_is_fusable(const at::Tensor& input) {
-  return is_supported_dtype(input.scalar_type()) && input.layout() == at::kStrided;
+  return has_kernels(input);
 }
 
 void check_log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output) {

@@ -41,8 +41,7 @@ bool nll_loss_is_fusable(const at::Tensor& input, const at::Tensor& target,
                          const std::optional<at::Tensor>& weight) {
   check_same_device("nll_loss", input, "target", target);
   if (weight) check_same_device("nll_loss", input, "weight", *weight);
-  return is_supported_dtype(input.scalar_type()) && input.layout() == at::kStrided &&
-         input.dim() >= 1;
+  return has_kernels(input) && input.dim() >= 1;
 }
 
 void check_nll_loss(const at::Tensor& input, const at::Tensor& target,

@@ -44,22 +44,10 @@ void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momen
           maximize, is_first_step, grad_scale, found_inf);
 }
 
-namespace {
-
-// Whether a tensor's device is one that the operator is built for.
-bool is_on_our_device(const at::Tensor& tensor) {
-  static const bool has_cuda = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("fastnn::sgd_step_", "")
-                                   .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
-  return tensor.is_cpu() || (has_cuda && tensor.is_cuda());
-}
-
-}  // namespace
-
 bool sgd_takes(const at::Tensor& param) {
   // A subclass may keep its data elsewhere, or want to see torch's own operators.
-  return is_supported_dtype(param.scalar_type()) && param.layout() == at::kStrided &&
-         is_on_our_device(param) && !param.unsafeGetTensorImpl()->is_python_dispatch();
+  return has_kernels(param) && !param.is_meta() &&
+         !param.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
 bool sgd_takes(const at::Tensor& param, const at::Tensor& other) {
