@@ -70,7 +70,7 @@ void allow_dynamic_shared_memory(const void* kernel, size_t bytes);
 template <typename... Parameters>
 std::function<void()> thread_body(void (*kernel)(Parameters...),
                                   const std::tuple<std::decay_t<Parameters>...>& parameters,
-                                  const dim3& block) {
+                                  [[maybe_unused]] const dim3& block) {
 #if defined(FASTNN_EMULATION_PTX)
   const auto described = std::apply(
       [](const auto&... values) {
