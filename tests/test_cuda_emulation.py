@@ -59,11 +59,46 @@ def translated(folder: Path, statement: str) -> str:
         "ld.global.u32 %r1, [%rd1+%rd2];",
         ".local .align 4 .b8 memory[4];",
         "atom.global.add.u32 %r1, [%rd1], 1;",
+        "bar.sync 0, 64;",
+        "setp.lt.s32 %p1|%p2, %r1, %r2;",
+        "mov.f32 %f1, 0f3F80000;",
+        "ld.global.v4.u32 {%r1, %r2}, [%rd1];",
+        "ld.global.u32 {%r1, %r2}, [%rd1];",
+        "st.global.u32 [%rd1], %r1, %r2;",
+        "st.param.b64 [param0+8], %rd1;",
+        "}",
     ],
 )
 def test_ptx_of_another_form_is_refused(tmp_path, statement):
     with pytest.raises(UnsupportedPTX):
         translated(tmp_path, statement)
+
+
+@pytest.mark.cpu_only("nothing runs")
+@pytest.mark.parametrize(
+    ("known", "other"),
+    [
+        (".visible .entry", ".entry"),
+        (".visible .entry", ".weak .entry"),
+        ("\n.visible", "\n .visible"),
+        ("\n)\n", "\n)\n.maxclusterrank 8\n"),
+        (PTX, ""),
+    ],
+)
+def test_a_module_of_another_form_is_refused(tmp_path, monkeypatch, known, other):
+    monkeypatch.setitem(globals(), "PTX", PTX.replace(known, other))
+    with pytest.raises(UnsupportedPTX):
+        translated(tmp_path, "")
+
+
+@pytest.mark.cpu_only("nothing runs")
+@pytest.mark.parametrize(
+    ("directive", "threads"),
+    [("", 1024), (".maxntid 64", 64), (".maxntid 64, 2, 1", 128), (".reqntid 32, 1, 1", 32)],
+)
+def test_the_launch_bound_is_read(tmp_path, monkeypatch, directive, threads):
+    monkeypatch.setitem(globals(), "PTX", PTX.replace("\n)\n", f"\n)\n{directive}\n"))
+    assert f"{{8}}, {threads});" in translated(tmp_path, "")
 
 
 @pytest.mark.cpu_only("nothing runs")

@@ -62,6 +62,13 @@ def test_architectures_that_a_variable_names(tmp_path):
     assert find("2.14.1", "13.0", variables).architectures == "8.0+PTX"
 
 
+@pytest.mark.parametrize("architectures", ["7.5 8.0", "8.0;9.0a;12.0f+PTX", "Ampere;Ada+PTX"])
+def test_architectures_that_torch_takes(tmp_path, architectures):
+    make_nvcc(tmp_path)
+    variables = environment(CUDA_HOME=tmp_path, TORCH_CUDA_ARCH_LIST=architectures)
+    assert find("2.14.1", "13.0", variables).architectures == architectures
+
+
 def sentence(torch_cuda: str | None, variables: dict[str, str]) -> str:
     with pytest.raises(NotBuildable) as raised:
         find("2.14.1", torch_cuda, variables)
@@ -87,8 +94,8 @@ def test_folder_without_nvcc(tmp_path):
     assert f"there is no nvcc at {tmp_path / 'bin/nvcc'}" in message
 
 
-@pytest.mark.skipif(Path("/usr/local/cuda/bin/nvcc").exists(), reason="there is one to be found")
-def test_no_nvcc_on_the_path(tmp_path):
+def test_no_nvcc_on_the_path(tmp_path, monkeypatch):
+    monkeypatch.setitem(find.__globals__, "USUAL_NVCC", str(tmp_path / "nvcc"))
     message = sentence("13.0", {"PATH": str(tmp_path)})
     assert "no nvcc was found" in message and "install the toolkit of CUDA 13.0" in message
 
@@ -98,6 +105,13 @@ def test_no_architectures(tmp_path, architectures):
     make_nvcc(tmp_path)
     variables = environment(CUDA_HOME=tmp_path, TORCH_CUDA_ARCH_LIST=architectures)
     assert "TORCH_CUDA_ARCH_LIST is empty" in sentence("13.0", variables)
+
+
+@pytest.mark.parametrize("name", ["banana", "80", "8.0,9.0", "sm_80"])
+def test_what_is_no_architecture(tmp_path, name):
+    make_nvcc(tmp_path)
+    variables = environment(CUDA_HOME=tmp_path, TORCH_CUDA_ARCH_LIST=f"8.0;{name}")
+    assert f"TORCH_CUDA_ARCH_LIST has {name!r}" in sentence("13.0", variables)
 
 
 def test_nvcc_that_does_not_tell_its_version(tmp_path):

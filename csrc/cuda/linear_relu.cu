@@ -27,12 +27,11 @@ enum class Product { Auto, Library, Tiled };
 // FASTNN_CUDA_GEMM=auto|library|tiled: for tests, and to compare the two.
 Product requested_product() {
   const char* variable = std::getenv("FASTNN_CUDA_GEMM");
-  const std::string_view name = variable == nullptr ? "auto" : variable;
+  const std::string_view name = variable == nullptr ? "" : variable;
+  if (name.empty() || name == "auto") return Product::Auto;
   if (name == "library") return Product::Library;
   if (name == "tiled") return Product::Tiled;
-  TORCH_CHECK_VALUE(name == "auto", "FASTNN_CUDA_GEMM must be auto, library or tiled, not '", name,
-                    "'");
-  return Product::Auto;
+  TORCH_CHECK_VALUE(false, "FASTNN_CUDA_GEMM must be auto, library or tiled, not '", name, "'");
 }
 
 // Whether the forward takes the library's product: cuBLASLt's, whose epilogue adds the bias and

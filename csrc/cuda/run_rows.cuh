@@ -23,7 +23,8 @@ inline std::optional<Path> forced_path() {
   if (name == "warp") return Path::Warp;
   if (name == "block") return Path::Block;
   if (name == "split") return Path::Split;
-  TORCH_CHECK_VALUE(false, "FASTNN_CUDA_ROWS must be subwarp, warp, block or split, not ", name);
+  TORCH_CHECK_VALUE(false, "FASTNN_CUDA_ROWS must be subwarp, warp, block or split, not '", name,
+                    "'");
 }
 
 // Partial sums of a loss: each block's, in its order.

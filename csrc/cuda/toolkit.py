@@ -14,6 +14,11 @@ from pathlib import Path
 # a newer generation compiles the last one's PTX when it first loads it.
 ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
+
+# Or a generation's name, such as Ampere, which torch knows.
+ARCHITECTURE = re.compile(r"(\d+\.\d[af]?|[A-Z][A-Za-z]+(\+[A-Z][A-Za-z]+)?)(\+PTX)?")
+
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
 
 
@@ -48,6 +53,12 @@ def find(torch_version: str, torch_cuda: str | None, environment: Mapping[str, s
             "TORCH_CUDA_ARCH_LIST is empty; unset it to build for "
             f"{ARCHITECTURES}, or name your GPU's compute capability in it (such as 8.0)."
         )
+    for name in re.split(r"[; ]+", architectures.strip("; ")):
+        if not ARCHITECTURE.fullmatch(name):
+            raise NotBuildable(
+                f"TORCH_CUDA_ARCH_LIST has {name!r}; it must name compute capabilities, separated "
+                f"by semicolons, such as {ARCHITECTURES}."
+            )
     return Toolkit(_home(nvcc), version, architectures)
 
 
@@ -62,7 +73,7 @@ def _find_nvcc(torch_cuda: str, environment: Mapping[str, str]) -> Path:
             )
         return nvcc
     found = shutil.which("nvcc", path=environment.get("PATH", ""))
-    for candidate in (found, "/usr/local/cuda/bin/nvcc"):
+    for candidate in (found, USUAL_NVCC):
         if candidate and Path(candidate).exists():
             return Path(candidate)
     raise NotBuildable(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 
 CHOICE = os.environ.get("FASTNN_TEST_CUDA_EMULATION", "")
-EMULATES_CUDA = CHOICE not in ("", "0")
+if CHOICE not in ("", "0", "1", "ptx"):
+    raise ValueError(f"FASTNN_TEST_CUDA_EMULATION must be 0, 1 or ptx, not {CHOICE!r}")
+EMULATES_CUDA = CHOICE in ("1", "ptx")
 EXECUTES_PTX = CHOICE == "ptx"
 
 if EMULATES_CUDA:

@@ -537,6 +537,8 @@ def main() -> None:
     os.chdir(REPOSITORY)
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     mutants = [mutant for mutant in MUTANTS if word in str(mutant)]
+    if not mutants:
+        sys.exit(f"mutants.py: no planted fault is named {word!r}")
     for number, mutant in enumerate(mutants):
         plant(mutant, FOLDER / str(number))  # all of them first: a stale one is found at once
     objects = objects_without_tests()

@@ -8,6 +8,7 @@ module, that is, of one translation unit that nvcc compiled.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,55 +77,85 @@ class Module:
 SHARED = re.compile(r"^(?:\.extern )?\.shared \.align \d+ \.b8 ([\w$]+)\[(\d*)\];", re.M)
 CONSTANT = re.compile(r"^\.global \.align \d+ \.b8 ([\w$]+)\[\d+\] = \{([^}]*)\};", re.M)
 ENTRY = re.compile(r"^\.visible \.entry (\w+)\(([^)]*)\)([^{]*)\{", re.M)
-TOKEN = re.compile(r"\{[^{};]*\}|[{};]|\$[\w$]+:")  # a vector's registers, a brace, an end, a label
 PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+) \w+(?:\[(\d+)\])?")
+TOKEN = re.compile(r"\{[^{};]*\}|[{};]|\$[\w$]+:")  # a vector's registers, a brace, an end, a label
+
+# What else a module may hold: nothing that could change what a kernel does.
+OTHERS = re.compile(
+    r"\.version [\d.]+|\.target \w+|\.address_size 64"
+    r"|\.global \.align \d+ \.b8 [\w$]+\[\d+\];|\.extern \.func __assertfail\s*\([^)]*\)\s*;"
+)
+DIRECTIVE = re.compile(r"\.(maxntid|reqntid|minnctapersm|maxnreg) ([\d, ]+)")
 
 
 def parse(path: Path) -> Module:
     text = re.sub(r"//[^\n]*", "", path.read_text())
+    constants = CONSTANT.findall(text)
+    shared = [Shared(name, int(size or 0)) for name, size in SHARED.findall(text)]
+    entries = []
+    rest = text
+    for match in ENTRY.finditer(text):
+        end = end_of_block(text, match.end())
+        entries.append(parse_entry(text, match, end))
+        rest = rest.replace(text[match.start() : end], "", 1)
+    for known in (SHARED, CONSTANT, OTHERS):
+        rest = known.sub("", rest)
+    if rest.strip() or not entries:
+        raise UnsupportedPTX(f"{path}: {rest.strip()[:200] or 'there is no kernel'}")
     return Module(
         path=path,
-        shared=[Shared(name, int(size or 0)) for name, size in SHARED.findall(text)],
-        constants={
-            name: [int(b) for b in data.split(",")] for name, data in CONSTANT.findall(text)
-        },
-        entries=[parse_entry(text, match) for match in ENTRY.finditer(text)],
+        shared=shared,
+        constants={name: [int(byte) for byte in data.split(",")] for name, data in constants},
+        entries=entries,
     )
 
 
-def parse_entry(text: str, match: re.Match[str]) -> Entry:
+def end_of_block(text: str, start: int) -> int:
+    depth = 1
+    for match in re.compile("[{}]").finditer(text, start):
+        depth += 1 if match.group() == "{" else -1
+        if depth == 0:
+            return match.end()
+    raise UnsupportedPTX("a kernel's end is missing")
+
+
+def parse_entry(text: str, match: re.Match[str], end: int) -> Entry:
     name, parameters, directives = match.groups()
-    threads = re.search(r"\.maxntid (\d+), 1, 1", directives)
     return Entry(
         name=name,
         parameter_bytes=[
             int(count) if count else int(of_type[1:]) // 8
             for of_type, count in PARAMETER.findall(parameters)
         ],
-        max_threads=int(threads.group(1)) if threads else 1024,
-        body=list(parse_body(text, match.end())),
+        max_threads=max_threads(directives),
+        body=list(parse_body(text, match.end(), end - 1)),
     )
 
 
-def parse_body(text: str, start: int) -> Iterator[Statement]:
-    """The statements, labels and inner braces of the block that opens before `start`."""
+def max_threads(directives: str) -> int:
+    if unknown := DIRECTIVE.sub("", directives).strip():
+        raise UnsupportedPTX(unknown)
+    sizes = [size for name, size in DIRECTIVE.findall(directives) if name.endswith("ntid")]
+    return min((math.prod(map(int, size.split(","))) for size in sizes), default=1024)
+
+
+def parse_body(text: str, start: int, end: int) -> Iterator[Statement]:
+    """The statements, labels and inner braces between these places."""
     line = text.count("\n", 0, start) + 1
-    depth, first = 1, start
-    for match in TOKEN.finditer(text, start):
-        token, end = match.group(), match.end()
-        if token == "{" and text[first : end - 1].strip():
-            raise UnsupportedPTX(f"line {line}: {text[first:end]}")
+    first = start
+    for match in TOKEN.finditer(text, start, end):
+        token = match.group()
+        if token == "{" and text[first : match.start()].strip():
+            raise UnsupportedPTX(f"line {line}: {text[first : match.end()]}")
         if token[0] == "{" and token[-1] == "}":
             continue
-        depth += {"{": 1, "}": -1}.get(token, 0)
-        if depth == 0:
-            return
-        statement = text[first:end]
+        statement = text[first : match.end()]
         line_of_it = line + statement[: len(statement) - len(statement.lstrip())].count("\n")
         yield Statement(line_of_it, " ".join(statement.split()).removesuffix(";").strip())
         line += statement.count("\n")
-        first = end
-    raise UnsupportedPTX("a kernel's end is missing")
+        first = match.end()
+    if text[first:end].strip():
+        raise UnsupportedPTX(f"line {line}: {text[first:end]}")
 
 
 # --- translation
@@ -142,11 +173,13 @@ def operand(text: str) -> str:
     text = text.strip()
     if text in SPECIAL_REGISTERS:
         return SPECIAL_REGISTERS[text]
-    if match := re.fullmatch(r"0([fd])([0-9A-F]+)", text):
-        return f"{'float_of' if match.group(1) == 'f' else 'double_of'}(0x{match.group(2)})"
+    if match := re.fullmatch(r"0f([0-9A-F]{8})", text):
+        return f"float_of(0x{match.group(1)})"
+    if match := re.fullmatch(r"0d([0-9A-F]{16})", text):
+        return f"double_of(0x{match.group(1)})"
     if re.fullmatch(r"-?\d+", text):
         return f"s64({text}LL)" if text != str(-(2**63)) else "s64(1ULL << 63)"
-    if re.fullmatch(r"%?[\w$]+", text):
+    if re.fullmatch(r"%?[A-Za-z_$][\w$]*", text):
         return cxx_name(text)
     raise UnsupportedPTX(f"operand {text}")
 
@@ -185,36 +218,55 @@ def declaration(text: str) -> str:
     return f"{of_type} {', '.join(f'{name} = poison<{of_type}>()' for name in names)};"
 
 
+def registers_of(opcode: str, text: str) -> str:
+    """Those of a vector, as many as the instruction says, or one."""
+    registers = elements(text)
+    vector = re.search(r"\.v(\d)\b", opcode)
+    if len(registers) != (int(vector.group(1)) if vector else 1):
+        raise UnsupportedPTX(f"{opcode} {text}")
+    return ", ".join(registers)
+
+
 def instruction(text: str) -> str:
     opcode, _, rest = text.partition(" ")
     operands = split_operands(rest)
     name, types = name_and_types(opcode)
     if name == "bra":
-        return f"goto {cxx_name(operands[0])};"
+        (label,) = operands
+        return f"goto {cxx_name(label)};"
     if name == "ret":
         return "return;"
     if name == "call" and rest.startswith("__assertfail"):
         return "assertion_failed(here(), param0);"
     if name == "st_param":  # of such a call
-        return f"{re.sub(r'[^a-z0-9].*', '', operands[0][1:])} = {operand(operands[1])};"
+        return store_of_argument(*operands)
     if name == "bar_sync":
-        return f"bar_sync(here(), {operand(operands[0])});"
+        (barrier,) = operands
+        return f"bar_sync(here(), {operand(barrier)});"
     if name.startswith("ld_"):
-        registers = ", ".join(elements(operands[0]))
-        return f"memory.{name}<{types}>(here(), {address(operands[1])}, {registers});"
+        registers, place = operands
+        registers = registers_of(opcode, registers)
+        return f"memory.{name}<{types}>(here(), {address(place)}, {registers});"
     if name.startswith("st_"):
-        registers = ", ".join(elements(operands[1]))
-        return f"memory.{name}<{types}>(here(), {address(operands[0])}, {registers});"
+        place, registers = operands
+        registers = registers_of(opcode, registers)
+        return f"memory.{name}<{types}>(here(), {address(place)}, {registers});"
     if name == "mov" and operands[1].startswith("{"):
         return f"pack({', '.join([operand(operands[0]), *elements(operands[1])])});"
     if name == "mov" and operands[0].startswith("{"):
         return f"unpack({', '.join([operand(operands[1]), *elements(operands[0])])});"
-    results = [operand(result) for result in operands[0].split("|")]
     sources = ", ".join(operand(source) for source in operands[1:])
     if name.startswith("shfl_sync"):
-        result, inside = [*results, "ignored"][:2]
-        return f"{name}<{types}>(here(), {result}, {inside}, {sources});"
-    return f"set({results[0]}, {name}<{types}>({sources}));"
+        result, inside = operands[0].split("|")
+        return f"{name}<{types}>(here(), {operand(result)}, {operand(inside)}, {sources});"
+    return f"set({operand(operands[0])}, {name}<{types}>({sources}));"
+
+
+def store_of_argument(place: str, value: str) -> str:
+    match = re.fullmatch(r"\[(param\d)\+0\]", place)
+    if match is None:
+        raise UnsupportedPTX(place)
+    return f"{match.group(1)} = {operand(value)};"
 
 
 def statement(text: str) -> str:
@@ -235,13 +287,12 @@ def statement(text: str) -> str:
 def translate_entry(entry: Entry, path: Path) -> Iterator[str]:
     yield f"void {entry.name}(std::span<const Parameter> parameters) {{"
     yield "[[maybe_unused]] const Memory memory{parameters, shared_variables};"
-    yield "[[maybe_unused]] pred ignored = false;"
     for i in range(len(entry.parameter_bytes)):
         yield f"constexpr u64 {entry.name}_param_{i} = window_address({i + 1});"
     for part in entry.body:
         try:
             translated = statement(part.text)
-        except (UnsupportedPTX, IndexError) as error:
+        except (ValueError, TypeError, IndexError) as error:  # other operands than are known
             raise UnsupportedPTX(f"{path}:{part.line}: {part.text}") from error
         yield f'#line {part.line} "{path.name}"'
         yield translated
