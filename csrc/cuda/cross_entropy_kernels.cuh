@@ -4,8 +4,20 @@
 // probabilities p give the spread part w_c * ((1 - s) * p_c + s / C) alone (s: label smoothing,
 // w: class weights).
 //
-// The forward reads the logits (and probabilities) once and writes three values a row; the backward
-// reads them once and writes the gradient.
+// The forward reads the logits (and probabilities) once; of each row it reads 8 bytes of target and
+// writes the maximum and the log of the sum, and with reduction 'none' the loss. The backward reads
+// the same and those values, and writes the gradient. An element costs one exponential and three
+// operations (class indices, forward) to about ten (probabilities). So with n logits of sizeof(T)
+// bytes, at B bytes/s, the bound is n * sizeof(T) / B seconds forward and 2 * n * sizeof(T) / B
+// backward, with probabilities 2 and 3 times n * sizeof(T) / B; what there is of each row counts
+// where rows are short (forward 8 + 2 * sizeof(accum<T>) bytes). Class weights are read for each
+// element where there is smoothing or probabilities, but from a cache. rows.cuh says where the
+// bounds hold, rows_plan.h why the launches should reach them.
+//
+// sum_class_weights runs before a backward with class weights and smoothing: one block reads
+// classes * sizeof(T) bytes, 512 classes a turn. That is one turn for most losses; for 32000
+// classes it is 63, an estimated 10 to 40 us, less than the pass itself takes over a thousand rows
+// or more.
 #pragma once
 
 #include "cuda/loss.cuh"

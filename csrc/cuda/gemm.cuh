@@ -6,13 +6,21 @@
 // already in the type that is summed in, are multiplied. There are two buffers of shared memory, so
 // that one barrier to a step suffices.
 //
-// Work: 2 * rows * cols * depth flop; at least (rows + cols) * depth + rows * cols elements moved,
-// each element of `a` once for every column of tiles and each of `b` once for every row of them,
-// mostly from the second-level cache. With a tile of 128 x 64 that is 43 multiply-adds for an
-// element loaded: 21 flop to a byte of float32 even if no load hit a cache, and more than that is
-// what a GPU of F flop/s and B bytes/s (F / B is 10 to 20 without tensor cores) asks for, so that
-// the bound is 2 * rows * cols * depth / F seconds. Of shared memory a warp takes 4 turns for
-// every 32 multiply-adds, which take 8 turns or more of the arithmetic units.
+// Work: 2 * rows * cols * depth flop; at least (rows + cols) * depth + rows * cols elements moved.
+// On a GPU of F flop/s (without tensor cores) and B bytes/s the bound is the greater of
+// 2 * rows * cols * depth / F seconds, which it is unless a matrix is narrow, and of these
+// elements' bytes / B.
+//
+// Each element of `a` is loaded once for every column of tiles and each of `b` once for every row
+// of them. With a tile of 128 x 64 that is 43 multiply-adds for an element loaded, 21 flop to a
+// byte of float32. A GPU with HBM asks for about that or less (F / B is 10 to 25): it reaches F
+// with hardly a load from a cache. One with GDDR asks for 20 to 100: there the second-level cache
+// must serve most of the loads (four fifths at 100), at F / 21 bytes/s. It holds them: the tiles of
+// a row of tiles are computed side by side and at about the same steps, so that all but the first
+// find their part of `a` in it, and so with `b` and the rows of tiles under way. Whether it is fast
+// enough, at up to 5 * B, isn't known. Of shared memory a warp takes
+// 4 turns for every 32 multiply-adds, which take 8 turns or more of the arithmetic units; while one
+// block waits at its barrier, another multiplies.
 #pragma once
 
 #include <type_traits>
@@ -62,7 +70,12 @@ struct GemmShape {
   }
 };
 using LargeShape = GemmShape<128, 64, 8, 4>;
-using LargeDoubleShape = GemmShape<64, 64, 4, 4>;  // twice the bytes in half the elements
+// Of float64, large tiles' two buffers would be 49 KiB, and 48 is what a block may declare. This
+// one's 8 flop to a byte are about as many as F / B of the GPUs that are fast in float64 (6 to 10).
+using LargeDoubleShape = GemmShape<64, 64, 4, 4>;
+// Where large tiles are fewer than multiprocessors: eight times as many blocks. 8 flop to a byte of
+// float32, mostly from the second-level cache, which holds such small operands; and a warp's turns
+// of shared memory are half of its multiply-adds' here, too.
 using SmallShape = GemmShape<32, 32, 4, 4>;
 
 // The depth of one step.

@@ -1,7 +1,18 @@
-// nll_loss, and its backward. The forward reads a target and, from anywhere in memory, an element
-// for each row: a cache sector of 32 bytes each, and with it 40 bytes a row (48 with class weights
-// far apart), at no arithmetic to speak of. The backward writes a gradient that is zero but for one
-// element of each row, at the cost of the writing.
+// nll_loss, and its backward.
+//
+// The forward reads for each row 8 bytes of target, side by side, and from anywhere in memory one
+// element, which costs a sector of 32 bytes (or the whole row, where that is shorter); another such
+// for the class weight, where there are more of these than a cache holds. With reduction 'none' it
+// writes sizeof(T) bytes a row. It multiplies once and adds twice, in double. So at B bytes/s the
+// bound is 40 * rows / B seconds, (72 + sizeof(T)) * rows / B with far weights and 'none'; sectors
+// in no order may come slower than B. A thread has 4 of them on their way, a block 32 KiB: as
+// much as a multiprocessor needs (see rows_plan.h). That takes 1024 rows to each
+// multiprocessor: with fewer rows the time is that of two readings, one after the other, and of
+// two launches (the other is finish_loss, see rows.cuh).
+//
+// The backward writes rows * classes elements, zero but for one of each row, and reads 8 bytes a
+// row (8 + sizeof(T) with 'none', and a sector for a far weight), at one comparison to an element:
+// the bound is rows * (classes * sizeof(T) + 8) / B seconds. rows_plan.h has its launch.
 #pragma once
 
 #include "cuda/loss.cuh"
