@@ -136,10 +136,6 @@ T add_rn(A a, B b) {
   return add<T>(a, b);
 }
 template <typename T, typename A, typename B>
-T mul_rn(A a, B b) {
-  return mul<T>(a, b);
-}
-template <typename T, typename A, typename B>
 T mul_lo(A a, B b) {
   return static_cast<T>(get<T>(a) * get<T>(b));
 }
@@ -288,8 +284,6 @@ FASTNN_PTX_COMPARISON(le, a <= b)
 FASTNN_PTX_COMPARISON(gt, a > b)
 FASTNN_PTX_COMPARISON(ge, a >= b)
 FASTNN_PTX_COMPARISON(neu, !(a == b))
-FASTNN_PTX_COMPARISON(ltu, !(a >= b))
-FASTNN_PTX_COMPARISON(leu, !(a > b))
 FASTNN_PTX_COMPARISON(gtu, !(a <= b))
 FASTNN_PTX_COMPARISON(geu, !(a < b))
 #undef FASTNN_PTX_COMPARISON
