@@ -64,7 +64,7 @@ bench: build
 sanitize:
 	CXX="$(CXX)" $(PYTHON) tests/kernels/run.py sanitize
 
-# Apart, as it takes long. Needs torch's headers.
+# Needs torch's headers.
 sanitize-cuda: $(VENV)/.torch
 	CXX="$(CXX)" $(PY) tests/cuda_emulation/run.py sanitize
 
