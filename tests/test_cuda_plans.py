@@ -9,13 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from sample_inputs import DTYPES, sample_input
-from test_operators import DTYPE_IDS, check_value_and_gradients
+from sample_inputs import sample_input
+from test_operators import check_value_and_gradients, every_dtype
 
 import fastnn
 
 pytestmark = pytest.mark.on_cuda_kernels
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 # One class, rows that start at every alignment, more than a warp has lanes or a block has threads.
 ROWS = {

@@ -14,10 +14,10 @@ from pathlib import Path
 # a newer generation compiles the last one's PTX when it first loads it.
 ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 
-USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
-
-# Or a generation's name, such as Ampere, which torch knows.
+# A compute capability, or a generation's name that torch knows, such as Ampere.
 ARCHITECTURE = re.compile(r"(\d+\.\d[af]?|[A-Z][A-Za-z]+(\+[A-Z][A-Za-z]+)?)(\+PTX)?")
+
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
 

@@ -71,6 +71,7 @@ class Program:
 
     name: str
     way: Way
+    link_flags = ("-pthread",)
 
     @property
     def folder(self) -> Path:
@@ -112,8 +113,6 @@ class Program:
         link = [*CXX, *self.way.flags, *self.link_flags, *objects, "-o", str(self.path)]
         build(commands, link, jobs)
 
-    link_flags = ("-pthread",)
-
     def test(self, jobs: int) -> None:
         print(f"--- {self.name} of the CUDA emulation, {self.way.name}", flush=True)
         self.build(jobs)
@@ -148,11 +147,11 @@ class PTXTests(Program):
 
     def commands(self) -> list[list[str]]:
         flags = ["-DFASTNN_EMULATION_PTX", f"-I{EMULATION}"]
-        mine = [EMULATION / "ptx/kernels.cpp", EMULATION / "ptx/memory.cpp"]
+        of_torch = [*self.way.flags, *torch_includes()]
         commands = super().commands()
-        commands += [self.command(source, [*self.way.flags, *torch_includes()]) for source in mine]
-        commands.append(self.command(self.translation(), [*self.way.flags, *torch_includes()]))
-        commands[-1] += COMPILER_FLAGS
+        for name in ("kernels", "memory"):
+            commands.append(self.command(EMULATION / f"ptx/{name}.cpp", of_torch))
+        commands.append(self.command(self.translation(), [*of_torch, *COMPILER_FLAGS]))
         return [[*command, *flags] for command in commands]
 
     def translation(self) -> Path:
