@@ -1,6 +1,7 @@
 # Each command sets up what it needs: a virtual environment, the dependencies, the built extension.
 #   make demo [ARGS="--momentum 0.9"]     trains the MNIST MLP with fastnn and with stock PyTorch
 #   make test [ARGS="-k cross_entropy"]   runs the tests, and again over emulated CUDA kernels
+#   make test-large                       runs those of more than 2^31 elements, which take 24 GiB
 #   make capabilities                     writes docs/capabilities.md from the tests that it names
 #   make mutants                          plants faults in the CUDA kernels: do the tests see them?
 #   make bench [ARGS="--quick"]           times every operator against what else there is
@@ -33,7 +34,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
-.PHONY: demo test test-emulated capabilities bench sanitize sanitize-cuda mutants emulate cuda-check docs dist \
+.PHONY: demo test test-emulated test-large capabilities bench sanitize sanitize-cuda mutants emulate cuda-check docs dist \
     test-integrations lint format build clean
 
 demo: build
@@ -52,6 +53,10 @@ test-emulated: build
 	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PY) -m pytest $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
+
+# Not the emulated kernels too: an hour for each operator.
+test-large: build
+	$(PY) -m pytest --large tests/test_large.py $(ARGS)
 
 capabilities: build
 	mkdir -p docs

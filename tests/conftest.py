@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where tests make their tensors",
     )
+    parser.addoption("--large", action="store_true", help="tests of more than 2^31 elements, alone")
     parser.addoption("--capabilities", type=Path, help="file for the matrix of capabilities.py")
     parser.addoption("--never-launched", type=Path, help="file for PTX kernels no test launched")
 
@@ -62,7 +63,9 @@ def pytest_report_header() -> list[str]:
     return [f"fastnn: FASTNN_TEST_SEED={SEED}, {kernels}"]
 
 
-def reason_to_leave_out(item: pytest.Item, device: str) -> str | None:
+def reason_to_leave_out(item: pytest.Item, device: str, large: bool) -> str | None:
+    if large != (item.get_closest_marker("large") is not None):
+        return "not of --large" if large else "of more than 2^31 elements; make test-large"
     if device == "cuda" and (marker := item.get_closest_marker("not_on_a_gpu")):
         return marker.args[0]
     on_cuda_kernels = EMULATES_CUDA or device == "cuda"
@@ -83,7 +86,8 @@ left_out: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    reasons = {item: reason_to_leave_out(item, config.getoption("device")) for item in items}
+    device, large = config.getoption("device"), config.getoption("large")
+    reasons = {item: reason_to_leave_out(item, device, large) for item in items}
     left_out.update(reason for reason in reasons.values() if reason is not None)
     config.hook.pytest_deselected(items=[item for item in items if reasons[item] is not None])
     items[:] = [item for item in items if reasons[item] is None]

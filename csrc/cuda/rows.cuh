@@ -48,13 +48,19 @@
 namespace fastnn::cuda {
 
 // Blocks to a multiprocessor that the kernels leave registers for: 64 to 80 for a thread, of
-// float64 128. Left to itself the compiler takes fewer, and spills some.
+// float64 128. Left to itself the compiler takes fewer, and spills some (0: there it doesn't).
 template <typename T>
 inline constexpr int kRowBlocks = sizeof(T) == 8 ? 1 : 2;
 template <typename T>
 inline constexpr int kSplitBlocks = sizeof(T) == 8 ? 2 : 3;
 template <typename T>
 inline constexpr int kWarpBlocks = sizeof(T) == 8 ? 4 : 6;
+template <typename T>
+inline constexpr int kSubwarpBlocks = sizeof(T) == 8 ? 4 : 0;
+
+// Whether a row's first operand is read twice.
+template <typename Op>
+inline constexpr bool kRereads = Op::kReduceInputs > 0 && Op::kMapInputs > 0;
 
 // Classes first, first + step, ...
 struct Classes {
@@ -420,8 +426,9 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
   const int64_t teams = kWarp ? kTeamWarps : 1;
   const int64_t team_index = kWarp ? warp : 0;
   const Team team{kWarp ? threadIdx.x % 32 : threadIdx.x, kWarp ? 32 : blockDim.x};
-  Vec<T>* cache =
-      cached ? caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>) : nullptr;
+  Vec<T>* cache = kRereads<Op> && cached
+                      ? caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>)
+                      : nullptr;
 
   LossSums sums = LossSums::none();
   for (int64_t row = blockIdx.x * teams + team_index; row < rows; row += gridDim.x * teams) {
@@ -544,7 +551,7 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
 // 2^k lanes to a row. Dynamic shared memory holds `tile_rows` rows of each operand, or of the
 // output where there is none.
 template <typename Op>
-__global__ void __launch_bounds__(kSubwarpThreads)
+__global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T>)
     subwarp_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes, int lanes,
                  int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
@@ -607,7 +614,7 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
                                      int64_t end, F f) {
   using A = accum<T>;
   constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
-  constexpr int kUnroll = 8 / kOperands;
+  constexpr int kUnroll = 32 / int(sizeof(A)) / kOperands;  // as many registers to any dtype
   const auto several = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
     A x[kOperands][kCount];
 #pragma unroll

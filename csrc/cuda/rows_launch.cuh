@@ -14,7 +14,7 @@ constexpr RowTraits row_traits() {
           .state_bytes = Op::kReduceInputs > 0 ? int64_t{sizeof(typename Op::State)} : 0,
           .tensors = std::max(inputs, 1),
           .maps = Op::kMaps,
-          .rereads = Op::kReduceInputs > 0 && Op::kMapInputs > 0,
+          .rereads = kRereads<Op>,
           .sums = Op::kSums};
 }
 
