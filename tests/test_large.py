@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements and 2^32 bytes, whose offsets no 32-bit integer holds.
+"""Tensors of more than 2^31 elements and 2^32 bytes: offsets that an int doesn't hold.
 
 Left out unless asked for (``make test-large``), as each takes up to 16 GiB. All elements are
 compared with what torch makes of a part of them.
