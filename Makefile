@@ -54,9 +54,9 @@ test-emulated: build
 	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 
-# Not the emulated kernels too: an hour for each operator.
+# -x: the tensors of a test that failed are kept, and leave the next one no room.
 test-large: build
-	$(PY) -m pytest --large tests/test_large.py $(ARGS)
+	$(PY) -m pytest --large -x tests/test_large.py $(ARGS)
 
 capabilities: build
 	mkdir -p docs
