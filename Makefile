@@ -13,8 +13,8 @@
 #   make dist                             builds the sdist and the wheel, and tries them
 #   make test-integrations                trains with torchvision, timm, fastai, Lightning and others
 #   make lint / make format               checks / applies the code style
-# On two cores mutants, sanitize and sanitize-cuda take about ten minutes each, cuda-check more than
-# twenty.
+# On two cores mutants, sanitize and sanitize-cuda take about ten minutes each, cuda-check half an hour,
+# test-large two.
 # Another torch: make test TORCH=torch==2.14.1 VENV=.venv-2.14
 
 PYTHON ?= python3
@@ -57,6 +57,7 @@ test-emulated: build
 # -x: the tensors of a test that failed are kept, and leave the next one no room.
 test-large: build
 	$(PY) -m pytest --large -x tests/test_large.py $(ARGS)
+	$(EMULATED) $(PY) -m pytest --large -x tests/test_large.py $(ARGS)
 
 capabilities: build
 	mkdir -p docs
