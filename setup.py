@@ -57,7 +57,14 @@ if TOOLKIT is not None:
     # Before torch looks for a toolkit itself, as it does when this is imported:
     os.environ["CUDA_HOME"] = str(TOOLKIT.home)
     os.environ["TORCH_CUDA_ARCH_LIST"] = TOOLKIT.architectures
+from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+if TOOLKIT is not None:
+    try:
+        cpp_extension._get_cuda_arch_flags()
+    except ValueError as error:  # a name that nvcc knows, or may know, and this torch doesn't
+        fail(f"TORCH_CUDA_ARCH_LIST is {TOOLKIT.architectures!r}, which torch refuses: {error}.")
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
 # -fopenmp without linking a runtime: the symbols resolve to the OpenMP runtime that torch itself

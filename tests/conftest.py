@@ -28,6 +28,11 @@ needs_extension = pytest.mark.skipif(
 )
 
 
+# Not so where the CUDA kernels are emulated: they then stand in for the CPU's.
+BUILT_FOR_CUDA = fastnn.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "fastnn::log_softmax", "CUDA"
+)
+
 # For what takes a GPU; the report says how many were left out without one.
 needs_gpu = pytest.mark.needs_gpu
 
@@ -51,6 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a GPU, and torch finds none")
     if path := config.getoption("--capabilities"):
         config.pluginmanager.register(capabilities.Recorder(path))
 
@@ -77,8 +84,8 @@ def reason_to_leave_out(item: pytest.Item, device: str, large: bool) -> str | No
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("implementation") == "reference":
             return "the reference, which has no kernels"
-    if item.get_closest_marker("needs_gpu") and not torch.cuda.is_available():
-        return "needs a GPU"
+    if item.get_closest_marker("needs_gpu") and not (torch.cuda.is_available() and BUILT_FOR_CUDA):
+        return "needs a GPU, and the extension built for it"
     return None
 
 

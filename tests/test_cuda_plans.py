@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from sample_inputs import sample_input
+from sample_inputs import Sample, sample_input
 from test_operators import check_value_and_gradients, every_dtype
 
 import fastnn
@@ -42,6 +42,17 @@ PRODUCTS = ["1x9_to_7", "17x33_to_31", "65x63_to_65_no_bias", "weight_transposed
 def test_rows(monkeypatch, path, op, name, dtype):
     monkeypatch.setenv("FASTNN_CUDA_ROWS", path)
     check_value_and_gradients(op, sample_input(op, dtype, name))
+
+
+@every_dtype
+@pytest.mark.parametrize("kibibytes", [46, 47, 48, 49])
+def test_rows_about_as_long_as_shared_memory(kibibytes, dtype):
+    """The longest that a block keeps there, beside what its reductions need."""
+    classes = kibibytes * 1024 // dtype.itemsize
+    logits, target = torch.randn(2, 2, classes).to(dtype)
+    check_value_and_gradients("log_softmax", Sample("long rows", (logits, 1)))
+    probabilities = target.softmax(1)
+    check_value_and_gradients("cross_entropy", Sample("long rows", (logits, probabilities)))
 
 
 @every_dtype

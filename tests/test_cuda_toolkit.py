@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import _get_cuda_arch_flags
 
 pytestmark = pytest.mark.cpu_only("the build")
 
@@ -24,6 +25,7 @@ def make_nvcc(home: Path, release: str = "13.0", script: str | None = None) -> P
 case "$1" in
 --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
 --dryrun) echo "#\\$ _HERE_=$(dirname "$0")" >&2 ;;
+--list-gpu-arch) for sm in 75 80 86 90 100 120; do echo compute_$sm; done ;;
 esac
 """
     )
@@ -62,11 +64,27 @@ def test_architectures_that_a_variable_names(tmp_path):
     assert find("2.14.1", "13.0", variables).architectures == "8.0+PTX"
 
 
-@pytest.mark.parametrize("architectures", ["7.5 8.0", "8.0;9.0a;12.0f+PTX", "Ampere;Ada+PTX"])
-def test_architectures_that_torch_takes(tmp_path, architectures):
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ("7.5 8.0", "7.5;8.0"),
+        (" 8.0; 9.0a;;12.0+PTX;", "8.0;9.0a;12.0+PTX"),
+        ("Turing;Ampere+Tegra", "Turing;Ampere+Tegra"),
+    ],
+)
+def test_architectures_as_torch_takes_them(tmp_path, monkeypatch, named, taken):
     make_nvcc(tmp_path)
-    variables = environment(CUDA_HOME=tmp_path, TORCH_CUDA_ARCH_LIST=architectures)
-    assert find("2.14.1", "13.0", variables).architectures == architectures
+    variables = environment(CUDA_HOME=tmp_path, TORCH_CUDA_ARCH_LIST=named)
+    assert find("2.14.1", "13.0", variables).architectures == taken
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", taken)
+    assert len(_get_cuda_arch_flags()) >= 2
+
+
+@pytest.mark.parametrize("name", ["7.0", "99.9+PTX"])
+def test_architecture_that_nvcc_does_not_know(tmp_path, name):
+    nvcc = make_nvcc(tmp_path)
+    message = sentence("13.0", environment(CUDA_HOME=tmp_path, TORCH_CUDA_ARCH_LIST=name))
+    assert f"has {name!r}, for which {nvcc} can't build; it can for 7.5, 8.0, 8.6" in message
 
 
 def sentence(torch_cuda: str | None, variables: dict[str, str]) -> str:
@@ -107,7 +125,7 @@ def test_no_architectures(tmp_path, architectures):
     assert "TORCH_CUDA_ARCH_LIST is empty" in sentence("13.0", variables)
 
 
-@pytest.mark.parametrize("name", ["banana", "80", "8.0,9.0", "sm_80"])
+@pytest.mark.parametrize("name", ["banana", "80", "8.0,9.0", "sm_80", "12.0f", "Ada+PTX"])
 def test_what_is_no_architecture(tmp_path, name):
     make_nvcc(tmp_path)
     variables = environment(CUDA_HOME=tmp_path, TORCH_CUDA_ARCH_LIST=f"8.0;{name}")

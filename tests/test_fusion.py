@@ -386,10 +386,11 @@ def test_shared_linear():
 def test_shared_relu():
     relu = nn.ReLU()
     stock = nn.Sequential(nn.Linear(6, 5), relu, nn.BatchNorm1d(5), relu, nn.Linear(5, 4), relu)
-    fused = fastnn.fuse(stock)
+    # float64: the normalization of a small batch magnifies float32's roundings.
+    fused = fastnn.fuse(stock.double())
     assert fused_paths(fused) == {"0", "4"}
     assert type(fused[3]) is nn.ReLU
-    assert_same_results(fused, stock, input_of(stock))
+    assert_same_results(fused, stock, input_of(stock).double())
 
 
 def test_shared_tail():

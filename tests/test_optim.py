@@ -1798,9 +1798,16 @@ def test_op_with_a_tensor_lr_is_that_with_its_value(dtype, lr_dtype):
 
 
 @needs_extension
-def test_op_refuses_a_tensor_lr_of_several_elements():
-    with pytest.raises(RuntimeError, match="lr to have one element"):
-        torch.ops.fastnn.sgd_step_(*good_lists().values(), lr=torch.ones(2), momentum=0.9)
+@pytest.mark.parametrize("elements", [0, 2])
+@pytest.mark.parametrize("name", ["lr", "grad_scale", "found_inf"])
+def test_op_refuses_scalars_of_none_or_several_elements(name, elements):
+    lists = good_lists()
+    before = copy.deepcopy(lists)
+    options = {"lr": 0.1, "momentum": 0.9, name: torch.ones(elements)}
+    with pytest.raises(RuntimeError, match=f"{name} to have one element, but got .*{elements}"):
+        torch.ops.fastnn.sgd_step_(*lists.values(), **options)
+    for expected, actual in zip(before.values(), lists.values(), strict=True):
+        assert all(map(torch.equal, expected, actual))
 
 
 def test_no_warnings_in_a_plain_training():

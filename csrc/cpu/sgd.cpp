@@ -62,6 +62,8 @@ void sgd_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList mo
                   const std::optional<at::Tensor>& found_inf) {
   if (momentum == 0) momentum_buffers = {};
   check_sgd_lists(params, grads, momentum_buffers, momentum);
+  check_sgd_scalar("grad_scale", grad_scale);
+  check_sgd_scalar("found_inf", found_inf);
   if (found_inf && found_inf->item<double>() != 0) return;
   const double scale = grad_scale ? grad_scale->item<double>() : 1;
   const simd::SGD options{lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step};
@@ -76,7 +78,7 @@ void sgd_step_tensor_lr_cpu(at::TensorList params, at::TensorList grads,
                             double dampening, double weight_decay, bool nesterov, bool maximize,
                             bool is_first_step, const std::optional<at::Tensor>& grad_scale,
                             const std::optional<at::Tensor>& found_inf) {
-  check_sgd_lr(lr);
+  check_sgd_scalar("lr", lr);
   sgd_step_cpu(params, grads, momentum_buffers, lr.item<double>(), momentum, dampening,
                weight_decay, nesterov, maximize, is_first_step, grad_scale, found_inf);
 }

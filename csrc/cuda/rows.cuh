@@ -26,7 +26,7 @@
 // see rows_plan.h.
 //
 // A second reading (log_softmax both ways, cross_entropy's backward with probabilities: the first
-// operand) isn't counted. It finds rows of up to 48 KiB in shared memory. Longer ones, those of
+// operand) isn't counted. It finds rows of up to 46 KiB in shared memory. Longer ones, those of
 // several blocks and those whose classes lie apart must still be in the second-level cache, which
 // holds while the rows under way fit it: of 125 KiB, two to a multiprocessor, an H100 has 32 MiB
 // under way and 50 in the cache, but an RTX 3090 20 MiB and 6. (All rows are under way where

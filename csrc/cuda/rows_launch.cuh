@@ -29,6 +29,7 @@ template <typename Op>
 void launch_rows(const Op& op, const Plan& plan, const Layout& layout,
                  const Tensors<typename Op::T>& tensors, void* states, LossSums* sums,
                  cudaStream_t stream) {
+  static_assert(32 * (sizeof(typename Op::State) + sizeof(LossSums)) <= kReductionBytes);
   const int64_t rows = layout.rows(), classes = layout.classes;
   if (rows == 0) return;
   const auto blocks = static_cast<unsigned>(plan.blocks);

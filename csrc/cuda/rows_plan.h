@@ -15,7 +15,8 @@
 // - Few rows of a size that takes a block long (8 x 1M) would leave most of the GPU idle: several
 //   blocks share one, 768 threads to a multiprocessor with 64 bytes each.
 // - Where the classes lie apart neighbouring threads have neighbouring rows, and a warp's loads
-//   fill whole sectors: 1024 threads to a multiprocessor, 8 elements each on their way.
+//   fill whole sectors: 1024 threads to a multiprocessor, 8 elements each on their way
+//   (of float64 four).
 // Of float64 half to two thirds as many threads fit. Fewer rows than this takes, as (64, 1000),
 // can't reach B: their time is that of a launch and of a few readings one after the other.
 #pragma once
@@ -60,8 +61,10 @@ struct Plan {
   int64_t last_blocks;   // of the last launch, each of which leaves a partial sum
 };
 
-// What every GPU gives a block without being asked.
-inline constexpr int64_t kSharedBytes = 48 * 1024;
+// What every GPU gives a block without being asked, 48 KiB, less what the kernels declare for their
+// reductions: with more the launch is refused.
+inline constexpr int64_t kReductionBytes = 2 * 1024;
+inline constexpr int64_t kSharedBytes = 48 * 1024 - kReductionBytes;
 // The grid's limit; and the most blocks that leave partial sums: a few waves of a large GPU, and
 // one number for all GPUs, so that a loss has the same bits on each.
 inline constexpr int64_t kMaxBlocks = INT32_MAX;

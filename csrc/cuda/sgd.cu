@@ -25,14 +25,14 @@ struct Scalars {
   std::optional<at::Tensor> found_inf;
 };
 
-// As a number that a kernel on `device` can read: a copy where it has to be, which nobody waits
-// for.
+// As a number that a kernel on `device` can read: a copy where it has to be, which nobody waits for
+// but a CPU, whose kernels would read it too early.
 std::optional<at::Tensor> on_device(const std::optional<at::Tensor>& scalar, at::Device device) {
   if (!scalar) return std::nullopt;
   const bool is_readable =
       scalar->scalar_type() == at::kFloat || scalar->scalar_type() == at::kDouble;
   return scalar->to(device, is_readable ? scalar->scalar_type() : at::kDouble,
-                    /*non_blocking=*/true);
+                    /*non_blocking=*/!device.is_cpu());
 }
 
 DeviceScalar device_scalar(const std::optional<at::Tensor>& scalar) {
@@ -96,6 +96,8 @@ void step(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
           const SGDOptions& options, const Scalars& scalars) {
   if (options.momentum == 0) momentum_buffers = {};
   check_sgd_lists(params, grads, momentum_buffers, options.momentum);
+  check_sgd_scalar("grad_scale", scalars.grad_scale);
+  check_sgd_scalar("found_inf", scalars.found_inf);
   const at::DeviceType our_type = c10::dispatchKeyToDeviceType(c10::DispatchKey::FASTNN_CUDA_KEY);
   for_each_device_and_dtype(params, grads, momentum_buffers, [&](const Lists& lists) {
     const at::Device device = lists.params[0].device();
@@ -130,7 +132,7 @@ void sgd_step_tensor_lr_cuda(at::TensorList params, at::TensorList grads,
                              double dampening, double weight_decay, bool nesterov, bool maximize,
                              bool is_first_step, const std::optional<at::Tensor>& grad_scale,
                              const std::optional<at::Tensor>& found_inf) {
-  check_sgd_lr(lr);
+  check_sgd_scalar("lr", lr);
   const SGDOptions options{0, momentum, dampening, weight_decay, nesterov, maximize, is_first_step};
   step(params, grads, momentum_buffers, options, {lr, grad_scale, found_inf});
 }

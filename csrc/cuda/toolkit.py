@@ -14,8 +14,8 @@ from pathlib import Path
 # a newer generation compiles the last one's PTX when it first loads it.
 ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 
-# A compute capability, or a generation's name that torch knows, such as Ampere.
-ARCHITECTURE = re.compile(r"(\d+\.\d[af]?|[A-Z][A-Za-z]+(\+[A-Z][A-Za-z]+)?)(\+PTX)?")
+# A compute capability, or a generation's name such as Ampere.
+ARCHITECTURE = re.compile(r"(\d+\.\d)a?(\+PTX)?|[A-Z][a-z]+(\+[A-Z][a-z]+)?")
 
 USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 
@@ -47,19 +47,32 @@ def find(torch_version: str, torch_cuda: str | None, environment: Mapping[str, s
             f"{nvcc} is of CUDA {version} and torch {torch_version} was built with CUDA "
             f"{torch_cuda}; point CUDA_HOME to a toolkit of CUDA {torch_cuda} or set FASTNN_CUDA=0."
         )
-    architectures = environment.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    if not architectures.strip(" ;"):
+    return Toolkit(_home(nvcc), version, _architectures(nvcc, environment))
+
+
+def _architectures(nvcc: Path, environment: Mapping[str, str]) -> str:
+    """Those to build for, as torch takes them: separated by one semicolon each."""
+    names = environment.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(";", " ").split()
+    if not names:
         raise NotBuildable(
             "TORCH_CUDA_ARCH_LIST is empty; unset it to build for "
             f"{ARCHITECTURES}, or name your GPU's compute capability in it (such as 8.0)."
         )
-    for name in re.split(r"[; ]+", architectures.strip("; ")):
-        if not ARCHITECTURE.fullmatch(name):
+    known = re.findall(r"compute_(\d+)(\d)\b", _output(nvcc, "--list-gpu-arch"))
+    for name in names:
+        match = ARCHITECTURE.fullmatch(name)
+        if match is None:
             raise NotBuildable(
                 f"TORCH_CUDA_ARCH_LIST has {name!r}; it must name compute capabilities, separated "
                 f"by semicolons, such as {ARCHITECTURES}."
             )
-    return Toolkit(_home(nvcc), version, architectures)
+        if match[1] and tuple(match[1].split(".")) not in known:
+            capabilities = ", ".join(".".join(pair) for pair in known)
+            raise NotBuildable(
+                f"TORCH_CUDA_ARCH_LIST has {name!r}, for which {nvcc} can't build; it can for "
+                f"{capabilities}."
+            )
+    return ";".join(names)
 
 
 def _find_nvcc(torch_cuda: str, environment: Mapping[str, str]) -> Path:

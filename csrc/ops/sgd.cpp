@@ -107,9 +107,9 @@ void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList
   }
 }
 
-void check_sgd_lr(const at::Tensor& lr) {
-  TORCH_CHECK(lr.numel() == 1, "sgd_step_: expected lr to have one element, but got shape ",
-              lr.sizes());
+void check_sgd_scalar(const char* name, const std::optional<at::Tensor>& scalar) {
+  TORCH_CHECK(!scalar || scalar->numel() == 1, "sgd_step_: expected ", name,
+              " to have one element, but got shape ", scalar->sizes());
 }
 
 SGDItem sgd_item(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,

@@ -39,8 +39,8 @@ struct SGDItem {
 void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                      double momentum);
 
-// Raises unless a learning rate has one element.
-void check_sgd_lr(const at::Tensor& lr);
+// Raises unless `scalar`, the argument `name`, is missing or has one element.
+void check_sgd_scalar(const char* name, const std::optional<at::Tensor>& scalar);
 
 // Parameter i's tensors: themselves where they lie as one run in one order, else copies.
 SGDItem sgd_item(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,

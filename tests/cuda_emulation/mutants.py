@@ -130,6 +130,22 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
+        "team_rows",
+        "rows_plan.h",
+        "a row's cache takes all shared memory",
+        "inline constexpr int64_t kSharedBytes = 48 * 1024 - kReductionBytes;",
+        "inline constexpr int64_t kSharedBytes = 48 * 1024;",
+        "log_softmax",
+    ),
+    Mutant(
+        "split_reduce",
+        "rows.cuh",
+        "a thread's state instead of the block's",
+        "reduce_block(reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr));",
+        "reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr);",
+        "log_softmax",
+    ),
+    Mutant(
         "split_finish",
         "rows.cuh",
         "merges the states of the row before",
@@ -228,6 +244,14 @@ MUTANTS = [
         "x[1][j] - std::exp(x[0][j]) * row.sum",
         "log_softmax",
     ),
+    Mutant(
+        "log_softmax backward",
+        "log_softmax_kernels.cuh",
+        "the sum added",
+        "x[0][j] - std::exp(x[1][j]) * row.sum",
+        "x[0][j] + std::exp(x[1][j]) * row.sum",
+        "log_softmax",
+    ),
     # --- losses
     Mutant(
         "class_of_row",
@@ -308,6 +332,14 @@ MUTANTS = [
         "the target's sign",
         "t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(row)",
         "t < 0 ? A(0) : class_weight_at(weight, t) * grad.of(row)",
+        "nll_loss",
+    ),
+    Mutant(
+        "nll_loss backward",
+        "nll_loss_kernels.cuh",
+        "no class weights",
+        "t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(row)",
+        "t < 0 ? A(0) : -grad.of(row)",
         "nll_loss",
     ),
     Mutant(

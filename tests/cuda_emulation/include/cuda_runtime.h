@@ -80,7 +80,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-// A small GPU, so that loops over the grid take more than one turn with small inputs.
+// A small GPU, so that small products have tiles enough for large ones to be chosen.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:

@@ -65,5 +65,13 @@ const Test test("log_softmax", [] {
   });
 });
 
+// A row of which only a part would fit shared memory beside what the reductions need.
+const Test long_row("log_softmax of a long row", [] {
+  describe("48 KiB");
+  const Way block{"block", Path::Block};
+  log_softmax<float>({1, 12288, 1}, block, {}, /*center=*/0, /*masked=*/false);
+  log_softmax_backward<float>({1, 12288, 1}, block, {});
+});
+
 }  // namespace
 }  // namespace fastnn::cuda::tests
