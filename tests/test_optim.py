@@ -1810,6 +1810,27 @@ def test_op_refuses_scalars_of_none_or_several_elements(name, elements):
         assert all(map(torch.equal, expected, actual))
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_buffers_of_half_precision_parameters_stay_such(dtype, nesterov):
+    """By torch's own operators, so that no bit differs."""
+    start = make_params((5, 3), (7,), dtype=dtype)
+    stepped = []
+    for kind in (fastnn.optim.SGD, torch.optim.SGD):
+        params = [torch.nn.Parameter(param.detach().clone()) for param in start]
+        optimizer = kind(params, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+        for param in params:
+            param.grad = param.detach().flip(0)
+            optimizer.state[param]["momentum_buffer"] = torch.ones_like(param, dtype=torch.float32)
+        optimizer.step()
+        optimizer.step()
+        buffers = [optimizer.state[param]["momentum_buffer"] for param in params]
+        assert all(buffer.dtype == torch.float32 for buffer in buffers)
+        assert not any(map(torch.equal, params, start))
+        stepped.append([*params, *buffers])
+    assert all(map(torch.equal, *stepped))
+
+
 def test_no_warnings_in_a_plain_training():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
