@@ -14,7 +14,7 @@
 #   make test-integrations                trains with torchvision, timm, fastai, Lightning and others
 #   make lint / make format               checks / applies the code style
 # On two cores mutants, sanitize and sanitize-cuda take about ten minutes each, cuda-check half an hour,
-# test-large two.
+# test-large hours.
 # Another torch: make test TORCH=torch==2.14.1 VENV=.venv-2.14
 
 PYTHON ?= python3
