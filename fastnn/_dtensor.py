@@ -15,10 +15,9 @@ def is_dtensor(value: object) -> bool:
 
 
 def are_spread_alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether all are DTensors of one dtype, and each process has the same elements of each."""
+    """Whether all are DTensors, and each process has the same elements of each."""
     return is_dtensor(first) and all(
         is_dtensor(other)
-        and other.dtype == first.dtype
         and other.device_mesh == first.device_mesh
         and other.placements == first.placements
         for other in others

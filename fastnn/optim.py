@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import (
     Optimizer,
+    ParamsT,
     _device_dtype_check_for_fused,
     _use_grad_for_differentiable,
 )
@@ -35,7 +36,8 @@ class SGD(torch.optim.SGD):
     step. Each process steps its own part of a :class:`~torch.distributed.tensor.DTensor`. What the
     fused pass can't serve (sparse or complex tensors, other tensor subclasses,
     ``differentiable=True``, an ``lr`` that requires a gradient, a gradient or momentum buffer of
-    another dtype or device than its parameter) takes torch's own path.
+    another dtype or device than its parameter's, but for buffers as ``momentum_dtype`` makes them)
+    takes torch's own path.
 
     Args:
         params: iterable of parameters, of named parameters, or of dicts (parameter groups).
@@ -48,9 +50,14 @@ class SGD(torch.optim.SGD):
         foreach, fused: accepted as in torch. All settings compute the same; ``fused=True`` also
             makes ``GradScaler`` hand over its scale instead of unscaling first.
         differentiable: let autograd see the step (default ``False``).
+        momentum_dtype: ``torch.float32`` gives bfloat16 and float16 parameters momentum buffers of
+            float32, in which small gradients don't vanish, at 4 bytes to an element for 2. The
+            default, ``None``, is the parameter's own dtype, as in torch; float32 and float64
+            parameters always have that. A parameter group may have its own.
 
     Errors: as :class:`torch.optim.SGD` (``ValueError`` for a negative lr, momentum or weight
-    decay, or for Nesterov momentum without momentum or with dampening).
+    decay, or for Nesterov momentum without momentum or with dampening), and ``ValueError`` for a
+    ``momentum_dtype`` other than these two.
 
     Formula: that of :class:`torch.optim.SGD`'s documentation.
 
@@ -62,6 +69,64 @@ class SGD(torch.optim.SGD):
     >>> weight.data
     tensor([0.9000, 0.9000])
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        momentum_dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_momentum_dtype(momentum_dtype)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        # Not torch's, so that there is none unless asked for.
+        if momentum_dtype is not None:
+            self.defaults["momentum_dtype"] = momentum_dtype
+            for group in self.param_groups:
+                group.setdefault("momentum_dtype", momentum_dtype)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group; as torch's, and its ``momentum_dtype`` is checked."""
+        if isinstance(param_group, dict):
+            _check_momentum_dtype(param_group.get("momentum_dtype"))
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of ours or of torch's; of groups with a ``momentum_dtype`` the buffers
+        are loaded in it, where torch would round them to the parameters' dtype."""
+        asked = [group.get("momentum_dtype") for group in self.param_groups]
+        loaded: dict[str, Any] = {}
+        # The last of the hooks, it sees what the others have made of the dict.
+        with self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)):
+            super().load_state_dict(state_dict)
+        groups = zip(self.param_groups, loaded["param_groups"], asked, strict=True)
+        for group, saved, dtype in groups:
+            if dtype is not None:
+                group.setdefault("momentum_dtype", dtype)
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                buffer = loaded["state"].get(key, {}).get("momentum_buffer")
+                if buffer is not None and _has_wide_buffer(param, group):
+                    buffer = buffer.to(param.device, group["momentum_dtype"])
+                    self.state[param]["momentum_buffer"] = buffer
 
     @classmethod
     def from_torch(cls, optimizer: torch.optim.SGD) -> SGD:
@@ -105,7 +170,10 @@ class SGD(torch.optim.SGD):
         """
         if is_compiling():
             # torch's own loop over the parameters, which the compiler fuses.
-            return super().step(closure)
+            loss = super().step(closure)
+            for group in self.param_groups:
+                self._widen_buffers(group, group["params"])
+            return loss
         if self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
@@ -183,7 +251,8 @@ class SGD(torch.optim.SGD):
         state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         for param in params:
             buffer = self.state.get(param, {}).get("momentum_buffer")
-            if not are_spread_alike(param, param.grad, *([] if buffer is None else [buffer])):
+            others = [param.grad] if buffer is None else [param.grad, buffer]
+            if param.grad.dtype != param.dtype or not are_spread_alike(param, *others):
                 rest.append(param)
                 continue
             part = param.to_local().detach()
@@ -229,6 +298,14 @@ class SGD(torch.optim.SGD):
         )
         for param, buffer in zip(params, buffers, strict=False):
             self.state[param]["momentum_buffer"] = buffer
+        self._widen_buffers(group, params)
+
+    def _widen_buffers(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Those that torch's step has just made, which have the dtype of the gradients."""
+        for param in params if group.get("momentum_dtype") is not None else []:
+            buffer = self.state.get(param, {}).get("momentum_buffer")
+            if buffer is not None and _has_wide_buffer(param, group):
+                self.state[param]["momentum_buffer"] = buffer.to(group["momentum_dtype"])
 
 
 def _step_fusable(
@@ -250,6 +327,7 @@ def _step_fusable(
         nesterov=group["nesterov"],
         maximize=group["maximize"],
         all_or_nothing=all_or_nothing,
+        momentum_dtype=group.get("momentum_dtype"),
         **scaling,
     )
 
@@ -274,6 +352,20 @@ def _check_fused(params: list[Tensor]) -> None:
                 f"SGD(fused=True): expected scalar type {param.dtype} for the gradient, as for its "
                 f"parameter, but found {param.grad.dtype}"
             )
+
+
+def _check_momentum_dtype(dtype: object) -> None:
+    if dtype is not None and dtype is not torch.float32:
+        raise ValueError(f"momentum_dtype: expected None or torch.float32, got {dtype!r}")
+
+
+def _has_wide_buffer(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the parameter's momentum buffer is to be of a wider dtype than itself."""
+    return (
+        group.get("momentum_dtype") is not None
+        and param.is_floating_point()
+        and param.dtype.itemsize < group["momentum_dtype"].itemsize
+    )
 
 
 def _is_on_gpu(value: object) -> bool:

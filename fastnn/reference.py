@@ -238,7 +238,8 @@ def _check_sgd_lists(params: list[Tensor], **lists: list[Tensor]) -> None:
                 f"expected as many {name} as params ({len(params)}), but got {len(tensors)}"
             )
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            if (tensor.dtype, tensor.shape) != (param.dtype, param.shape):
+            is_wide = name == "momentum_buffers" and tensor.dtype == _compute_dtype(param.dtype)
+            if tensor.shape != param.shape or not (tensor.dtype == param.dtype or is_wide):
                 raise RuntimeError(
                     f"expected {name}[{i}] to have its parameter's dtype {param.dtype} and shape "
                     f"{list(param.shape)}, but got {tensor.dtype} and {list(tensor.shape)}"
@@ -265,7 +266,8 @@ def sgd_step_(
 
     Args:
         params, grads: floating-point tensors, alike in dtype and shape; ``params`` is written.
-        momentum_buffers: likewise, written; empty where ``momentum`` is zero.
+        momentum_buffers: likewise, written; those of bfloat16 and float16 parameters may be of
+            float32. Empty where ``momentum`` is zero.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
         is_first_step: the buffers are written without being read, and dampening is not applied.
         grad_scale: one-element tensor that the gradients are divided by in place first.

@@ -247,6 +247,23 @@ class TestOptimizer:
         # 8 operations on numbers of the order of one, 3 times; inductor may fuse their roundings.
         torch.testing.assert_close(params, expected, rtol=0, atol=3 * 8 * 2**-23)
 
+    def test_compiled_step_has_float32_momentum_where_asked(self, fresh_dynamo):
+        """Torch's loop makes the first buffers in the gradients' dtype; we widen them after it."""
+        params, _ = step_of(fastnn.optim.SGD)
+        halves = [param.detach().bfloat16() for param in params]
+        for half in halves:
+            half.grad = half.clone()
+        optimizer = fastnn.optim.SGD(halves, lr=0.1, momentum=0.9, momentum_dtype=torch.float32)
+        compiled = torch.compile(optimizer.step, backend="aot_eager")
+        for _ in range(3):
+            compiled()
+        for half in halves:
+            buffer = optimizer.state[half]["momentum_buffer"]
+            assert buffer.dtype == torch.float32
+            # A gradient g three times: 1 + 0.9 + 0.81 of it, in four roundings.
+            expected = 2.71 * half.grad.float()
+            torch.testing.assert_close(buffer, expected, rtol=4 * 2.0**-24, atol=0)
+
     @capability(
         "compile",
         "no more graph breaks than torch in a function of the whole training step",

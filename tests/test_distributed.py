@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,36 @@ def test_each_process_steps_its_part(tmp_path, spreads, options):
         torch.testing.assert_close(results, expected, rtol=0, atol=ATOL)
         # By the fused operator alone; torch's own exchange what lies elsewhere.
         assert {operator == FUSED_STEP for operator in operators} == {spreads == "alike"}
+
+
+def step_with_float32_momentum(
+    place: Callable[[Tensor], Tensor],
+) -> tuple[list[Tensor], list[str]]:
+    """A parameter and its buffer after some steps, and the operators that wrote to them."""
+    param = nn.Parameter(place(torch.ones(5, 4, dtype=torch.bfloat16)))
+    optimizer = fastnn.optim.SGD([param], **OPTIONS, momentum_dtype=torch.float32)
+    with Recorder() as recorder:
+        for step in range(3):
+            param.grad = place(torch.full((5, 4), (step + 1) / 3, dtype=torch.bfloat16))
+            optimizer.step()
+    return [param.detach(), optimizer.state[param]["momentum_buffer"]], recorder.mutating
+
+
+def step_spread_with_float32_momentum(rank: int) -> tuple[list[Tensor], list[str]]:
+    results, operators = step_with_float32_momentum(lambda tensor: spread(tensor, Shard(0)))
+    return [result.full_tensor() for result in results], operators
+
+
+@needs_extension
+def test_each_process_has_float32_momentum_of_its_part(tmp_path):
+    expected, _ = step_with_float32_momentum(lambda tensor: tensor)
+    assert [tensor.dtype for tensor in expected] == [torch.bfloat16, torch.float32]
+    for results, operators in processes.run_ranks(
+        tmp_path, RANKS, step_spread_with_float32_momentum
+    ):
+        # No element depends on another: the same bits.
+        torch.testing.assert_close(results, expected, rtol=0, atol=0)
+        assert set(operators) == {FUSED_STEP}
 
 
 def step_along_narrow_gradients(rank: int) -> list[list[Tensor]]:

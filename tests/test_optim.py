@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_map_only
 
 import fastnn
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, *HALF]
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
 EVERYTHING = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
 OPTIMIZERS = [fastnn.optim.SGD, torch.optim.SGD]
@@ -208,27 +209,35 @@ class ExactRun:
     """SGD by its documented formula in float64, with a bound on what rounding may add to it.
 
     A running error analysis: beside each value stands how far an implementation's may be from it
-    that computes in one dtype and stores parameter and buffer in another. It takes the errors of
-    the operands on, and adds 4 roundings for each ``a * x + b * y`` (a, b and both products, or
-    1 - dampening; the sum's is the fourth) and one for each value stored.
+    that computes in one dtype and stores parameter and buffer in another (the buffer in a third,
+    where one is given). It takes the errors of the operands on, and adds 4 roundings for each
+    ``a * x + b * y`` (a, b and both products, or 1 - dampening; the sum's is the fourth) and one
+    for each value stored.
     """
 
-    def __init__(self, param: Tensor, storage: torch.dtype, compute: torch.dtype) -> None:
+    def __init__(
+        self,
+        param: Tensor,
+        storage: torch.dtype,
+        compute: torch.dtype,
+        buffer_storage: torch.dtype | None = None,
+    ) -> None:
         self.param, self.param_error = param.clone(), torch.zeros_like(param)
         self.buffer: Tensor | None = None
         self.buffer_error = torch.zeros_like(param)
         self.compute_roundoff = unit_roundoff(compute)
-        self.storage_roundoff = unit_roundoff(storage)
-        # Below the smallest normal number a rounding is absolute: half the smallest subnormal.
-        self.underflow = torch.finfo(storage).smallest_normal * self.storage_roundoff
+        self.storage, self.buffer_storage = storage, buffer_storage or storage
 
     def _sum(self, a: float, x: Tensor, x_error: Tensor, b: float, y: Tensor, y_error: Tensor):
         error = abs(a) * x_error + abs(b) * y_error
         terms = abs(a) * (x.abs() + x_error) + abs(b) * (y.abs() + y_error)
         return a * x + b * y, error + 4 * self.compute_roundoff * terms
 
-    def _stored(self, x: Tensor, x_error: Tensor) -> Tensor:
-        return x_error + self.storage_roundoff * (x.abs() + x_error) + self.underflow
+    def _stored(self, x: Tensor, x_error: Tensor, storage: torch.dtype) -> Tensor:
+        roundoff = unit_roundoff(storage)
+        # Below the smallest normal number a rounding is absolute: half the smallest subnormal.
+        underflow = torch.finfo(storage).smallest_normal * roundoff
+        return x_error + roundoff * (x.abs() + x_error) + underflow
 
     def step(self, grad, lr, momentum, dampening, weight_decay, nesterov, maximize) -> None:
         d, d_error = (-grad if maximize else grad), torch.zeros_like(grad)
@@ -240,13 +249,13 @@ class ExactRun:
                 b, b_error = self._sum(
                     momentum, self.buffer, self.buffer_error, 1 - dampening, d, d_error
                 )
-            self.buffer, self.buffer_error = b, self._stored(b, b_error)
+            self.buffer, self.buffer_error = b, self._stored(b, b_error, self.buffer_storage)
             if nesterov:
                 d, d_error = self._sum(1, d, d_error, momentum, b, self.buffer_error)
             else:
                 d, d_error = b, self.buffer_error
         param, error = self._sum(1, self.param, self.param_error, -lr, d, d_error)
-        self.param, self.param_error = param, self._stored(param, error)
+        self.param, self.param_error = param, self._stored(param, error, self.storage)
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
@@ -289,8 +298,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
     Where the extension isn't built torch itself steps, and rounds each intermediate to them.
     """
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if narrow and fastnn.is_available() else dtype
+    return torch.float32 if dtype in HALF and fastnn.is_available() else dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -438,7 +446,13 @@ def test_overlapping_parameter_raises_as_in_torch():
 
 
 def test_signature_is_torchs():
-    assert inspect.signature(fastnn.optim.SGD) == inspect.signature(torch.optim.SGD)
+    *ours, added = inspect.signature(fastnn.optim.SGD).parameters.values()
+    stock = inspect.signature(torch.optim.SGD).parameters.values()
+    assert [(p.name, p.default, p.kind) for p in ours] == [
+        (p.name, p.default, p.kind) for p in stock
+    ]
+    assert (added.name, added.default) == ("momentum_dtype", None)
+    assert added.kind is inspect.Parameter.KEYWORD_ONLY
     steps = [inspect.signature(kind.step).parameters.values() for kind in OPTIMIZERS]
     assert [(p.name, p.default) for p in steps[0]] == [(p.name, p.default) for p in steps[1]]
 
@@ -1691,12 +1705,15 @@ def cast_last(tensors: list[Tensor]) -> list[Tensor]:
 
 @each_step
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide_buffers"])
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
-def test_op_stays_within_rounding_of_the_formula(options, dtype, sgd_step_):
+def test_op_stays_within_rounding_of_the_formula(options, wide, dtype, sgd_step_):
     params = [param.detach() for param in layout_params(dtype)]
-    buffers = [torch.empty_like(param) for param in params] if options["momentum"] else []
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    exact = ExactRun(flat(params), dtype, torch.float32 if narrow else dtype)
+    computed = torch.float32 if dtype in HALF else dtype
+    buffer_dtype = computed if wide else dtype
+    buffers = [torch.empty_like(param, dtype=buffer_dtype) for param in params]
+    buffers = buffers if options["momentum"] else []
+    exact = ExactRun(flat(params), dtype, computed, buffer_dtype)
     oracle = ExactRun(flat(params), torch.float64, torch.float64)  # the formula's own error
     for seed in range(3):
         grads = layout_grads(dtype, seed)
@@ -1810,25 +1827,264 @@ def test_op_refuses_scalars_of_none_or_several_elements(name, elements):
         assert all(map(torch.equal, expected, actual))
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_buffers_of_half_precision_parameters_stay_such(dtype, nesterov):
-    """By torch's own operators, so that no bit differs."""
-    start = make_params((5, 3), (7,), dtype=dtype)
-    stepped = []
-    for kind in (fastnn.optim.SGD, torch.optim.SGD):
-        params = [torch.nn.Parameter(param.detach().clone()) for param in start]
-        optimizer = kind(params, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
+@needs_extension
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_op_takes_buffers_of_either_dtype_in_one_list(dtype):
+    together, apart = good_lists(dtype), good_lists(dtype)
+    for lists in (together, apart):
+        lists["momentum_buffers"][0] = lists["momentum_buffers"][0].float()
+    torch.ops.fastnn.sgd_step_(*together.values(), lr=0.1, momentum=0.9)
+    for i in range(2):
+        lists = [tensors[i : i + 1] for tensors in apart.values()]
+        torch.ops.fastnn.sgd_step_(*lists, lr=0.1, momentum=0.9)
+    for name in ("params", "momentum_buffers"):
+        assert all(map(torch.equal, together[name], apart[name]))
+        assert not any(map(torch.equal, together[name], good_lists(dtype)[name]))
+    assert [b.dtype for b in together["momentum_buffers"]] == [torch.float32, dtype]
+
+
+@each_step
+@pytest.mark.parametrize(
+    ("dtype", "buffer_dtype"),
+    [
+        (torch.bfloat16, torch.float64),
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_op_refuses_buffers_of_other_dtypes(dtype, buffer_dtype, sgd_step_):
+    lists = good_lists(dtype)
+    lists["momentum_buffers"][1] = lists["momentum_buffers"][1].to(buffer_dtype)
+    with pytest.raises(RuntimeError, match=r"momentum_buffers\[1\] to have its parameter's dtype"):
+        sgd_step_(*lists.values(), lr=0.1, momentum=0.9)
+    assert all(map(torch.equal, lists["params"], good_lists(dtype)["params"]))
+
+
+# --- momentum_dtype -------------------------------------------------------------------------------
+
+WIDE = {"momentum_dtype": torch.float32}
+
+
+def buffer_dtypes(optimizer: torch.optim.Optimizer) -> set[torch.dtype | None]:
+    buffers = [momentum_buffer(optimizer, param) for param in params_of(optimizer)]
+    return {None if buffer is None else buffer.dtype for buffer in buffers}
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o["momentum"]], ids=option_name)
+@pytest.mark.capability(
+    "precision", "float32 momentum of bfloat16 and float16 parameters", operators=["SGD"]
+)
+def test_float32_momentum_stays_within_rounding_of_the_formula(options, dtype, fused):
+    optimizer = fastnn.optim.SGD(layout_params(dtype), fused=fused, **options, **WIDE)
+    exact = ExactRun(flat(params_of(optimizer)), dtype, compute_dtype(dtype), torch.float32)
+    for seed in range(20):
+        exact.step(flat(layout_grads(dtype, seed)), **options)
+        set_layout_grads(params_of(optimizer), seed)
+        optimizer.step()
+        assert buffer_dtypes(optimizer) == {torch.float32}
+        assert_within(flat(params_of(optimizer)), exact.param, exact.param_error)
+        buffers = flat([momentum_buffer(optimizer, p) for p in params_of(optimizer)])
+        assert_within(buffers, exact.buffer, exact.buffer_error)
+
+
+def test_small_gradients_vanish_in_momentum_of_bfloat16_and_not_of_float32():
+    """What the option is for: 2^-9 of a buffer near 1 is lost in the 8 bits of bfloat16."""
+    ends = []
+    for option in ({}, WIDE):
+        param = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        optimizer = fastnn.optim.SGD([param], lr=2.0**-10, momentum=1.0, **option)
+        for grad in [1.0] + 64 * [2.0**-9]:
+            param.grad = torch.full_like(param, grad)
+            optimizer.step()
+        ends.append(momentum_buffer(optimizer, param).item())
+    assert ends == [1.0, 1.125]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_momentum_dtype_is_without_effect_on_wider_parameters(dtype):
+    plain, asked = (
+        fastnn.optim.SGD(make_params((5, 3), dtype=dtype), **EVERYTHING, **option)
+        for option in ({}, WIDE)
+    )
+    for optimizer in (plain, asked):
+        train(optimizer, 3)
+    assert buffer_dtypes(asked) == {dtype}
+    assert torch.equal(params_of(plain)[0], params_of(asked)[0])
+
+
+def test_groups_have_their_own_momentum_dtype():
+    params = make_params((5, 3), (7,), (2,), dtype=torch.bfloat16)
+    optimizer = fastnn.optim.SGD([{"params": params[0], **WIDE}, {"params": params[1]}], **MOMENTUM)
+    assert "momentum_dtype" not in optimizer.param_groups[1]
+    optimizer.add_param_group({"params": params[2], **WIDE})
+    train(optimizer, 2)
+    dtypes = [momentum_buffer(optimizer, param).dtype for param in params]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_groups_added_later_have_the_optimizers_momentum_dtype():
+    params = make_params((5, 3), (7,), dtype=torch.float16)
+    optimizer = fastnn.optim.SGD(params[:1], **MOMENTUM, **WIDE)
+    optimizer.add_param_group({"params": params[1]})
+    train(optimizer, 2)
+    assert buffer_dtypes(optimizer) == {torch.float32}
+
+
+@pytest.mark.parametrize("wrong", [torch.bfloat16, torch.float64, torch.int32, "float32"], ids=str)
+def test_other_momentum_dtypes_raise(wrong):
+    params = make_params((5, 3), dtype=torch.bfloat16)
+    expected = "momentum_dtype: expected None or torch.float32, got"
+    with pytest.raises(ValueError, match=expected):
+        fastnn.optim.SGD(params, lr=0.1, momentum_dtype=wrong)
+    with pytest.raises(ValueError, match=expected):
+        fastnn.optim.SGD([{"params": params, "momentum_dtype": wrong}], lr=0.1)
+    optimizer = fastnn.optim.SGD(make_params((2,)), lr=0.1)
+    with pytest.raises(ValueError, match=expected):
+        optimizer.add_param_group({"params": params, "momentum_dtype": wrong})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+def test_copies_have_their_momentum_in_float32_too(duplicate):
+    optimizer = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM, **WIDE)
+    train(optimizer, 2)
+    copied = duplicate(optimizer)
+    for either in (optimizer, copied):
+        train(either, 2, first_seed=10)
+    assert buffer_dtypes(copied) == {torch.float32}
+    (param,), (copied_param,) = params_of(optimizer), params_of(copied)
+    assert torch.equal(param, copied_param)
+    copied_buffer = momentum_buffer(copied, copied_param)
+    assert torch.equal(momentum_buffer(optimizer, param), copied_buffer)
+    copied.add_param_group({"params": make_params((2,), dtype=torch.bfloat16)})
+    assert copied.param_groups[1]["momentum_dtype"] == torch.float32
+
+
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_float32_momentum_survives_saving(asked_again):
+    """To the last bit, where torch's loading would round it to the parameters' dtype."""
+    saved = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **EVERYTHING, **WIDE)
+    train(saved, 3)
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    params = [torch.nn.Parameter(param.detach().clone()) for param in params_of(saved)]
+    loaded = fastnn.optim.SGD(params, lr=123.0, **(WIDE if asked_again else {}))
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for optimizer in (saved, loaded):
+        train(optimizer, 2, first_seed=10)
+    assert buffer_dtypes(loaded) == {torch.float32}
+    for mine, theirs in zip(params_of(saved), params_of(loaded), strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(momentum_buffer(saved, mine), momentum_buffer(loaded, theirs))
+
+
+def test_float32_momentum_passes_to_torch_and_back():
+    """In the parameters' dtype, the only one torch loads; and in float32 again."""
+    start = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **EVERYTHING, **WIDE)
+    train(start, 3)
+    (param,) = params_of(start)
+    stock = torch.optim.SGD([torch.nn.Parameter(param.detach().clone())], lr=123.0)
+    stock.load_state_dict(start.state_dict())
+    assert buffer_dtypes(stock) == {torch.bfloat16}
+    train(stock, 1, first_seed=10)
+    state = stock.state_dict()
+    for group in state["param_groups"]:
+        group.pop("momentum_dtype")  # as of one that torch alone has made
+    back = fastnn.optim.SGD([torch.nn.Parameter(param.detach().clone())], lr=123.0, **WIDE)
+    back.load_state_dict(state)
+    assert back.param_groups[0]["lr"] == EVERYTHING["lr"]
+    assert buffer_dtypes(back) == {torch.float32}
+    train(back, 1, first_seed=11)
+    assert buffer_dtypes(back) == {torch.float32}
+
+
+def test_float32_momentum_is_loaded_from_what_the_hooks_hand_on():
+    saved = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM, **WIDE)
+    train(saved, 1)
+    loaded = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM, **WIDE)
+    loaded.register_load_state_dict_pre_hook(
+        lambda _, state: {**state, "state": {0: {"momentum_buffer": torch.full((5, 3), 1 / 3)}}}
+    )
+    loaded.load_state_dict(saved.state_dict())
+    (param,) = params_of(loaded)
+    assert torch.equal(momentum_buffer(loaded, param), torch.full((5, 3), 1 / 3))
+
+
+@needs_extension
+def test_momentum_in_the_parameters_dtype_stays_such_until_it_is_loaded():
+    """A buffer is stepped as it is: switched on later, the option is of first steps."""
+    optimizer = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM)
+    train(optimizer, 1)
+    optimizer.param_groups[0].update(WIDE)
+    train(optimizer, 1)
+    assert buffer_dtypes(optimizer) == {torch.bfloat16}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert buffer_dtypes(optimizer) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_float32_buffers_are_stepped_without_the_option_too(dtype):
+    """Whoever put them into the state."""
+    start = make_params((5, 3), dtype=dtype)
+    optimizer = fastnn.optim.SGD(start, **EVERYTHING)
+    exact = ExactRun(flat(start), dtype, compute_dtype(dtype), torch.float32)
+    exact.buffer = torch.full_like(exact.param, 1 / 3).float().double()
+    optimizer.state[start[0]]["momentum_buffer"] = torch.full((5, 3), 1 / 3)
+    for seed in range(3):
+        set_grads(start, seed)
+        exact.step(flat([start[0].grad]), **{"nesterov": False, "maximize": False, **EVERYTHING})
+        optimizer.step()
+        assert_within(flat(start), exact.param, exact.param_error)
+        buffer = momentum_buffer(optimizer, start[0])
+        assert buffer.dtype == torch.float32
+        assert_within(flat([buffer]), exact.buffer, exact.buffer_error)
+
+
+def test_torchs_own_path_has_float32_momentum_too():
+    """Beside a parameter of ours, and with differentiable=True."""
+    tagged = TaggedParameter(torch.ones(3, dtype=torch.bfloat16))
+    plain = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    tensor = torch.ones(3, dtype=torch.bfloat16)  # which autograd lets step in place
+    for params, option in (([tagged, plain], {}), ([tensor], {"differentiable": True})):
+        optimizer = fastnn.optim.SGD(params, **MOMENTUM, **WIDE, **option)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.full_like(param, 1 / 3)
+            optimizer.step()
+            assert buffer_dtypes(optimizer) == {torch.float32}
+        third = torch.tensor(1 / 3, dtype=torch.bfloat16).float()
         for param in params:
-            param.grad = param.detach().flip(0)
-            optimizer.state[param]["momentum_buffer"] = torch.ones_like(param, dtype=torch.float32)
-        optimizer.step()
-        optimizer.step()
-        buffers = [optimizer.state[param]["momentum_buffer"] for param in params]
-        assert all(buffer.dtype == torch.float32 for buffer in buffers)
-        assert not any(map(torch.equal, params, start))
-        stepped.append([*params, *buffers])
-    assert all(map(torch.equal, *stepped))
+            # One rounding of the product, one of the sum.
+            expected = (third + 0.9 * third).expand(3)
+            buffer = momentum_buffer(optimizer, param)
+            torch.testing.assert_close(buffer, expected, rtol=2 * 2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize("overflowing_steps", [{0}, {0, 1}, {2}], ids=str)
+@pytest.mark.usefixtures("scalars_stay_on_device")
+@needs_extension
+def test_float32_momentum_where_the_kernels_skip_a_step(overflowing_steps):
+    """The steps that are left are those of a run without the others, to the last bit."""
+    results = []
+    for run in ("with", "without"):
+        params = make_params((5, 3), (7,), dtype=torch.float16)
+        optimizer = fastnn.optim.SGD(params, **MOMENTUM, **WIDE, fused=True)
+        optimizer.grad_scale = torch.tensor(4.0)
+        for step in range(4):
+            if run == "without" and step in overflowing_steps:
+                continue
+            optimizer.found_inf = torch.tensor(float(step in overflowing_steps))
+            set_grads(params, step)
+            optimizer.step()
+        assert buffer_dtypes(optimizer) == {torch.float32}
+        results.append([*params, *(momentum_buffer(optimizer, param) for param in params)])
+    assert all(map(torch.equal, *results))
 
 
 def test_no_warnings_in_a_plain_training():

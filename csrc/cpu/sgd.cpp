@@ -28,11 +28,19 @@ std::vector<Chunk> split(const std::vector<SGDItem>& items) {
 }
 
 void step_chunk(const Chunk& chunk, const simd::SGD& options, double grad_scale) {
-  dispatch(chunk.item->param.scalar_type(), "sgd_step_", [&]<typename T>() {
-    const auto at_begin = [&](const at::Tensor& tensor) { return data<T>(tensor) + chunk.begin; };
-    kernels<T>().sgd_step(at_begin(chunk.item->param), at_begin(chunk.item->grad),
-                          chunk.item->buffer.defined() ? at_begin(chunk.item->buffer) : nullptr,
-                          chunk.size, options, grad_scale);
+  const SGDItem& item = *chunk.item;
+  dispatch(item.param.scalar_type(), "sgd_step_", [&]<typename T>() {
+    const auto step = [&](auto kernel, auto* buffer) {
+      kernel(data<T>(item.param) + chunk.begin, data<T>(item.grad) + chunk.begin, buffer,
+             chunk.size, options, grad_scale);
+    };
+    if (!item.buffer.defined()) {
+      step(kernels<T>().sgd_step, static_cast<T*>(nullptr));
+    } else if (item.buffer.scalar_type() == item.param.scalar_type()) {
+      step(kernels<T>().sgd_step, data<T>(item.buffer) + chunk.begin);
+    } else {
+      step(kernels<T>().sgd_step_wide, data<accum<T>>(item.buffer) + chunk.begin);
+    }
   });
 }
 

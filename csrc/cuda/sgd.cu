@@ -1,4 +1,5 @@
-// sgd_step_ on CUDA: a launch for each hundred tensors or so, of one device and dtype.
+// sgd_step_ on CUDA: a launch for each hundred tensors or so, of one device and one dtype each of
+// parameters and momentum buffers.
 #include "ops/sgd.h"
 
 #include <c10/core/TensorOptions.h>
@@ -40,21 +41,32 @@ DeviceScalar device_scalar(const std::optional<at::Tensor>& scalar) {
   return {scalar->const_data_ptr(), scalar->scalar_type() == at::kDouble};
 }
 
-// The parameters [first, last) of lists on one device and of one dtype.
+template <typename T, typename B, bool kMomentum>
+void launch_steps(const std::vector<SGDItem>& items, const SGDOptions& options) {
+  SGDLauncher<T, B, kMomentum> launcher(options, c10::cuda::getCurrentCUDAStream());
+  for (const SGDItem& item : items) {
+    launcher.add(item.param.data_ptr<T>(), item.grad.data_ptr<T>(),
+                 kMomentum ? item.buffer.data_ptr<B>() : nullptr, item.param.numel());
+  }
+  launcher.launch();
+}
+
+// The parameters [first, last) of lists on one device and of one dtype each.
 void step_range(const Lists& lists, size_t first, size_t last, const SGDOptions& options) {
-  const bool has_momentum = !lists.momentum_buffers.empty();
   std::vector<SGDItem> items;
   items.reserve(last - first);
   for (size_t i = first; i < last; ++i) {
     items.push_back(sgd_item(lists.params, lists.grads, lists.momentum_buffers, i));
   }
   dispatch(lists.params[first].scalar_type(), "sgd_step_", [&]<typename T>() {
-    SGDLauncher<T> launcher(options, has_momentum, c10::cuda::getCurrentCUDAStream());
-    for (const SGDItem& item : items) {
-      launcher.add(item.param.data_ptr<T>(), item.grad.data_ptr<T>(),
-                   has_momentum ? item.buffer.data_ptr<T>() : nullptr, item.param.numel());
+    const at::Tensor& buffer = items[0].buffer;
+    if (!buffer.defined()) {
+      launch_steps<T, T, false>(items, options);
+    } else if (buffer.scalar_type() == items[0].param.scalar_type()) {
+      launch_steps<T, T, true>(items, options);
+    } else {
+      launch_steps<T, accum<T>, true>(items, options);
     }
-    launcher.launch();
   });
   // Whether the scale is 1 is known to the device only; where it is, this changes nothing.
   const bool grads_changed = options.grad_scale.data != nullptr;
@@ -73,15 +85,19 @@ void step_on_device(const Lists& lists, SGDOptions options, const Scalars& scala
                 [&](size_t first, size_t last) { step_range(lists, first, last, options); });
 }
 
-// Calls f with the lists of each device and dtype, in the order of their first parameters.
+// Calls f with the lists of each device and dtypes, in the order of their first parameters.
 template <typename F>
 void for_each_device_and_dtype(at::TensorList params, at::TensorList grads,
                                at::TensorList momentum_buffers, F f) {
   std::vector<Lists> groups;
+  const auto are_alike = [](const at::Tensor& a, const at::Tensor& b) {
+    return a.device() == b.device() && a.scalar_type() == b.scalar_type();
+  };
   for (size_t i = 0; i < params.size(); ++i) {
     const auto has_room = [&](const Lists& group) {
-      return group.params[0].device() == params[i].device() &&
-             group.params[0].scalar_type() == params[i].scalar_type();
+      return are_alike(group.params[0], params[i]) &&
+             (momentum_buffers.empty() ||
+              are_alike(group.momentum_buffers[0], momentum_buffers[i]));
     };
     auto group = std::find_if(groups.begin(), groups.end(), has_room);
     if (group == groups.end()) group = groups.emplace(groups.end());

@@ -3,8 +3,9 @@
 //
 // Moves for each element 5 numbers with momentum (parameter and buffer read and written, the
 // gradient read), 4 at a first step, 3 without momentum, and one more where gradients are unscaled:
-// on a GPU with B bytes/s the bound is 5 * n * sizeof(T) / B seconds; ten flop to an element at the
-// most are far below what it does meanwhile. To reach it there must be B * 600 ns or so of bytes on
+// on a GPU with B bytes/s the bound is 5 * n * sizeof(T) / B seconds, or 14 * n / B where two-byte
+// parameters have four-byte buffers; ten flop to an element at the most are far below what it does
+// meanwhile. To reach it there must be B * 600 ns or so of bytes on
 // their way, 15 KiB for each multiprocessor of an H100 and 32 of a B200: the threads that fit one
 // ask for 48 bytes each, 1536 of them for 72 KiB.
 #pragma once
@@ -45,21 +46,22 @@ struct SGDOptions {
   DeviceScalar found_inf = {};   // where not zero, nothing is done
 };
 
-// The tensors of a launch, each of which has blocks for all its elements.
-template <typename T>
+// The tensors of a launch, each of which has blocks for all its elements. The momentum buffers'
+// type B is T or wider.
+template <typename T, typename B>
 struct SGDTensors {
   int count = 0;
   unsigned first_block[kSGDTensors + 1] = {};
   int64_t sizes[kSGDTensors];
   T* params[kSGDTensors];
   T* grads[kSGDTensors];
-  T* buffers[kSGDTensors];  // null without momentum
+  B* buffers[kSGDTensors];  // null without momentum
 };
-static_assert(sizeof(SGDTensors<float>) + sizeof(SGDOptions) <= 4096);
+static_assert(sizeof(SGDTensors<float, float>) + sizeof(SGDOptions) <= 4096);
 
 // The last tensor whose first block is not past `block`.
-template <typename T>
-__device__ int tensor_of_block(const SGDTensors<T>& tensors, unsigned block) {
+template <typename T, typename B>
+__device__ int tensor_of_block(const SGDTensors<T, B>& tensors, unsigned block) {
   int low = 0, high = tensors.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -107,13 +109,16 @@ struct SGDStep {
 };
 
 // One tensor's pointers.
-template <typename T, bool kMomentum>
+template <typename T, typename B, bool kMomentum>
 struct SGDPointers {
+  // Of the buffer to a vector of the others.
+  static constexpr int kBufferVecs = kVecSize<T> / kVecSize<B>;
+
   T* param;
   T* grad;
-  T* buffer;
+  B* buffer;
 
-  // Whether 16-byte boundaries come at the same elements of all.
+  // Whether the others are at a 16-byte boundary wherever the parameter is.
   __device__ bool are_co_aligned() const {
     return co_aligned(param, grad) && (!kMomentum || co_aligned(param, buffer));
   }
@@ -126,7 +131,7 @@ struct SGDPointers {
     step(x, g, b);
     param[i] = T(x);
     if (step.unscales()) grad[i] = T(g);
-    if (kMomentum) buffer[i] = T(b);
+    if (kMomentum) buffer[i] = B(b);
   }
 
   // The vector at element i, a 16-byte boundary in all.
@@ -134,30 +139,40 @@ struct SGDPointers {
   __device__ void step_vector(const SGDStep<A, kMomentum>& step, int64_t i) const {
     Vec<T> x = load_vec(param + i, /*aligned=*/true);
     Vec<T> g = load_vec(grad + i, /*aligned=*/true);
-    Vec<T> b = {};
-    if (kMomentum && !step.is_first_step) b = load_vec(buffer + i, /*aligned=*/true);
+    Vec<B> b[kBufferVecs] = {};
+    if (kMomentum && !step.is_first_step) {
+#pragma unroll
+      for (int v = 0; v < kBufferVecs; ++v) {
+        b[v] = load_vec(buffer + i + v * kVecSize<B>, /*aligned=*/true);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kVecSize<T>; ++j) {
-      A xj = A(x.values[j]), gj = A(g.values[j]), bj = A(b.values[j]);
+      B& stored = b[j / kVecSize<B>].values[j % kVecSize<B>];
+      A xj = A(x.values[j]), gj = A(g.values[j]), bj = A(stored);
       step(xj, gj, bj);
       x.values[j] = T(xj);
       g.values[j] = T(gj);
-      b.values[j] = T(bj);
+      stored = B(bj);
     }
     store_vec(param + i, /*aligned=*/true, x);
     if (step.unscales()) store_vec(grad + i, /*aligned=*/true, g);
-    if (kMomentum) store_vec(buffer + i, /*aligned=*/true, b);
+    if (!kMomentum) return;
+#pragma unroll
+    for (int v = 0; v < kBufferVecs; ++v) {
+      store_vec(buffer + i + v * kVecSize<B>, /*aligned=*/true, b[v]);
+    }
   }
 };
 
-template <typename T, bool kMomentum>
+template <typename T, typename B, bool kMomentum>
 __global__ void __launch_bounds__(kSGDThreads)
-    sgd_step_kernel(SGDTensors<T> tensors, SGDOptions options) {
+    sgd_step_kernel(SGDTensors<T, B> tensors, SGDOptions options) {
   if (options.found_inf.value_or(0) != 0) return;
   const SGDStep<accum<T>, kMomentum> step(options);
   const int t = tensor_of_block(tensors, blockIdx.x);
-  const SGDPointers<T, kMomentum> at{tensors.params[t], tensors.grads[t],
-                                     kMomentum ? tensors.buffers[t] : nullptr};
+  const SGDPointers<T, B, kMomentum> at{tensors.params[t], tensors.grads[t],
+                                        kMomentum ? tensors.buffers[t] : nullptr};
   const int64_t n = tensors.sizes[t];
   const int64_t begin = int64_t(blockIdx.x - tensors.first_block[t]) * kSGDChunk<T>;
 
@@ -185,14 +200,13 @@ __global__ void __launch_bounds__(kSGDThreads)
 // ---- the launches, on the host ----
 
 // Collects tensors and launches whenever a launch is full.
-template <typename T>
+template <typename T, typename B, bool kMomentum>
 class SGDLauncher {
  public:
-  SGDLauncher(const SGDOptions& options, bool has_momentum, cudaStream_t stream)
-      : options_(options), has_momentum_(has_momentum), stream_(stream) {
+  SGDLauncher(const SGDOptions& options, cudaStream_t stream) : options_(options), stream_(stream) {
   }
 
-  void add(T* param, T* grad, T* buffer, int64_t n) {
+  void add(T* param, T* grad, B* buffer, int64_t n) {
     if (n == 0) return;
     // As many as where the tensor starts at the worst alignment.
     const int64_t blocks = ceil_div(n + kVecSize<T> - 1, kSGDChunk<T>);
@@ -209,21 +223,15 @@ class SGDLauncher {
   void launch() {
     const unsigned blocks = tensors_.first_block[tensors_.count];
     if (blocks == 0) return;
-    if (has_momentum_) {
-      FASTNN_LAUNCH((sgd_step_kernel<T, true>), dim3(blocks), dim3(kSGDThreads), 0, stream_,
-                    tensors_, options_);
-    } else {
-      FASTNN_LAUNCH((sgd_step_kernel<T, false>), dim3(blocks), dim3(kSGDThreads), 0, stream_,
-                    tensors_, options_);
-    }
+    FASTNN_LAUNCH((sgd_step_kernel<T, B, kMomentum>), dim3(blocks), dim3(kSGDThreads), 0, stream_,
+                  tensors_, options_);
     tensors_.count = 0;
   }
 
  private:
   SGDOptions options_;
-  bool has_momentum_;
   cudaStream_t stream_;
-  SGDTensors<T> tensors_;
+  SGDTensors<T, B> tensors_;
 };
 
 }  // namespace fastnn::cuda

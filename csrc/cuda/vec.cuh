@@ -58,11 +58,12 @@ struct Peel {
   }
 };
 
-// Whether two pointers reach 16-byte boundaries at the same elements, so that one's peel is the
-// other's. Of rows equally far apart the answer is the same for all.
-template <typename T>
-__device__ inline bool co_aligned(const T* a, const T* b) {
-  return elements_past_boundary(a) == elements_past_boundary(b);
+// Whether b is at a 16-byte boundary wherever a is, so that a's peel is b's. Of rows equally far
+// apart the answer is the same for all.
+template <typename T, typename U>
+__device__ inline bool co_aligned(const T* a, const U* b) {
+  static_assert(sizeof(U) >= sizeof(T), "then a's vector is one or several of b's");
+  return elements_past_boundary(a) % kVecSize<U> == elements_past_boundary(b);
 }
 
 // kVecSize neighbouring elements; `aligned` says whether p is at a 16-byte boundary. Where it

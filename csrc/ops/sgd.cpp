@@ -1,5 +1,6 @@
 #include "ops/sgd.h"
 
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -50,19 +51,32 @@ bool sgd_takes(const at::Tensor& param) {
          !param.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
-bool sgd_takes(const at::Tensor& param, const at::Tensor& other) {
-  return sgd_takes(other) && other.scalar_type() == param.scalar_type() &&
-         other.sym_sizes() == param.sym_sizes();
+bool sgd_takes_grad(const at::Tensor& param, const at::Tensor& grad) {
+  return sgd_takes(grad) && grad.scalar_type() == param.scalar_type() &&
+         grad.sym_sizes() == param.sym_sizes();
+}
+
+bool sgd_takes_buffer(const at::Tensor& param, const at::Tensor& buffer) {
+  return sgd_takes(buffer) && is_buffer_dtype(buffer.scalar_type(), param) &&
+         buffer.sym_sizes() == param.sym_sizes();
+}
+
+bool is_buffer_dtype(at::ScalarType dtype, const at::Tensor& param) {
+  return dtype == param.scalar_type() || dtype == at::toOpMathType(param.scalar_type());
 }
 
 namespace {
 
 // Raises unless `tensor`, entry i of the list `name`, can be stepped with its parameter.
-void check_entry(const char* name, size_t i, const at::Tensor& tensor, const at::Tensor& param) {
+void check_entry(const char* name, size_t i, const at::Tensor& tensor, const at::Tensor& param,
+                 bool is_buffer) {
+  const at::ScalarType dtype = param.scalar_type();
+  const at::ScalarType or_dtype = is_buffer ? at::toOpMathType(dtype) : dtype;
   TORCH_CHECK(tensor.device() == param.device(), "sgd_step_: expected ", name, "[", i,
               "] on its parameter's device ", param.device(), ", but it is on ", tensor.device());
-  TORCH_CHECK(tensor.scalar_type() == param.scalar_type(), "sgd_step_: expected ", name, "[", i,
-              "] to have its parameter's dtype ", param.scalar_type(), ", but got ",
+  TORCH_CHECK(tensor.scalar_type() == dtype || tensor.scalar_type() == or_dtype,
+              "sgd_step_: expected ", name, "[", i, "] to have its parameter's dtype ", dtype,
+              or_dtype == dtype ? "" : c10::str(" or ", or_dtype), ", but got ",
               tensor.scalar_type());
   TORCH_CHECK(tensor.layout() == at::kStrided, "sgd_step_: expected ", name, "[", i,
               "] to be dense, but got layout ", tensor.layout());
@@ -70,16 +84,19 @@ void check_entry(const char* name, size_t i, const at::Tensor& tensor, const at:
               "] to have its parameter's shape ", param.sizes(), ", but got ", tensor.sizes());
 }
 
-void check_list(const char* name, at::TensorList tensors, at::TensorList params) {
+void check_list(const char* name, at::TensorList tensors, at::TensorList params,
+                bool is_buffers = false) {
   TORCH_CHECK(tensors.size() == params.size(), "sgd_step_: expected as many ", name, " as params (",
               params.size(), "), but got ", tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) check_entry(name, i, tensors[i], params[i]);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_entry(name, i, tensors[i], params[i], is_buffers);
+  }
 }
 
 // A tensor as one run of memory in the parameter's order: itself where it lies so, else a copy.
 at::Tensor in_order_of(const at::Tensor& param, const at::Tensor& tensor) {
   if (param.is_non_overlapping_and_dense() && tensor.strides() == param.strides()) return tensor;
-  return at::empty_like(param).copy_(tensor);
+  return at::empty_like(param, tensor.options()).copy_(tensor);
 }
 
 void copy_back(const at::Tensor& flat, const at::Tensor& tensor) {
@@ -99,12 +116,12 @@ std::pair<const char*, const char*> extent(const at::Tensor& tensor) {
 void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                      double momentum) {
   check_list("params", params, params);
-  check_list("grads", grads, params);
-  if (momentum != 0) check_list("momentum_buffers", momentum_buffers, params);
   for (const auto& param : params) {
     TORCH_CHECK(is_supported_dtype(param.scalar_type()), "sgd_step_: expected params of dtype ",
                 "float64, float32, bfloat16 or float16, but got ", param.scalar_type());
   }
+  check_list("grads", grads, params);
+  if (momentum != 0) check_list("momentum_buffers", momentum_buffers, params, /*is_buffers=*/true);
 }
 
 void check_sgd_scalar(const char* name, const std::optional<at::Tensor>& scalar) {

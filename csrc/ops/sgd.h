@@ -22,9 +22,15 @@ void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momen
                const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf);
 
-// Whether the operator takes a parameter with this gradient or momentum buffer; any strides do.
+// Whether the operator takes a parameter, and with it this gradient or momentum buffer; any strides
+// do.
 bool sgd_takes(const at::Tensor& param);
-bool sgd_takes(const at::Tensor& param, const at::Tensor& other);
+bool sgd_takes_grad(const at::Tensor& param, const at::Tensor& grad);
+bool sgd_takes_buffer(const at::Tensor& param, const at::Tensor& buffer);
+
+// Whether a parameter's momentum buffer may be of this dtype: the parameter's own, or that which it
+// is computed in.
+bool is_buffer_dtype(at::ScalarType dtype, const at::Tensor& param);
 
 // What the launchers of all devices share.
 
@@ -32,7 +38,7 @@ bool sgd_takes(const at::Tensor& param, const at::Tensor& other);
 struct SGDItem {
   at::Tensor param;
   at::Tensor grad;
-  at::Tensor buffer;  // undefined without momentum
+  at::Tensor buffer;  // undefined without momentum; its dtype may be another, see above
 };
 
 // Raises unless every list fits `params`. `momentum_buffers` is empty where momentum is zero.

@@ -82,7 +82,8 @@ void save_buffer(const py::dict& state, PyObject* param, const at::Tensor& buffe
 py::list sgd_step_group(const py::list& params, const py::dict& state,
                         const std::variant<double, at::Tensor>& lr, double momentum,
                         double dampening, double weight_decay, bool nesterov, bool maximize,
-                        bool all_or_nothing, const std::optional<at::Tensor>& grad_scale,
+                        bool all_or_nothing, const std::optional<at::ScalarType>& momentum_dtype,
+                        const std::optional<at::Tensor>& grad_scale,
                         const std::optional<at::Tensor>& found_inf) {
   const bool has_momentum = momentum != 0;
   Batch first, later;
@@ -95,9 +96,9 @@ py::list sgd_step_group(const py::list& params, const py::dict& state,
     if (!grad.defined()) continue;
     PyObject* buffer = has_momentum ? state_reader.find_buffer(object.ptr()) : nullptr;
     const bool fits =
-        THPVariable_CheckExact(object.ptr()) && sgd_takes(param) && sgd_takes(param, grad) &&
+        THPVariable_CheckExact(object.ptr()) && sgd_takes(param) && sgd_takes_grad(param, grad) &&
         (buffer == nullptr ||
-         (THPVariable_CheckExact(buffer) && sgd_takes(param, THPVariable_Unpack(buffer))));
+         (THPVariable_CheckExact(buffer) && sgd_takes_buffer(param, THPVariable_Unpack(buffer))));
     if (!fits) {
       rest.append(object);
       continue;
@@ -112,7 +113,10 @@ py::list sgd_step_group(const py::list& params, const py::dict& state,
   if (all_or_nothing && !rest.empty()) return rest;
 
   for (const at::Tensor& param : first.params) {
-    first.buffers.push_back(found_inf ? at::zeros_like(param) : at::empty_like(param));
+    const bool is_asked = momentum_dtype && is_buffer_dtype(*momentum_dtype, param);
+    const auto options = param.options().dtype(is_asked ? *momentum_dtype : param.scalar_type());
+    first.buffers.push_back(found_inf ? at::zeros_like(param, options)
+                                      : at::empty_like(param, options));
   }
   const auto step = [&](const Batch& batch, bool is_first_step) {
     if (batch.params.empty()) return;

@@ -12,11 +12,14 @@ namespace fastnn::python {
 // buffers of those whose first step it is into `state`. Returns the other parameters that have a
 // gradient, untouched. With `all_or_nothing`, where there are any of these, nothing is done. Where
 // `found_inf` is not zero nothing is stepped; the momentum buffers that a first step makes are then
-// zeros, after which the next step is a first one, if without dampening.
+// zeros, after which the next step is a first one, if without dampening. They are of
+// `momentum_dtype` where parameters can have such buffers, else of the parameters' dtypes.
 pybind11::list sgd_step_group(const pybind11::list& params, const pybind11::dict& state,
                               const std::variant<double, at::Tensor>& lr, double momentum,
                               double dampening, double weight_decay, bool nesterov, bool maximize,
-                              bool all_or_nothing, const std::optional<at::Tensor>& grad_scale,
+                              bool all_or_nothing,
+                              const std::optional<at::ScalarType>& momentum_dtype,
+                              const std::optional<at::Tensor>& grad_scale,
                               const std::optional<at::Tensor>& found_inf);
 
 // Sets the parameters' gradients to None.

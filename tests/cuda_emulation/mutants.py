@@ -115,8 +115,8 @@ MUTANTS = [
         "co_aligned",
         "vec.cuh",
         "takes all operands for aligned alike",
-        "return elements_past_boundary(a) == elements_past_boundary(b);",
-        "return elements_past_boundary(a) >= 0 || a == b;",
+        "return elements_past_boundary(a) % kVecSize<U> == elements_past_boundary(b);",
+        "return elements_past_boundary(a) >= 0 || elements_past_boundary(b) >= 0;",
         "log_softmax",
     ),
     Mutant(
@@ -487,6 +487,22 @@ MUTANTS = [
         "weight decay in the storage type",
         "direction += weight_decay * param;",
         "direction += A(float(c10::BFloat16(float(weight_decay)))) * param;",
+        "sgd",
+    ),
+    Mutant(
+        "sgd_step_kernel",
+        "sgd_kernels.cuh",
+        "the first vector of a wider buffer in place of the second",
+        "b[v] = load_vec(buffer + i + v * kVecSize<B>, /*aligned=*/true);",
+        "b[v] = load_vec(buffer + i, /*aligned=*/true);",
+        "sgd",
+    ),
+    Mutant(
+        "sgd_step_kernel",
+        "sgd_kernels.cuh",
+        "a wider buffer rounded to the parameter's type",
+        "stored = B(bj);",
+        "stored = B(T(bj));",
         "sgd",
     ),
     Mutant(

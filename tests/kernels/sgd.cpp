@@ -3,36 +3,45 @@
 namespace fastnn::tests {
 namespace {
 
-template <typename T>
+template <typename T, typename B>
 struct State {
   Buffer<T> param;
   Buffer<T> grad;
-  Buffer<T> momentum_buffer;
+  Buffer<B> momentum_buffer;
 };
 
+// The kernel for momentum buffers of B.
+template <typename T, typename B>
+auto kernel_of(const Target& target) {
+  if constexpr (std::is_same_v<T, B>) {
+    return target.kernels<T>().sgd_step;
+  } else {
+    return target.kernels<T>().sgd_step_wide;
+  }
+}
+
 // In chunks of a fixed size, as the launcher steps them.
-template <typename T>
+template <typename T, typename B>
 void step(const Target& target, int threads, const simd::SGD& options, double grad_scale,
-          State<T>& state) {
+          State<T, B>& state) {
   constexpr int64_t kChunk = 41;
   const int64_t n = state.param.size();
   parallel_for(threads, (n + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * kChunk; i < std::min(end * kChunk, n); i += kChunk) {
-      target.kernels<T>().sgd_step(
-          state.param.data() + i, state.grad.data() + i,
-          options.momentum == 0 ? nullptr : state.momentum_buffer.data() + i,
-          std::min(kChunk, n - i), options, grad_scale);
+      kernel_of<T, B>(target)(state.param.data() + i, state.grad.data() + i,
+                              options.momentum == 0 ? nullptr : state.momentum_buffer.data() + i,
+                              std::min(kChunk, n - i), options, grad_scale);
     }
   });
 }
 
-template <typename T>
+template <typename T, typename B>
 void sgd_step(const Target& target, int64_t n, int64_t offset, const simd::SGD& options,
               double grad_scale) {
-  const State<T> before{random_buffer<T>(n, offset), random_buffer<T>(n, offset),
-                        random_buffer<T>(n, offset)};
+  const State<T, B> before{random_buffer<T>(n, offset), random_buffer<T>(n, offset),
+                           random_buffer<B>(n, offset)};
   const auto [param, grad, momentum_buffer] = same_on_any_threads([&](int threads) {
-    State<T> state = before;
+    State<T, B> state = before;
     step(target, threads, options, grad_scale, state);
     return std::tuple(state.param, state.grad, state.momentum_buffer);
   });
@@ -63,16 +72,23 @@ const Case kCases[] = {
     {{0.1, 0.9, 0, 0, true, true, false}, 1},
 };
 
-const Test test("sgd", [](const Target& target) {
-  for_each_dtype([&]<typename T>() {
-    for (const int64_t n : odd_sizes(target.lanes<T>())) {
-      for (const int64_t offset : {0, 1}) {
-        for (const Case& c : kCases) {
-          describe("%s n=%d offset=%d case=%d", kName<T>, int(n), int(offset), int(&c - kCases));
-          sgd_step<T>(target, n, offset, c.options, c.grad_scale);
-        }
+template <typename T, typename B>
+void sgd_steps(const Target& target) {
+  for (const int64_t n : odd_sizes(target.lanes<T>())) {
+    for (const int64_t offset : {0, 1}) {
+      for (const Case& c : kCases) {
+        describe("%s buffer=%s n=%d offset=%d case=%d", kName<T>, kName<B>, int(n), int(offset),
+                 int(&c - kCases));
+        sgd_step<T, B>(target, n, offset, c.options, c.grad_scale);
       }
     }
+  }
+}
+
+const Test test("sgd", [](const Target& target) {
+  for_each_dtype([&]<typename T>() {
+    sgd_steps<T, T>(target);
+    if (!std::is_same_v<T, accum<T>>) sgd_steps<T, accum<T>>(target);
   });
 });
 

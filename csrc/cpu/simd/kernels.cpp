@@ -20,7 +20,8 @@ const Kernels<T>& kernels() {
       .log_softmax_backward = log_softmax_backward<T>,
       .cross_entropy = cross_entropy<T>,
       .cross_entropy_backward = cross_entropy_backward<T>,
-      .sgd_step = sgd_step<T>,
+      .sgd_step = sgd_step<T, T>,
+      .sgd_step_wide = sgd_step<T, accum<T>>,
   };
   return table;
 }

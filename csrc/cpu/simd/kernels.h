@@ -108,6 +108,9 @@ struct Kernels {
   // other than 1 the gradient is divided by it and written back.
   void (*sgd_step)(T* param, T* grad, T* momentum_buffer, int64_t n, const SGD& options,
                    double grad_scale);
+  // The same with a momentum buffer of what T is computed in.
+  void (*sgd_step_wide)(T* param, T* grad, accum<T>* momentum_buffer, int64_t n, const SGD& options,
+                        double grad_scale);
 };
 
 namespace generic {

@@ -6,8 +6,9 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-template <typename T>
-FASTNN_KERNEL void sgd_step(T* param, T* grad, T* momentum_buffer, int64_t n, const SGD& options,
+// `momentum_buffer` is of T or of what it is computed in.
+template <typename T, typename B>
+FASTNN_KERNEL void sgd_step(T* param, T* grad, B* momentum_buffer, int64_t n, const SGD& options,
                             double grad_scale) {
   using A = accum<T>;
   const A lr = A(options.lr);
@@ -33,13 +34,13 @@ FASTNN_KERNEL void sgd_step(T* param, T* grad, T* momentum_buffer, int64_t n, co
     store(param + i, x - lr * d);
   };
 
-  const auto load_whole = [](const T* from) { return load(from); };
-  const auto store_whole = [](T* to, vec<A> value) { store(to, value); };
+  const auto load_whole = [](const auto* from) { return load(from); };
+  const auto store_whole = [](auto* to, vec<A> value) { store(to, value); };
   int64_t i = 0;
   for (; i + kLanes<A> <= n; i += kLanes<A>) step(load_whole, store_whole, i);
   if (i < n) {
-    const auto load_rest = [&](const T* from) { return load_first<T>(from, n - i, 0); };
-    const auto store_rest = [&](T* to, vec<A> value) { store_first(to, n - i, value); };
+    const auto load_rest = [&](const auto* from) { return load_first(from, n - i, 0); };
+    const auto store_rest = [&](auto* to, vec<A> value) { store_first(to, n - i, value); };
     step(load_rest, store_rest, i);
   }
 }

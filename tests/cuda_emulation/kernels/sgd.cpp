@@ -6,16 +6,16 @@ namespace fastnn::cuda::tests {
 namespace {
 
 // One parameter, with each of its tensors at an offset from a 16-byte boundary.
-template <typename T>
+template <typename T, typename B>
 struct Item {
   Buffer<T> param;
   Buffer<T> grad;
-  Buffer<T> buffer;
+  Buffer<B> buffer;
 
   Item(int64_t n, int64_t param_offset, int64_t grad_offset, int64_t buffer_offset)
       : param(random_buffer<T>(n, param_offset)),
         grad(random_buffer<T>(n, grad_offset)),
-        buffer(random_buffer<T>(n, buffer_offset)) {
+        buffer(random_buffer<B>(n, buffer_offset)) {
   }
 };
 
@@ -57,24 +57,32 @@ struct ScalarMemory {
   }
 };
 
-template <typename T>
-void step(std::vector<Item<T>>& items, const Case& c) {
-  const ScalarMemory lr(c.device_lr), scale(c.grad_scale), found(c.found_inf);
-  SGDOptions options = c.options;
-  options.device_lr = lr.get(c.scalars_are_double);
-  options.grad_scale = scale.get(c.scalars_are_double);
-  options.found_inf = found.get(c.scalars_are_double);
-  const bool has_momentum = options.momentum != 0;
-  SGDLauncher<T> launcher(options, has_momentum, nullptr);
-  for (Item<T>& item : items) {
-    launcher.add(item.param.data(), item.grad.data(), has_momentum ? item.buffer.data() : nullptr,
+template <bool kMomentum, typename T, typename B>
+void launch(std::vector<Item<T, B>>& items, const SGDOptions& options) {
+  SGDLauncher<T, B, kMomentum> launcher(options, nullptr);
+  for (Item<T, B>& item : items) {
+    launcher.add(item.param.data(), item.grad.data(), kMomentum ? item.buffer.data() : nullptr,
                  item.param.size());
   }
   launcher.launch();
 }
 
-template <typename T>
-void check(const Item<T>& before, const Item<T>& after, const Case& c) {
+template <typename T, typename B>
+void step(std::vector<Item<T, B>>& items, const Case& c) {
+  const ScalarMemory lr(c.device_lr), scale(c.grad_scale), found(c.found_inf);
+  SGDOptions options = c.options;
+  options.device_lr = lr.get(c.scalars_are_double);
+  options.grad_scale = scale.get(c.scalars_are_double);
+  options.found_inf = found.get(c.scalars_are_double);
+  if (options.momentum != 0) {
+    launch<true>(items, options);
+  } else if constexpr (std::is_same_v<T, B>) {  // without momentum there is no other kernel
+    launch<false>(items, options);
+  }
+}
+
+template <typename T, typename B>
+void check(const Item<T, B>& before, const Item<T, B>& after, const Case& c) {
   constexpr double kRoundings = 8;  // operations on the way to any of the results
   const SGDOptions& o = c.options;
   const double scale = std::isnan(c.grad_scale) ? 1 : c.grad_scale;
@@ -98,49 +106,58 @@ void check(const Item<T>& before, const Item<T>& after, const Case& c) {
   }
 }
 
-template <typename T>
-void run(std::vector<Item<T>>& items, const Case& c) {
-  describe("%s tensors=%d case=%d", kName<T>, int(items.size()), int(&c - kCases));
-  std::vector<Item<T>> before = items;
+template <typename T, typename B>
+void run(std::vector<Item<T, B>>& items, const Case& c) {
+  describe("%s buffer=%s tensors=%d case=%d", kName<T>, kName<B>, int(items.size()),
+           int(&c - kCases));
+  std::vector<Item<T, B>> before = items;
   if (c.options.is_first_step) {
     // What such a buffer holds is nobody's.
-    for (Item<T>& item : items) {
-      for (int64_t i = 0; i < item.buffer.size(); ++i) item.buffer[i] = static_cast<T>(NAN);
+    for (Item<T, B>& item : items) {
+      for (int64_t i = 0; i < item.buffer.size(); ++i) item.buffer[i] = static_cast<B>(NAN);
     }
   }
   step(items, c);
   for (size_t i = 0; i < items.size(); ++i) check(before[i], items[i], c);
 }
 
+template <typename T, typename B>
+void run_cases() {
+  constexpr int64_t w = kVecSize<T>, chunk = kSGDChunk<T>;
+  for (const Case& c : kCases) {
+    if (!std::is_same_v<T, B> && c.options.momentum == 0) continue;
+    std::vector<Item<T, B>> items;
+    for (const int64_t n : {int64_t{0}, int64_t{1}, w - 1, w, w + 1, 5 * w + 1, int64_t{97}}) {
+      items.emplace_back(n, 0, 0, 0);
+      items.emplace_back(n, 1, 1, 1);  // equally misaligned: vectors all the same
+      items.emplace_back(n, w - 1, w - 1, w - 1);
+      items.emplace_back(n, w / 2, w / 2, w / 2);
+      items.emplace_back(n, 0, 1, 0);  // differently: none
+      items.emplace_back(n, 1, 1, 0);
+    }
+    run(items, c);
+  }
+  // Around the end of a block's elements.
+  for (const int64_t n : {chunk - 1, chunk, chunk + 1, 2 * chunk + 3}) {
+    std::vector<Item<T, B>> items;
+    items.emplace_back(n, 0, 0, 0);
+    items.emplace_back(n, w - 1, w - 1, w - 1);
+    items.emplace_back(n, 0, 1, 0);
+    items.emplace_back(3, 0, 0, 0);
+    run(items, kCases[3]);
+  }
+  // More tensors than a launch holds, to the last one and past it.
+  for (const int count : {kSGDTensors, kSGDTensors + 1, 2 * kSGDTensors + 7}) {
+    std::vector<Item<T, B>> items;
+    for (int i = 0; i < count; ++i) items.emplace_back(i % 5, 0, 0, 0);
+    run(items, kCases[3]);
+  }
+}
+
 const Test test("sgd", [] {
   for_each_dtype([]<typename T>() {
-    constexpr int64_t w = kVecSize<T>, chunk = kSGDChunk<T>;
-    for (const Case& c : kCases) {
-      std::vector<Item<T>> items;
-      for (const int64_t n : {int64_t{0}, int64_t{1}, w - 1, w, w + 1, 5 * w + 1, int64_t{97}}) {
-        items.emplace_back(n, 0, 0, 0);
-        items.emplace_back(n, 1, 1, 1);  // equally misaligned: vectors all the same
-        items.emplace_back(n, w - 1, w - 1, w - 1);
-        items.emplace_back(n, 0, 1, 0);  // differently: none
-        items.emplace_back(n, 1, 1, 0);
-      }
-      run(items, c);
-    }
-    // Around the end of a block's elements.
-    for (const int64_t n : {chunk - 1, chunk, chunk + 1, 2 * chunk + 3}) {
-      std::vector<Item<T>> items;
-      items.emplace_back(n, 0, 0, 0);
-      items.emplace_back(n, w - 1, w - 1, w - 1);
-      items.emplace_back(n, 0, 1, 0);
-      items.emplace_back(3, 0, 0, 0);
-      run(items, kCases[3]);
-    }
-    // More tensors than a launch holds, to the last one and past it.
-    for (const int count : {kSGDTensors, kSGDTensors + 1, 2 * kSGDTensors + 7}) {
-      std::vector<Item<T>> items;
-      for (int i = 0; i < count; ++i) items.emplace_back(i % 5, 0, 0, 0);
-      run(items, kCases[3]);
-    }
+    run_cases<T, T>();
+    if (!std::is_same_v<T, accum<T>>) run_cases<T, accum<T>>();
   });
 });
 
