@@ -63,6 +63,7 @@ PTX_TESTS = [
 UNWATCHED_MEMORY = [
     "tests/test_optim.py::test_nothing_stale_is_kept_between_steps[reload_own_state]",
     "tests/test_optim.py::test_copies_train_on_their_own",
+    "tests/test_optim.py::test_copies_have_their_momentum_in_float32_too",
     "tests/test_optim.py::test_from_torch_under_a_scheduler[True]",
 ]
 

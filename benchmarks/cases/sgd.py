@@ -18,10 +18,9 @@ from benchmarks.timing import Sampler
 
 Shapes = list[tuple[int, ...]]
 
-# Parameter and gradient and momentum are read, parameter and momentum are written, 4 bytes each.
-BYTES_PER_ELEMENT = 20
 CHECKED_STEPS = 3  # the first step makes the momentum buffers, the later ones use them
-OPTIONS = {"lr": 0.003, "momentum": 0.9}
+# So large that how far a bfloat16 parameter goes is not lost in its own rounding.
+OPTIONS = {"lr": 0.1, "momentum": 0.9}
 
 
 def resnet18() -> Shapes:
@@ -54,6 +53,11 @@ MODELS = {
 
 def cases() -> list[Case]:
     steps = [_step_case(label, shapes) for label, shapes in MODELS.items()]
+    half = {"shapes": resnet18(), "dtype": torch.bfloat16}
+    steps += [
+        _step_case("resnet18, 62 tensors", **half),
+        _step_case("resnet18, float32 momentum", **half, momentum_dtype=torch.float32),
+    ]
     return steps + [_zero_grad_case(label, shapes) for label, shapes in MODELS.items()]
 
 
@@ -71,23 +75,32 @@ def optimizers() -> dict[str, Callable[[Iterable[Tensor]], Optimizer]]:
 # ---- step ----------------------------------------------------------------------------------------
 
 
-def _step_case(label: str, shapes: Shapes) -> Case:
+def _step_case(
+    label: str,
+    shapes: Shapes,
+    dtype: torch.dtype = torch.float32,
+    momentum_dtype: torch.dtype | None = None,
+) -> Case:
     elements = sum(torch.Size(shape).numel() for shape in shapes)
+    # Parameter and gradient and momentum are read, parameter and momentum are written.
+    bytes_per_element = 3 * dtype.itemsize + 2 * (momentum_dtype or dtype).itemsize
     return Case(
         op="SGD momentum",
         label=label,
-        dtype=torch.float32,
+        dtype=dtype,
         mode="step",
-        inputs=partial(parameters_and_gradients, shapes=shapes),
-        contenders=step_contenders,
+        inputs=partial(parameters_and_gradients, shapes=shapes, dtype=dtype),
+        contenders=wide_momentum_contenders if momentum_dtype else step_contenders,
         reference=step_reference(),
-        work=Work(bytes=BYTES_PER_ELEMENT * elements),
+        work=Work(bytes=bytes_per_element * elements),
         large=elements > 2**20,
     )
 
 
-def parameters_and_gradients(generator: torch.Generator, shapes: Shapes) -> Inputs:
-    tensors = [normal(generator, *shape, dtype=torch.float32) for shape in shapes * 2]
+def parameters_and_gradients(
+    generator: torch.Generator, shapes: Shapes, dtype: torch.dtype = torch.float32
+) -> Inputs:
+    tensors = [normal(generator, *shape, dtype=dtype) for shape in shapes * 2]
     return Inputs((tensors[: len(shapes)], tensors[len(shapes) :]))
 
 
@@ -98,6 +111,27 @@ def step_contenders() -> list[Contender]:
         Step("Apex FusedSGD", _apex_sgd, devices=(CUDA.name,)),
         Step("torch.compile", made["SGD"], compiled=True),
     ]
+
+
+def wide_momentum_contenders() -> list[Contender]:
+    """float32 momentum of narrower parameters, which torch's fused implementation refuses."""
+    made = optimizers()
+    return [
+        Step("fastnn", partial(made["fastnn"], momentum_dtype=torch.float32)),
+        *(Step(name, partial(_with_wide_momentum, made[name])) for name in ("SGD", "SGD foreach")),
+        Step("torch.compile", partial(_with_wide_momentum, made["SGD"]), compiled=True),
+    ]
+
+
+def _with_wide_momentum(
+    make: Callable[[Iterable[Tensor]], Optimizer], params: list[Tensor]
+) -> Optimizer:
+    """As one gets it from torch: by float32 buffers that the first step finds."""
+    optimizer = make(params)
+    for param in params:
+        zeros = torch.zeros_like(param, dtype=torch.float32)
+        optimizer.state[param]["momentum_buffer"] = zeros
+    return optimizer
 
 
 def _apex_sgd(params: Iterable[Tensor]) -> Optimizer:
