@@ -5,9 +5,9 @@
 // gradient read), 4 at a first step, 3 without momentum, and one more where gradients are unscaled:
 // on a GPU with B bytes/s the bound is 5 * n * sizeof(T) / B seconds, or 14 * n / B where two-byte
 // parameters have four-byte buffers; ten flop to an element at the most are far below what it does
-// meanwhile. To reach it there must be B * 600 ns or so of bytes on
-// their way, 15 KiB for each multiprocessor of an H100 and 32 of a B200: the threads that fit one
-// ask for 48 bytes each, 1536 of them for 72 KiB.
+// meanwhile. To reach it there must be B * 600 ns or so of bytes on their way, 15 KiB for each
+// multiprocessor of an H100 and 32 of a B200: the threads that fit one ask for 48 bytes each (64 of
+// wider buffers), 1536 of them for 72 KiB.
 #pragma once
 
 #include "cuda/integers.cuh"
