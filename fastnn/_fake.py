@@ -106,5 +106,17 @@ def _cross_entropy_backward(
 
 @register_fake("fastnn::sgd_step_")
 @register_fake("fastnn::sgd_step_.tensor_lr")
-def _sgd_step_(params: list[Tensor], grads: list[Tensor], *args: object, **kwargs: object) -> None:
-    return None
+def _sgd_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    **options: object,
+) -> None:
+    # One meta tensor among others brings the call here, where nothing would be stepped.
+    for name, tensors in {"grads": grads, "momentum_buffers": momentum_buffers}.items():
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=False)):
+            if tensor.device != param.device:
+                raise RuntimeError(
+                    f"sgd_step_: expected {name}[{i}] on its parameter's device {param.device}, "
+                    f"but it is on {tensor.device}"
+                )

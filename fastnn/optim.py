@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 from torch.optim import optimizer as torch_optimizer
@@ -26,6 +27,8 @@ from fastnn._extension import extension
 
 __all__ = ["SGD"]
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class SGD(torch.optim.SGD):
     r"""Stochastic gradient descent with momentum; :class:`torch.optim.SGD` with our operator.
@@ -36,8 +39,8 @@ class SGD(torch.optim.SGD):
     step. Each process steps its own part of a :class:`~torch.distributed.tensor.DTensor`. What the
     fused pass can't serve (sparse or complex tensors, other tensor subclasses,
     ``differentiable=True``, an ``lr`` that requires a gradient, a gradient or momentum buffer of
-    another dtype or device than its parameter's, but for buffers as ``momentum_dtype`` makes them)
-    takes torch's own path.
+    another dtype or device than its parameter's, but for buffers as ``float32_momentum`` makes
+    them) takes torch's own path.
 
     Args:
         params: iterable of parameters, of named parameters, or of dicts (parameter groups).
@@ -50,14 +53,15 @@ class SGD(torch.optim.SGD):
         foreach, fused: accepted as in torch. All settings compute the same; ``fused=True`` also
             makes ``GradScaler`` hand over its scale instead of unscaling first.
         differentiable: let autograd see the step (default ``False``).
-        momentum_dtype: ``torch.float32`` gives bfloat16 and float16 parameters momentum buffers of
-            float32, in which small gradients don't vanish, at 4 bytes to an element for 2. The
-            default, ``None``, is the parameter's own dtype, as in torch; float32 and float64
-            parameters always have that. A parameter group may have its own.
+        float32_momentum: gives bfloat16 and float16 parameters momentum buffers of float32, in
+            which small gradients don't vanish, at 4 bytes to an element for 2 (default ``False``:
+            of the parameter's dtype, as in torch). A parameter group may have its own. It applies
+            to buffers as they are made or loaded; others stay as they are. A loaded state dict
+            brings its own, if it was saved with one; torch's optimizer rounds such buffers as it
+            loads them. A step under ``torch.compile`` runs our kernels then, not compiled.
 
     Errors: as :class:`torch.optim.SGD` (``ValueError`` for a negative lr, momentum or weight
-    decay, or for Nesterov momentum without momentum or with dampening), and ``ValueError`` for a
-    ``momentum_dtype`` other than these two.
+    decay, or for Nesterov momentum without momentum or with dampening).
 
     Formula: that of :class:`torch.optim.SGD`'s documentation.
 
@@ -69,6 +73,10 @@ class SGD(torch.optim.SGD):
     >>> weight.data
     tensor([0.9000, 0.9000])
     """
+
+    # Whether any group has float32_momentum. A compiled step that looked for it in the groups would
+    # be compiled anew for each lr.
+    _has_float32_momentum = False
 
     def __init__(
         self,
@@ -83,9 +91,8 @@ class SGD(torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        momentum_dtype: torch.dtype | None = None,
+        float32_momentum: bool = False,
     ) -> None:
-        _check_momentum_dtype(momentum_dtype)
         super().__init__(
             params,
             lr,
@@ -98,35 +105,62 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        # Not torch's, so that there is none unless asked for.
-        if momentum_dtype is not None:
-            self.defaults["momentum_dtype"] = momentum_dtype
+        # Not torch's, so that the groups have it only where asked for.
+        if float32_momentum:
+            self.defaults["float32_momentum"] = True
             for group in self.param_groups:
-                group.setdefault("momentum_dtype", momentum_dtype)
+                group.setdefault("float32_momentum", True)
+            self._look_at_groups()
+
+    def _look_at_groups(self) -> None:
+        chosen = (group.get("float32_momentum") for group in self.param_groups)
+        self._has_float32_momentum = any(chosen)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._look_at_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; as torch's, and its ``momentum_dtype`` is checked."""
-        if isinstance(param_group, dict):
-            _check_momentum_dtype(param_group.get("momentum_dtype"))
+        """Adds a parameter group, as torch's does."""
         super().add_param_group(param_group)
+        self._look_at_groups()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of ours or of torch's; of groups with a ``momentum_dtype`` the buffers
-        are loaded in it, where torch would round them to the parameters' dtype."""
-        asked = [group.get("momentum_dtype") for group in self.param_groups]
+        """Loads a state dict of ours or of torch's.
+
+        float32 buffers of groups with ``float32_momentum`` are loaded as they are, where torch
+        rounds them to the parameters' dtype.
+        """
+        asked = [group.get("float32_momentum", False) for group in self.param_groups]
         loaded: dict[str, Any] = {}
-        # The last of the hooks, it sees what the others have made of the dict.
-        with self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)):
+
+        def load_float32_buffers(_: Optimizer) -> None:
+            groups = zip(self.param_groups, loaded["param_groups"], asked, strict=True)
+            for group, saved_group, is_asked in groups:
+                if is_asked:
+                    group.setdefault("float32_momentum", True)
+                self._load_float32_buffers(group, saved_group["params"], loaded["state"])
+            self._look_at_groups()
+
+        with (
+            # The last before it, which sees what the others have made of the state dict.
+            self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)),
+            # The first after it: the others see, and may change, what is loaded.
+            self.register_load_state_dict_post_hook(load_float32_buffers, prepend=True),
+        ):
             super().load_state_dict(state_dict)
-        groups = zip(self.param_groups, loaded["param_groups"], asked, strict=True)
-        for group, saved, dtype in groups:
-            if dtype is not None:
-                group.setdefault("momentum_dtype", dtype)
-            for param, key in zip(group["params"], saved["params"], strict=True):
-                buffer = loaded["state"].get(key, {}).get("momentum_buffer")
-                if buffer is not None and _has_wide_buffer(param, group):
-                    buffer = buffer.to(param.device, group["momentum_dtype"])
-                    self.state[param]["momentum_buffer"] = buffer
+
+    def _load_float32_buffers(
+        self, group: dict[str, Any], keys: list[int], state: dict[int, dict[str, Any]]
+    ) -> None:
+        if not group.get("float32_momentum"):
+            return
+        for param, key in zip(group["params"], keys, strict=True):
+            entry = state.get(key)
+            buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else None
+            if buffer is not None and param.dtype in _HALF:
+                buffer = buffer.to(param.device, torch.float32)
+                self.state[param]["momentum_buffer"] = buffer
 
     @classmethod
     def from_torch(cls, optimizer: torch.optim.SGD) -> SGD:
@@ -169,11 +203,11 @@ class SGD(torch.optim.SGD):
             closure: reevaluates the model and returns the loss, which is then returned.
         """
         if is_compiling():
-            # torch's own loop over the parameters, which the compiler fuses.
-            loss = super().step(closure)
-            for group in self.param_groups:
-                self._widen_buffers(group, group["params"])
-            return loss
+            # torch's own loop over the parameters, which the compiler fuses; but not with buffers
+            # of another dtype than the gradients', which torch neither makes nor always takes.
+            if self._has_float32_momentum:
+                return self._uncompiled_step(closure)
+            return super().step(closure)
         if self._is_observed():
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
@@ -195,6 +229,10 @@ class SGD(torch.optim.SGD):
     @Optimizer.profile_hook_step
     def _observed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         return self._step(closure)
+
+    @_disable_dynamo
+    def _uncompiled_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return SGD.step(self, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters.
@@ -277,6 +315,7 @@ class SGD(torch.optim.SGD):
         buffers: list[Tensor | None] = []
         if group["momentum"] != 0:
             buffers = [self.state[param].get("momentum_buffer") for param in params]
+        are_new = [buffer is None for buffer in buffers]
         if group["fused"]:
             _check_fused(params)
         if grad_scale is not None:
@@ -296,16 +335,10 @@ class SGD(torch.optim.SGD):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
-        for param, buffer in zip(params, buffers, strict=False):
+        for param, buffer, is_new in zip(params, buffers, are_new, strict=False):
+            if is_new and group.get("float32_momentum") and param.dtype in _HALF:
+                buffer = buffer.float()
             self.state[param]["momentum_buffer"] = buffer
-        self._widen_buffers(group, params)
-
-    def _widen_buffers(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Those that torch's step has just made, which have the dtype of the gradients."""
-        for param in params if group.get("momentum_dtype") is not None else []:
-            buffer = self.state.get(param, {}).get("momentum_buffer")
-            if buffer is not None and _has_wide_buffer(param, group):
-                self.state[param]["momentum_buffer"] = buffer.to(group["momentum_dtype"])
 
 
 def _step_fusable(
@@ -327,7 +360,7 @@ def _step_fusable(
         nesterov=group["nesterov"],
         maximize=group["maximize"],
         all_or_nothing=all_or_nothing,
-        momentum_dtype=group.get("momentum_dtype"),
+        float32_momentum=bool(group.get("float32_momentum")),
         **scaling,
     )
 
@@ -352,20 +385,6 @@ def _check_fused(params: list[Tensor]) -> None:
                 f"SGD(fused=True): expected scalar type {param.dtype} for the gradient, as for its "
                 f"parameter, but found {param.grad.dtype}"
             )
-
-
-def _check_momentum_dtype(dtype: object) -> None:
-    if dtype is not None and dtype is not torch.float32:
-        raise ValueError(f"momentum_dtype: expected None or torch.float32, got {dtype!r}")
-
-
-def _has_wide_buffer(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the parameter's momentum buffer is to be of a wider dtype than itself."""
-    return (
-        group.get("momentum_dtype") is not None
-        and param.is_floating_point()
-        and param.dtype.itemsize < group["momentum_dtype"].itemsize
-    )
 
 
 def _is_on_gpu(value: object) -> bool:

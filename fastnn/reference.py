@@ -228,7 +228,7 @@ def cross_entropy(
 
 
 def _check_sgd_lists(params: list[Tensor], **lists: list[Tensor]) -> None:
-    """Raises unless the parameters are floating-point and each list has their dtypes and shapes."""
+    """Raises unless the parameters are floating-point and each list fits them."""
     for i, param in enumerate(params):
         if not param.is_floating_point():
             raise RuntimeError(f"expected params[{i}] to be floating-point, but got {param.dtype}")
@@ -238,11 +238,14 @@ def _check_sgd_lists(params: list[Tensor], **lists: list[Tensor]) -> None:
                 f"expected as many {name} as params ({len(params)}), but got {len(tensors)}"
             )
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            is_wide = name == "momentum_buffers" and tensor.dtype == _compute_dtype(param.dtype)
-            if tensor.shape != param.shape or not (tensor.dtype == param.dtype or is_wide):
+            dtypes = [param.dtype]
+            if name == "momentum_buffers" and _compute_dtype(param.dtype) != param.dtype:
+                dtypes.append(_compute_dtype(param.dtype))
+            if tensor.shape != param.shape or tensor.dtype not in dtypes:
                 raise RuntimeError(
-                    f"expected {name}[{i}] to have its parameter's dtype {param.dtype} and shape "
-                    f"{list(param.shape)}, but got {tensor.dtype} and {list(tensor.shape)}"
+                    f"expected {name}[{i}] to have its parameter's dtype "
+                    f"{' or '.join(map(str, dtypes))} and shape {list(param.shape)}, but got "
+                    f"{tensor.dtype} and {list(tensor.shape)}"
                 )
 
 

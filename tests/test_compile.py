@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 
@@ -210,6 +211,24 @@ def step_of(
     return params, optimizer_class(params, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
+def with_float32_momentum(whose: str, params: list[Tensor], **options) -> fastnn.optim.SGD:
+    """An optimizer of one group that has the option, which comes from there."""
+    if whose == "optimizer":
+        return fastnn.optim.SGD(params, **options, float32_momentum=True)
+    group = {"params": params, "float32_momentum": True}
+    if whose == "added group":
+        optimizer = fastnn.optim.SGD([torch.ones(1)], **options)
+        optimizer.add_param_group(group)
+        optimizer.param_groups.reverse()
+        return optimizer
+    optimizer = fastnn.optim.SGD([group], **options)
+    if whose == "state":
+        state = optimizer.state_dict()
+        optimizer = fastnn.optim.SGD(params, **options)
+        optimizer.load_state_dict(state)
+    return pickle.loads(pickle.dumps(optimizer)) if whose == "pickle" else optimizer
+
+
 @pytest.mark.cpu_only("a compiled step runs torch's loop, without our kernels")
 class TestOptimizer:
     @capability("compile", NO_GRAPH_BREAK, operators=["SGD"])
@@ -247,22 +266,29 @@ class TestOptimizer:
         # 8 operations on numbers of the order of one, 3 times; inductor may fuse their roundings.
         torch.testing.assert_close(params, expected, rtol=0, atol=3 * 8 * 2**-23)
 
-    def test_compiled_step_has_float32_momentum_where_asked(self, fresh_dynamo):
-        """Torch's loop makes the first buffers in the gradients' dtype; we widen them after it."""
-        params, _ = step_of(fastnn.optim.SGD)
-        halves = [param.detach().bfloat16() for param in params]
-        for half in halves:
-            half.grad = half.clone()
-        optimizer = fastnn.optim.SGD(halves, lr=0.1, momentum=0.9, momentum_dtype=torch.float32)
-        compiled = torch.compile(optimizer.step, backend="aot_eager")
-        for _ in range(3):
-            compiled()
-        for half in halves:
-            buffer = optimizer.state[half]["momentum_buffer"]
-            assert buffer.dtype == torch.float32
-            # A gradient g three times: 1 + 0.9 + 0.81 of it, in four roundings.
-            expected = 2.71 * half.grad.float()
-            torch.testing.assert_close(buffer, expected, rtol=4 * 2.0**-24, atol=0)
+    @needs_extension
+    @pytest.mark.parametrize("fused", [None, True])
+    @pytest.mark.parametrize("whose", ["optimizer", "group", "added group", "state", "pickle"])
+    def test_compiled_step_has_float32_momentum_where_asked(self, whose, fused, fresh_dynamo):
+        """As our kernels make it, to the last bit: torch's loop would round the first buffers."""
+        results = []
+        for is_compiled in (True, False):
+            params, _ = step_of(fastnn.optim.SGD)
+            halves = [param.detach().bfloat16() for param in params]
+            options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "fused": fused}
+            optimizer = with_float32_momentum(whose, halves, **options)
+            halves = optimizer.param_groups[0]["params"]  # copies, of a pickle
+            step = optimizer.step
+            if is_compiled:
+                step = torch.compile(step, backend="aot_eager")
+            for _ in range(3):
+                for half in halves:
+                    half.grad = half.detach().clone()
+                step()
+            buffers = [optimizer.state[half]["momentum_buffer"] for half in halves]
+            assert {buffer.dtype for buffer in buffers} == {torch.float32}
+            results.append([*halves, *buffers])
+        assert all(map(torch.equal, *results))
 
     @capability(
         "compile",

@@ -196,12 +196,14 @@ def test_fake_outputs_have_the_real_dtypes(op, dtype):
     ids=["plain", "first", "momentum", "nesterov", "scaled", "skipped"],
 )
 @pytest.mark.capability("compile", "`torch.library.opcheck`", operators=["SGD"])
-def test_opcheck_sgd_step(options):
-    def tensors() -> list[Tensor]:
-        return [torch.randn(3, 5), torch.randn(4, 2).t(), torch.randn(())]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_sgd_step(dtype, options):
+    def tensors(dtype: torch.dtype) -> list[Tensor]:
+        shapes = [torch.randn(3, 5), torch.randn(4, 2).t(), torch.randn(())]
+        return [tensor.to(dtype) for tensor in shapes]
 
-    buffers = tensors() if options.get("momentum") else []
-    arguments = (tensors(), tensors(), buffers)
+    buffers = tensors(torch.float32) if options.get("momentum") else []
+    arguments = (tensors(dtype), tensors(dtype), buffers)
     options = tree_map_only(Tensor, on_device, options)
     opcheck(torch.ops.fastnn.sgd_step_.default, arguments, {"lr": 0.1, **options})
 

@@ -21,6 +21,7 @@ from conftest import needs_extension
 from sample_inputs import Draws
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -451,7 +452,7 @@ def test_signature_is_torchs():
     assert [(p.name, p.default, p.kind) for p in ours] == [
         (p.name, p.default, p.kind) for p in stock
     ]
-    assert (added.name, added.default) == ("momentum_dtype", None)
+    assert (added.name, added.default) == ("float32_momentum", False)
     assert added.kind is inspect.Parameter.KEYWORD_ONLY
     steps = [inspect.signature(kind.step).parameters.values() for kind in OPTIMIZERS]
     assert [(p.name, p.default) for p in steps[0]] == [(p.name, p.default) for p in steps[1]]
@@ -1704,13 +1705,15 @@ def cast_last(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @each_step
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("wide", [False, True], ids=["", "wide_buffers"])
+@pytest.mark.parametrize(
+    ("dtype", "buffer_dtype"),
+    [*zip(DTYPES, DTYPES, strict=True), *((dtype, torch.float32) for dtype in HALF)],
+    ids=str,
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
-def test_op_stays_within_rounding_of_the_formula(options, wide, dtype, sgd_step_):
+def test_op_stays_within_rounding_of_the_formula(options, dtype, buffer_dtype, sgd_step_):
     params = [param.detach() for param in layout_params(dtype)]
     computed = torch.float32 if dtype in HALF else dtype
-    buffer_dtype = computed if wide else dtype
     buffers = [torch.empty_like(param, dtype=buffer_dtype) for param in params]
     buffers = buffers if options["momentum"] else []
     exact = ExactRun(flat(params), dtype, computed, buffer_dtype)
@@ -1858,14 +1861,56 @@ def test_op_takes_buffers_of_either_dtype_in_one_list(dtype):
 def test_op_refuses_buffers_of_other_dtypes(dtype, buffer_dtype, sgd_step_):
     lists = good_lists(dtype)
     lists["momentum_buffers"][1] = lists["momentum_buffers"][1].to(buffer_dtype)
+    before = copy.deepcopy(lists)
     with pytest.raises(RuntimeError, match=r"momentum_buffers\[1\] to have its parameter's dtype"):
         sgd_step_(*lists.values(), lr=0.1, momentum=0.9)
-    assert all(map(torch.equal, lists["params"], good_lists(dtype)["params"]))
+    for name, tensors in lists.items():
+        assert all(map(torch.equal, tensors, before[name]))
 
 
-# --- momentum_dtype -------------------------------------------------------------------------------
+@needs_extension
+@pytest.mark.parametrize("name", ["params", "grads", "momentum_buffers"])
+def test_op_refuses_to_write_several_elements_to_one_place(name):
+    """Before it steps any; gradients are written to where they are scaled."""
+    lists = good_lists()
+    lists[name][1] = lists[name][1][:1].expand(2, 4)
+    before = copy.deepcopy(lists)
+    with pytest.raises(RuntimeError, match=rf"{name}\[1\], .* single memory location"):
+        torch.ops.fastnn.sgd_step_(
+            *lists.values(), lr=0.1, momentum=0.9, grad_scale=torch.tensor(2.0)
+        )
+    for key, tensors in lists.items():
+        assert all(map(torch.equal, tensors, before[key]))
 
-WIDE = {"momentum_dtype": torch.float32}
+
+@needs_extension
+@pytest.mark.parametrize("name", ["grads", "momentum_buffers"])
+def test_op_refuses_meta_tensors_among_others(name):
+    """Which would bring the call to what knows of shapes alone, and steps nothing."""
+    lists = good_lists()
+    lists[name][1] = lists[name][1].to("meta")
+    with pytest.raises(RuntimeError, match=rf"{name}\[1\] on its parameter's device"):
+        torch.ops.fastnn.sgd_step_(*lists.values(), lr=0.1, momentum=0.9)
+
+
+@each_step
+def test_op_steps_what_shares_memory_in_order_where_buffers_are_of_two_dtypes(sgd_step_):
+    """The second and third parameter are one; the first has buffers as the third."""
+    memory = torch.ones(4, dtype=torch.bfloat16)
+    params = [torch.ones(4, dtype=torch.bfloat16), memory, memory.view(4)]
+    grads = [torch.full((4,), value, dtype=torch.bfloat16) for value in (1.0, 2.0, 3.0)]
+    buffers = [torch.ones(4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    buffers.append(buffers[0].clone())
+    sgd_step_(params, grads, buffers, lr=0.25, momentum=0.5, weight_decay=0.5)
+    # The second: 0.5 + 2.5 = 3, 1 - 3/4. The third: 0.5 + 3.125, 0.25 - 3.625/4 (of 8 bits each).
+    assert torch.equal(buffers[1], torch.full((4,), 3.0))
+    assert torch.equal(buffers[2], torch.full((4,), 3.625, dtype=torch.bfloat16))
+    assert torch.equal(memory, torch.full((4,), -0.65625, dtype=torch.bfloat16))
+
+
+# --- float32_momentum -----------------------------------------------------------------------------
+
+WIDE = {"float32_momentum": True}
 
 
 def buffer_dtypes(optimizer: torch.optim.Optimizer) -> set[torch.dtype | None]:
@@ -1906,7 +1951,7 @@ def test_small_gradients_vanish_in_momentum_of_bfloat16_and_not_of_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_momentum_dtype_is_without_effect_on_wider_parameters(dtype):
+def test_float32_momentum_is_without_effect_on_wider_parameters(dtype):
     plain, asked = (
         fastnn.optim.SGD(make_params((5, 3), dtype=dtype), **EVERYTHING, **option)
         for option in ({}, WIDE)
@@ -1917,36 +1962,24 @@ def test_momentum_dtype_is_without_effect_on_wider_parameters(dtype):
     assert torch.equal(params_of(plain)[0], params_of(asked)[0])
 
 
-def test_groups_have_their_own_momentum_dtype():
+def test_groups_choose_float32_momentum():
     params = make_params((5, 3), (7,), (2,), dtype=torch.bfloat16)
     optimizer = fastnn.optim.SGD([{"params": params[0], **WIDE}, {"params": params[1]}], **MOMENTUM)
-    assert "momentum_dtype" not in optimizer.param_groups[1]
+    assert "float32_momentum" not in optimizer.param_groups[1]
     optimizer.add_param_group({"params": params[2], **WIDE})
     train(optimizer, 2)
     dtypes = [momentum_buffer(optimizer, param).dtype for param in params]
     assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
 
 
-def test_groups_added_later_have_the_optimizers_momentum_dtype():
-    params = make_params((5, 3), (7,), dtype=torch.float16)
-    optimizer = fastnn.optim.SGD(params[:1], **MOMENTUM, **WIDE)
-    optimizer.add_param_group({"params": params[1]})
+def test_groups_have_the_optimizers_float32_momentum_unless_they_choose():
+    params = make_params((5, 3), (7,), (2,), dtype=torch.float16)
+    groups = [{"params": params[0]}, {"params": params[1], "float32_momentum": False}]
+    optimizer = fastnn.optim.SGD(groups, **MOMENTUM, **WIDE)
+    optimizer.add_param_group({"params": params[2]})
     train(optimizer, 2)
-    assert buffer_dtypes(optimizer) == {torch.float32}
-
-
-@pytest.mark.parametrize("wrong", [torch.bfloat16, torch.float64, torch.int32, "float32"], ids=str)
-def test_other_momentum_dtypes_raise(wrong):
-    params = make_params((5, 3), dtype=torch.bfloat16)
-    expected = "momentum_dtype: expected None or torch.float32, got"
-    with pytest.raises(ValueError, match=expected):
-        fastnn.optim.SGD(params, lr=0.1, momentum_dtype=wrong)
-    with pytest.raises(ValueError, match=expected):
-        fastnn.optim.SGD([{"params": params, "momentum_dtype": wrong}], lr=0.1)
-    optimizer = fastnn.optim.SGD(make_params((2,)), lr=0.1)
-    with pytest.raises(ValueError, match=expected):
-        optimizer.add_param_group({"params": params, "momentum_dtype": wrong})
-    assert len(optimizer.param_groups) == 1
+    dtypes = [momentum_buffer(optimizer, param).dtype for param in params]
+    assert dtypes == [torch.float32, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
@@ -1962,26 +1995,52 @@ def test_copies_have_their_momentum_in_float32_too(duplicate):
     copied_buffer = momentum_buffer(copied, copied_param)
     assert torch.equal(momentum_buffer(optimizer, param), copied_buffer)
     copied.add_param_group({"params": make_params((2,), dtype=torch.bfloat16)})
-    assert copied.param_groups[1]["momentum_dtype"] == torch.float32
+    assert copied.param_groups[1]["float32_momentum"]
 
 
 @pytest.mark.parametrize("asked_again", [False, True])
 def test_float32_momentum_survives_saving(asked_again):
-    """To the last bit, where torch's loading would round it to the parameters' dtype."""
-    saved = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **EVERYTHING, **WIDE)
+    """To the last bit, where torch's loading would round it to the parameters' dtype. The float32
+    and float64 parameters' buffers are loaded as ever."""
+
+    def some_params() -> list[Tensor]:
+        half, other_half = make_params((5, 3), (7,), dtype=torch.bfloat16)
+        return [half, *make_params((2,)), *make_params((4,), dtype=torch.float32), other_half]
+
+    def grouped(params: list[Tensor]) -> list[dict]:
+        return [{"params": params[:3]}, {"params": params[3:]}]
+
+    saved = fastnn.optim.SGD(grouped(some_params()), **EVERYTHING, **WIDE)
     train(saved, 3)
     file = io.BytesIO()
     torch.save(saved.state_dict(), file)
     file.seek(0)
     params = [torch.nn.Parameter(param.detach().clone()) for param in params_of(saved)]
-    loaded = fastnn.optim.SGD(params, lr=123.0, **(WIDE if asked_again else {}))
+    loaded = fastnn.optim.SGD(grouped(params), lr=123.0, **(WIDE if asked_again else {}))
     loaded.load_state_dict(torch.load(file, weights_only=True))
     for optimizer in (saved, loaded):
         train(optimizer, 2, first_seed=10)
-    assert buffer_dtypes(loaded) == {torch.float32}
     for mine, theirs in zip(params_of(saved), params_of(loaded), strict=True):
+        buffer = momentum_buffer(loaded, theirs)
+        assert buffer.dtype == (torch.float64 if mine.dtype == torch.float64 else torch.float32)
         assert torch.equal(mine, theirs)
-        assert torch.equal(momentum_buffer(saved, mine), momentum_buffer(loaded, theirs))
+        assert torch.equal(momentum_buffer(saved, mine), buffer)
+
+
+def test_loading_takes_the_saved_choice_of_momentum_before_the_optimizers():
+    saved = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM)
+    saved.param_groups[0]["float32_momentum"] = False
+    train(saved, 1)
+    loaded = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM, **WIDE)
+    loaded.load_state_dict(saved.state_dict())
+    assert buffer_dtypes(loaded) == {torch.bfloat16}
+
+
+def test_state_without_a_buffer_is_loaded_with_float32_momentum():
+    optimizer = fastnn.optim.SGD(make_params((5, 3), (7,), dtype=torch.bfloat16), **WIDE)
+    state = {0: {"momentum_buffer": None}}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    assert buffer_dtypes(optimizer) == {None}
 
 
 def test_float32_momentum_passes_to_torch_and_back():
@@ -1995,7 +2054,7 @@ def test_float32_momentum_passes_to_torch_and_back():
     train(stock, 1, first_seed=10)
     state = stock.state_dict()
     for group in state["param_groups"]:
-        group.pop("momentum_dtype")  # as of one that torch alone has made
+        group.pop("float32_momentum")  # as of one that torch alone has made
     back = fastnn.optim.SGD([torch.nn.Parameter(param.detach().clone())], lr=123.0, **WIDE)
     back.load_state_dict(state)
     assert back.param_groups[0]["lr"] == EVERYTHING["lr"]
@@ -2004,22 +2063,42 @@ def test_float32_momentum_passes_to_torch_and_back():
     assert buffer_dtypes(back) == {torch.float32}
 
 
-def test_float32_momentum_is_loaded_from_what_the_hooks_hand_on():
+def test_hooks_of_loading_may_change_float32_momentum():
+    """Those before it what is loaded, those after it what was."""
+
+    def halve(optimizer: torch.optim.Optimizer) -> None:
+        assert buffer_dtypes(optimizer) == {torch.float32}
+        momentum_buffer(optimizer, params_of(optimizer)[0]).mul_(0.5)
+
     saved = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM, **WIDE)
     train(saved, 1)
     loaded = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM, **WIDE)
     loaded.register_load_state_dict_pre_hook(
         lambda _, state: {**state, "state": {0: {"momentum_buffer": torch.full((5, 3), 1 / 3)}}}
     )
+    loaded.register_load_state_dict_post_hook(halve)
     loaded.load_state_dict(saved.state_dict())
     (param,) = params_of(loaded)
-    assert torch.equal(momentum_buffer(loaded, param), torch.full((5, 3), 1 / 3))
+    assert torch.equal(momentum_buffer(loaded, param), torch.full((5, 3), 1 / 6))
 
 
-@needs_extension
+@pytest.mark.parametrize("option", ["full_state_dict", "cpu_offload"])
+def test_distributed_checkpoints_take_the_choice_of_float32_momentum(option):
+    """They refuse options that are no plain numbers or strings."""
+    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    optimizer = fastnn.optim.SGD(model.parameters(), **MOMENTUM, **WIDE)
+    train(optimizer, 1)
+    state = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(**{option: True})
+    )
+    assert [group["float32_momentum"] for group in state["param_groups"]] == [True]
+    assert state["state"]["bias"]["momentum_buffer"].dtype == torch.float32
+
+
 def test_momentum_in_the_parameters_dtype_stays_such_until_it_is_loaded():
-    """A buffer is stepped as it is: switched on later, the option is of first steps."""
-    optimizer = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM)
+    """Switched on later, the option is of buffers that aren't there yet; on torch's path, too."""
+    tagged = TaggedParameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = fastnn.optim.SGD([tagged, *make_params((2,), dtype=torch.bfloat16)], **MOMENTUM)
     train(optimizer, 1)
     optimizer.param_groups[0].update(WIDE)
     train(optimizer, 1)
@@ -2044,6 +2123,16 @@ def test_float32_buffers_are_stepped_without_the_option_too(dtype):
         buffer = momentum_buffer(optimizer, start[0])
         assert buffer.dtype == torch.float32
         assert_within(flat([buffer]), exact.buffer, exact.buffer_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_torchs_own_path_leaves_the_momentum_of_wider_parameters_alone(dtype):
+    tagged = TaggedParameter(torch.ones(3, dtype=dtype))
+    optimizer = fastnn.optim.SGD([tagged], **MOMENTUM, **WIDE)
+    for _ in range(2):
+        tagged.grad = torch.ones_like(tagged)
+        optimizer.step()
+    assert buffer_dtypes(optimizer) == {dtype}
 
 
 def test_torchs_own_path_has_float32_momentum_too():

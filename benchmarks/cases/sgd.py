@@ -56,7 +56,7 @@ def cases() -> list[Case]:
     half = {"shapes": resnet18(), "dtype": torch.bfloat16}
     steps += [
         _step_case("resnet18, 62 tensors", **half),
-        _step_case("resnet18, float32 momentum", **half, momentum_dtype=torch.float32),
+        _step_case("resnet18, float32 momentum", **half, float32_momentum=True),
     ]
     return steps + [_zero_grad_case(label, shapes) for label, shapes in MODELS.items()]
 
@@ -79,18 +79,18 @@ def _step_case(
     label: str,
     shapes: Shapes,
     dtype: torch.dtype = torch.float32,
-    momentum_dtype: torch.dtype | None = None,
+    float32_momentum: bool = False,
 ) -> Case:
     elements = sum(torch.Size(shape).numel() for shape in shapes)
     # Parameter and gradient and momentum are read, parameter and momentum are written.
-    bytes_per_element = 3 * dtype.itemsize + 2 * (momentum_dtype or dtype).itemsize
+    bytes_per_element = 3 * dtype.itemsize + 2 * (4 if float32_momentum else dtype.itemsize)
     return Case(
         op="SGD momentum",
         label=label,
         dtype=dtype,
         mode="step",
         inputs=partial(parameters_and_gradients, shapes=shapes, dtype=dtype),
-        contenders=wide_momentum_contenders if momentum_dtype else step_contenders,
+        contenders=float32_momentum_contenders if float32_momentum else step_contenders,
         reference=step_reference(),
         work=Work(bytes=bytes_per_element * elements),
         large=elements > 2**20,
@@ -113,17 +113,19 @@ def step_contenders() -> list[Contender]:
     ]
 
 
-def wide_momentum_contenders() -> list[Contender]:
+def float32_momentum_contenders() -> list[Contender]:
     """float32 momentum of narrower parameters, which torch's fused implementation refuses."""
     made = optimizers()
+    stock = partial(_with_float32_momentum, made["SGD"])
     return [
-        Step("fastnn", partial(made["fastnn"], momentum_dtype=torch.float32)),
-        *(Step(name, partial(_with_wide_momentum, made[name])) for name in ("SGD", "SGD foreach")),
-        Step("torch.compile", partial(_with_wide_momentum, made["SGD"]), compiled=True),
+        Step("fastnn", partial(made["fastnn"], float32_momentum=True)),
+        Step("SGD", stock),
+        Step("SGD foreach", partial(_with_float32_momentum, made["SGD foreach"])),
+        Step("torch.compile", stock, compiled=True),
     ]
 
 
-def _with_wide_momentum(
+def _with_float32_momentum(
     make: Callable[[Iterable[Tensor]], Optimizer], params: list[Tensor]
 ) -> Optimizer:
     """As one gets it from torch: by float32 buffers that the first step finds."""

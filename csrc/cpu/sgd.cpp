@@ -69,7 +69,7 @@ void sgd_step_cpu(at::TensorList params, at::TensorList grads, at::TensorList mo
                   bool maximize, bool is_first_step, const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf) {
   if (momentum == 0) momentum_buffers = {};
-  check_sgd_lists(params, grads, momentum_buffers, momentum);
+  check_sgd_lists(params, grads, momentum_buffers, momentum, grad_scale.has_value());
   check_sgd_scalar("grad_scale", grad_scale);
   check_sgd_scalar("found_inf", found_inf);
   if (found_inf && found_inf->item<double>() != 0) return;

@@ -51,14 +51,15 @@ void launch_steps(const std::vector<SGDItem>& items, const SGDOptions& options) 
   launcher.launch();
 }
 
-// The parameters [first, last) of lists on one device and of one dtype each.
-void step_range(const Lists& lists, size_t first, size_t last, const SGDOptions& options) {
+// Of one device, and of one dtype each.
+void step_lists(const Lists& lists, const SGDOptions& options) {
+  const size_t count = lists.params.size();
   std::vector<SGDItem> items;
-  items.reserve(last - first);
-  for (size_t i = first; i < last; ++i) {
+  items.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
     items.push_back(sgd_item(lists.params, lists.grads, lists.momentum_buffers, i));
   }
-  dispatch(lists.params[first].scalar_type(), "sgd_step_", [&]<typename T>() {
+  dispatch(lists.params[0].scalar_type(), "sgd_step_", [&]<typename T>() {
     const at::Tensor& buffer = items[0].buffer;
     if (!buffer.defined()) {
       launch_steps<T, T, false>(items, options);
@@ -70,9 +71,8 @@ void step_range(const Lists& lists, size_t first, size_t last, const SGDOptions&
   });
   // Whether the scale is 1 is known to the device only; where it is, this changes nothing.
   const bool grads_changed = options.grad_scale.data != nullptr;
-  for (size_t i = first; i < last; ++i) {
-    copy_back(items[i - first], lists.params, lists.grads, lists.momentum_buffers, i,
-              grads_changed);
+  for (size_t i = 0; i < count; ++i) {
+    copy_back(items[i], lists.params, lists.grads, lists.momentum_buffers, i, grads_changed);
   }
 }
 
@@ -81,8 +81,7 @@ void step_on_device(const Lists& lists, SGDOptions options, const Scalars& scala
   options.device_lr = device_scalar(scalars.lr);
   options.grad_scale = device_scalar(scalars.grad_scale);
   options.found_inf = device_scalar(scalars.found_inf);
-  step_in_order(lists.params, lists.momentum_buffers,
-                [&](size_t first, size_t last) { step_range(lists, first, last, options); });
+  step_lists(lists, options);
 }
 
 // Calls f with the lists of each device and dtypes, in the order of their first parameters.
@@ -108,12 +107,9 @@ void for_each_device_and_dtype(at::TensorList params, at::TensorList grads,
   for (const Lists& group : groups) f(group);
 }
 
-void step(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-          const SGDOptions& options, const Scalars& scalars) {
-  if (options.momentum == 0) momentum_buffers = {};
-  check_sgd_lists(params, grads, momentum_buffers, options.momentum);
-  check_sgd_scalar("grad_scale", scalars.grad_scale);
-  check_sgd_scalar("found_inf", scalars.found_inf);
+// Tensors that share no memory.
+void step_any_order(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                    const SGDOptions& options, const Scalars& scalars) {
   const at::DeviceType our_type = c10::dispatchKeyToDeviceType(c10::DispatchKey::FASTNN_CUDA_KEY);
   for_each_device_and_dtype(params, grads, momentum_buffers, [&](const Lists& lists) {
     const at::Device device = lists.params[0].device();
@@ -131,6 +127,21 @@ void step(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
                 options.dampening, options.weight_decay, options.nesterov, options.maximize,
                 options.is_first_step, here.grad_scale, here.found_inf);
     }
+  });
+}
+
+void step(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+          const SGDOptions& options, const Scalars& scalars) {
+  if (options.momentum == 0) momentum_buffers = {};
+  check_sgd_lists(params, grads, momentum_buffers, options.momentum, scalars.grad_scale.has_value());
+  check_sgd_scalar("grad_scale", scalars.grad_scale);
+  check_sgd_scalar("found_inf", scalars.found_inf);
+  // Before they are taken apart: what shares memory may be of two dtypes.
+  step_in_order(params, momentum_buffers, [&](size_t first, size_t last) {
+    const auto part = [&](at::TensorList list) {
+      return list.empty() ? list : list.slice(first, last - first);
+    };
+    step_any_order(part(params), part(grads), part(momentum_buffers), options, scalars);
   });
 }
 

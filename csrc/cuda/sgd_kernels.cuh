@@ -7,7 +7,7 @@
 // parameters have four-byte buffers; ten flop to an element at the most are far below what it does
 // meanwhile. To reach it there must be B * 600 ns or so of bytes on their way, 15 KiB for each
 // multiprocessor of an H100 and 32 of a B200: the threads that fit one ask for 48 bytes each (64 of
-// wider buffers), 1536 of them for 72 KiB.
+// wider buffers), 1024 of them for 48 KiB.
 #pragma once
 
 #include "cuda/integers.cuh"
@@ -16,6 +16,8 @@
 namespace fastnn::cuda {
 
 constexpr int kSGDThreads = 256;
+// To a multiprocessor at the least: for more, ptxas would spill registers on 8.6.
+constexpr int kSGDBlocks = 4;
 constexpr int kSGDTensors = 96;  // to a launch: what a kernel's 4 KiB of arguments hold
 
 // Elements that one block steps.
@@ -111,7 +113,7 @@ struct SGDStep {
 // One tensor's pointers.
 template <typename T, typename B, bool kMomentum>
 struct SGDPointers {
-  // Of the buffer to a vector of the others.
+  // The buffer's vectors that have as many elements as one of the parameter's.
   static constexpr int kBufferVecs = kVecSize<T> / kVecSize<B>;
 
   T* param;
@@ -157,16 +159,17 @@ struct SGDPointers {
     }
     store_vec(param + i, /*aligned=*/true, x);
     if (step.unscales()) store_vec(grad + i, /*aligned=*/true, g);
-    if (!kMomentum) return;
+    if (kMomentum) {
 #pragma unroll
-    for (int v = 0; v < kBufferVecs; ++v) {
-      store_vec(buffer + i + v * kVecSize<B>, /*aligned=*/true, b[v]);
+      for (int v = 0; v < kBufferVecs; ++v) {
+        store_vec(buffer + i + v * kVecSize<B>, /*aligned=*/true, b[v]);
+      }
     }
   }
 };
 
 template <typename T, typename B, bool kMomentum>
-__global__ void __launch_bounds__(kSGDThreads)
+__global__ void __launch_bounds__(kSGDThreads, kSGDBlocks)
     sgd_step_kernel(SGDTensors<T, B> tensors, SGDOptions options) {
   if (options.found_inf.value_or(0) != 0) return;
   const SGDStep<accum<T>, kMomentum> step(options);

@@ -1,5 +1,6 @@
 #include "ops/sgd.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -93,6 +94,16 @@ void check_list(const char* name, at::TensorList tensors, at::TensorList params,
   }
 }
 
+// Raises where several elements lie in one place: all but one of the results would be lost.
+void check_writable(const char* name, at::TensorList tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    TORCH_CHECK(at::has_internal_overlap(tensors[i]) != at::MemOverlap::Yes,
+                "sgd_step_: expected each element of ", name, "[", i, "], which is written to, to ",
+                "have its own place, but several refer to a single memory location: shape ",
+                tensors[i].sizes(), " with strides ", tensors[i].strides());
+  }
+}
+
 // A tensor as one run of memory in the parameter's order: itself where it lies so, else a copy.
 at::Tensor in_order_of(const at::Tensor& param, const at::Tensor& tensor) {
   if (param.is_non_overlapping_and_dense() && tensor.strides() == param.strides()) return tensor;
@@ -114,7 +125,7 @@ std::pair<const char*, const char*> extent(const at::Tensor& tensor) {
 }  // namespace
 
 void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                     double momentum) {
+                     double momentum, bool writes_grads) {
   check_list("params", params, params);
   for (const auto& param : params) {
     TORCH_CHECK(is_supported_dtype(param.scalar_type()), "sgd_step_: expected params of dtype ",
@@ -122,6 +133,9 @@ void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList
   }
   check_list("grads", grads, params);
   if (momentum != 0) check_list("momentum_buffers", momentum_buffers, params, /*is_buffers=*/true);
+  check_writable("params", params);
+  if (writes_grads) check_writable("grads", grads);
+  check_writable("momentum_buffers", momentum_buffers);
 }
 
 void check_sgd_scalar(const char* name, const std::optional<at::Tensor>& scalar) {

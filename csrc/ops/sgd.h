@@ -41,9 +41,10 @@ struct SGDItem {
   at::Tensor buffer;  // undefined without momentum; its dtype may be another, see above
 };
 
-// Raises unless every list fits `params`. `momentum_buffers` is empty where momentum is zero.
+// Raises unless every list fits `params`. `momentum_buffers` is empty where momentum is zero; the
+// gradients are written to where they are scaled.
 void check_sgd_lists(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                     double momentum);
+                     double momentum, bool writes_grads);
 
 // Raises unless `scalar`, the argument `name`, is missing or has one element.
 void check_sgd_scalar(const char* name, const std::optional<at::Tensor>& scalar);

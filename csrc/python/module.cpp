@@ -12,7 +12,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sgd_step_group", &fastnn::python::sgd_step_group, py::arg("params"), py::arg("state"),
         py::kw_only(), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
         py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"),
-        py::arg("all_or_nothing"), py::arg("momentum_dtype"), py::arg("grad_scale"),
+        py::arg("all_or_nothing"), py::arg("float32_momentum"), py::arg("grad_scale"),
         py::arg("found_inf"),
         "Steps the parameters of a group; returns those left for torch's own path.");
   m.def("clear_gradients", &fastnn::python::clear_gradients, py::arg("params"),

@@ -82,7 +82,7 @@ void save_buffer(const py::dict& state, PyObject* param, const at::Tensor& buffe
 py::list sgd_step_group(const py::list& params, const py::dict& state,
                         const std::variant<double, at::Tensor>& lr, double momentum,
                         double dampening, double weight_decay, bool nesterov, bool maximize,
-                        bool all_or_nothing, const std::optional<at::ScalarType>& momentum_dtype,
+                        bool all_or_nothing, bool float32_momentum,
                         const std::optional<at::Tensor>& grad_scale,
                         const std::optional<at::Tensor>& found_inf) {
   const bool has_momentum = momentum != 0;
@@ -113,8 +113,8 @@ py::list sgd_step_group(const py::list& params, const py::dict& state,
   if (all_or_nothing && !rest.empty()) return rest;
 
   for (const at::Tensor& param : first.params) {
-    const bool is_asked = momentum_dtype && is_buffer_dtype(*momentum_dtype, param);
-    const auto options = param.options().dtype(is_asked ? *momentum_dtype : param.scalar_type());
+    const bool is_float32 = float32_momentum && is_buffer_dtype(at::kFloat, param);
+    const auto options = param.options().dtype(is_float32 ? at::kFloat : param.scalar_type());
     first.buffers.push_back(found_inf ? at::zeros_like(param, options)
                                       : at::empty_like(param, options));
   }

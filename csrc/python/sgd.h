@@ -13,12 +13,11 @@ namespace fastnn::python {
 // gradient, untouched. With `all_or_nothing`, where there are any of these, nothing is done. Where
 // `found_inf` is not zero nothing is stepped; the momentum buffers that a first step makes are then
 // zeros, after which the next step is a first one, if without dampening. They are of
-// `momentum_dtype` where parameters can have such buffers, else of the parameters' dtypes.
+// float32 where `float32_momentum` asks for it and the parameter is of bfloat16 or float16.
 pybind11::list sgd_step_group(const pybind11::list& params, const pybind11::dict& state,
                               const std::variant<double, at::Tensor>& lr, double momentum,
                               double dampening, double weight_decay, bool nesterov, bool maximize,
-                              bool all_or_nothing,
-                              const std::optional<at::ScalarType>& momentum_dtype,
+                              bool all_or_nothing, bool float32_momentum,
                               const std::optional<at::Tensor>& grad_scale,
                               const std::optional<at::Tensor>& found_inf);
 
