@@ -2088,9 +2088,7 @@ def test_distributed_checkpoints_take_the_choice_of_float32_momentum(option):
     model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     optimizer = fastnn.optim.SGD(model.parameters(), **MOMENTUM, **WIDE)
     train(optimizer, 1)
-    state = get_optimizer_state_dict(
-        model, optimizer, options=StateDictOptions(**{option: True})
-    )
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**{option: True}))
     assert [group["float32_momentum"] for group in state["param_groups"]] == [True]
     assert state["state"]["bias"]["momentum_buffer"].dtype == torch.float32
 

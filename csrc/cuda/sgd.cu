@@ -133,7 +133,8 @@ void step_any_order(at::TensorList params, at::TensorList grads, at::TensorList 
 void step(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
           const SGDOptions& options, const Scalars& scalars) {
   if (options.momentum == 0) momentum_buffers = {};
-  check_sgd_lists(params, grads, momentum_buffers, options.momentum, scalars.grad_scale.has_value());
+  check_sgd_lists(params, grads, momentum_buffers, options.momentum,
+                  scalars.grad_scale.has_value());
   check_sgd_scalar("grad_scale", scalars.grad_scale);
   check_sgd_scalar("found_inf", scalars.found_inf);
   // Before they are taken apart: what shares memory may be of two dtypes.
