@@ -211,6 +211,9 @@ def step_of(
     return params, optimizer_class(params, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
+OPTIONS_WHEREABOUTS = ["optimizer", "group", "added group", "state", "before a state", "pickle"]
+
+
 def with_float32_momentum(whose: str, params: list[Tensor], **options) -> fastnn.optim.SGD:
     """An optimizer of one group that has the option, which comes from there."""
     if whose == "optimizer":
@@ -220,6 +223,10 @@ def with_float32_momentum(whose: str, params: list[Tensor], **options) -> fastnn
         optimizer = fastnn.optim.SGD([torch.ones(1)], **options)
         optimizer.add_param_group(group)
         optimizer.param_groups.reverse()
+        return optimizer
+    if whose == "before a state":  # without the option, as torch's are
+        optimizer = fastnn.optim.SGD(params, **options, float32_momentum=True)
+        optimizer.load_state_dict(torch.optim.SGD(params, **options).state_dict())
         return optimizer
     optimizer = fastnn.optim.SGD([group], **options)
     if whose == "state":
@@ -268,7 +275,7 @@ class TestOptimizer:
 
     @needs_extension
     @pytest.mark.parametrize("fused", [None, True])
-    @pytest.mark.parametrize("whose", ["optimizer", "group", "added group", "state", "pickle"])
+    @pytest.mark.parametrize("whose", OPTIONS_WHEREABOUTS)
     def test_compiled_step_has_float32_momentum_where_asked(self, whose, fused, fresh_dynamo):
         """As our kernels make it, to the last bit: torch's loop would round the first buffers."""
         results = []
