@@ -113,10 +113,13 @@ def _sgd_step_(
     **options: object,
 ) -> None:
     # One meta tensor among others brings the call here, where nothing would be stepped.
-    for name, tensors in {"grads": grads, "momentum_buffers": momentum_buffers}.items():
-        for i, (tensor, param) in enumerate(zip(tensors, params, strict=False)):
-            if tensor.device != param.device:
-                raise RuntimeError(
-                    f"sgd_step_: expected {name}[{i}] on its parameter's device {param.device}, "
-                    f"but it is on {tensor.device}"
-                )
+    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
+    tensors = {
+        f"{name}[{i}]": tensor for name, list_ in lists.items() for i, tensor in enumerate(list_)
+    }
+    tensors.update({name: value for name, value in options.items() if isinstance(value, Tensor)})
+    on_meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if 0 < len(on_meta) < len(tensors):
+        raise RuntimeError(
+            f"sgd_step_: expected all tensors or none on the meta device, but {on_meta[0]} is there"
+        )

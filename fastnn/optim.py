@@ -54,11 +54,13 @@ class SGD(torch.optim.SGD):
             makes ``GradScaler`` hand over its scale instead of unscaling first.
         differentiable: let autograd see the step (default ``False``).
         float32_momentum: gives bfloat16 and float16 parameters momentum buffers of float32, in
-            which small gradients don't vanish, at 4 bytes to an element for 2 (default ``False``:
-            of the parameter's dtype, as in torch). A parameter group may have its own. It applies
-            to buffers as they are made or loaded; others stay as they are. A loaded state dict
-            brings its own, if it was saved with one; torch's optimizer rounds such buffers as it
-            loads them. A step under ``torch.compile`` runs our kernels then, not compiled.
+            which small gradients don't vanish, of 4 bytes to an element instead of 2 (default
+            ``False``: of the parameter's dtype, as in torch). A parameter group may have a value of
+            its own, and the groups of a loaded state dict that have one replace it. It applies to
+            buffers as they are made or loaded; others stay as they are. torch's optimizer rounds
+            such buffers as it loads them, and ``torch.distributed.checkpoint`` asks that who saves
+            and who loads have both set it or neither. Under ``torch.compile`` the step runs our
+            kernels then, at a graph break.
 
     Errors: as :class:`torch.optim.SGD` (``ValueError`` for a negative lr, momentum or weight
     decay, or for Nesterov momentum without momentum or with dampening).
@@ -74,8 +76,8 @@ class SGD(torch.optim.SGD):
     tensor([0.9000, 0.9000])
     """
 
-    # Whether any group has float32_momentum. A compiled step that looked for it in the groups would
-    # be compiled anew for each lr.
+    # Whether a group has, or had, float32_momentum: a compiled step that looked for it there would be
+    # compiled anew for each lr.
     _has_float32_momentum = False
 
     def __init__(
@@ -131,8 +133,12 @@ class SGD(torch.optim.SGD):
         float32 buffers of groups with ``float32_momentum`` are loaded as they are, where torch
         rounds them to the parameters' dtype.
         """
-        asked = [group.get("float32_momentum", False) for group in self.param_groups]
         loaded: dict[str, Any] = {}
+        asked: list[bool] = []
+
+        def keep(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            loaded.update(state_dict)
+            asked.extend(group.get("float32_momentum", False) for group in self.param_groups)
 
         def load_float32_buffers(_: Optimizer) -> None:
             groups = zip(self.param_groups, loaded["param_groups"], asked, strict=True)
@@ -144,7 +150,7 @@ class SGD(torch.optim.SGD):
 
         with (
             # The last before it, which sees what the others have made of the state dict.
-            self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)),
+            self.register_load_state_dict_pre_hook(keep),
             # The first after it: the others see, and may change, what is loaded.
             self.register_load_state_dict_post_hook(load_float32_buffers, prepend=True),
         ):
@@ -158,7 +164,7 @@ class SGD(torch.optim.SGD):
         for param, key in zip(group["params"], keys, strict=True):
             entry = state.get(key)
             buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else None
-            if buffer is not None and param.dtype in _HALF:
+            if isinstance(buffer, Tensor) and param.dtype in _HALF:
                 buffer = buffer.to(param.device, torch.float32)
                 self.state[param]["momentum_buffer"] = buffer
 
@@ -192,6 +198,7 @@ class SGD(torch.optim.SGD):
         if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
             raise TypeError("optimizer: its step has been replaced; expected PyTorch's own")
         optimizer.__class__ = cls
+        optimizer._look_at_groups()
         if step is not None:
             optimizer.step = MethodType(_step_for_schedulers, optimizer)
         return optimizer
@@ -256,6 +263,8 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
+        if group.get("float32_momentum"):
+            self._has_float32_momentum = True  # set in the group since it was looked at
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         fusable = extension is not None and _options_are_plain(group)

@@ -211,7 +211,10 @@ def step_of(
     return params, optimizer_class(params, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
-OPTIONS_WHEREABOUTS = ["optimizer", "group", "added group", "state", "before a state", "pickle"]
+OPTIONS_WHEREABOUTS = [
+    *("optimizer", "group", "added group", "group, after a step", "torch's group"),
+    *("state", "before a state", "pickle"),
+]
 
 
 def with_float32_momentum(whose: str, params: list[Tensor], **options) -> fastnn.optim.SGD:
@@ -223,6 +226,13 @@ def with_float32_momentum(whose: str, params: list[Tensor], **options) -> fastnn
         optimizer = fastnn.optim.SGD([torch.ones(1)], **options)
         optimizer.add_param_group(group)
         optimizer.param_groups.reverse()
+        return optimizer
+    if whose == "torch's group":
+        return fastnn.optim.SGD.from_torch(torch.optim.SGD([group], **options))
+    if whose == "group, after a step":
+        optimizer = fastnn.optim.SGD(params, **options)
+        optimizer.param_groups[0]["float32_momentum"] = True
+        optimizer.step()
         return optimizer
     if whose == "before a state":  # without the option, as torch's are
         optimizer = fastnn.optim.SGD(params, **options, float32_momentum=True)
@@ -282,6 +292,8 @@ class TestOptimizer:
         for is_compiled in (True, False):
             params, _ = step_of(fastnn.optim.SGD)
             halves = [param.detach().bfloat16() for param in params]
+            for half in halves:
+                half.grad = half.clone()
             options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "fused": fused}
             optimizer = with_float32_momentum(whose, halves, **options)
             halves = optimizer.param_groups[0]["params"]  # copies, of a pickle

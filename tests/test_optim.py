@@ -1884,13 +1884,21 @@ def test_op_refuses_to_write_several_elements_to_one_place(name):
 
 
 @needs_extension
-@pytest.mark.parametrize("name", ["grads", "momentum_buffers"])
+@pytest.mark.parametrize("name", ["params", "grads", "momentum_buffers"])
 def test_op_refuses_meta_tensors_among_others(name):
     """Which would bring the call to what knows of shapes alone, and steps nothing."""
     lists = good_lists()
     lists[name][1] = lists[name][1].to("meta")
-    with pytest.raises(RuntimeError, match=rf"{name}\[1\] on its parameter's device"):
+    with pytest.raises(RuntimeError, match=rf"all tensors or none .* {name}\[1\] is there"):
         torch.ops.fastnn.sgd_step_(*lists.values(), lr=0.1, momentum=0.9)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["lr", "grad_scale", "found_inf"])
+def test_op_refuses_a_meta_scalar(name):
+    options = {"lr": 0.1, "momentum": 0.9, name: torch.ones((), device="meta")}
+    with pytest.raises(RuntimeError, match=f"all tensors or none .* {name} is there"):
+        torch.ops.fastnn.sgd_step_(*good_lists().values(), **options)
 
 
 @each_step
@@ -2041,6 +2049,31 @@ def test_state_without_a_buffer_is_loaded_with_float32_momentum():
     state = {0: {"momentum_buffer": None}}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     assert buffer_dtypes(optimizer) == {None}
+
+
+@pytest.mark.parametrize("odd", [0.0, [1.0]], ids=str)
+def test_float32_momentum_is_loaded_beside_what_is_no_buffer(odd):
+    """torch loads whatever it is."""
+    optimizer = fastnn.optim.SGD(make_params((5, 3), (7,), dtype=torch.bfloat16), **WIDE)
+    state = {0: {"momentum_buffer": odd}, 1: {"momentum_buffer": torch.full((7,), 1 / 3)}}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    first, second = params_of(optimizer)
+    assert momentum_buffer(optimizer, first) == odd
+    assert torch.equal(momentum_buffer(optimizer, second), torch.full((7,), 1 / 3))
+
+
+def test_hooks_of_loading_may_add_the_groups_that_are_loaded():
+    params = make_params((5, 3), (7,), dtype=torch.bfloat16)
+    saved = fastnn.optim.SGD([{"params": param} for param in params], **MOMENTUM)
+    train(saved, 1)
+    loaded = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **MOMENTUM, **WIDE)
+    added = make_params((7,), dtype=torch.bfloat16)
+    loaded.register_load_state_dict_pre_hook(
+        lambda optimizer, _: optimizer.add_param_group({"params": added})
+    )
+    loaded.load_state_dict(saved.state_dict())
+    assert buffer_dtypes(loaded) == {torch.float32}
+    assert torch.equal(momentum_buffer(loaded, added[0]), momentum_buffer(saved, params[1]))
 
 
 def test_float32_momentum_passes_to_torch_and_back():

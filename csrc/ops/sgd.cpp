@@ -94,7 +94,8 @@ void check_list(const char* name, at::TensorList tensors, at::TensorList params,
   }
 }
 
-// Raises where several elements lie in one place: all but one of the results would be lost.
+// Raises where a stride of 0 has several elements in one place: all but one of the results would be
+// lost.
 void check_writable(const char* name, at::TensorList tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     TORCH_CHECK(at::has_internal_overlap(tensors[i]) != at::MemOverlap::Yes,

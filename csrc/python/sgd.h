@@ -12,8 +12,9 @@ namespace fastnn::python {
 // buffers of those whose first step it is into `state`. Returns the other parameters that have a
 // gradient, untouched. With `all_or_nothing`, where there are any of these, nothing is done. Where
 // `found_inf` is not zero nothing is stepped; the momentum buffers that a first step makes are then
-// zeros, after which the next step is a first one, if without dampening. They are of
-// float32 where `float32_momentum` asks for it and the parameter is of bfloat16 or float16.
+// zeros, after which the next step is a first one, if without dampening. New buffers are of float32
+// where `float32_momentum` asks for it and the parameter is of bfloat16 or float16, else of the
+// parameter's dtype.
 pybind11::list sgd_step_group(const pybind11::list& params, const pybind11::dict& state,
                               const std::variant<double, at::Tensor>& lr, double momentum,
                               double dampening, double weight_decay, bool nesterov, bool maximize,
