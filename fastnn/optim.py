@@ -76,8 +76,8 @@ class SGD(torch.optim.SGD):
     tensor([0.9000, 0.9000])
     """
 
-    # Whether a group has, or had, float32_momentum: a compiled step that looked for it there would be
-    # compiled anew for each lr.
+    # Whether a group has, or had, float32_momentum: a compiled step that looked for it there would
+    # be compiled anew for each lr.
     _has_float32_momentum = False
 
     def __init__(
