@@ -9,8 +9,11 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <array>
+#include <mutex>
 #include <tuple>
 #include <vector>
+
+#include "autograd/node_pointer.h"
 
 namespace fastnn {
 
@@ -101,10 +104,7 @@ class BackwardNode : public torch::autograd::Node {
     typename Op::Tensors tensors;
     for (size_t i = 0; i < tensors.size(); ++i) {
       // A saved result holds no reference to its node, which would be a cycle: it gets it here.
-      tensors[i] =
-          Op::kOutputs[i]
-              ? saved_[i].unpack(c10::intrusive_ptr<Node>::unsafe_reclaim_from_nonowning(this))
-              : saved_[i].unpack();
+      tensors[i] = Op::kOutputs[i] ? saved_[i].unpack(pointer_to(*this)) : saved_[i].unpack();
     }
     return tensors;
   }
@@ -127,15 +127,15 @@ class BackwardNode : public torch::autograd::Node {
 // The node of a result computed from these inputs; made before it, so that nodes are numbered in
 // the order of the calls.
 template <typename Op, typename... Inputs>
-c10::intrusive_ptr<BackwardNode<Op>> make_backward_node(const Inputs&... inputs) {
-  auto node = c10::make_intrusive<BackwardNode<Op>>();
+NodePointer<BackwardNode<Op>> make_backward_node(const Inputs&... inputs) {
+  auto node = make_node<BackwardNode<Op>>();
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
   return node;
 }
 
 // Makes `output` the result that the node differentiates.
 template <typename Op>
-void record(const c10::intrusive_ptr<BackwardNode<Op>>& node, const at::Tensor& output,
+void record(const NodePointer<BackwardNode<Op>>& node, const at::Tensor& output,
             const typename Op::Tensors& tensors, const typename Op::Options& options) {
   torch::autograd::set_history(output, node);
   node->save(tensors, options);
