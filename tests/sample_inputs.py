@@ -173,6 +173,8 @@ def _linear_relu_specs() -> Iterator[tuple[str, Build]]:
         (65, 63, 65),  # tiles and tails each way
         (300, 129, 257),  # odd, many tiles, enough work for two threads
         (40, 1000, 24),  # a long sum for each output
+        (400, 300, 256),  # sums over rows, and below over features, that vectors halve unevenly
+        (9, 400, 400),
         (600, 8, 40),  # rows enough for two threads, little to do for each; long bias sums
     )
     for rows, features, outputs in sizes:

@@ -26,6 +26,9 @@ struct Tile {
 };
 constexpr int64_t kDepth = 200;
 constexpr int64_t kGroup = 4;
+// Depths that can't be halved in whole vectors, at most a vector below a limit of two blocks: were a
+// block to exceed the limit, its panels would run into the next part of the scratch memory.
+constexpr int64_t kUnevenDepths[] = {2 * kDepth - 8, 2 * kDepth, 2 * kDepth + 16};
 
 std::vector<Size> sizes(const Tile& tile) {
   const int64_t rows[] = {0, 1, 2, tile.rows - 1, tile.rows, tile.rows + 1, 2 * tile.rows + 1, 31};
@@ -56,6 +59,10 @@ std::vector<Size> sizes(const Tile& tile) {
   result.push_back({simd::kGemmRows, 1, kDepth});
   result.push_back({simd::kGemmRows, tile.cols - 1, 2});
   result.push_back({simd::kGemmRows, simd::kGemmCols, 1});
+  for (const int64_t d : kUnevenDepths) {
+    result.push_back({simd::kGemmRows, 3, d});          // the left operand's last panel
+    result.push_back({2, 2 * kGroup * tile.cols, d});   // the right one's, beside sums
+  }
   // More than one block, on one thread and on several.
   for (const int64_t n : {simd::kGemmRows - 1, simd::kGemmRows + 1, 2 * simd::kGemmRows + 9}) {
     result.push_back({n, 3, 5});

@@ -22,8 +22,9 @@ constexpr int64_t kTileCols = kTileVecs * kLanes<A>;
 
 // Depths are taken in blocks of at most so many: then a panel of the right operand stays in the
 // first-level cache, and a sum's rounding errors grow with the block, not with the depth. Partial
-// sums wait in the output, or in scratch memory.
-constexpr int64_t kGemmDepth = 200;
+// sums wait in the output, or in scratch memory. A multiple of every vector's lanes.
+constexpr int64_t kGemmDepth = kVectorBytes == 64 ? 208 : 200;
+static_assert(kGemmDepth % kLanes<float> == 0 && kGemmDepth % kLanes<double> == 0);
 
 // So many panels of the right operand are packed at once: fewer, and each of its rows' pages would
 // be visited more often; more, and they would push the left operand out of the cache.
@@ -36,7 +37,8 @@ inline int64_t size(Range range) {
 }
 
 // A range in the fewest parts of at most `most`, as equal as can be, their sizes multiples of
-// `unit`, but for the last. There is always one part.
+// `unit`, but for the last. There is always one part. Parts are counted in whole units, so that none
+// exceeds `most`: scratch memory has room for no more.
 struct Split {
   Range all;
   int64_t unit;
@@ -44,9 +46,9 @@ struct Split {
   int64_t units_each;
   int64_t longer;  // so many parts have one unit more
 
-  Split(Range all, int64_t most, int64_t unit)
-      : all(all), unit(unit), parts(std::max<int64_t>(1, (size(all) + most - 1) / most)) {
-    const int64_t units = (size(all) + unit - 1) / unit;
+  Split(Range all, int64_t most, int64_t unit) : all(all), unit(unit) {
+    const int64_t units = (size(all) + unit - 1) / unit, most_units = most / unit;
+    parts = std::max<int64_t>(1, (units + most_units - 1) / most_units);
     units_each = units / parts;
     longer = units % parts;
   }
