@@ -8,6 +8,7 @@
 #   make sanitize                         runs the CPU kernels under the compiler's sanitizers
 #   make sanitize-cuda                    runs the emulated CUDA kernels under them
 #   make emulate                          runs the CPU kernels on emulated CPUs: no AVX, AVX-512, ARM
+#   make gpu-check [ARGS="--only smoke"]  checks and measures it all on a GPU, in ten minutes
 #   make cuda-check                       builds the CUDA part with nvcc and checks it; needs no GPU
 #   make docs                             builds the documentation and runs its examples
 #   make dist                             builds the sdist and the wheel, and tries them
@@ -34,7 +35,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
-.PHONY: demo test test-emulated test-large capabilities bench sanitize sanitize-cuda mutants emulate cuda-check docs dist \
+.PHONY: demo test test-emulated test-large capabilities bench sanitize sanitize-cuda mutants emulate cuda-check gpu-check docs dist \
     test-integrations lint format build clean
 
 demo: build
@@ -84,6 +85,10 @@ emulate: build
 cuda-check:
 	$(MAKE) VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)" $(CUDA_VENV)/.cuda_tools
 	$(CUDA_VENV)/bin/python tests/cuda_build.py $(ARGS)
+
+# In the environment that PYTHON is of, whose torch has CUDA: nothing is set up, nothing fetched.
+gpu-check:
+	$(PYTHON) tests/gpu/check.py $(ARGS)
 
 # A warning is an error, a name of ours that isn't there a warning.
 SPHINX := $(PY) -m sphinx -q -W --keep-going -d docs/_build/doctrees

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -152,6 +153,25 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     device = request.config.getoption("device")
     with torch.device(device) if device != "cpu" else nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _ends_with_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a failed kernel this process can't use the GPU, and every later test would fail too.
+
+    Under xdist the worker ends: another takes its place, and this test alone is reported.
+    """
+    yield
+    if request.config.getoption("device") != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        reason = f"{request.node.nodeid} left the GPU unusable: {error}"
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            print(reason, file=sys.__stderr__, flush=True)
+            os._exit(3)
+        pytest.exit(reason, returncode=3)
 
 
 @pytest.fixture
