@@ -16,6 +16,8 @@ MODE_NAMES = {
     "call": "call",
     "memory": "peak mem",
 }
+# What a GPU's results have beside the time of the kernels: a loop's, and that of a graph's replays.
+MORE_TIMES = ("loop", "replay")
 TEXT_COLUMNS = 3  # aligned left; numbers are aligned right
 RED, PLAIN = "\033[31m", "\033[0m"
 
@@ -36,9 +38,10 @@ def _group(result: dict) -> tuple[str, int]:
 
 def _format_group(rows: list[dict], where: Sequence[str], colour: bool) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    more = [name for name in MORE_TIMES if any(name in row["contenders"][OURS] for row in rows)]
     header = ["", "dtype", "mode", OURS, "spread", "rate", "of limit"]
-    header += [_heading(peer, rows) for peer in peers] + ["best peer"]
-    lines = [header, *(_cells(row, peers) for row in rows)]
+    header += [_heading(peer, rows) for peer in peers] + ["best peer", *more]
+    lines = [header, *(_cells(row, peers, more) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [_align(line, widths) for line in lines]
     if colour:
@@ -63,7 +66,7 @@ def _heading(peer: str, rows: list[dict]) -> str:
     return peer + ("" if facts["trainable"] else "*") + ("" if facts["same_algorithm"] else "+")
 
 
-def _cells(row: dict, peers: list[str]) -> list[str]:
+def _cells(row: dict, peers: list[str], more: list[str]) -> list[str]:
     ours, best = row["contenders"][OURS], best_ratio(row)
     return [
         row["label"],
@@ -75,7 +78,24 @@ def _cells(row: dict, peers: list[str]) -> list[str]:
         share_text(row),
         *(ratio_text(row["ratios"][peer]) if peer in row["ratios"] else "" for peer in peers),
         "" if best is None else f"{ratio_text(best)} {'!' if best < 1 else ' '}",
+        *(more_text(row, name) for name in more),
     ]
+
+
+def more_text(row: dict, name: str) -> str:
+    """fastnn's time of this kind, and the best peer's divided by it."""
+    ours = row["contenders"][OURS].get(name)
+    if ours is None:
+        return ""
+    ratio = more_ratio(row, name)
+    return amount(ours, "seconds") + ("" if ratio is None else f" {ratio_text(ratio)}")
+
+
+def more_ratio(row: dict, name: str) -> float | None:
+    """The least of the peers' times of this kind, divided by fastnn's; None without a peer's."""
+    peers = [one for peer, one in row["contenders"].items() if not peer.startswith(OURS)]
+    times = [one[name] for one in peers if name in one]
+    return min(times) / row["contenders"][OURS][name] if times else None
 
 
 def is_slower(row: dict) -> bool:
@@ -142,6 +162,14 @@ def _legend(results: list[dict]) -> list[str]:
     lines = [
         "The peers' columns: the peer's time or memory / fastnn's; below 1 (!) the peer is ahead."
     ]
+    if any("loop" in facts for facts in contenders):
+        lines.append(
+            "loop, replay: fastnn's time per call of a loop and of a graph's replays, and the best "
+            "peer's divided by it."
+        )
+    waiting = sorted({n for row in results for n, f in row["contenders"].items() if f.get("waits")})
+    if waiting:
+        lines.append(f"Waits for the GPU within a call somewhere: {', '.join(waiting)}.")
     if not all(facts["trainable"] for facts in contenders):
         lines.append("* computes no gradients")
     if not all(facts["same_algorithm"] for facts in contenders):

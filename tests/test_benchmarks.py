@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -21,6 +23,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are not installed with the packa
 
 from benchmarks import __main__ as cli  # noqa: E402
 from benchmarks import (  # noqa: E402
+    gpu_timing,
     limits,
     memory,
     plots,
@@ -189,18 +192,21 @@ class FakeGpu:
     """Stands in for torch.cuda, with a clock of its own in milliseconds and a log."""
 
     FLUSH, CALL, L2 = 100.0, 3.0, 1000
+    CYCLES_PER_MILLISECOND = 10**6
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.now, self.allocated, self.peak = 0.0, 500, 9999
         self.buffer_size = 0
+        self.sleeps: list[float] = []
+        self.capture_fails = False
 
     def device(self) -> Cuda:
         return Cuda(self, self._make_buffer)
 
     def _make_buffer(self, size: int) -> SimpleNamespace:
         self.buffer_size = size
-        return SimpleNamespace(zero_=lambda: self.work("flush", self.FLUSH))
+        return SimpleNamespace(sum=lambda: self.work("flush", self.FLUSH))
 
     def work(self, name: str, milliseconds: float) -> None:
         self.log.append(name)
@@ -209,6 +215,33 @@ class FakeGpu:
     def call(self) -> None:
         self.work("call", self.CALL)
         self.peak = max(self.peak, self.allocated + 70)
+
+    def _sleep(self, cycles: int) -> None:
+        self.sleeps.append(cycles / self.CYCLES_PER_MILLISECOND)
+        self.work("sleep", self.sleeps[-1])
+
+    def Stream(self) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream: SimpleNamespace) -> nullcontext:
+        return nullcontext()
+
+    def CUDAGraph(self) -> SimpleNamespace:
+        def end() -> None:
+            self.log.append("capture ends")
+            if self.capture_fails:
+                raise RuntimeError("the capture was invalidated")
+
+        return SimpleNamespace(
+            capture_begin=lambda: self.log.append("capture begins"),
+            capture_end=end,
+            replay=lambda: self.work("replay", self.CALL),
+        )
+
+    def empty_cache(self) -> None:
+        self.log.append("empty cache")
 
     def Event(self, enable_timing: bool) -> FakeEvent:
         assert enable_timing
@@ -221,7 +254,7 @@ class FakeGpu:
         return 0
 
     def get_device_properties(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(L2_cache_size=self.L2)
+        return SimpleNamespace(L2_cache_size=self.L2, total_memory=2**30, multi_processor_count=100)
 
     def get_device_name(self) -> str:
         return "A GPU"
@@ -254,12 +287,6 @@ class FakeEvent:
         return end.moment - self.moment
 
 
-class Meta(Device):
-    """Torch's device without data: what ends up elsewhere shows."""
-
-    name = "meta"
-
-
 def test_time_calls_makes_all_calls_and_synchronises():
     log: list[str] = []
     device = Device()
@@ -268,20 +295,90 @@ def test_time_calls_makes_all_calls_and_synchronises():
     assert log == ["synchronise", "call", "call", "call", "synchronise"]
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
-def test_kernels_are_timed_by_events_after_the_l2_is_flushed(mode: str):
+def test_kernels_are_timed_by_events_behind_a_sleep_after_the_l2_is_read():
     gpu = FakeGpu()
-    seconds = gpu.device().timer(mode)(gpu.call, 3)
-    assert gpu.log == ["flush", "event", "call", "event"] * 3 + ["synchronise"]
-    assert seconds == pytest.approx(3 * FakeGpu.CALL * 1e-3)  # without the flushes
-    assert gpu.buffer_size >= 2 * FakeGpu.L2
+    timer = gpu.device().timer()
+    timer(gpu.call, 1)  # calibrates the sleep
+    gpu.log.clear()
+    seconds = timer(gpu.call, 3)
+    one = ["flush", "event", "sleep", "event", "call", "event", "synchronise"]
+    assert gpu.log == one * 3
+    assert seconds == pytest.approx(3 * FakeGpu.CALL * 1e-3)  # without flushes and sleeps
+    assert gpu.buffer_size == 4 * FakeGpu.L2
+    assert gpu.sleeps[-1] == pytest.approx(1)  # milliseconds
+    assert not timer.waits
 
 
-@pytest.mark.parametrize("mode", ["step", "call"])
-def test_what_launches_cost_is_timed_by_the_clock(mode: str):
+def test_the_sleep_becomes_as_long_as_the_queueing_of_a_call_takes(monkeypatch):
     gpu = FakeGpu()
-    assert 0 < gpu.device().timer(mode)(gpu.call, 2) < 1
-    assert gpu.log == ["synchronise", "call", "call", "synchronise"]
+    clock = fake_host_clock(monkeypatch)
+
+    def slow_to_queue() -> None:
+        clock.now += 3e-3
+        gpu.call()
+
+    timer = gpu.device().timer()
+    assert timer(slow_to_queue, 2) == pytest.approx(2 * FakeGpu.CALL * 1e-3)
+    assert gpu.sleeps[-3:] == pytest.approx([1, 4, 4])
+    assert not timer.waits
+
+
+def test_a_call_that_waits_for_the_gpu_is_timed_behind_the_shortest_sleep(monkeypatch):
+    gpu = FakeGpu()
+    clock = fake_host_clock(monkeypatch)
+
+    def waits_for_the_gpu() -> None:
+        clock.now += gpu.sleeps[-1] * 1e-3
+        gpu.call()
+
+    timer = gpu.device().timer()
+    assert timer(waits_for_the_gpu, 2) == pytest.approx(2 * FakeGpu.CALL * 1e-3)
+    assert timer.waits
+    assert gpu.sleeps[-5:] == pytest.approx([1, 4, 16, 1, 1])
+
+
+def fake_host_clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(gpu_timing.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_a_gpu_has_a_loops_time_and_a_replays():
+    gpu = FakeGpu()
+    times = gpu.device().more_times(lambda: gpu.call, SimpleNamespace(waits=False))
+    assert set(times) == {"loop", "replay", "waits"}
+    assert 0 < times["loop"] < 1 and 0 < times["replay"] < 1
+    begin = gpu.log.index("capture begins")
+    assert gpu.log[begin - 4 : begin + 3] == [
+        *["call"] * 3,
+        "synchronise",
+        "capture begins",
+        "call",
+        "capture ends",
+    ]
+    assert gpu.log.count("replay") > gpu.log[begin:].count("call") == 1
+    assert CPU.more_times(lambda: None, None) == {}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_call_that_can_not_be_captured_says_why(ends: bool):
+    gpu = FakeGpu()
+    gpu.capture_fails = not ends
+
+    def refuses_capture() -> None:
+        if "capture begins" in gpu.log:
+            raise RuntimeError("not while capturing\nand more")
+
+    times = gpu.device().more_times(lambda: refuses_capture, SimpleNamespace(waits=False))
+    assert times["no_replay"] == "not while capturing" and "replay" not in times
+    assert gpu.log[-1] == "capture ends" and gc.isenabled()
+
+
+def test_a_call_that_waits_is_not_captured():
+    gpu = FakeGpu()
+    times = gpu.device().more_times(lambda: gpu.call, SimpleNamespace(waits=True))
+    assert times["waits"] and times["no_replay"] == "it waits for the GPU"
+    assert "capture begins" not in gpu.log
 
 
 def test_peak_memory_of_a_gpu_is_what_a_call_adds():
@@ -290,22 +387,27 @@ def test_peak_memory_of_a_gpu_is_what_a_call_adds():
     assert gpu.log == ["synchronise", "call", "synchronise"]
 
 
-def test_inputs_on_another_device_are_the_same_leaves():
-    leaf, plain = torch.ones(2, requires_grad=True), torch.ones(3)
-    target = torch.zeros(2, dtype=torch.int64)
-    here = Inputs((leaf, target, [plain]), torch.ones(2))
-    there = here.on(Meta())
-    assert [arg.requires_grad and arg.is_leaf for arg in there.args[:2]] == [True, False]
-    assert there.leaves == (there.args[0],)
-    assert not there.args[2][0].requires_grad
-    everything = [*there.args[:2], *there.args[2], there.grad]
-    assert {tensor.device.type for tensor in everything} == {"meta"}
-    assert [tensor.dtype for tensor in everything[:2]] == [torch.float32, torch.int64]
-    assert here.on(CPU).args[0] is leaf
+@pytest.mark.parametrize("make", [mlp._batch, overhead._row_and_target])
+def test_inputs_are_drawn_where_the_generator_is(make, monkeypatch):
+    generator = SimpleNamespace(device=torch.device("meta"))
+    drawn: list[torch.device] = []
+
+    def draw(*shape, generator, device) -> torch.Tensor:
+        drawn.append(device)
+        return torch.ones(2)
+
+    monkeypatch.setattr(torch, "randn", draw)
+    monkeypatch.setattr(torch, "randint", draw)
+    make(generator)
+    assert len(drawn) >= 2 and set(drawn) == {generator.device}
+    assert CPU.generator(3).device.type == "cpu" and CPU.generator(3).initial_seed() == 3
 
 
 def _meta_inputs(make) -> Inputs:
-    return make(torch.Generator().manual_seed(0)).on(Meta())
+    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+
+    return make(torch.Generator().manual_seed(0)).map(on_meta)
 
 
 def test_what_contenders_make_themselves_lies_where_the_inputs_are():
@@ -323,14 +425,14 @@ def test_what_contenders_make_themselves_lies_where_the_inputs_are():
 
 
 def names_on(device: Device) -> set[str]:
-    contenders = [one for case in all_cases() for one in case.contenders()]
+    contenders = [one for case in all_cases(device) for one in case.contenders()]
     return {one.name for one in contenders if device.name in one.devices}
 
 
 def test_peers_compete_on_their_own_devices():
     cpu, cuda = names_on(CPU), names_on(CUDA)
-    assert cpu - cuda == {"mkldnn", "mkldnn packed", "jax.jit"}
-    assert cuda - cpu == {"Liger", "Apex", "Apex FusedSGD"}
+    assert {"mkldnn", "mkldnn packed", "jax.jit"} <= cpu - cuda
+    assert cuda - cpu == {"Liger", "Apex", "Apex FusedSGD", "fastnn tiled", "fastnn library"}
     assert {"fastnn", "torch.compile", "SGD", "SGD foreach", "SGD fused"} <= cpu & cuda
 
 
@@ -386,7 +488,7 @@ def test_memory_process_reports_a_refusal(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
     case = next(case for case in all_cases() if case.mode == "memory")
     with pytest.raises(Unavailable, match="not installed"):
-        memory.peak_memory(case, "Liger", CUDA)
+        memory.peak_memory(case, "Liger", CPU)
 
 
 def test_worker_measures_on_the_device_of_the_request(monkeypatch):
@@ -398,12 +500,12 @@ def test_worker_measures_on_the_device_of_the_request(monkeypatch):
     assert device.interruptions() == 0
     device.interruptions = partial(next, count())  # one in each sample, of three calls
     monkeypatch.setattr(worker, "DEVICES", {"cuda": device})
-    monkeypatch.setattr(limits, "COPY_BYTES", (1024,))
+    device.copy_bytes, device.tf32_gemm_sizes = (1024,), (8,)
     # Every call and copy takes the fake no time; its clock only shows that it was asked.
     monkeypatch.setattr(FakeEvent, "elapsed_time", lambda start, end: FakeGpu.CALL)
     key = "nll_loss 64 x 10 float32 forward"
     events: list[dict] = []
-    plan = Plan(seconds=0.02, sample_seconds=0.01, min_rounds=3)
+    plan = replace(Cuda.full_plan, min_rounds=3)
     worker.run(
         worker.Request([key], torch.get_num_threads(), False, plan, 0.01, "cuda"), events.append
     )
@@ -411,8 +513,12 @@ def test_worker_measures_on_the_device_of_the_request(monkeypatch):
     assert events[0]["limits"]["copy"]["1024"] == pytest.approx(1024 / (FakeGpu.CALL * 1e-3))
     contenders = events[2]["result"]["contenders"]
     assert contenders["fastnn"]["median"] == pytest.approx(FakeGpu.CALL * 1e-3)
-    assert contenders["fastnn"]["interruptions"] == pytest.approx(1 / (3 * FakeGpu.CALL * 1e-3))
-    assert gpu.log.count("flush") == gpu.log.count("event") / 2 > 10
+    assert contenders["fastnn"]["interruptions"] == pytest.approx(1 / (FakeGpu.CALL * 1e-3))
+    assert contenders["fastnn"]["samples"] == 3
+    assert contenders["F.nll_loss"].keys() >= {"loop", "replay"}
+    assert set(events[0]["limits"]["gemm"]) == {"float32", "bfloat16", "tf32"}
+    assert events[0]["limits"]["launch"]["kernels"] > 0
+    assert gpu.log.count("flush") > 10
 
 
 @pytest.mark.parametrize(
@@ -427,7 +533,7 @@ def test_cuda_that_can_not_be_used_ends_in_one_sentence(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     monkeypatch.setattr(_extension, "build_info", lambda: build_info)
-    assert cli.main(["--device", "cuda", "--filter", "overhead"]) == 2
+    assert cli.main(["--device", "cuda", "--filter", "SGD"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"benchmarks: error: --device cuda {message}"
 
@@ -473,7 +579,7 @@ def test_document_table_plots_and_report_name_the_gpu(tmp_path: Path, monkeypatc
 
 
 def test_run_records_the_facts_of_the_device(monkeypatch):
-    monkeypatch.setattr(cli, "_events", lambda request: iter([{"event": "limits", "limits": None}]))
+    monkeypatch.setattr(cli, "_events", lambda request, end: iter([]))
     options = cli.parse_options(["--threads", "1", "--filter", "overhead"])
     document, _ = cli.run(options, [])
     assert "gpu" not in document["machine"]
