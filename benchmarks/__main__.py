@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from benchmarks.device import CPU, DEVICES, Device
 from benchmarks.machine import machine_facts
 from benchmarks.plots import MissingMatplotlib, draw, require_matplotlib
 from benchmarks.progress import Bar, progress_bar
-from benchmarks.results import SCHEMA, complete
+from benchmarks.results import SCHEMA, complete, key
 from benchmarks.table import format_document, threads_text
 from benchmarks.timing import Plan
 from benchmarks.warm import warm
@@ -197,14 +198,20 @@ class Findings:
     def _machine(self) -> dict[str, str]:
         return machine_facts() | self.options.device.facts()
 
-    def save(self) -> None:
-        """Writes what there is, so that nothing is lost should the run be ended."""
+    def add(self, result: dict) -> None:
+        """Adds a result, and saves all, so that nothing is lost should the run be ended."""
+        try:
+            json.dumps(complete(result, None), allow_nan=False)
+        except (ValueError, ZeroDivisionError):
+            self.complaints.append(f"failed: {key(result)}: not every number is one above 0")
+            return
+        self.results.append(result)
         if self.options.json is not None:
             write_json(self.options.json, self.document())
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Writes all or nothing: whoever reads the file meanwhile finds the last whole document."""
+    """Writes all or nothing: until the document is written, the file is the one before."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     part.replace(path)
@@ -273,8 +280,7 @@ def _follow(
             started = None
             bar.update()
             if event["event"] == "result":
-                findings.results.append(event["result"] | {"elapsed": event["elapsed"]})
-                findings.save()
+                findings.add(event["result"] | {"elapsed": event["elapsed"]})
             else:
                 findings.complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
     except WorkerEnded as failure:
@@ -310,8 +316,9 @@ def _events(request: Request, end: float | None) -> Iterator[dict]:
     if end is not None:
         timer.start()
     try:
-        process.stdin.write(request.to_json())
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended: with what code, its end tells
+            process.stdin.write(request.to_json())
+            process.stdin.close()
         for line in process.stdout:
             yield json.loads(line)
         if process.wait() != 0:

@@ -192,7 +192,7 @@ class Case:
     grad_enabled: bool | None = None  # default: not in forward mode
     peak_bytes: float = 0  # memory that the check and the contenders need, about; 0: little
     large: bool = False  # peak memory is worth measuring
-    tf32: bool = False  # float32 products may use TF32, whoever computes them
+    tf32: bool = False  # every contender's float32 products may use TF32
     compiles: bool = True  # torch.compile is worth its time
     priority: int = 1  # the cases of 1 come first, should the time not be enough for all
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, resident, timing
-from benchmarks.gpu_timing import GpuClock, KernelTimer, capture
+from benchmarks.gpu_timing import GpuClock, KernelTimer
 from benchmarks.timing import Plan
 from fastnn import _extension
 
@@ -179,15 +179,16 @@ class Cuda(Device):
         ``waits`` tells a call that waits for the GPU: no graph can hold it. ``no_replay`` is why
         there is no time of replays.
         """
-        call = bind()
-        times = {"loop": self.time_loop(call), "waits": timer.waits}
-        if timer.waits:
-            return times | {"no_replay": "it waits for the GPU"}
+        times: dict = {"waits": timer.waits}
+        reason = "it waits for the GPU"
         try:
-            graph = capture(self.cuda, call)
-            return times | {"replay": self.time_loop(graph.replay)}
+            call = bind()
+            times["loop"] = self.time_loop(call)
+            if not timer.waits:
+                return times | {"replay": self.time_loop(self.clock.capture(call).replay)}
         except Exception as problem:  # whatever a peer does that a capture doesn't allow
-            return times | {"no_replay": one_line(problem.__context__ or problem)}
+            reason = one_line(problem.__context__ or problem)
+        return times | {"no_replay": reason}
 
     def time_loop(self, call: Callable[[], object]) -> float:
         """Seconds per call, as a loop waits that makes one call after the other."""
@@ -196,7 +197,7 @@ class Cuda(Device):
         return statistics.median(self.time_calls(call, count) / count for _ in range(LOOPS))
 
     def launch_rate(self) -> float:
-        """Of a kernel that does nothing."""
+        """The rate of a kernel that does nothing."""
         count = 1000
         return count / self.time_calls(lambda: self.cuda._sleep(0), count)
 
@@ -217,7 +218,7 @@ class Cuda(Device):
         return True
 
     def peak_growth(self, call: Callable[[], object]) -> int:
-        """Of the memory that torch's allocator has handed out, not of what it keeps."""
+        """Counts the memory that torch's allocator has handed out, not what it keeps."""
         gc.collect()
         self.synchronize()
         before = self.cuda.memory_allocated()

@@ -49,6 +49,32 @@ class GpuClock:
         slept = asleep.elapsed_time(start) * 1e-3  # from milliseconds
         return start.elapsed_time(end) * 1e-3, queueing < slept
 
+    def capture(self, call: Callable[[], object]):
+        """A graph of the call; raises where the call can't be captured."""
+        graph, stream = self.cuda.CUDAGraph(), self._stream
+        stream.wait_stream(self.cuda.current_stream())
+        with self.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                call()
+            self.cuda.synchronize()
+            self.cuda.empty_cache()  # a capture can't free what is only kept for later
+            gc.disable()  # a collection could free what must not be freed in a capture
+            try:
+                graph.capture_begin()
+                try:
+                    call()
+                finally:
+                    graph.capture_end()
+            finally:
+                gc.enable()
+        self.cuda.current_stream().wait_stream(stream)
+        return graph
+
+    @cached_property
+    def _stream(self):
+        """The one that captures: the default stream can't, and memory is kept for each stream."""
+        return self.cuda.Stream()
+
     @cached_property
     def _buffer(self) -> Tensor:
         """Four times the L2's size: when it has been read, nothing else is left there."""
@@ -89,25 +115,3 @@ class KernelTimer:
             self.sleep = SLEEP if self.waits else 4 * self.sleep
             seconds, is_queued = self.clock.after_sleep(call, self.sleep)
         return seconds
-
-
-def capture(cuda: ModuleType, call: Callable[[], object]):
-    """A graph of the call. Raises where the call can't be captured."""
-    stream = cuda.Stream()
-    stream.wait_stream(cuda.current_stream())
-    graph = cuda.CUDAGraph()
-    with cuda.stream(stream):
-        for _ in range(WARM_UP_CALLS):
-            call()
-        cuda.synchronize()
-        gc.disable()  # what it frees meanwhile could end the capture
-        try:
-            graph.capture_begin()
-            try:
-                call()
-            finally:
-                graph.capture_end()
-        finally:
-            gc.enable()
-    cuda.current_stream().wait_stream(stream)
-    return graph

@@ -65,6 +65,16 @@ def _smallest(ratios: dict[str, float]) -> str | None:
     return min(ratios, key=ratios.__getitem__, default=None)
 
 
+def best_rival(result: dict, time: str) -> tuple[str, float] | None:
+    """The best peer by ``loop`` or ``replay``, and its time divided by fastnn's; None without."""
+    times = {name: one[time] for name, one in result["contenders"].items() if time in one}
+    peers = {name: seconds for name, seconds in times.items() if not name.startswith(OURS)}
+    if OURS not in times or not peers:
+        return None
+    best = _smallest(peers)
+    return best, peers[best] / times[OURS]
+
+
 def best_ratio(result: dict) -> float | None:
     """The ratio to the best peer; None where there is none."""
     return None if result["best"] is None else result["ratios"][result["best"]]

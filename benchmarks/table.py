@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from benchmarks.case import OURS
-from benchmarks.results import best_ratio, gpu, is_disturbed, key, overall
+from benchmarks.results import best_ratio, best_rival, gpu, is_disturbed, key, overall
 
 MODE_NAMES = {
     "forward": "fwd",
@@ -16,8 +16,8 @@ MODE_NAMES = {
     "call": "call",
     "memory": "peak mem",
 }
-# What a GPU's results have beside the time of the kernels: a loop's, and that of a graph's replays.
-MORE_TIMES = ("loop", "replay")
+# What a GPU's results have beside the time of the kernels, and the columns' headings.
+MORE_TIMES = {"loop": "loop", "replay": "graph"}
 TEXT_COLUMNS = 3  # aligned left; numbers are aligned right
 RED, PLAIN = "\033[31m", "\033[0m"
 
@@ -40,7 +40,7 @@ def _format_group(rows: list[dict], where: Sequence[str], colour: bool) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     more = [name for name in MORE_TIMES if any(name in row["contenders"][OURS] for row in rows)]
     header = ["", "dtype", "mode", OURS, "spread", "rate", "of limit"]
-    header += [_heading(peer, rows) for peer in peers] + ["best peer", *more]
+    header += [*(_heading(peer, rows) for peer in peers), "best peer", *map(MORE_TIMES.get, more)]
     lines = [header, *(_cells(row, peers, more) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [_align(line, widths) for line in lines]
@@ -82,20 +82,11 @@ def _cells(row: dict, peers: list[str], more: list[str]) -> list[str]:
     ]
 
 
-def more_text(row: dict, name: str) -> str:
+def more_text(row: dict, time: str) -> str:
     """fastnn's time of this kind, and the best peer's divided by it."""
-    ours = row["contenders"][OURS].get(name)
-    if ours is None:
-        return ""
-    ratio = more_ratio(row, name)
-    return amount(ours, "seconds") + ("" if ratio is None else f" {ratio_text(ratio)}")
-
-
-def more_ratio(row: dict, name: str) -> float | None:
-    """The least of the peers' times of this kind, divided by fastnn's; None without a peer's."""
-    peers = [one for peer, one in row["contenders"].items() if not peer.startswith(OURS)]
-    times = [one[name] for one in peers if name in one]
-    return min(times) / row["contenders"][OURS][name] if times else None
+    ours, rival = row["contenders"][OURS].get(time), best_rival(row, time)
+    texts = ["" if ours is None else amount(ours, "seconds")]
+    return " ".join(texts if rival is None else [*texts, ratio_text(rival[1])])
 
 
 def is_slower(row: dict) -> bool:
@@ -136,6 +127,12 @@ def share_text(row: dict) -> str:
     return "" if row["share"] is None else f"{row['share']:.0%}"
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """A table in Markdown, whose first columns are text and the others numbers."""
+    rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
 def threads_text(threads: int) -> str:
     return f"{threads} thread" if threads == 1 else f"{threads} threads"
 
@@ -164,8 +161,8 @@ def _legend(results: list[dict]) -> list[str]:
     ]
     if any("loop" in facts for facts in contenders):
         lines.append(
-            "loop, replay: fastnn's time per call of a loop and of a graph's replays, and the best "
-            "peer's divided by it."
+            "loop, graph: fastnn's time per call in a loop of calls and of a CUDA graph's replays, "
+            "and the best peer's divided by it."
         )
     waiting = sorted({n for row in results for n, f in row["contenders"].items() if f.get("waits")})
     if waiting:

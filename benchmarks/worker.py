@@ -20,11 +20,11 @@ from functools import partial
 import torch
 
 from benchmarks import memory, verify
-from benchmarks.case import OURS, Case, Contender, Unavailable, tf32
+from benchmarks.case import OURS, Case, Contender, Inputs, Unavailable, tf32
 from benchmarks.cases import all_cases
-from benchmarks.device import DEVICES, Device, one_line
+from benchmarks.device import DEVICES, Device, Timer, one_line
 from benchmarks.limits import best_of, measure_limits
-from benchmarks.timing import Plan, measure
+from benchmarks.timing import Plan, Sampler, measure
 
 Emit = Callable[[dict], None]
 SEED = 0
@@ -111,7 +111,7 @@ def _run_case(case: Case, request: Request, device: Device) -> dict:
         else:
             with torch.set_grad_enabled(case.records_graph), tf32(case.tf32):
                 _check(case, outcome, generator)
-                summaries = _time(case, outcome.contenders, request.plan, generator, device)
+                summaries = _time_all(case, outcome, request.plan, generator, device)
     finally:
         for contender in outcome.contenders:
             contender.close()
@@ -147,6 +147,25 @@ def _complaint(case: Case, contender: Contender, inputs, reference) -> str | Non
     return None
 
 
+class Broken(Exception):
+    """A contender that was right has failed at a later call."""
+
+    def __init__(self, contender: Contender, problem: Exception) -> None:
+        super().__init__(one_line(problem))
+        self.contender = contender
+
+
+def _time_all(
+    case: Case, outcome: Outcome, plan: Plan, generator: torch.Generator, device: Device
+) -> dict[str, dict]:
+    """Times the contenders, anew without one that fails."""
+    while True:
+        try:
+            return _time(case, outcome.contenders, plan, generator, device)
+        except Broken as broken:
+            outcome.leave_out(broken.contender, str(broken))
+
+
 def _time(
     case: Case,
     contenders: list[Contender],
@@ -158,7 +177,7 @@ def _time(
 
     def draw():
         inputs = case.inputs(generator)
-        return {one.name: one.sampler(inputs, timers[one.name]) for one in contenders}
+        return {one.name: _sampler(one, inputs, timers[one.name]) for one in contenders}
 
     summaries = measure(draw, plan, random.Random(SEED), switches=device.interruptions)
     inputs = case.inputs(generator)
@@ -167,6 +186,18 @@ def _time(
         | device.more_times(partial(one.bind, inputs), timers[one.name])
         for one in contenders
     }
+
+
+def _sampler(contender: Contender, inputs: Inputs, timer: Timer) -> Sampler:
+    """The contender's, which tells whose failure it was."""
+
+    def guarded(call: Callable, *args):
+        try:
+            return call(*args)
+        except Exception as problem:
+            raise Broken(contender, problem) from problem
+
+    return partial(guarded, guarded(contender.sampler, inputs, timer))
 
 
 def _memory(case: Case, outcome: Outcome, device: Device) -> dict[str, dict]:
