@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import fastnn
@@ -177,6 +176,7 @@ class Findings:
     """What the workers have reported so far."""
 
     options: Options
+    machine: dict[str, str]
     results: list[dict] = field(default_factory=list)
     limits: dict[str, dict | None] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
@@ -185,7 +185,7 @@ class Findings:
         """The results as they are saved."""
         return {
             "schema": SCHEMA,
-            "machine": self._machine,
+            "machine": self.machine,
             "command": _command(self.options),
             "limits": self.limits,
             "results": [
@@ -193,10 +193,6 @@ class Findings:
             ],
             "complaints": self.complaints,
         }
-
-    @cached_property
-    def _machine(self) -> dict[str, str]:
-        return machine_facts() | self.options.device.facts()
 
     def add(self, result: dict) -> None:
         """Adds a result, and saves all, so that nothing is lost should the run be ended."""
@@ -221,7 +217,7 @@ def run(options: Options, cases: list[Case]) -> tuple[dict, list[str]]:
     """Measures everything; returns the document and what went wrong."""
     plan = {threads: _keys(cases, options, threads) for threads in options.threads}
     bar = progress_bar(sum(map(len, plan.values())))
-    findings = Findings(options)
+    findings = Findings(options, machine_facts() | options.device.facts())
     end = None if options.limit is None else time.monotonic() + options.limit
     try:
         for threads, keys in plan.items():
@@ -303,14 +299,14 @@ class WorkerEnded(Exception):
 
 def _events(request: Request, end: float | None) -> Iterator[dict]:
     """Starts a worker and yields what it reports, until a moment of ``time.monotonic``."""
-    count = str(request.threads)
+    count, device = str(request.threads), DEVICES[request.device]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count},
+        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | device.environment,
     )
     timer = threading.Timer(max(0.0, (end or 0.0) - time.monotonic()), process.kill)
     if end is not None:

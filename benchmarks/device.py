@@ -43,6 +43,8 @@ class Device:
     full_plan, quick_plan = timing.FULL, timing.QUICK
     # Whether peak memory needs a process for each contender: an allocator keeps what it once had.
     isolates_memory = True
+    # What the processes that compile or measure find in their environment.
+    environment: Mapping[str, str] = {}
 
     def limit_seconds(self, plan: Plan) -> float:
         """How long each of the device's limits is looked for."""
@@ -131,6 +133,8 @@ class Cuda(Device):
     full_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=30, long_call=0.0)
     quick_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=7, long_call=0.0)
     isolates_memory = False  # torch's allocator counts what each call gets
+    # A pool of processes for every compiler would start beside the timing, mostly for nothing.
+    environment: Mapping[str, str] = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ def warm(device: Device, keys: list[str], limit: float | None) -> int:
     count = max(1, min(MOST_PROCESSES, os.cpu_count() or 1, len(wanted)))
     end = None if limit is None else time.monotonic() + limit
     # One thread each: the processes are many already.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | device.environment
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.warm", device.name, *wanted[first::count]],

@@ -8,7 +8,8 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -21,21 +22,33 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed with the package
 
+import fastnn  # noqa: E402
 from benchmarks import __main__ as cli  # noqa: E402
+from benchmarks import case as case_module  # noqa: E402
 from benchmarks import (  # noqa: E402
     gpu_timing,
     limits,
     memory,
+    once,
     plots,
     report,
     resident,
     results,
     table,
     verify,
+    warm,
     worker,
 )
 from benchmarks.case import Contender, Function, Inputs, Unavailable, Work  # noqa: E402
-from benchmarks.cases import all_cases, cross_entropy, mlp, overhead, sgd  # noqa: E402
+from benchmarks.cases import (  # noqa: E402
+    all_cases,
+    cross_entropy,
+    linear_relu,
+    mlp,
+    overhead,
+    sgd,
+)
+from benchmarks.cases.classifiers import logits_and_targets  # noqa: E402
 from benchmarks.device import CPU, CUDA, Cuda, Device  # noqa: E402
 from benchmarks.timing import Plan, Summary, measure, summarise  # noqa: E402
 from fastnn import _extension  # noqa: E402
@@ -376,10 +389,47 @@ def test_a_call_that_waits_is_not_captured():
     assert "capture begins" not in gpu.log
 
 
+def test_a_contender_that_fails_in_its_loop_has_no_loop_and_says_why():
+    def fails() -> None:
+        raise MemoryError("no memory left")
+
+    times = FakeGpu().device().more_times(lambda: fails, SimpleNamespace(waits=False))
+    assert times == {"waits": False, "no_replay": "no memory left"}
+
+
 def test_peak_memory_of_a_gpu_is_what_a_call_adds():
     gpu = FakeGpu()
     assert gpu.device().peak_growth(gpu.call) == 70
     assert gpu.log == ["synchronise", "call", "synchronise"]
+
+
+def test_peak_memory_of_a_gpu_needs_no_process(monkeypatch):
+    monkeypatch.delattr(subprocess, "run")
+    gpu = FakeGpu()
+    device = gpu.device()
+    device.name = "cpu"  # where the tensors are
+    case = next(case for case in all_cases() if case.key == "nll_loss 64 x 10 float32 forward")
+    assert memory.peak_memory(case, "fastnn", device).samples == memory.CALLS
+    broken = replace(case, contenders=lambda: [Contender("fastnn")])
+    with pytest.raises(Unavailable, match="NotImplementedError"):
+        memory.peak_memory(broken, "fastnn", device)
+
+
+def test_the_driver_is_named_where_nvidia_smi_tells_it(monkeypatch):
+    def says(*command, **options) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, 0, stdout="580.1\n580.1\n")
+
+    monkeypatch.setattr(subprocess, "run", says)
+    assert FakeGpu().device().facts()["gpu driver"] == "580.1"
+    monkeypatch.setattr(subprocess, "run", raiser(FileNotFoundError("nvidia-smi")))
+    assert FakeGpu().device().facts()["gpu driver"] == "unknown"
+
+
+def raiser(error: Exception):
+    def raises(*args, **options):
+        raise error
+
+    return raises
 
 
 @pytest.mark.parametrize("make", [mlp._batch, overhead._row_and_target])
@@ -516,6 +566,60 @@ def test_worker_measures_on_the_device_of_the_request(monkeypatch):
     assert gpu.log.count("flush") > 10
 
 
+NLL_KEYS = [f"nll_loss 64 x 10 float32 {mode}" for mode in ("forward", "forward_backward")]
+
+
+def worker_events(device: Device, monkeypatch) -> list[dict]:
+    """What a worker reports about two cases on a device."""
+    monkeypatch.setattr(worker, "DEVICES", {"cpu": device})
+    events: list[dict] = []
+    threads = torch.get_num_threads()
+    plan = Plan(seconds=1e-3, sample_seconds=1e-4, min_rounds=2)
+    with suppress(SystemError):  # as fails_after_the_first has it
+        worker.run(worker.Request(NLL_KEYS, threads, False, plan, 0.0, "cpu"), events.append)
+    return events
+
+
+def test_worker_ends_where_a_case_leaves_the_device_broken(monkeypatch):
+    device = Device()
+    assert [event["event"] for event in worker_events(device, monkeypatch)] == [
+        "limits",
+        *["start", "result"] * 2,
+    ]
+    device.check_health = raiser(SystemError("an illegal address"))
+    assert len(worker_events(device, monkeypatch)) == 3
+    gpu = FakeGpu()
+    gpu.device().check_health()
+    assert gpu.log == ["synchronise", "empty cache"]
+
+
+def test_worker_goes_on_without_limits_that_can_not_be_measured(monkeypatch):
+    monkeypatch.setattr(worker, "measure_limits", raiser(MemoryError()))
+    assert worker._limits(worker.Request([], 1, False, PLAN, 0.1, "cpu"), CPU) is None
+
+
+@pytest.mark.parametrize("when", ["bound", "called"])
+def test_worker_goes_on_without_a_peer_that_fails_after_its_check(when: str, monkeypatch):
+    calls = count()
+
+    def fails_later(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if when == "called" and next(calls) > 1:
+            raise MemoryError("no memory left")
+        return torch.nn.functional.nll_loss(log_probs, target)
+
+    peer = Function("peer", fails_later)
+    if when == "bound":
+        monkeypatch.setattr(peer, "sampler", raiser(MemoryError("no memory left")))
+    (case,) = (case for case in all_cases() if case.key == NLL_KEYS[0])
+    ours = case.contenders()[0]
+    case = replace(case, contenders=lambda: [ours, peer])
+    monkeypatch.setattr(worker, "all_cases", lambda device: [case])
+    event = worker_events(Device(), monkeypatch)[-1]
+    assert event["result"]["skipped"] == {"peer": "no memory left"}
+    assert list(event["result"]["contenders"]) == ["fastnn"]
+    assert event["elapsed"] > 0
+
+
 @pytest.mark.parametrize(
     ("is_available", "build_info", "message"),
     [
@@ -582,6 +686,179 @@ def test_run_records_the_facts_of_the_device(monkeypatch):
     assert document["machine"]["gpu"] == "A GPU"
 
 
+# ---- running -------------------------------------------------------------------------------------
+
+
+def run_workers(workers: list, monkeypatch, **changes) -> tuple[dict, list[str]]:
+    """Runs three cases; each worker is a list of events, of which an exception is raised."""
+    requests: list[worker.Request] = []
+
+    def events(request: worker.Request, end: float | None):
+        requests.append(request)
+        for event in workers[len(requests) - 1]:
+            if isinstance(event, Exception):
+                raise event
+            yield event() if callable(event) else event
+
+    monkeypatch.setattr(cli, "_events", events)
+    monkeypatch.setattr(cli, "_keys", lambda *args: ["a", "b", "c"])
+    options = replace(cli.parse_options(["--threads", "1"]), **changes)
+    document, complaints = cli.run(options, [])
+    assert document["complaints"] == complaints
+    document["requests"] = requests
+    return document, complaints
+
+
+def measured(key: str, seconds: float = 1.0) -> list[dict]:
+    result = make_result({"fastnn": seconds, "peer": 2.0}, op=key)
+    return [
+        {"event": "start", "key": key},
+        {"event": "result", "result": result, "elapsed": 0.5},
+    ]
+
+
+def test_a_worker_that_dies_takes_only_its_case_along(monkeypatch):
+    start = {"event": "start", "key": "b"}
+    limited = {"event": "limits", "limits": LIMITS}
+    workers = [
+        [limited, *measured("a"), start, cli.WorkerEnded("ended with -11")],
+        [{"event": "limits", "limits": None}, *measured("c")],
+    ]
+    document, complaints = run_workers(workers, monkeypatch)
+    assert [result["op"] for result in document["results"]] == ["a", "c"]
+    assert document["results"][0]["elapsed"] == 0.5
+    assert complaints == ["failed: b: its process ended with -11"]
+    assert document["limits"] == {"1": LIMITS}
+    assert [request.keys for request in document["requests"]] == [["a", "b", "c"], ["c"]]
+    assert document["requests"][0].limit_seconds > document["requests"][1].limit_seconds == 0
+
+
+def test_a_worker_that_dies_before_its_first_case_ends_the_run(monkeypatch):
+    with pytest.raises(cli.BenchmarkError, match="for 1 thread ended with 1"):
+        run_workers([[cli.WorkerEnded("ended with 1")]], monkeypatch)
+
+
+def test_the_limit_ends_a_run_and_keeps_what_was_measured(monkeypatch):
+    start = {"event": "start", "key": "b"}
+
+    def passes() -> dict:
+        time.sleep(0.05)
+        return start
+
+    workers = [[*measured("a"), passes, cli.WorkerEnded("ended with -9")]]
+    document, complaints = run_workers(workers, monkeypatch, limit=0.05)
+    assert [result["op"] for result in document["results"]] == ["a"]
+    assert complaints == ["skipped: b: no time left", "skipped: c: no time left"]
+
+
+def test_a_limit_that_has_passed_kills_the_worker(tmp_path: Path, capsys):
+    saved = tmp_path / "results.json"
+    flags = ["--limit", "0.1", "--filter", "SGD.step", "--threads", "1", "--json", str(saved)]
+    start = time.monotonic()
+    assert cli.main(flags) == 0
+    assert time.monotonic() - start < 30  # the worker alone would take longer to import torch
+    said = "skipped: overhead SGD.step float32 call: no time left"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert json.loads(saved.read_text())["complaints"] == [said]
+
+
+def test_results_are_saved_after_each_case(tmp_path: Path, monkeypatch):
+    saved = tmp_path / "results.json"
+    found: list[list[str]] = []
+
+    def look() -> dict:
+        found.append([result["op"] for result in json.loads(saved.read_text())["results"]])
+        return {"event": "limits", "limits": None}
+
+    run_workers([[*measured("a"), look, *measured("b"), look]], monkeypatch, json=saved)
+    assert found == [["a"], ["a", "b"]]
+    assert list(tmp_path.iterdir()) == [saved]
+
+
+def test_a_file_of_results_is_replaced_as_a_whole(tmp_path: Path, monkeypatch):
+    saved = tmp_path / "results.json"
+    cli.write_json(saved, {"a": 1})
+    monkeypatch.setattr(Path, "replace", raiser(OSError()))
+    with pytest.raises(OSError):
+        cli.write_json(saved, {"a": 2})
+    assert json.loads(saved.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("seconds", [0.0, float("nan")])
+def test_a_time_that_makes_no_sense_spoils_no_other_case(seconds: float, monkeypatch):
+    document, complaints = run_workers([[*measured("a", seconds), *measured("b")]], monkeypatch)
+    assert [result["op"] for result in document["results"]] == ["b"]
+    assert complaints == ["failed: a 4 x 4 float32 forward: not every number is one above 0"]
+
+
+def test_warming_deals_the_cases_that_compile_to_processes(monkeypatch):
+    started: list[list[str]] = []
+    killed: list[int] = []
+
+    class Process:
+        def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
+            started.append(command[command.index("cuda") + 1 :])
+            self.number = len(started)
+            assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None and self.number == 2:
+                raise subprocess.TimeoutExpired("", timeout)
+            return 0
+
+        def kill(self) -> None:
+            killed.append(self.number)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    keys = [case.key for case in all_cases(CUDA)]
+    assert warm.warm(CUDA, keys, 10.0) == 1  # the second one took longer
+    assert warm.warm(CUDA, keys, None) == 0
+    assert killed == [1, 2, 3, 4, 5, 6]
+    dealt = [key for part in started[:3] for key in part]
+    assert len(dealt) == len(set(dealt)) > 40
+    assert not [key for key in dealt if key.startswith(("nll_loss", "linear_relu products"))]
+    assert max(map(len, started)) - min(map(len, started)) <= 1
+
+
+def test_warming_goes_on_after_a_contender_that_fails():
+    log: list[str] = []
+    (case,) = (case for case in all_cases() if case.key == NLL_KEYS[0])
+    contenders = [
+        Function("fastnn", raiser(AssertionError())),
+        Function("first", raiser(MemoryError("no memory left")), jit=True),
+        Function("second", lambda *args: log.append("second"), compiled=True),
+    ]
+    case = replace(case, contenders=lambda: contenders)
+    assert warm.warm_case(case, CPU) == ["first: no memory left"]
+    assert log == ["second"]
+    assert warm.warm_case(replace(case, compiles=False), CPU) == ["first: no memory left"]
+    assert log == ["second"]
+
+
+def test_a_profiler_sees_one_call_of_each_case():
+    calls: list[str] = []
+    case = next(case for case in all_cases() if case.key == NLL_KEYS[0])
+    ours = Function("fastnn", lambda *args: calls.append("call"))
+    once.once(replace(case, contenders=lambda: [ours, Contender("peer")]), CPU)
+    assert calls == ["call"] * 2
+    assert set(once.KEYS) <= {case.key for case in all_cases(CUDA)}
+    for case in all_cases(CUDA):
+        assert case.contenders()[0].name == "fastnn"
+
+
+@pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
+def test_once_goes_on_after_a_case_that_fails(fails: bool, code: int, monkeypatch, capsys):
+    monkeypatch.setattr(once, "KEYS", NLL_KEYS)
+    if fails:
+        monkeypatch.setattr(once, "once", raiser(RuntimeError("no kernel")))
+    assert once.main(["--device", "cpu"]) == code
+    said = capsys.readouterr()
+    assert (said.err if fails else said.out).splitlines() == [
+        key + (": no kernel" if fails else "") for key in NLL_KEYS
+    ]
+
+
 # ---- results -------------------------------------------------------------------------------------
 
 
@@ -630,6 +907,12 @@ def test_best_of_two_limits():
     }
 
 
+def test_fastnn_by_another_way_is_compared_but_no_rival():
+    result = results.complete(make_result({"fastnn": 2.0, "fastnn tiled": 1.0, "peer": 3.0}), None)
+    assert result["ratios"] == {"fastnn tiled": 0.5, "peer": 1.5}
+    assert (result["best"], result["best_trainable"]) == ("peer", "peer")
+
+
 # ---- verification --------------------------------------------------------------------------------
 
 
@@ -649,13 +932,64 @@ def test_error_is_relative_and_sees_wrong_gradients():
     assert verify.error(nan, Inputs((x,)), reference) == float("inf")
 
 
-def test_every_case_has_a_name_of_its_own_and_ours_among_its_contenders():
-    cases = all_cases()
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_mean_over_rows_is_the_same_by_some_rows_at_a_time(gradients: bool, monkeypatch):
+    monkeypatch.setattr(case_module, "EXACT_ELEMENTS", 3 * 7)  # rows of 7, the last two alone
+    generator = torch.Generator().manual_seed(0)
+    inputs = logits_and_targets(generator, 8, 7, torch.float32, gradients)
+    function = cross_entropy._with_smoothing(torch.nn.functional.cross_entropy, 0.1)
+    whole = list(verify._tensors(Function("a", function).exact(inputs)))
+    parts = list(verify._tensors(case_module.MeanOverRows("b", function).exact(inputs)))
+    assert len(parts) == len(whole) == 1 + gradients
+    torch.testing.assert_close(parts, [one.detach() for one in whole])
+    assert parts[0].dtype == torch.float64
+
+
+def test_cases_come_by_their_importance_and_those_of_the_cpu_by_operator():
+    priorities = [case.priority for case in all_cases(CUDA)]
+    assert priorities == sorted(priorities) and len(set(priorities)) == 3
+    memory_cases = [case.key for case in all_cases(CUDA) if case.mode == "memory"]
+    assert memory_cases == ["cross_entropy 8192 x 32000 bfloat16 memory"]
+    assert {case.priority for case in all_cases()} == {1}
+    assert all_cases()[-1].mode == "memory"
+
+
+def test_tf32_has_a_name_of_its_own_and_ends_with_its_case():
+    (case,) = (case for case in all_cases(CUDA) if case.key.endswith("4096 tf32 forward"))
+    assert case.dtype == torch.float32 and case.tf32
+    before = torch.get_float32_matmul_precision()
+    with case_module.tf32(True):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    with case_module.tf32(False):
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_products_are_chosen_for_one_call(monkeypatch):
+    chosen: list[str] = []
+    variable = linear_relu.PRODUCT_VARIABLE
+    monkeypatch.setattr(
+        fastnn.functional, "linear_relu", lambda: chosen.append(os.environ[variable])
+    )
+    monkeypatch.setenv(variable, "auto")
+    linear_relu._by_product("tiled")()
+    assert chosen == ["tiled"] and os.environ[variable] == "auto"
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_every_case_has_a_name_of_its_own_and_ours_among_its_contenders(device: Device):
+    cases = all_cases(device)
     assert len({case.key for case in cases}) == len(cases)
     for case in cases:
         names = [contender.name for contender in case.contenders()]
         assert names.count("fastnn") == 1
         assert len(set(names)) == len(names) > 1
+
+
+def test_resnet50_has_its_parameters():
+    shapes = sgd.resnet50()
+    assert len(shapes) == 161
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
 
 
 def test_resnet18_has_its_parameters():
@@ -689,6 +1023,82 @@ def test_table_and_report_say_when_the_machine_was_busy():
     assert "processor time in 1 of 2 cases" in report.markdown(document, [])
     assert "Other programs" not in table.format_document(make_document(WON))
     assert "Other programs" not in report.markdown(make_document(WON), [])
+
+
+def gpu_document(*documents_results: dict) -> dict:
+    document = make_document(*documents_results)
+    document["machine"] |= FakeGpu().device().facts() | {"gpu driver": "580.1"}
+    document["complaints"] = ["skipped: op b: no time left"]
+    limits = {"gemm": LIMITS["gemm"] | {"tf32": 5e14}, "launch": {"kernels": 4e5}}
+    document["limits"] = {"1": LIMITS | limits}
+    return document
+
+
+def gpu_result(ours: dict, peer: dict) -> dict:
+    """A case of 1 and 4 seconds, whose contenders have more times."""
+    result = make_result({"fastnn": 1.0, "peer": 4.0}, op="both")
+    result["contenders"]["fastnn"] |= ours
+    result["contenders"]["peer"] |= peer
+    return result
+
+
+TIMED = gpu_result({"loop": 2.0, "replay": 1.5, "waits": False}, {"loop": 1.0, "replay": 3.0})
+WAITING = gpu_result({"loop": 2.0, "replay": 1.5}, {"loop": 8.0, "waits": True, "no_replay": "it"})
+REFUSED = gpu_result({"loop": 2.0, "no_replay": "it"}, {"loop": 8.0, "replay": 3.0})
+
+
+def test_best_rival_by_another_time():
+    assert results.best_rival(TIMED, "loop") == ("peer", 0.5)
+    assert results.best_rival(TIMED, "replay") == ("peer", 2.0)
+    assert results.best_rival(WAITING, "replay") is None
+    assert results.best_rival(REFUSED, "replay") is None
+    assert results.best_rival(WON, "loop") is None
+
+
+def test_table_shows_loops_and_graphs_where_there_are_some():
+    shown = table.format_document(make_document(WON))
+    assert "loop" not in shown and "graph" not in shown
+    shown = table.format_document(gpu_document(TIMED, WAITING, REFUSED))
+    rows = [line.split()[-7:] for line in shown.splitlines() if "4 x 4" in line]
+    assert rows[0] == ["4.00", "2000.00", "ms", "0.50", "1500.00", "ms", "2.00"]
+    assert rows[1][-5:] == ["2000.00", "ms", "4.00", "1500.00", "ms"]
+    assert rows[2][-3:] == ["2000.00", "ms", "4.00"]
+    assert "Waits for the GPU within a call somewhere: peer." in shown
+
+
+def test_page_names_card_driver_and_torch_and_shows_all_times(tmp_path: Path):
+    saved, page = tmp_path / "bench.json", tmp_path / "page.md"
+    saved.write_text(json.dumps(gpu_document(TIMED, WAITING, REFUSED, LOST)))
+    assert report.main([str(saved), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("# Results on a GPU: A GPU\n")
+    for fact in ("| card | A GPU |", "| driver | 580.1 |", "| torch | 2.13.0 |"):
+        assert fact in text
+    assert "| TF32 matrix product | 500.0 TFLOP/s |" in text
+    assert "| launch of an empty kernel | 2.5 us |" in text
+    assert "| both 4 x 4 float32 forward | loop | peer | **0.50x** |" in text
+    assert "| lost 4 x 4 float32 forward | GPU | ahead | **0.50x** |" in text
+    assert "| 4 x 4 | float32 | fwd | fastnn | 1000.00 ms | 2000.00 ms | 1500.00 ms |" in text
+    assert "|  |  |  | peer | 4000.00 ms° | 8000.00 ms |  | 4.00x |  |" in text
+    assert "- skipped: op b: no time left\n" in text
+    assert "- the graph of peer (it): both 4 x 4 float32 forward" in text
+
+
+def test_page_is_a_gpus(tmp_path: Path, capsys):
+    saved, page = tmp_path / "bench.json", tmp_path / "page.md"
+    saved.write_text(json.dumps(make_document(WON)))
+    assert report.main([str(saved), "--page", str(page)]) == 2
+    saved.write_text(json.dumps(gpu_document(WON)))
+    assert report.main([str(saved), "--page", str(tmp_path / "none" / "page.md")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "a page needs the results of a GPU" in errors[0] and "is not a folder" in errors[1]
+    assert not page.exists()
+
+
+def test_results_saved_before_can_be_shown():
+    saved = report.read_document(ROOT / "benchmarks" / "results" / "avx2.json")
+    assert "fastnn is ahead of the best peer in" in table.format_document(saved)
+    assert report.markdown(saved, []).startswith("Measured on ")
 
 
 def test_a_ratio_just_below_one_does_not_read_as_one():

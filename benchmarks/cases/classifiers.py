@@ -44,7 +44,10 @@ def size_facts(rows: int, columns: int, mode: str) -> dict:
 
 
 def on_cuda(case: Case, priority: int, large: bool = False, compiles: bool = True) -> Case:
-    """The case as it is measured on a GPU, where the logits of a vocabulary have 2^30 elements."""
+    """The case as it is measured on a GPU, where the logits of a vocabulary have 2^30 elements.
+
+    torch.compile takes seconds a case: it is left out of the less important forwards.
+    """
     elements = case.peak_bytes / PEAK_BYTES_PER_ELEMENT
     return replace(
         case,
@@ -52,5 +55,5 @@ def on_cuda(case: Case, priority: int, large: bool = False, compiles: bool = Tru
         peak_bytes=CUDA_PEAK_BYTES_PER_ELEMENT * elements,
         large=large,
         priority=priority,
-        compiles=compiles,
+        compiles=compiles and (priority == 1 or case.mode == "forward_backward"),
     )
