@@ -8,8 +8,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import fastnn
@@ -18,10 +21,11 @@ from benchmarks.cases import all_cases
 from benchmarks.device import CPU, DEVICES, Device
 from benchmarks.machine import machine_facts
 from benchmarks.plots import MissingMatplotlib, draw, require_matplotlib
-from benchmarks.progress import progress_bar
-from benchmarks.results import SCHEMA, complete
+from benchmarks.progress import Bar, progress_bar
+from benchmarks.results import SCHEMA, complete, key
 from benchmarks.table import format_document, threads_text
-from benchmarks.timing import FULL, QUICK, Plan
+from benchmarks.timing import Plan
+from benchmarks.warm import warm
 from benchmarks.worker import Request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +49,13 @@ class Options:
     json: Path | None
     plots: Path | None
     list: bool
+    limit: float | None
+    warm: bool
 
     @property
     def plan(self) -> Plan:
         """How long to measure each contender."""
-        plan = QUICK if self.quick else FULL
+        plan = self.device.quick_plan if self.quick else self.device.full_plan
         return plan if self.seconds is None else replace(plan, seconds=self.seconds)
 
 
@@ -139,6 +145,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--seconds", type=_seconds, metavar="S", help="time per contender and case (1; quick 0.15)")
     add("--json", type=_file, metavar="FILE", help="where to save the results")
     add("--plots", type=_folder, metavar="DIR", help="where to draw the results as PNG")
+    add("--limit", type=_seconds, metavar="S", help="seconds after which no case is measured")
+    add("--warm", action="store_true", help="only compile what is compiled, into the caches")
     add("--list", action="store_true", help="print the cases' names and stop")
     options = Options(**vars(parser.parse_args(arguments)))
     return replace(
@@ -155,7 +163,7 @@ def chosen_cases(options: Options) -> list[Case]:
     """The cases that the flags name."""
     cases = [
         case
-        for case in all_cases()
+        for case in all_cases(options.device)
         if case.mode in options.modes and options.filter.search(case.key)
     ]
     if not cases:
@@ -163,46 +171,120 @@ def chosen_cases(options: Options) -> list[Case]:
     return cases
 
 
+@dataclass
+class Findings:
+    """What the workers have reported so far."""
+
+    options: Options
+    machine: dict[str, str]
+    results: list[dict] = field(default_factory=list)
+    limits: dict[str, dict | None] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+    def document(self) -> dict:
+        """The results as they are saved."""
+        return {
+            "schema": SCHEMA,
+            "machine": self.machine,
+            "command": _command(self.options),
+            "limits": self.limits,
+            "results": [
+                complete(result, self.limits.get(str(result["threads"]))) for result in self.results
+            ],
+            "complaints": self.complaints,
+        }
+
+    def add(self, result: dict) -> None:
+        """Adds a result, and saves all, so that nothing is lost should the run be ended."""
+        try:
+            json.dumps(complete(result, None), allow_nan=False)
+        except (ValueError, ZeroDivisionError):
+            self.complaints.append(f"failed: {key(result)}: not every number is one above 0")
+            return
+        self.results.append(result)
+        if self.options.json is not None:
+            write_json(self.options.json, self.document())
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Writes all or nothing: until the document is written, the file is the one before."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
 def run(options: Options, cases: list[Case]) -> tuple[dict, list[str]]:
     """Measures everything; returns the document and what went wrong."""
     plan = {threads: _keys(cases, options, threads) for threads in options.threads}
     bar = progress_bar(sum(map(len, plan.values())))
-    results, limits, complaints = [], {}, []
+    findings = Findings(options, machine_facts() | options.device.facts())
+    end = None if options.limit is None else time.monotonic() + options.limit
     try:
         for threads, keys in plan.items():
-            request = Request(
-                keys,
-                threads,
-                options.compile,
-                options.plan,
-                options.plan.seconds / 4,
-                options.device.name,
+            _measure(
+                Request(
+                    keys,
+                    threads,
+                    options.compile,
+                    options.plan,
+                    options.device.limit_seconds(options.plan),
+                    options.device.name,
+                ),
+                end,
+                findings,
+                bar,
             )
-            for event in _events(request):
-                if event["event"] == "start":
-                    bar.set_description_str(f"{event['key']}, {threads_text(threads)}")
-                    continue
-                if event["event"] == "limits":
-                    limits[str(threads)] = event["limits"]
-                    continue
-                bar.update()
-                if event["event"] == "result":
-                    results.append(event["result"])
-                else:
-                    complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
     except KeyboardInterrupt:
-        complaints.append("interrupted: what was measured until then is shown")
+        findings.complaints.append("interrupted: what was measured until then is shown")
     finally:
         bar.close()
-    completed = [complete(result, limits.get(str(result["threads"]))) for result in results]
-    document = {
-        "schema": SCHEMA,
-        "machine": machine_facts() | options.device.facts(),
-        "command": _command(options),
-        "limits": limits,
-        "results": completed,
-    }
-    return document, complaints
+    return findings.document(), findings.complaints
+
+
+def _measure(request: Request, end: float | None, findings: Findings, bar: Bar) -> None:
+    """Has workers measure the request: another one where one has ended amid the cases."""
+    while request.keys:
+        keys = list(request.keys)
+        reason = _follow(request, end, findings, bar, keys)
+        if reason is None:
+            return
+        if end is not None and time.monotonic() >= end:
+            findings.complaints += [f"skipped: {key}: no time left" for key in keys]
+            return
+        if len(keys) == len(request.keys):
+            raise BenchmarkError(f"the process for {threads_text(request.threads)} {reason}")
+        request = replace(request, keys=keys, limit_seconds=0.0)
+
+
+def _follow(
+    request: Request, end: float | None, findings: Findings, bar: Bar, keys: list[str]
+) -> str | None:
+    """Takes down what one worker reports, and its cases off ``keys``; returns how it failed."""
+    started = None
+    try:
+        for event in _events(request, end):
+            if event["event"] == "start":
+                started = event["key"]
+                bar.set_description_str(f"{started}, {threads_text(request.threads)}")
+                continue
+            if event["event"] == "limits":
+                findings.limits.setdefault(str(request.threads), None)
+                if event["limits"] is not None:
+                    findings.limits[str(request.threads)] = event["limits"]
+                continue
+            keys.remove(started)
+            started = None
+            bar.update()
+            if event["event"] == "result":
+                findings.add(event["result"] | {"elapsed": event["elapsed"]})
+            else:
+                findings.complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
+    except WorkerEnded as failure:
+        if started is not None and (end is None or time.monotonic() < end):
+            keys.remove(started)
+            findings.complaints.append(f"failed: {started}: its process {failure}")
+        return str(failure)
+    return None
 
 
 def _keys(cases: list[Case], options: Options, threads: int) -> list[str]:
@@ -211,27 +293,34 @@ def _keys(cases: list[Case], options: Options, threads: int) -> list[str]:
     return [case.key for case in cases if first or case.mode != "memory"]
 
 
-def _events(request: Request) -> Iterator[dict]:
-    """Starts a worker and yields what it reports."""
-    count = str(request.threads)
+class WorkerEnded(Exception):
+    """A worker has ended before it was done; the message says how."""
+
+
+def _events(request: Request, end: float | None) -> Iterator[dict]:
+    """Starts a worker and yields what it reports, until a moment of ``time.monotonic``."""
+    count, device = str(request.threads), DEVICES[request.device]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count},
+        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | device.environment,
     )
+    timer = threading.Timer(max(0.0, (end or 0.0) - time.monotonic()), process.kill)
+    if end is not None:
+        timer.start()
     try:
-        process.stdin.write(request.to_json())
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended: with what code, its end tells
+            process.stdin.write(request.to_json())
+            process.stdin.close()
         for line in process.stdout:
             yield json.loads(line)
         if process.wait() != 0:
-            raise BenchmarkError(
-                f"the process for {threads_text(request.threads)} ended with {process.returncode}"
-            )
+            raise WorkerEnded(f"ended with {process.returncode}")
     finally:
+        timer.cancel()
         process.kill()
         process.wait()
         process.stdout.close()
@@ -251,6 +340,8 @@ def _command(options: Options) -> str:
         parts.append(f"--modes {','.join(options.modes)}")
     if not (options.compile or options.quick):
         parts.append("--no-compile")
+    if options.limit is not None:
+        parts.append(f"--limit {options.limit:g}")
     if options.seconds is not None:
         parts.append(f"--seconds {options.seconds:g}")
     return " ".join(parts)
@@ -260,7 +351,7 @@ def present(document: dict, options: Options) -> None:
     """Prints the tables, saves the document and draws the plots."""
     print(format_document(document, colour=sys.stdout.isatty()))
     if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        write_json(options.json, document)
         print(f"Results: {options.json}")
     if options.plots is not None:
         for path in draw(document, options.plots):
@@ -287,6 +378,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(case.key for case in cases))
             return 0
         check_setup(options)
+        if options.warm:
+            return warm(options.device, [case.key for case in cases], options.limit)
         document, complaints = run(options, cases)
         present(document, options)
     except (BenchmarkError, MissingMatplotlib) as error:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.device import CPU, DEVICES, Device, Timer
+from benchmarks.device import CPU, DEVICES, Timer
 from benchmarks.timing import Sampler
 
 OURS = "fastnn"
@@ -42,13 +43,10 @@ class Inputs:
 
     def double(self) -> Inputs:
         """The same values in float64, for the reference."""
-        return self._map(_double)
+        return self.map(_double)
 
-    def on(self, device: Device) -> Inputs:
-        """The same values on a device."""
-        return self._map(device.place)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """Each tensor changed."""
         return Inputs(_map(change, self.args), None if self.grad is None else change(self.grad))
 
 
@@ -78,10 +76,13 @@ class Contender:
 
     ``trainable`` is False for what autograd can't differentiate, ``same_algorithm`` for what solves
     a larger problem in another way than operator by operator. ``devices`` are those it exists on.
+    ``compiled`` is True for torch.compile, ``jit`` also for a peer that compiles kernels of its own
+    at their first call.
     """
 
     name: str
     compiled: bool = field(default=False, kw_only=True)
+    jit: bool = field(default=False, kw_only=True)
     trainable: bool = field(default=True, kw_only=True)
     same_algorithm: bool = field(default=True, kw_only=True)
     devices: Collection[str] = field(default=tuple(DEVICES), kw_only=True)
@@ -93,6 +94,10 @@ class Contender:
     def check(self, inputs: Inputs) -> object:
         """What to compare with the reference: the call's results."""
         return self.bind(inputs)()
+
+    def exact(self, inputs: Inputs) -> object:
+        """The results in float64, if this is the reference."""
+        return self.check(inputs.double())
 
     def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
         """What times the calls over these inputs."""
@@ -129,6 +134,32 @@ def forward_backward(
     return output, *torch.autograd.grad(output, leaves, grad)
 
 
+# Elements of float64 at a time: 1 GiB in each tensor of the reference's.
+EXACT_ELEMENTS = 2**27
+
+
+@dataclass
+class MeanOverRows(Function):
+    """A reference that is a mean over the first dimension, computed from some rows at a time.
+
+    A gradient has the rows of its argument; copies of all in float64 might not fit the memory.
+    """
+
+    def exact(self, inputs: Inputs) -> list[Tensor]:
+        rows = len(inputs.args[0])
+        size = max(1, EXACT_ELEMENTS * rows // inputs.args[0].numel())
+        chunks = zip(*(arg.split(size) for arg in inputs.args), strict=True)
+        losses, gradients = zip(*(self._part(Inputs(args), rows) for args in chunks), strict=True)
+        return [torch.stack(losses).sum(), *map(torch.cat, zip(*gradients, strict=True))]
+
+    def _part(self, inputs: Inputs, rows: int) -> tuple[Tensor, list[Tensor]]:
+        """What these rows add to the loss, and their gradients."""
+        results = self.check(inputs.double())
+        loss, *gradients = results if isinstance(results, tuple) else (results,)
+        share = len(inputs.args[0]) / rows
+        return loss.detach() * share, [gradient * share for gradient in gradients]
+
+
 @dataclass
 class Compiled(Function):
     """The function through ``torch.compile``, for exactly the shapes it will see."""
@@ -161,11 +192,19 @@ class Case:
     grad_enabled: bool | None = None  # default: not in forward mode
     peak_bytes: float = 0  # memory that the check and the contenders need, about; 0: little
     large: bool = False  # peak memory is worth measuring
+    tf32: bool = False  # every contender's float32 products may use TF32
+    compiles: bool = True  # torch.compile is worth its time
+    priority: int = 1  # the cases of 1 come first, should the time not be enough for all
 
     @property
     def key(self) -> str:
         """The case's name: what ``--filter`` searches."""
-        return f"{self.op} {self.label} {DTYPE_NAMES[self.dtype]} {self.mode}"
+        return f"{self.op} {self.label} {self.dtype_name} {self.mode}"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype that the results name."""
+        return "tf32" if self.tf32 else DTYPE_NAMES[self.dtype]
 
     @property
     def records_graph(self) -> bool:
@@ -186,9 +225,21 @@ def normal(
     generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
     """A tensor of normally distributed values; drawn in float32 for every dtype."""
-    return torch.randn(*shape, generator=generator).mul_(scale).to(dtype)
+    values = torch.randn(*shape, generator=generator, device=generator.device)
+    return values.mul_(scale).to(dtype)
 
 
-def classes(generator: torch.Generator, rows: int, count: int) -> Tensor:
-    """A class index for each row."""
-    return torch.randint(count, (rows,), generator=generator)
+def classes(generator: torch.Generator, count: int, *shape: int) -> Tensor:
+    """Indices of ``count`` classes."""
+    return torch.randint(count, shape, generator=generator, device=generator.device)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 matrix products may use TF32 meanwhile."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from itertools import repeat
 from types import ModuleType
 
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, resident, timing
+from benchmarks.gpu_timing import GpuClock, KernelTimer
+from benchmarks.timing import Plan
 from fastnn import _extension
 
 #: Makes a call as often as it is told, and returns the seconds that the calls took.
 Timer = Callable[[Callable[[], object], int], float]
 
-# The modes that ask what an operator's kernels take. The others ask for what a loop waits, which on
-# a GPU is the launching of kernels above all.
-KERNEL_MODES = ("forward", "forward_backward")
+MIB = 2**20
+# A loop of calls is timed five times, each with so many calls, or fewer where they take longer.
+LOOPS, LOOP_CALLS, LOOP_SECONDS = 5, 40, 0.02
 
 
 class Device:
@@ -35,6 +38,17 @@ class Device:
         torch.float32: (1024, 2048),
         torch.bfloat16: (512,),
     }
+    tf32_gemm_sizes: Sequence[int] = ()  # none where there is no TF32
+    copy_bytes: Sequence[int] = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
+    full_plan, quick_plan = timing.FULL, timing.QUICK
+    # Whether peak memory needs a process for each contender: an allocator keeps what it once had.
+    isolates_memory = True
+    # What the processes that compile or measure find in their environment.
+    environment: Mapping[str, str] = {}
+
+    def limit_seconds(self, plan: Plan) -> float:
+        """How long each of the device's limits is looked for."""
+        return plan.seconds / 4
 
     def complaint(self) -> str | None:
         """Why nothing can be measured here, in one sentence; None where it can."""
@@ -50,18 +64,27 @@ class Device:
         """What the results depend on, beside the facts of the machine; the same key replaces."""
         return {}
 
-    def place(self, tensor: Tensor) -> Tensor:
-        """The tensor on this device; a leaf stays one, and asks for its gradient as before."""
-        if tensor.device.type == self.name:
-            return tensor
-        return tensor.detach().to(self.name).requires_grad_(tensor.requires_grad)
+    def generator(self, seed: int) -> torch.Generator:
+        """What draws the inputs, on this device."""
+        return torch.Generator(self.name).manual_seed(seed)
 
     def synchronize(self) -> None:
         """Waits for what is queued; a CPU operator has finished when it returns."""
 
-    def timer(self, mode: str) -> Timer:
-        """What times the calls of a mode's contenders."""
+    def timer(self) -> Timer:
+        """What times one contender's calls."""
         return self.time_calls
+
+    def more_times(self, bind: Callable[[], Callable[[], object]], timer: Timer) -> dict:
+        """What is measured beside the timer's samples, by the names it has in the results."""
+        return {}
+
+    def launch_rate(self) -> float | None:
+        """Kernels launched per second; None where calls need no launch."""
+        return None
+
+    def check_health(self) -> None:
+        """Raises where a failed case has left the device unusable for this process."""
 
     def time_calls(self, call: Callable[[], object], count: int) -> float:
         """The seconds that pass until ``count`` calls, one after the other, are done."""
@@ -90,7 +113,7 @@ class Device:
 
 
 def _gpu_memory(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device="cuda")
+    return torch.zeros(size // 4, device="cuda")
 
 
 class Cuda(Device):
@@ -103,14 +126,26 @@ class Cuda(Device):
 
     name = "cuda"
     # float32 as torch multiplies it by default, which is without TF32: its contenders do so too.
-    gemm_sizes = dict.fromkeys((torch.float32, torch.bfloat16), (4096, 8192))
+    gemm_sizes = dict.fromkeys((torch.float32, torch.bfloat16), (8192,))
+    tf32_gemm_sizes = (8192,)
+    copy_bytes = (*Device.copy_bytes, 4096 * MIB)
+    # Each sample is a single call: events have no overhead that many calls would have to hide.
+    full_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=30, long_call=0.0)
+    quick_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=7, long_call=0.0)
+    isolates_memory = False  # torch's allocator counts what each call gets
+    # A pool of processes for every compiler would start beside the timing, mostly for nothing.
+    environment: Mapping[str, str] = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
     def __init__(
         self,
         cuda: ModuleType = torch.cuda,
         make_buffer: Callable[[int], Tensor] = _gpu_memory,
     ) -> None:
-        self.cuda, self.make_buffer = cuda, make_buffer
+        self.cuda = cuda
+        self.clock = GpuClock(cuda, make_buffer)
+
+    def limit_seconds(self, plan: Plan) -> float:
+        return 0.02
 
     def complaint(self) -> str | None:
         if not self.cuda.is_available():
@@ -124,8 +159,13 @@ class Cuda(Device):
 
     def facts(self) -> dict[str, str]:
         major, minor = self.cuda.get_device_capability()
+        card = self.cuda.get_device_properties(self.cuda.current_device())
         return {
             "gpu": self.cuda.get_device_name(),
+            "gpu driver": _driver_version(),
+            "gpu memory": f"{card.total_memory / 2**30:.0f} GiB",
+            "gpu L2": f"{card.L2_cache_size / MIB:.0f} MiB",
+            "gpu multiprocessors": str(card.multi_processor_count),
             "capability": f"CUDA sm_{major}{minor}",
             "capability of torch": f"CUDA {torch.version.cuda}",
             "float32 matmul precision": torch.get_float32_matmul_precision(),
@@ -134,27 +174,41 @@ class Cuda(Device):
     def synchronize(self) -> None:
         self.cuda.synchronize()
 
-    def timer(self, mode: str) -> Timer:
-        return self.time_kernels if mode in KERNEL_MODES else self.time_calls
+    def timer(self) -> Timer:
+        return KernelTimer(self.clock)
 
-    def time_kernels(self, call: Callable[[], object], count: int) -> float:
-        """The GPU's own time for ``count`` calls, which find nothing of their data in its L2."""
-        spans = [[self.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for start, end in spans:
-            # Outside of the span. While the GPU writes, Python queues the call behind it, so that
-            # its kernels need not wait to be launched; those of a small backward may even so.
-            self._flush.zero_()
-            start.record()
-            call()
-            end.record()
-        self.synchronize()
-        return sum(start.elapsed_time(end) for start, end in spans) * 1e-3  # from milliseconds
+    def more_times(self, bind: Callable[[], Callable[[], object]], timer: Timer) -> dict:
+        """``loop`` and ``replay``: seconds per call in a loop of calls, and of a graph's replays.
 
-    @cached_property
-    def _flush(self) -> Tensor:
-        """Twice the L2's size: when it is written, nothing else is left there."""
-        index = self.cuda.current_device()
-        return self.make_buffer(2 * self.cuda.get_device_properties(index).L2_cache_size)
+        ``waits`` tells a call that waits for the GPU: no graph can hold it. ``no_replay`` is why
+        there is no time of replays.
+        """
+        times: dict = {"waits": timer.waits}
+        reason = "it waits for the GPU"
+        try:
+            call = bind()
+            times["loop"] = self.time_loop(call)
+            if not timer.waits:
+                return times | {"replay": self.time_loop(self.clock.capture(call).replay)}
+        except Exception as problem:  # whatever a peer does that a capture doesn't allow
+            reason = one_line(problem.__context__ or problem)
+        return times | {"no_replay": reason}
+
+    def time_loop(self, call: Callable[[], object]) -> float:
+        """Seconds per call, as a loop waits that makes one call after the other."""
+        once = max(self.time_calls(call, 1), 1e-9)
+        count = max(1, min(LOOP_CALLS, int(LOOP_SECONDS / once)))
+        return statistics.median(self.time_calls(call, count) / count for _ in range(LOOPS))
+
+    def launch_rate(self) -> float:
+        """The rate of a kernel that does nothing."""
+        count = 1000
+        return count / self.time_calls(lambda: self.cuda._sleep(0), count)
+
+    def check_health(self) -> None:
+        """An illegal access stays an error of the process, a failed capture one of the cache."""
+        self.cuda.synchronize()
+        self.cuda.empty_cache()
 
     def interruptions(self) -> int:
         return 0  # the GPU goes on with what is queued when Python loses the processor
@@ -168,7 +222,7 @@ class Cuda(Device):
         return True
 
     def peak_growth(self, call: Callable[[], object]) -> int:
-        """Of the memory that torch's allocator has handed out, not of what it keeps."""
+        """Counts the memory that torch's allocator has handed out, not what it keeps."""
         gc.collect()
         self.synchronize()
         before = self.cuda.memory_allocated()
@@ -176,6 +230,22 @@ class Cuda(Device):
         call()
         self.synchronize()
         return self.cuda.max_memory_allocated() - before
+
+
+def _driver_version() -> str:
+    """As nvidia-smi tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return said.stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, short enough for a table."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
 
 
 CPU, CUDA = Device(), Cuda()

@@ -7,33 +7,36 @@ A call too small for any of this is compared with the smallest copy and just com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.case import Work
+from benchmarks.case import Work, tf32
 from benchmarks.device import Device
-
-MIB = 2**20
-COPY_BYTES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 
 
 def measure_limits(seconds: float, device: Device) -> dict:
-    """The device's rates at the current thread count: flops and bytes per second.
+    """The device's rates at the current thread count: flops, bytes and launches per second.
 
     Args:
         seconds: how long to try each.
         device: where.
     """
     sgemm, bfloat16 = (
-        max(_gemm_rate(size, dtype, seconds, device) for size in device.gemm_sizes[dtype])
+        _best_gemm_rate(device.gemm_sizes[dtype], dtype, seconds, device)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    return {
-        # bfloat16 can be converted to float32, and must be where it has no instructions.
+    # bfloat16 can be converted to float32, and must be where it has no instructions.
+    limits = {
         "gemm": {"float32": sgemm, "bfloat16": max(sgemm, bfloat16)},
-        "copy": {str(size): _copy_rate(size, seconds, device) for size in COPY_BYTES},
+        "copy": {str(size): _copy_rate(size, seconds, device) for size in device.copy_bytes},
     }
+    if device.tf32_gemm_sizes:
+        with tf32(True):
+            rate = _best_gemm_rate(device.tf32_gemm_sizes, torch.float32, seconds, device)
+        limits["gemm"]["tf32"] = rate
+    launches = device.launch_rate()
+    return limits if launches is None else limits | {"launch": {"kernels": launches}}
 
 
 def best_of(first: dict, second: dict) -> dict:
@@ -55,6 +58,12 @@ def limit_for(work: Work, dtype: str, limits: dict) -> float | None:
     return None
 
 
+def _best_gemm_rate(
+    sizes: Sequence[int], dtype: torch.dtype, seconds: float, device: Device
+) -> float:
+    return max(_gemm_rate(size, dtype, seconds, device) for size in sizes)
+
+
 def _gemm_rate(size: int, dtype: torch.dtype, seconds: float, device: Device) -> float:
     left, right = torch.randn(2, size, size, device=device.name).to(dtype)
     product = torch.empty_like(left)
@@ -69,7 +78,7 @@ def _copy_rate(moved: int, seconds: float, device: Device) -> float:
 
 def _shortest(call: Callable[[], object], seconds: float, device: Device) -> float:
     """The shortest of the calls' times, after a first one that touches the memory."""
-    timer = device.timer("forward")
+    timer = device.timer()
     call()
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:

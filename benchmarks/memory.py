@@ -1,6 +1,6 @@
 """Peak memory: how far a call raises the memory in use above what it finds.
 
-Each contender runs in a process of its own, since an allocator keeps what it once had:
+Where an allocator keeps what it once had, each contender runs in a process of its own:
 
     python -m benchmarks.memory "KEY OF THE CASE" CONTENDER DEVICE     prints each call's bytes
 """
@@ -13,15 +13,17 @@ import sys
 
 import torch
 
-from benchmarks.case import Case, Unavailable
-from benchmarks.device import DEVICES, Device
+from benchmarks.case import Case, Unavailable, tf32
+from benchmarks.device import DEVICES, Device, one_line
 from benchmarks.timing import Summary, summarise
 
 CALLS = 3
 
 
 def peak_memory(case: Case, contender: str, device: Device) -> Summary:
-    """Measures one contender in a fresh process; raises Unavailable where it can't run there."""
+    """Measures one contender; raises Unavailable where it can't run."""
+    if not device.isolates_memory:
+        return summarise(_growth_or_unavailable(case, contender, device))
     answer = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", case.key, contender, device.name],
         stdout=subprocess.PIPE,
@@ -36,23 +38,31 @@ def peak_memory(case: Case, contender: str, device: Device) -> Summary:
 
 def growth(case: Case, contender_name: str, device: Device) -> list[int]:
     """The growth of the memory in use during each of some calls, in bytes."""
-    inputs = case.inputs(torch.Generator().manual_seed(0)).on(device)
+    inputs = case.inputs(device.generator(0))
     contender = next(one for one in case.contenders() if one.name == contender_name)
-    with torch.set_grad_enabled(case.records_graph):
+    with torch.set_grad_enabled(case.records_graph), tf32(case.tf32):
         call = contender.bind(inputs)
         call()  # libraries load and compilers run now, and state that stays is made
         return [device.peak_growth(call) for _ in range(CALLS)]
 
 
-def main(key: str, contender: str, device: str) -> None:
+def _growth_or_unavailable(case: Case, contender: str, device: Device) -> list[int]:
+    try:
+        return growth(case, contender, device)
+    except Exception as problem:  # as in the check before the timing: any peer may refuse
+        raise Unavailable(one_line(problem)) from None
+
+
+def main(key: str, contender: str, name: str) -> None:
     """Prints the bytes of each call as JSON, or why there are none."""
     from benchmarks.cases import all_cases
 
-    case = next(case for case in all_cases() if case.key == key)
+    device = DEVICES[name]
+    case = next(case for case in all_cases(device) if case.key == key)
     try:
-        answer = growth(case, contender, DEVICES[device])
-    except Exception as problem:  # as in the check before the timing: any peer may refuse
-        answer = str(problem) or type(problem).__name__
+        answer = _growth_or_unavailable(case, contender, device)
+    except Unavailable as problem:
+        answer = str(problem)
     print(json.dumps(answer))
 
 

@@ -1,6 +1,7 @@
-"""Writes the README's section of results from a saved run.
+"""Writes the README's section of results from a saved run, or a GPU's page of the documentation.
 
 python -m benchmarks.report FILE.json --readme README.md --plots DIR
+python -m benchmarks.report FILE.json --page docs/performance_cuda.md
 """
 
 from __future__ import annotations
@@ -14,9 +15,18 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.case import OURS
+from benchmarks.page import page
 from benchmarks.plots import MissingMatplotlib, draw
 from benchmarks.results import SCHEMA, best_ratio, gpu, is_disturbed, overall
-from benchmarks.table import MODE_NAMES, amount, ratio_text, share_text, summary, threads_text
+from benchmarks.table import (
+    MODE_NAMES,
+    amount,
+    markdown_table,
+    ratio_text,
+    share_text,
+    summary,
+    threads_text,
+)
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
@@ -69,11 +79,6 @@ def _disturbed(results: list[dict]) -> str:
     return f" Other programs took processor time in {count} of {len(results)} cases."
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
-    rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
-
-
 def _overview(results: list[dict]) -> str:
     """Per operator, mode and thread count: how many cases, the mean, the worst."""
 
@@ -99,7 +104,7 @@ def _overview(results: list[dict]) -> str:
             ]
         )
     header = ["operator", "mode", "threads", "ahead", "geometric mean", "worst"]
-    return _table(header, rows, 2)
+    return markdown_table(header, rows, 2)
 
 
 def _losses(results: list[dict]) -> str:
@@ -108,7 +113,7 @@ def _losses(results: list[dict]) -> str:
     if not lost:
         return "No peer is ahead in any case."
     rows = [[result["op"], *_case_cells(result)] for result in lost]
-    table = _table(["operator", *CASE_HEADER], rows, 4)
+    table = markdown_table(["operator", *CASE_HEADER], rows, 4)
     return _details(f"Where a peer is ahead: {len(lost)} of {len(results)} cases", table)
 
 
@@ -136,7 +141,7 @@ def _every_case(results: list[dict]) -> str:
     order = list(dict.fromkeys(result["op"] for result in results))
     ordered = sorted(results, key=lambda result: order.index(result["op"]))
     return "\n\n".join(
-        _details(f"All cases: {op}", _table(CASE_HEADER, [_case_cells(row) for row in rows], 3))
+        _details(f"All cases: {op}", markdown_table(CASE_HEADER, list(map(_case_cells, rows)), 3))
         for op, rows in groupby(ordered, key=lambda result: result["op"])
     )
 
@@ -158,24 +163,49 @@ def read_document(path: Path) -> dict:
     return document
 
 
+def write_readme(document: dict, readme: Path, plots: Path | None) -> None:
+    """Replaces the readme's section."""
+    if not readme.is_file():
+        raise ReportError(f"{readme} is not a file")
+    text = readme.read_text()
+    replace_section(text, "")  # complains before anything is drawn
+    images = _images(document, plots, readme.parent)
+    readme.write_text(replace_section(text, markdown(document, images)))
+
+
+def write_page(document: dict, path: Path, plots: Path | None) -> None:
+    """Writes the page of a GPU's results anew."""
+    if not gpu(document):
+        raise ReportError("a page needs the results of a GPU, and these are a CPU's")
+    if not path.parent.is_dir():
+        raise ReportError(f"{path.parent} is not a folder")
+    path.write_text(page(document, _images(document, plots, path.parent)))
+
+
+def _images(document: dict, plots: Path | None, folder: Path) -> list[str]:
+    """Draws the plots, where they are wanted, and returns their paths from the folder."""
+    drawn = [] if plots is None else draw(document, plots)
+    return [Path(os.path.relpath(path, folder)).as_posix() for path in drawn]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrites the README's section and returns the exit code."""
+    """Rewrites the README's section, or a page, and returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description="Write results into the README."
+        prog="python -m benchmarks.report",
+        description="Write results into the README, or a GPU's into a page of their own.",
     )
     parser.add_argument("results", type=Path, metavar="FILE.json")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--readme", type=Path, default=Path("README.md"))
+    target.add_argument("--page", type=Path, metavar="FILE.md", help="the page of a GPU's results")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the plots there, link them")
     options = parser.parse_args(arguments)
     try:
         document = read_document(options.results)
-        if not options.readme.is_file():
-            raise ReportError(f"{options.readme} is not a file")
-        text = options.readme.read_text()
-        replace_section(text, "")  # complains before anything is drawn
-        drawn = [] if options.plots is None else draw(document, options.plots)
-        images = [Path(os.path.relpath(path, options.readme.parent)).as_posix() for path in drawn]
-        options.readme.write_text(replace_section(text, markdown(document, images)))
+        if options.page is not None:
+            write_page(document, options.page, options.plots)
+        else:
+            write_readme(document, options.readme, options.plots)
     except (ReportError, MissingMatplotlib) as error:
         print(f"benchmarks.report: error: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,14 @@
 """The document of results, and what is computed from it. Plain dicts, as JSON has them.
 
-A document is ``{"machine": facts, "command": ..., "limits": {threads: rates}, "results": [...]}``;
-a result is one case at one thread count: its names, ``work``, what each contender took
+A document is ``{"machine": facts, "command": ..., "limits": {threads: rates}, "results": [...],
+"complaints": [...]}``, the last about cases that have no result.
+
+A result is one case at one thread count: its names, ``work``, what each contender took
 (``contenders``: name to median, quartiles and number of samples; seconds, or bytes in memory
-mode), who was left out and why (``skipped``), then what :func:`complete` adds.
+mode), who was left out and why (``skipped``), how many seconds all this took (``elapsed``), then
+what :func:`complete` adds. On a GPU a contender also has ``loop`` and ``replay``, the seconds per
+call of a loop of calls and of a graph's replays, or ``no_replay``, why it has none; ``waits`` tells
+whether its calls wait for the GPU.
 """
 
 from __future__ import annotations
@@ -21,19 +26,23 @@ DISTURBED = 30
 
 
 def complete(result: dict, limits: dict | None) -> dict:
-    """Adds the ratios, the rate and its share of the limit."""
+    """Adds the ratios, the rate and its share of the limit.
+
+    fastnn by another of its ways ("fastnn tiled") is compared, but is no rival.
+    """
     contenders = result["contenders"]
     peers = {name: peer for name, peer in contenders.items() if name != OURS}
     ours = _compared(contenders[OURS], result["unit"])
     ratios = {name: _compared(peer, result["unit"]) / ours for name, peer in peers.items()}
+    rivals = {name: ratio for name, ratio in ratios.items() if not name.startswith(f"{OURS} ")}
     work = Work(**result["work"])
     limit = limit_for(work, result["dtype"], limits) if limits else None
     rate = (work.flops or work.bytes) / ours if result["unit"] == "seconds" else 0.0
     return result | {
         "ratios": ratios,
-        "best": _smallest(ratios),
+        "best": _smallest(rivals),
         "best_trainable": _smallest(
-            {name: ratio for name, ratio in ratios.items() if peers[name]["trainable"]}
+            {name: ratio for name, ratio in rivals.items() if peers[name]["trainable"]}
         ),
         "rate": rate or None,
         "share": rate / limit if limit and rate else None,
@@ -54,6 +63,16 @@ def _compared(contender: dict, unit: str) -> float:
 
 def _smallest(ratios: dict[str, float]) -> str | None:
     return min(ratios, key=ratios.__getitem__, default=None)
+
+
+def best_rival(result: dict, time: str) -> tuple[str, float] | None:
+    """The best peer by ``loop`` or ``replay``, and its time divided by fastnn's; None without."""
+    times = {name: one[time] for name, one in result["contenders"].items() if time in one}
+    peers = {name: seconds for name, seconds in times.items() if not name.startswith(OURS)}
+    if OURS not in times or not peers:
+        return None
+    best = _smallest(peers)
+    return best, peers[best] / times[OURS]
 
 
 def best_ratio(result: dict) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from benchmarks.case import OURS
-from benchmarks.results import best_ratio, gpu, is_disturbed, key, overall
+from benchmarks.results import best_ratio, best_rival, gpu, is_disturbed, key, overall
 
 MODE_NAMES = {
     "forward": "fwd",
@@ -16,6 +16,8 @@ MODE_NAMES = {
     "call": "call",
     "memory": "peak mem",
 }
+# What a GPU's results have beside the time of the kernels, and the columns' headings.
+MORE_TIMES = {"loop": "loop", "replay": "graph"}
 TEXT_COLUMNS = 3  # aligned left; numbers are aligned right
 RED, PLAIN = "\033[31m", "\033[0m"
 
@@ -36,9 +38,10 @@ def _group(result: dict) -> tuple[str, int]:
 
 def _format_group(rows: list[dict], where: Sequence[str], colour: bool) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    more = [name for name in MORE_TIMES if any(name in row["contenders"][OURS] for row in rows)]
     header = ["", "dtype", "mode", OURS, "spread", "rate", "of limit"]
-    header += [_heading(peer, rows) for peer in peers] + ["best peer"]
-    lines = [header, *(_cells(row, peers) for row in rows)]
+    header += [*(_heading(peer, rows) for peer in peers), "best peer", *map(MORE_TIMES.get, more)]
+    lines = [header, *(_cells(row, peers, more) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [_align(line, widths) for line in lines]
     if colour:
@@ -63,7 +66,7 @@ def _heading(peer: str, rows: list[dict]) -> str:
     return peer + ("" if facts["trainable"] else "*") + ("" if facts["same_algorithm"] else "+")
 
 
-def _cells(row: dict, peers: list[str]) -> list[str]:
+def _cells(row: dict, peers: list[str], more: list[str]) -> list[str]:
     ours, best = row["contenders"][OURS], best_ratio(row)
     return [
         row["label"],
@@ -75,7 +78,15 @@ def _cells(row: dict, peers: list[str]) -> list[str]:
         share_text(row),
         *(ratio_text(row["ratios"][peer]) if peer in row["ratios"] else "" for peer in peers),
         "" if best is None else f"{ratio_text(best)} {'!' if best < 1 else ' '}",
+        *(more_text(row, name) for name in more),
     ]
+
+
+def more_text(row: dict, time: str) -> str:
+    """fastnn's time of this kind, and the best peer's divided by it."""
+    ours, rival = row["contenders"][OURS].get(time), best_rival(row, time)
+    texts = ["" if ours is None else amount(ours, "seconds")]
+    return " ".join(texts if rival is None else [*texts, ratio_text(rival[1])])
 
 
 def is_slower(row: dict) -> bool:
@@ -116,6 +127,12 @@ def share_text(row: dict) -> str:
     return "" if row["share"] is None else f"{row['share']:.0%}"
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """A table in Markdown, whose first columns are text and the others numbers."""
+    rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
 def threads_text(threads: int) -> str:
     return f"{threads} thread" if threads == 1 else f"{threads} threads"
 
@@ -142,6 +159,14 @@ def _legend(results: list[dict]) -> list[str]:
     lines = [
         "The peers' columns: the peer's time or memory / fastnn's; below 1 (!) the peer is ahead."
     ]
+    if any("loop" in facts for facts in contenders):
+        lines.append(
+            "loop, graph: fastnn's time per call in a loop of calls and of a CUDA graph's replays, "
+            "and the best peer's divided by it."
+        )
+    waiting = sorted({n for row in results for n, f in row["contenders"].items() if f.get("waits")})
+    if waiting:
+        lines.append(f"Waits for the GPU within a call somewhere: {', '.join(waiting)}.")
     if not all(facts["trainable"] for facts in contenders):
         lines.append("* computes no gradients")
     if not all(facts["same_algorithm"] for facts in contenders):

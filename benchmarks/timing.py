@@ -16,8 +16,6 @@ except ImportError:  # not on Windows
 
 WARM_UP = 0.1  # of the time to be measured
 DRAWING = 0.25  # the drawing of fresh inputs may take so much of the time measured
-# A call that takes so many seconds needs no other one to warm it up: it runs through all caches.
-LONG_CALL = 0.1
 
 #: Makes as many calls as it is told and returns the seconds that they took.
 Sampler = Callable[[int], float]
@@ -30,6 +28,8 @@ class Plan:
     seconds: float  # timed, per contender
     sample_seconds: float  # one sample, about: far above the clock's own 0.1 us
     min_rounds: int  # where one call alone takes long
+    # A call that takes so many seconds needs none to warm it up: it runs through all caches.
+    long_call: float = 0.1
 
 
 FULL = Plan(seconds=1.0, sample_seconds=1e-3, min_rounds=7)
@@ -99,7 +99,7 @@ def measure(
             order = list(samplers)
             rng.shuffle(order)
             for name in order:
-                if call_seconds[name] < LONG_CALL:
+                if call_seconds[name] < plan.long_call:
                     # Not counted: brings inputs, code and the allocator's free blocks back into
                     # the caches that the one before has used.
                     samplers[name](1)
@@ -127,7 +127,7 @@ def _warm_up(sampler: Sampler, plan: Plan) -> float:
     """Calls until the plan's warm-up has passed; returns the seconds that one call takes."""
     seconds = spent = sampler(1)
     count = 1
-    while seconds / count < LONG_CALL:
+    while seconds / count < plan.long_call:
         seconds = sampler(count)
         spent += seconds
         if spent >= plan.seconds * WARM_UP:

@@ -12,17 +12,19 @@ import logging
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
 from benchmarks import memory, verify
-from benchmarks.case import DTYPE_NAMES, OURS, Case, Contender, Unavailable
+from benchmarks.case import OURS, Case, Contender, Inputs, Unavailable, tf32
 from benchmarks.cases import all_cases
-from benchmarks.device import DEVICES, Device
+from benchmarks.device import DEVICES, Device, Timer, one_line
 from benchmarks.limits import best_of, measure_limits
-from benchmarks.timing import Plan, Summary, measure
+from benchmarks.timing import Plan, Sampler, measure
 
 Emit = Callable[[dict], None]
 SEED = 0
@@ -36,7 +38,7 @@ class Request:
     threads: int
     compile: bool
     plan: Plan
-    limit_seconds: float
+    limit_seconds: float  # 0: without the device's limits
     device: str
 
     def to_json(self) -> str:
@@ -70,19 +72,31 @@ def run(request: Request, emit: Emit) -> None:
     device = DEVICES[request.device]
     logging.getLogger("torch").setLevel(logging.ERROR)  # the compiler's remarks on optimizers
     wanted = set(request.keys)
-    cases = [case for case in all_cases() if case.key in wanted]
-    has_limits = any(_is_work(case) for case in cases)
-    limits = measure_limits(request.limit_seconds, device) if has_limits else None
+    cases = [case for case in all_cases(device) if case.key in wanted]
+    has_limits = request.limit_seconds > 0 and any(_is_work(case) for case in cases)
+    limits = _limits(request, device) if has_limits else None
     emit({"event": "limits", "limits": limits})
     for case in cases:
         emit({"event": "start", "key": case.key})
         try:
-            emit(_run_case(case, request, device))
+            start = time.monotonic()
+            event = _run_case(case, request, device)
+            emit(event | {"elapsed": time.monotonic() - start})
         except Exception as error:  # one broken case must not take the others' results along
-            emit({"event": "failed", "key": case.key, "reason": _one_line(error)})
+            emit({"event": "failed", "key": case.key, "reason": one_line(error)})
+        device.check_health()
     if limits is not None:
-        limits = best_of(limits, measure_limits(request.limit_seconds, device))
-        emit({"event": "limits", "limits": limits})
+        again = _limits(request, device)
+        emit({"event": "limits", "limits": best_of(limits, again) if again else limits})
+
+
+def _limits(request: Request, device: Device) -> dict | None:
+    """The device's limits; None where they can't be measured, which the cases can do without."""
+    try:
+        return measure_limits(request.limit_seconds, device)
+    except Exception as error:
+        logging.getLogger(__name__).error("no limits: %s", one_line(error))
+        return None
 
 
 def _is_work(case: Case) -> bool:
@@ -96,16 +110,17 @@ def _run_case(case: Case, request: Request, device: Device) -> dict:
     if request.compile:
         # Compiled code of earlier cases would make the compiler generalise over shapes.
         torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(SEED)
+    generator = device.generator(SEED)
     contenders = [one for one in case.contenders() if device.name in one.devices]
-    outcome = Outcome([one for one in contenders if request.compile or not one.compiled])
+    compiles = request.compile and case.compiles
+    outcome = Outcome([one for one in contenders if compiles or not one.compiled])
     try:
         if case.mode == "memory":
             summaries = _memory(case, outcome, device)
         else:
-            with torch.set_grad_enabled(case.records_graph):
-                _check(case, outcome, generator, device)
-                summaries = _time(case, outcome.contenders, request.plan, generator, device)
+            with torch.set_grad_enabled(case.records_graph), tf32(case.tf32):
+                _check(case, outcome, generator)
+                summaries = _time_all(case, outcome, request.plan, generator, device)
     finally:
         for contender in outcome.contenders:
             contender.close()
@@ -120,10 +135,11 @@ def _why_not(case: Case, device: Device) -> str | None:
     return None
 
 
-def _check(case: Case, outcome: Outcome, generator: torch.Generator, device: Device) -> None:
+def _check(case: Case, outcome: Outcome, generator: torch.Generator) -> None:
     """Leaves the contenders whose results are right."""
-    inputs = verify.check_inputs(case, generator).on(device)
+    inputs = verify.check_inputs(case, generator)
     reference = verify.expected(case, inputs)
+    case.reference.close()
     for contender in list(outcome.contenders):
         reason = _complaint(case, contender, inputs, reference)
         if reason is not None:
@@ -134,10 +150,29 @@ def _complaint(case: Case, contender: Contender, inputs, reference) -> str | Non
     try:
         error = verify.error(contender, inputs, reference)
     except Exception as problem:  # peers are private or experimental operators: any may refuse
-        return _one_line(problem)
+        return one_line(problem)
     if error > case.allowed_error:
         return f"wrong by {error:.1%}, {case.allowed_error:.0e} is allowed"
     return None
+
+
+class Broken(Exception):
+    """A contender that was right has failed at a later call."""
+
+    def __init__(self, contender: Contender, problem: Exception) -> None:
+        super().__init__(one_line(problem))
+        self.contender = contender
+
+
+def _time_all(
+    case: Case, outcome: Outcome, plan: Plan, generator: torch.Generator, device: Device
+) -> dict[str, dict]:
+    """Times the contenders, anew without one that fails."""
+    while True:
+        try:
+            return _time(case, outcome.contenders, plan, generator, device)
+        except Broken as broken:
+            outcome.leave_out(broken.contender, str(broken))
 
 
 def _time(
@@ -146,36 +181,55 @@ def _time(
     plan: Plan,
     generator: torch.Generator,
     device: Device,
-) -> dict[str, Summary]:
-    timer = device.timer(case.mode)
+) -> dict[str, dict]:
+    timers = {contender.name: device.timer() for contender in contenders}
 
     def draw():
-        inputs = case.inputs(generator).on(device)
-        return {contender.name: contender.sampler(inputs, timer) for contender in contenders}
+        inputs = case.inputs(generator)
+        return {one.name: _sampler(one, inputs, timers[one.name]) for one in contenders}
 
-    return measure(draw, plan, random.Random(SEED), switches=device.interruptions)
+    summaries = measure(draw, plan, random.Random(SEED), switches=device.interruptions)
+    inputs = case.inputs(generator)
+    return {
+        one.name: summaries[one.name].to_dict()
+        | device.more_times(partial(one.bind, inputs), timers[one.name])
+        for one in contenders
+    }
 
 
-def _memory(case: Case, outcome: Outcome, device: Device) -> dict[str, Summary]:
+def _sampler(contender: Contender, inputs: Inputs, timer: Timer) -> Sampler:
+    """The contender's, which tells whose failure it was."""
+
+    def guarded(call: Callable, *args):
+        try:
+            return call(*args)
+        except Exception as problem:
+            raise Broken(contender, problem) from problem
+
+    return partial(guarded, guarded(contender.sampler, inputs, timer))
+
+
+def _memory(case: Case, outcome: Outcome, device: Device) -> dict[str, dict]:
     summaries = {}
     for contender in list(outcome.contenders):
         try:
-            summaries[contender.name] = memory.peak_memory(case, contender.name, device)
+            peak = memory.peak_memory(case, contender.name, device)
+            summaries[contender.name] = peak.to_dict()
         except Unavailable as problem:
-            outcome.leave_out(contender, _one_line(problem))
+            outcome.leave_out(contender, one_line(problem))
     return summaries
 
 
-def _result(case: Case, request: Request, outcome: Outcome, summaries: dict[str, Summary]) -> dict:
+def _result(case: Case, request: Request, outcome: Outcome, summaries: dict[str, dict]) -> dict:
     contenders = {
-        one.name: summaries[one.name].to_dict()
+        one.name: summaries[one.name]
         | {"trainable": one.trainable, "same_algorithm": one.same_algorithm}
         for one in outcome.contenders
     }
     return {
         "op": case.op,
         "label": case.label,
-        "dtype": DTYPE_NAMES[case.dtype],
+        "dtype": case.dtype_name,
         "mode": case.mode,
         "threads": request.threads,
         "unit": "bytes" if case.mode == "memory" else "seconds",
@@ -183,11 +237,6 @@ def _result(case: Case, request: Request, outcome: Outcome, summaries: dict[str,
         "contenders": contenders,
         "skipped": outcome.skipped,
     }
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160]
 
 
 def main() -> None:

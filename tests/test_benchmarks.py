@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import subprocess
 import sys
+import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -19,20 +22,33 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed with the package
 
+import fastnn  # noqa: E402
 from benchmarks import __main__ as cli  # noqa: E402
+from benchmarks import case as case_module  # noqa: E402
 from benchmarks import (  # noqa: E402
+    gpu_timing,
     limits,
     memory,
+    once,
     plots,
     report,
     resident,
     results,
     table,
     verify,
+    warm,
     worker,
 )
 from benchmarks.case import Contender, Function, Inputs, Unavailable, Work  # noqa: E402
-from benchmarks.cases import all_cases, cross_entropy, mlp, overhead, sgd  # noqa: E402
+from benchmarks.cases import (  # noqa: E402
+    all_cases,
+    cross_entropy,
+    linear_relu,
+    mlp,
+    overhead,
+    sgd,
+)
+from benchmarks.cases.classifiers import logits_and_targets  # noqa: E402
 from benchmarks.device import CPU, CUDA, Cuda, Device  # noqa: E402
 from benchmarks.timing import Plan, Summary, measure, summarise  # noqa: E402
 from fastnn import _extension  # noqa: E402
@@ -189,18 +205,21 @@ class FakeGpu:
     """Stands in for torch.cuda, with a clock of its own in milliseconds and a log."""
 
     FLUSH, CALL, L2 = 100.0, 3.0, 1000
+    CYCLES_PER_MILLISECOND = 10**6
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.now, self.allocated, self.peak = 0.0, 500, 9999
         self.buffer_size = 0
+        self.sleeps: list[float] = []
+        self.capture_fails = False
 
     def device(self) -> Cuda:
         return Cuda(self, self._make_buffer)
 
     def _make_buffer(self, size: int) -> SimpleNamespace:
         self.buffer_size = size
-        return SimpleNamespace(zero_=lambda: self.work("flush", self.FLUSH))
+        return SimpleNamespace(sum=lambda: self.work("flush", self.FLUSH))
 
     def work(self, name: str, milliseconds: float) -> None:
         self.log.append(name)
@@ -209,6 +228,33 @@ class FakeGpu:
     def call(self) -> None:
         self.work("call", self.CALL)
         self.peak = max(self.peak, self.allocated + 70)
+
+    def _sleep(self, cycles: int) -> None:
+        self.sleeps.append(cycles / self.CYCLES_PER_MILLISECOND)
+        self.work("sleep", self.sleeps[-1])
+
+    def Stream(self) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream: SimpleNamespace) -> nullcontext:
+        return nullcontext()
+
+    def CUDAGraph(self) -> SimpleNamespace:
+        def end() -> None:
+            self.log.append("capture ends")
+            if self.capture_fails:
+                raise RuntimeError("the capture was invalidated")
+
+        return SimpleNamespace(
+            capture_begin=lambda: self.log.append("capture begins"),
+            capture_end=end,
+            replay=lambda: self.work("replay", self.CALL),
+        )
+
+    def empty_cache(self) -> None:
+        self.log.append("empty cache")
 
     def Event(self, enable_timing: bool) -> FakeEvent:
         assert enable_timing
@@ -221,7 +267,7 @@ class FakeGpu:
         return 0
 
     def get_device_properties(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(L2_cache_size=self.L2)
+        return SimpleNamespace(L2_cache_size=self.L2, total_memory=2**30, multi_processor_count=100)
 
     def get_device_name(self) -> str:
         return "A GPU"
@@ -254,12 +300,6 @@ class FakeEvent:
         return end.moment - self.moment
 
 
-class Meta(Device):
-    """Torch's device without data: what ends up elsewhere shows."""
-
-    name = "meta"
-
-
 def test_time_calls_makes_all_calls_and_synchronises():
     log: list[str] = []
     device = Device()
@@ -268,20 +308,93 @@ def test_time_calls_makes_all_calls_and_synchronises():
     assert log == ["synchronise", "call", "call", "call", "synchronise"]
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
-def test_kernels_are_timed_by_events_after_the_l2_is_flushed(mode: str):
+def test_kernels_are_timed_by_events_behind_a_sleep_after_the_l2_is_read():
     gpu = FakeGpu()
-    seconds = gpu.device().timer(mode)(gpu.call, 3)
-    assert gpu.log == ["flush", "event", "call", "event"] * 3 + ["synchronise"]
-    assert seconds == pytest.approx(3 * FakeGpu.CALL * 1e-3)  # without the flushes
-    assert gpu.buffer_size >= 2 * FakeGpu.L2
+    timer = gpu.device().timer()
+    timer(gpu.call, 1)  # calibrates the sleep
+    gpu.log.clear()
+    seconds = timer(gpu.call, 3)
+    one = ["flush", "event", "sleep", "event", "call", "event", "synchronise"]
+    assert gpu.log == one * 3
+    assert seconds == pytest.approx(3 * FakeGpu.CALL * 1e-3)  # without flushes and sleeps
+    assert gpu.buffer_size == 4 * FakeGpu.L2
+    assert gpu.sleeps[-1] == pytest.approx(1)  # milliseconds
+    assert not timer.waits
 
 
-@pytest.mark.parametrize("mode", ["step", "call"])
-def test_what_launches_cost_is_timed_by_the_clock(mode: str):
+def test_the_sleep_becomes_as_long_as_the_queueing_of_a_call_takes(monkeypatch):
     gpu = FakeGpu()
-    assert 0 < gpu.device().timer(mode)(gpu.call, 2) < 1
-    assert gpu.log == ["synchronise", "call", "call", "synchronise"]
+    clock = fake_host_clock(monkeypatch)
+
+    def slow_to_queue() -> None:
+        clock.now += 3e-3
+        gpu.call()
+
+    timer = gpu.device().timer()
+    assert timer(slow_to_queue, 2) == pytest.approx(2 * FakeGpu.CALL * 1e-3)
+    assert gpu.sleeps[-3:] == pytest.approx([1, 4, 4])
+    assert not timer.waits
+
+
+def test_a_call_that_waits_for_the_gpu_is_timed_behind_the_shortest_sleep(monkeypatch):
+    gpu = FakeGpu()
+    clock = fake_host_clock(monkeypatch)
+
+    def waits_for_the_gpu() -> None:
+        clock.now += gpu.sleeps[-1] * 1e-3
+        gpu.call()
+
+    timer = gpu.device().timer()
+    assert timer(waits_for_the_gpu, 2) == pytest.approx(2 * FakeGpu.CALL * 1e-3)
+    assert timer.waits
+    assert gpu.sleeps[-5:] == pytest.approx([1, 4, 16, 1, 1])
+
+
+def fake_host_clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(gpu_timing.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_a_gpu_has_a_loops_time_and_a_replays():
+    gpu = FakeGpu()
+    times = gpu.device().more_times(lambda: gpu.call, SimpleNamespace(waits=False))
+    assert set(times) == {"loop", "replay", "waits"}
+    assert 0 < times["loop"] < 1 and 0 < times["replay"] < 1
+    begin = gpu.log.index("capture begins")
+    assert gpu.log[begin - 5 : begin] == [*["call"] * 3, "synchronise", "empty cache"]
+    assert gpu.log[begin : begin + 3] == ["capture begins", "call", "capture ends"]
+    assert gpu.log.count("replay") > gpu.log[begin:].count("call") == 1
+    assert CPU.more_times(lambda: None, None) == {}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_call_that_can_not_be_captured_says_why(ends: bool):
+    gpu = FakeGpu()
+    gpu.capture_fails = not ends
+
+    def refuses_capture() -> None:
+        if "capture begins" in gpu.log:
+            raise RuntimeError("not while capturing\nand more")
+
+    times = gpu.device().more_times(lambda: refuses_capture, SimpleNamespace(waits=False))
+    assert times["no_replay"] == "not while capturing" and "replay" not in times
+    assert gpu.log[-1] == "capture ends" and gc.isenabled()
+
+
+def test_a_call_that_waits_is_not_captured():
+    gpu = FakeGpu()
+    times = gpu.device().more_times(lambda: gpu.call, SimpleNamespace(waits=True))
+    assert times["waits"] and times["no_replay"] == "it waits for the GPU"
+    assert "capture begins" not in gpu.log
+
+
+def test_a_contender_that_fails_in_its_loop_has_no_loop_and_says_why():
+    def fails() -> None:
+        raise MemoryError("no memory left")
+
+    times = FakeGpu().device().more_times(lambda: fails, SimpleNamespace(waits=False))
+    assert times == {"waits": False, "no_replay": "no memory left"}
 
 
 def test_peak_memory_of_a_gpu_is_what_a_call_adds():
@@ -290,22 +403,56 @@ def test_peak_memory_of_a_gpu_is_what_a_call_adds():
     assert gpu.log == ["synchronise", "call", "synchronise"]
 
 
-def test_inputs_on_another_device_are_the_same_leaves():
-    leaf, plain = torch.ones(2, requires_grad=True), torch.ones(3)
-    target = torch.zeros(2, dtype=torch.int64)
-    here = Inputs((leaf, target, [plain]), torch.ones(2))
-    there = here.on(Meta())
-    assert [arg.requires_grad and arg.is_leaf for arg in there.args[:2]] == [True, False]
-    assert there.leaves == (there.args[0],)
-    assert not there.args[2][0].requires_grad
-    everything = [*there.args[:2], *there.args[2], there.grad]
-    assert {tensor.device.type for tensor in everything} == {"meta"}
-    assert [tensor.dtype for tensor in everything[:2]] == [torch.float32, torch.int64]
-    assert here.on(CPU).args[0] is leaf
+def test_peak_memory_of_a_gpu_needs_no_process(monkeypatch):
+    monkeypatch.delattr(subprocess, "run")
+    gpu = FakeGpu()
+    device = gpu.device()
+    device.name = "cpu"  # where the tensors are
+    case = next(case for case in all_cases() if case.key == "nll_loss 64 x 10 float32 forward")
+    assert memory.peak_memory(case, "fastnn", device).samples == memory.CALLS
+    broken = replace(case, contenders=lambda: [Contender("fastnn")])
+    with pytest.raises(Unavailable, match="NotImplementedError"):
+        memory.peak_memory(broken, "fastnn", device)
+
+
+def test_the_driver_is_named_where_nvidia_smi_tells_it(monkeypatch):
+    def says(*command, **options) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, 0, stdout="580.1\n580.1\n")
+
+    monkeypatch.setattr(subprocess, "run", says)
+    assert FakeGpu().device().facts()["gpu driver"] == "580.1"
+    monkeypatch.setattr(subprocess, "run", raiser(FileNotFoundError("nvidia-smi")))
+    assert FakeGpu().device().facts()["gpu driver"] == "unknown"
+
+
+def raiser(error: Exception):
+    def raises(*args, **options):
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize("make", [mlp._batch, overhead._row_and_target])
+def test_inputs_are_drawn_where_the_generator_is(make, monkeypatch):
+    generator = SimpleNamespace(device=torch.device("meta"))
+    drawn: list[torch.device] = []
+
+    def draw(*shape, generator, device) -> torch.Tensor:
+        drawn.append(device)
+        return torch.ones(2)
+
+    monkeypatch.setattr(torch, "randn", draw)
+    monkeypatch.setattr(torch, "randint", draw)
+    make(generator)
+    assert len(drawn) >= 2 and set(drawn) == {generator.device}
+    assert CPU.generator(3).device.type == "cpu" and CPU.generator(3).initial_seed() == 3
 
 
 def _meta_inputs(make) -> Inputs:
-    return make(torch.Generator().manual_seed(0)).on(Meta())
+    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+
+    return make(torch.Generator().manual_seed(0)).map(on_meta)
 
 
 def test_what_contenders_make_themselves_lies_where_the_inputs_are():
@@ -323,14 +470,14 @@ def test_what_contenders_make_themselves_lies_where_the_inputs_are():
 
 
 def names_on(device: Device) -> set[str]:
-    contenders = [one for case in all_cases() for one in case.contenders()]
+    contenders = [one for case in all_cases(device) for one in case.contenders()]
     return {one.name for one in contenders if device.name in one.devices}
 
 
 def test_peers_compete_on_their_own_devices():
     cpu, cuda = names_on(CPU), names_on(CUDA)
-    assert cpu - cuda == {"mkldnn", "mkldnn packed", "jax.jit"}
-    assert cuda - cpu == {"Liger", "Apex", "Apex FusedSGD"}
+    assert {"mkldnn", "mkldnn packed", "jax.jit"} <= cpu - cuda
+    assert cuda - cpu == {"Liger", "Apex", "Apex FusedSGD", "fastnn tiled", "fastnn library"}
     assert {"fastnn", "torch.compile", "SGD", "SGD foreach", "SGD fused"} <= cpu & cuda
 
 
@@ -386,7 +533,7 @@ def test_memory_process_reports_a_refusal(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
     case = next(case for case in all_cases() if case.mode == "memory")
     with pytest.raises(Unavailable, match="not installed"):
-        memory.peak_memory(case, "Liger", CUDA)
+        memory.peak_memory(case, "Liger", CPU)
 
 
 def test_worker_measures_on_the_device_of_the_request(monkeypatch):
@@ -398,12 +545,12 @@ def test_worker_measures_on_the_device_of_the_request(monkeypatch):
     assert device.interruptions() == 0
     device.interruptions = partial(next, count())  # one in each sample, of three calls
     monkeypatch.setattr(worker, "DEVICES", {"cuda": device})
-    monkeypatch.setattr(limits, "COPY_BYTES", (1024,))
+    device.copy_bytes, device.tf32_gemm_sizes = (1024,), (8,)
     # Every call and copy takes the fake no time; its clock only shows that it was asked.
     monkeypatch.setattr(FakeEvent, "elapsed_time", lambda start, end: FakeGpu.CALL)
     key = "nll_loss 64 x 10 float32 forward"
     events: list[dict] = []
-    plan = Plan(seconds=0.02, sample_seconds=0.01, min_rounds=3)
+    plan = replace(Cuda.full_plan, min_rounds=3)
     worker.run(
         worker.Request([key], torch.get_num_threads(), False, plan, 0.01, "cuda"), events.append
     )
@@ -411,8 +558,66 @@ def test_worker_measures_on_the_device_of_the_request(monkeypatch):
     assert events[0]["limits"]["copy"]["1024"] == pytest.approx(1024 / (FakeGpu.CALL * 1e-3))
     contenders = events[2]["result"]["contenders"]
     assert contenders["fastnn"]["median"] == pytest.approx(FakeGpu.CALL * 1e-3)
-    assert contenders["fastnn"]["interruptions"] == pytest.approx(1 / (3 * FakeGpu.CALL * 1e-3))
-    assert gpu.log.count("flush") == gpu.log.count("event") / 2 > 10
+    assert contenders["fastnn"]["interruptions"] == pytest.approx(1 / (FakeGpu.CALL * 1e-3))
+    assert contenders["fastnn"]["samples"] == 3
+    assert contenders["F.nll_loss"].keys() >= {"loop", "replay"}
+    assert set(events[0]["limits"]["gemm"]) == {"float32", "bfloat16", "tf32"}
+    assert events[0]["limits"]["launch"]["kernels"] > 0
+    assert gpu.log.count("flush") > 10
+
+
+NLL_KEYS = [f"nll_loss 64 x 10 float32 {mode}" for mode in ("forward", "forward_backward")]
+
+
+def worker_events(device: Device, monkeypatch) -> list[dict]:
+    """What a worker reports about two cases on a device."""
+    monkeypatch.setattr(worker, "DEVICES", {"cpu": device})
+    events: list[dict] = []
+    threads = torch.get_num_threads()
+    plan = Plan(seconds=1e-3, sample_seconds=1e-4, min_rounds=2)
+    with suppress(SystemError):  # as fails_after_the_first has it
+        worker.run(worker.Request(NLL_KEYS, threads, False, plan, 0.0, "cpu"), events.append)
+    return events
+
+
+def test_worker_ends_where_a_case_leaves_the_device_broken(monkeypatch):
+    device = Device()
+    assert [event["event"] for event in worker_events(device, monkeypatch)] == [
+        "limits",
+        *["start", "result"] * 2,
+    ]
+    device.check_health = raiser(SystemError("an illegal address"))
+    assert len(worker_events(device, monkeypatch)) == 3
+    gpu = FakeGpu()
+    gpu.device().check_health()
+    assert gpu.log == ["synchronise", "empty cache"]
+
+
+def test_worker_goes_on_without_limits_that_can_not_be_measured(monkeypatch):
+    monkeypatch.setattr(worker, "measure_limits", raiser(MemoryError()))
+    assert worker._limits(worker.Request([], 1, False, PLAN, 0.1, "cpu"), CPU) is None
+
+
+@pytest.mark.parametrize("when", ["bound", "called"])
+def test_worker_goes_on_without_a_peer_that_fails_after_its_check(when: str, monkeypatch):
+    calls = count()
+
+    def fails_later(log_probs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if when == "called" and next(calls) > 1:
+            raise MemoryError("no memory left")
+        return torch.nn.functional.nll_loss(log_probs, target)
+
+    peer = Function("peer", fails_later)
+    if when == "bound":
+        monkeypatch.setattr(peer, "sampler", raiser(MemoryError("no memory left")))
+    (case,) = (case for case in all_cases() if case.key == NLL_KEYS[0])
+    ours = case.contenders()[0]
+    case = replace(case, contenders=lambda: [ours, peer])
+    monkeypatch.setattr(worker, "all_cases", lambda device: [case])
+    event = worker_events(Device(), monkeypatch)[-1]
+    assert event["result"]["skipped"] == {"peer": "no memory left"}
+    assert list(event["result"]["contenders"]) == ["fastnn"]
+    assert event["elapsed"] > 0
 
 
 @pytest.mark.parametrize(
@@ -427,7 +632,7 @@ def test_cuda_that_can_not_be_used_ends_in_one_sentence(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     monkeypatch.setattr(_extension, "build_info", lambda: build_info)
-    assert cli.main(["--device", "cuda", "--filter", "overhead"]) == 2
+    assert cli.main(["--device", "cuda", "--filter", "SGD"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"benchmarks: error: --device cuda {message}"
 
@@ -473,12 +678,185 @@ def test_document_table_plots_and_report_name_the_gpu(tmp_path: Path, monkeypatc
 
 
 def test_run_records_the_facts_of_the_device(monkeypatch):
-    monkeypatch.setattr(cli, "_events", lambda request: iter([{"event": "limits", "limits": None}]))
+    monkeypatch.setattr(cli, "_events", lambda request, end: iter([]))
     options = cli.parse_options(["--threads", "1", "--filter", "overhead"])
     document, _ = cli.run(options, [])
     assert "gpu" not in document["machine"]
     document, _ = cli.run(replace(options, device=FakeGpu().device()), [])
     assert document["machine"]["gpu"] == "A GPU"
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def run_workers(workers: list, monkeypatch, **changes) -> tuple[dict, list[str]]:
+    """Runs three cases; each worker is a list of events, of which an exception is raised."""
+    requests: list[worker.Request] = []
+
+    def events(request: worker.Request, end: float | None):
+        requests.append(request)
+        for event in workers[len(requests) - 1]:
+            if isinstance(event, Exception):
+                raise event
+            yield event() if callable(event) else event
+
+    monkeypatch.setattr(cli, "_events", events)
+    monkeypatch.setattr(cli, "_keys", lambda *args: ["a", "b", "c"])
+    options = replace(cli.parse_options(["--threads", "1"]), **changes)
+    document, complaints = cli.run(options, [])
+    assert document["complaints"] == complaints
+    document["requests"] = requests
+    return document, complaints
+
+
+def measured(key: str, seconds: float = 1.0) -> list[dict]:
+    result = make_result({"fastnn": seconds, "peer": 2.0}, op=key)
+    return [
+        {"event": "start", "key": key},
+        {"event": "result", "result": result, "elapsed": 0.5},
+    ]
+
+
+def test_a_worker_that_dies_takes_only_its_case_along(monkeypatch):
+    start = {"event": "start", "key": "b"}
+    limited = {"event": "limits", "limits": LIMITS}
+    workers = [
+        [limited, *measured("a"), start, cli.WorkerEnded("ended with -11")],
+        [{"event": "limits", "limits": None}, *measured("c")],
+    ]
+    document, complaints = run_workers(workers, monkeypatch)
+    assert [result["op"] for result in document["results"]] == ["a", "c"]
+    assert document["results"][0]["elapsed"] == 0.5
+    assert complaints == ["failed: b: its process ended with -11"]
+    assert document["limits"] == {"1": LIMITS}
+    assert [request.keys for request in document["requests"]] == [["a", "b", "c"], ["c"]]
+    assert document["requests"][0].limit_seconds > document["requests"][1].limit_seconds == 0
+
+
+def test_a_worker_that_dies_before_its_first_case_ends_the_run(monkeypatch):
+    with pytest.raises(cli.BenchmarkError, match="for 1 thread ended with 1"):
+        run_workers([[cli.WorkerEnded("ended with 1")]], monkeypatch)
+
+
+def test_the_limit_ends_a_run_and_keeps_what_was_measured(monkeypatch):
+    start = {"event": "start", "key": "b"}
+
+    def passes() -> dict:
+        time.sleep(0.05)
+        return start
+
+    workers = [[*measured("a"), passes, cli.WorkerEnded("ended with -9")]]
+    document, complaints = run_workers(workers, monkeypatch, limit=0.05)
+    assert [result["op"] for result in document["results"]] == ["a"]
+    assert complaints == ["skipped: b: no time left", "skipped: c: no time left"]
+
+
+def test_a_limit_that_has_passed_kills_the_worker(tmp_path: Path, capsys):
+    saved = tmp_path / "results.json"
+    flags = ["--limit", "0.1", "--filter", "SGD.step", "--threads", "1", "--json", str(saved)]
+    start = time.monotonic()
+    assert cli.main(flags) == 0
+    assert time.monotonic() - start < 30  # the worker alone would take longer to import torch
+    said = "skipped: overhead SGD.step float32 call: no time left"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert json.loads(saved.read_text())["complaints"] == [said]
+
+
+def test_results_are_saved_after_each_case(tmp_path: Path, monkeypatch):
+    saved = tmp_path / "results.json"
+    found: list[list[str]] = []
+
+    def look() -> dict:
+        found.append([result["op"] for result in json.loads(saved.read_text())["results"]])
+        return {"event": "limits", "limits": None}
+
+    run_workers([[*measured("a"), look, *measured("b"), look]], monkeypatch, json=saved)
+    assert found == [["a"], ["a", "b"]]
+    assert list(tmp_path.iterdir()) == [saved]
+
+
+def test_a_file_of_results_is_replaced_as_a_whole(tmp_path: Path, monkeypatch):
+    saved = tmp_path / "results.json"
+    cli.write_json(saved, {"a": 1})
+    monkeypatch.setattr(Path, "replace", raiser(OSError()))
+    with pytest.raises(OSError):
+        cli.write_json(saved, {"a": 2})
+    assert json.loads(saved.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("seconds", [0.0, float("nan")])
+def test_a_time_that_makes_no_sense_spoils_no_other_case(seconds: float, monkeypatch):
+    document, complaints = run_workers([[*measured("a", seconds), *measured("b")]], monkeypatch)
+    assert [result["op"] for result in document["results"]] == ["b"]
+    assert complaints == ["failed: a 4 x 4 float32 forward: not every number is one above 0"]
+
+
+def test_warming_deals_the_cases_that_compile_to_processes(monkeypatch):
+    started: list[list[str]] = []
+    killed: list[int] = []
+
+    class Process:
+        def __init__(self, command: list[str], cwd: Path, env: dict[str, str]) -> None:
+            started.append(command[command.index("cuda") + 1 :])
+            self.number = len(started)
+            assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None and self.number == 2:
+                raise subprocess.TimeoutExpired("", timeout)
+            return 0
+
+        def kill(self) -> None:
+            killed.append(self.number)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    keys = [case.key for case in all_cases(CUDA)]
+    assert warm.warm(CUDA, keys, 10.0) == 1  # the second one took longer
+    assert warm.warm(CUDA, keys, None) == 0
+    assert killed == [1, 2, 3, 4, 5, 6]
+    dealt = [key for part in started[:3] for key in part]
+    assert len(dealt) == len(set(dealt)) > 40
+    assert not [key for key in dealt if key.startswith(("nll_loss", "linear_relu products"))]
+    assert max(map(len, started)) - min(map(len, started)) <= 1
+
+
+def test_warming_goes_on_after_a_contender_that_fails():
+    log: list[str] = []
+    (case,) = (case for case in all_cases() if case.key == NLL_KEYS[0])
+    contenders = [
+        Function("fastnn", raiser(AssertionError())),
+        Function("first", raiser(MemoryError("no memory left")), jit=True),
+        Function("second", lambda *args: log.append("second"), compiled=True),
+    ]
+    case = replace(case, contenders=lambda: contenders)
+    assert warm.warm_case(case, CPU) == ["first: no memory left"]
+    assert log == ["second"]
+    assert warm.warm_case(replace(case, compiles=False), CPU) == ["first: no memory left"]
+    assert log == ["second"]
+
+
+def test_a_profiler_sees_one_call_of_each_case():
+    calls: list[str] = []
+    case = next(case for case in all_cases() if case.key == NLL_KEYS[0])
+    ours = Function("fastnn", lambda *args: calls.append("call"))
+    once.once(replace(case, contenders=lambda: [ours, Contender("peer")]), CPU)
+    assert calls == ["call"] * 2
+    assert set(once.KEYS) <= {case.key for case in all_cases(CUDA)}
+    for case in all_cases(CUDA):
+        assert case.contenders()[0].name == "fastnn"
+
+
+@pytest.mark.parametrize(("fails", "code"), [(False, 0), (True, 1)])
+def test_once_goes_on_after_a_case_that_fails(fails: bool, code: int, monkeypatch, capsys):
+    monkeypatch.setattr(once, "KEYS", NLL_KEYS)
+    if fails:
+        monkeypatch.setattr(once, "once", raiser(RuntimeError("no kernel")))
+    assert once.main(["--device", "cpu"]) == code
+    said = capsys.readouterr()
+    assert (said.err if fails else said.out).splitlines() == [
+        key + (": no kernel" if fails else "") for key in NLL_KEYS
+    ]
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -529,6 +907,12 @@ def test_best_of_two_limits():
     }
 
 
+def test_fastnn_by_another_way_is_compared_but_no_rival():
+    result = results.complete(make_result({"fastnn": 2.0, "fastnn tiled": 1.0, "peer": 3.0}), None)
+    assert result["ratios"] == {"fastnn tiled": 0.5, "peer": 1.5}
+    assert (result["best"], result["best_trainable"]) == ("peer", "peer")
+
+
 # ---- verification --------------------------------------------------------------------------------
 
 
@@ -548,13 +932,64 @@ def test_error_is_relative_and_sees_wrong_gradients():
     assert verify.error(nan, Inputs((x,)), reference) == float("inf")
 
 
-def test_every_case_has_a_name_of_its_own_and_ours_among_its_contenders():
-    cases = all_cases()
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_mean_over_rows_is_the_same_by_some_rows_at_a_time(gradients: bool, monkeypatch):
+    monkeypatch.setattr(case_module, "EXACT_ELEMENTS", 3 * 7)  # rows of 7, the last two alone
+    generator = torch.Generator().manual_seed(0)
+    inputs = logits_and_targets(generator, 8, 7, torch.float32, gradients)
+    function = cross_entropy._with_smoothing(torch.nn.functional.cross_entropy, 0.1)
+    whole = list(verify._tensors(Function("a", function).exact(inputs)))
+    parts = list(verify._tensors(case_module.MeanOverRows("b", function).exact(inputs)))
+    assert len(parts) == len(whole) == 1 + gradients
+    torch.testing.assert_close(parts, [one.detach() for one in whole])
+    assert parts[0].dtype == torch.float64
+
+
+def test_cases_come_by_their_importance_and_those_of_the_cpu_by_operator():
+    priorities = [case.priority for case in all_cases(CUDA)]
+    assert priorities == sorted(priorities) and len(set(priorities)) == 3
+    memory_cases = [case.key for case in all_cases(CUDA) if case.mode == "memory"]
+    assert memory_cases == ["cross_entropy 8192 x 32000 bfloat16 memory"]
+    assert {case.priority for case in all_cases()} == {1}
+    assert all_cases()[-1].mode == "memory"
+
+
+def test_tf32_has_a_name_of_its_own_and_ends_with_its_case():
+    (case,) = (case for case in all_cases(CUDA) if case.key.endswith("4096 tf32 forward"))
+    assert case.dtype == torch.float32 and case.tf32
+    before = torch.get_float32_matmul_precision()
+    with case_module.tf32(True):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    with case_module.tf32(False):
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_products_are_chosen_for_one_call(monkeypatch):
+    chosen: list[str] = []
+    variable = linear_relu.PRODUCT_VARIABLE
+    monkeypatch.setattr(
+        fastnn.functional, "linear_relu", lambda: chosen.append(os.environ[variable])
+    )
+    monkeypatch.setenv(variable, "auto")
+    linear_relu._by_product("tiled")()
+    assert chosen == ["tiled"] and os.environ[variable] == "auto"
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_every_case_has_a_name_of_its_own_and_ours_among_its_contenders(device: Device):
+    cases = all_cases(device)
     assert len({case.key for case in cases}) == len(cases)
     for case in cases:
         names = [contender.name for contender in case.contenders()]
         assert names.count("fastnn") == 1
         assert len(set(names)) == len(names) > 1
+
+
+def test_resnet50_has_its_parameters():
+    shapes = sgd.resnet50()
+    assert len(shapes) == 161
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
 
 
 def test_resnet18_has_its_parameters():
@@ -588,6 +1023,82 @@ def test_table_and_report_say_when_the_machine_was_busy():
     assert "processor time in 1 of 2 cases" in report.markdown(document, [])
     assert "Other programs" not in table.format_document(make_document(WON))
     assert "Other programs" not in report.markdown(make_document(WON), [])
+
+
+def gpu_document(*documents_results: dict) -> dict:
+    document = make_document(*documents_results)
+    document["machine"] |= FakeGpu().device().facts() | {"gpu driver": "580.1"}
+    document["complaints"] = ["skipped: op b: no time left"]
+    limits = {"gemm": LIMITS["gemm"] | {"tf32": 5e14}, "launch": {"kernels": 4e5}}
+    document["limits"] = {"1": LIMITS | limits}
+    return document
+
+
+def gpu_result(ours: dict, peer: dict) -> dict:
+    """A case of 1 and 4 seconds, whose contenders have more times."""
+    result = make_result({"fastnn": 1.0, "peer": 4.0}, op="both")
+    result["contenders"]["fastnn"] |= ours
+    result["contenders"]["peer"] |= peer
+    return result
+
+
+TIMED = gpu_result({"loop": 2.0, "replay": 1.5, "waits": False}, {"loop": 1.0, "replay": 3.0})
+WAITING = gpu_result({"loop": 2.0, "replay": 1.5}, {"loop": 8.0, "waits": True, "no_replay": "it"})
+REFUSED = gpu_result({"loop": 2.0, "no_replay": "it"}, {"loop": 8.0, "replay": 3.0})
+
+
+def test_best_rival_by_another_time():
+    assert results.best_rival(TIMED, "loop") == ("peer", 0.5)
+    assert results.best_rival(TIMED, "replay") == ("peer", 2.0)
+    assert results.best_rival(WAITING, "replay") is None
+    assert results.best_rival(REFUSED, "replay") is None
+    assert results.best_rival(WON, "loop") is None
+
+
+def test_table_shows_loops_and_graphs_where_there_are_some():
+    shown = table.format_document(make_document(WON))
+    assert "loop" not in shown and "graph" not in shown
+    shown = table.format_document(gpu_document(TIMED, WAITING, REFUSED))
+    rows = [line.split()[-7:] for line in shown.splitlines() if "4 x 4" in line]
+    assert rows[0] == ["4.00", "2000.00", "ms", "0.50", "1500.00", "ms", "2.00"]
+    assert rows[1][-5:] == ["2000.00", "ms", "4.00", "1500.00", "ms"]
+    assert rows[2][-3:] == ["2000.00", "ms", "4.00"]
+    assert "Waits for the GPU within a call somewhere: peer." in shown
+
+
+def test_page_names_card_driver_and_torch_and_shows_all_times(tmp_path: Path):
+    saved, page = tmp_path / "bench.json", tmp_path / "page.md"
+    saved.write_text(json.dumps(gpu_document(TIMED, WAITING, REFUSED, LOST)))
+    assert report.main([str(saved), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("# Results on a GPU: A GPU\n")
+    for fact in ("| card | A GPU |", "| driver | 580.1 |", "| torch | 2.13.0 |"):
+        assert fact in text
+    assert "| TF32 matrix product | 500.0 TFLOP/s |" in text
+    assert "| launch of an empty kernel | 2.5 us |" in text
+    assert "| both 4 x 4 float32 forward | loop | peer | **0.50x** |" in text
+    assert "| lost 4 x 4 float32 forward | GPU | ahead | **0.50x** |" in text
+    assert "| 4 x 4 | float32 | fwd | fastnn | 1000.00 ms | 2000.00 ms | 1500.00 ms |" in text
+    assert "|  |  |  | peer | 4000.00 ms° | 8000.00 ms |  | 4.00x |  |" in text
+    assert "- skipped: op b: no time left\n" in text
+    assert "- the graph of peer (it): both 4 x 4 float32 forward" in text
+
+
+def test_page_is_a_gpus(tmp_path: Path, capsys):
+    saved, page = tmp_path / "bench.json", tmp_path / "page.md"
+    saved.write_text(json.dumps(make_document(WON)))
+    assert report.main([str(saved), "--page", str(page)]) == 2
+    saved.write_text(json.dumps(gpu_document(WON)))
+    assert report.main([str(saved), "--page", str(tmp_path / "none" / "page.md")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "a page needs the results of a GPU" in errors[0] and "is not a folder" in errors[1]
+    assert not page.exists()
+
+
+def test_results_saved_before_can_be_shown():
+    saved = report.read_document(ROOT / "benchmarks" / "results" / "avx2.json")
+    assert "fastnn is ahead of the best peer in" in table.format_document(saved)
+    assert report.markdown(saved, []).startswith("Measured on ")
 
 
 def test_a_ratio_just_below_one_does_not_read_as_one():

@@ -1,4 +1,4 @@
-"""The cases, one file per operator."""
+"""The cases, one file per operator: what is worth measuring on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from benchmarks.cases import (
     overhead,
     sgd,
 )
+from benchmarks.device import CPU, CUDA, Device
 
-_FILES = (linear_relu, cross_entropy, log_softmax, nll_loss, sgd, mlp, overhead)
+_FILES = (linear_relu, cross_entropy, log_softmax, nll_loss, sgd, mlp)
 
 
-def all_cases() -> list[Case]:
-    """Every case, in the order of the table; those of peak memory last."""
-    timed = [case for file in _FILES for case in file.cases()]
-    return timed + [case.in_memory_mode() for case in timed if case.large]
+def all_cases(device: Device = CPU) -> list[Case]:
+    """Every case of a device, the important ones first, in the order of their measurement."""
+    if device.name == CUDA.name:
+        timed = [case for file in _FILES for case in file.cuda_cases()]
+    else:
+        timed = [case for file in (*_FILES, overhead) for case in file.cases()]
+    everything = timed + [case.in_memory_mode() for case in timed if case.large]
+    return sorted(everything, key=lambda case: case.priority)

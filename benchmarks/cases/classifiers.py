@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from benchmarks.case import Inputs, classes, normal
+from benchmarks.case import Case, Inputs, MeanOverRows, classes, normal
 
 # Rows and classes: MNIST's batch; very many short rows; ImageNet's classes; a language model's
 # vocabulary, which no cache holds.
 SHAPES = ((64, 10), (65536, 10), (512, 1000), (2048, 32000))
 DTYPES = (torch.float32, torch.bfloat16)
 MODES = ("forward", "forward_backward")
+# On a GPU, of the operators that cross_entropy is made of: rows, classes, dtype, priority.
+CUDA_SIZES = ((8192, 32000, torch.bfloat16, 2), (65536, 10, torch.float32, 2))
 
 LARGE = 2**24  # elements, from which peak memory is worth measuring
 # The float64 reference and its copies dominate: inputs, log-probabilities, gradients, 8 bytes each.
 PEAK_BYTES_PER_ELEMENT = 60
+# On a GPU the reference's copies are those of some rows at a time.
+CUDA_PEAK_BYTES_PER_ELEMENT = 30
 
 
 def label(rows: int, columns: int) -> str:
@@ -25,7 +31,7 @@ def logits_and_targets(
     generator: torch.Generator, rows: int, columns: int, dtype: torch.dtype, gradients: bool
 ) -> Inputs:
     logits = normal(generator, rows, columns, dtype=dtype).requires_grad_(gradients)
-    return Inputs((logits, classes(generator, rows, columns)))
+    return Inputs((logits, classes(generator, columns, rows)))
 
 
 def size_facts(rows: int, columns: int, mode: str) -> dict:
@@ -35,3 +41,19 @@ def size_facts(rows: int, columns: int, mode: str) -> dict:
         "large": large and mode == "forward_backward",
         "peak_bytes": PEAK_BYTES_PER_ELEMENT * rows * columns if large else 0,
     }
+
+
+def on_cuda(case: Case, priority: int, large: bool = False, compiles: bool = True) -> Case:
+    """The case as it is measured on a GPU, where the logits of a vocabulary have 2^30 elements.
+
+    torch.compile takes seconds a case: it is left out of the less important forwards.
+    """
+    elements = case.peak_bytes / PEAK_BYTES_PER_ELEMENT
+    return replace(
+        case,
+        reference=MeanOverRows("reference", case.reference.function),
+        peak_bytes=CUDA_PEAK_BYTES_PER_ELEMENT * elements,
+        large=large,
+        priority=priority,
+        compiles=compiles and (priority == 1 or case.mode == "forward_backward"),
+    )

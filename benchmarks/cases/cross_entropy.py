@@ -28,6 +28,7 @@ from benchmarks.cases.classifiers import (
     SHAPES,
     label,
     logits_and_targets,
+    on_cuda,
     size_facts,
 )
 from benchmarks.device import CUDA
@@ -46,6 +47,41 @@ def cases() -> list[Case]:
     smoothed = [_smoothed_case(*OPTIONS_SHAPE, mode) for mode in MODES]
     probabilities = [_probabilities_case(*OPTIONS_SHAPE, mode) for mode in MODES]
     return plain + smoothed + probabilities + [_vocabulary_case(mode) for mode in MODES]
+
+
+# Rows, classes, dtypes, priority on a GPU: batches of a language model's tokens; MNIST's batch and
+# many of its rows; ImageNet's classes; few very long rows.
+CUDA_SIZES = (
+    (8192, 32000, DTYPES, 1),
+    (8192, 128256, (torch.bfloat16,), 1),
+    (65536, 10, DTYPES, 1),
+    (64, 10, (torch.float32,), 1),
+    (512, 1000, DTYPES, 2),
+    (8192, 1000, (torch.bfloat16,), 2),
+    (32, 128256, (torch.bfloat16,), 2),
+)
+LANGUAGE_MODEL = (8192, 32000)
+SEGMENTATION = (8, 21, 512, 512)
+
+
+def cuda_cases() -> list[Case]:
+    plain = [
+        on_cuda(
+            _case(rows, columns, dtype, mode),
+            priority,
+            large=(rows, columns, dtype) == (*LANGUAGE_MODEL, torch.bfloat16)
+            and mode == "forward_backward",
+        )
+        for rows, columns, dtypes, priority in CUDA_SIZES
+        for dtype in dtypes
+        for mode in MODES
+    ]
+    autocast = [on_cuda(_autocast_case(rows), 1) for rows in (64, LANGUAGE_MODEL[0])]
+    smoothed = [on_cuda(_smoothed_case(*LANGUAGE_MODEL, mode, torch.bfloat16), 2) for mode in MODES]
+    segmentation = [
+        on_cuda(_segmentation_case(dtype, mode), 2) for dtype in DTYPES for mode in MODES
+    ]
+    return plain + autocast + smoothed + segmentation
 
 
 def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:
@@ -76,7 +112,7 @@ def _contenders() -> list[Contender]:
         Function("F.cross_entropy", F.cross_entropy),
         Function("LogSoftmax+NLLLoss", _two_operators),
         Compiled("torch.compile", F.cross_entropy),
-        Destructive("Liger", _liger, devices=(CUDA.name,)),
+        Destructive("Liger", _liger, jit=True, devices=(CUDA.name,)),
         Function("Apex", _apex, devices=(CUDA.name,)),
     ]
 
@@ -88,12 +124,12 @@ def _two_operators(logits: Tensor, target: Tensor) -> Tensor:
 # ---- other libraries' kernels --------------------------------------------------------------------
 
 
-def _liger(logits: Tensor, target: Tensor) -> Tensor:
+def _liger(logits: Tensor, target: Tensor, **options) -> Tensor:
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy
     except ImportError:
         raise Unavailable("liger_kernel is not installed") from None
-    return liger_cross_entropy(logits, target)
+    return liger_cross_entropy(logits, target, **options)
 
 
 def _apex(logits: Tensor, target: Tensor) -> Tensor:
@@ -124,19 +160,12 @@ class Destructive(Function):
 # ---- options -------------------------------------------------------------------------------------
 
 
-def _smoothed_case(rows: int, columns: int, mode: str) -> Case:
-    gradients = mode == "forward_backward"
-    return Case(
-        op="cross_entropy",
+def _smoothed_case(rows: int, columns: int, mode: str, dtype: torch.dtype = torch.float32) -> Case:
+    return replace(
+        _case(rows, columns, dtype, mode),
         label=f"{label(rows, columns)}, smoothing",
-        dtype=torch.float32,
-        mode=mode,
-        inputs=partial(
-            logits_and_targets, rows=rows, columns=columns, dtype=torch.float32, gradients=gradients
-        ),
         contenders=partial(_option_contenders, SMOOTHING),
         reference=Function("reference", _with_smoothing(F.cross_entropy, SMOOTHING)),
-        work=Work(bytes=_bytes(rows, columns, torch.float32, 2 if gradients else 1)),
     )
 
 
@@ -172,11 +201,61 @@ def _with_smoothing(function: Callable[..., Tensor], smoothing: float) -> Callab
 
 def _option_contenders(smoothing: float) -> list[Contender]:
     stock = _with_smoothing(F.cross_entropy, smoothing)
-    return [
+    contenders = [
         Function("fastnn", _with_smoothing(fastnn.functional.cross_entropy, smoothing)),
         Function("F.cross_entropy", stock),
         Compiled("torch.compile", stock),
     ]
+    if smoothing:
+        liger = _with_smoothing(_liger, smoothing)
+        contenders.append(Destructive("Liger", liger, jit=True, devices=(CUDA.name,)))
+    return contenders
+
+
+# ---- under autocast, and of pictures -------------------------------------------------------------
+
+
+def _autocast_case(rows: int) -> Case:
+    """As in mixed precision: autocast asks for float32, and the logits are narrower."""
+    columns = LANGUAGE_MODEL[1]
+    return replace(
+        _case(rows, columns, torch.bfloat16, "forward_backward"),
+        label=f"{label(rows, columns)}, autocast",
+        contenders=lambda: [
+            Function("fastnn", _under_autocast(fastnn.functional.cross_entropy)),
+            Function("F.cross_entropy", _under_autocast(F.cross_entropy)),
+            Compiled("torch.compile", _under_autocast(F.cross_entropy)),
+        ],
+    )
+
+
+def _under_autocast(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def autocast_loss(logits: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(logits.device.type, dtype=torch.bfloat16):
+            return loss(logits, target)
+
+    return autocast_loss
+
+
+def _segmentation_case(dtype: torch.dtype, mode: str) -> Case:
+    pictures, count, height, width = SEGMENTATION
+    gradients = mode == "forward_backward"
+    return replace(
+        _case(pictures * height * width, count, dtype, mode),
+        label=" x ".join(map(str, SEGMENTATION)),
+        inputs=partial(_pictures, dtype=dtype, gradients=gradients),
+        contenders=lambda: [
+            Function("fastnn", fastnn.functional.cross_entropy),
+            Function("F.cross_entropy", F.cross_entropy),
+            Compiled("torch.compile", F.cross_entropy),
+        ],
+    )
+
+
+def _pictures(generator: torch.Generator, dtype: torch.dtype, gradients: bool) -> Inputs:
+    pictures, count, *size = SEGMENTATION
+    logits = normal(generator, *SEGMENTATION, dtype=dtype).requires_grad_(gradients)
+    return Inputs((logits, classes(generator, count, pictures, *size)))
 
 
 # ---- behind a linear layer -----------------------------------------------------------------------
@@ -206,7 +285,7 @@ def _features_weight_targets(generator: torch.Generator, gradients: bool) -> Inp
         (
             hidden.requires_grad_(gradients),
             weight.requires_grad_(gradients),
-            classes(generator, rows, vocabulary),
+            classes(generator, vocabulary, rows),
         )
     )
 

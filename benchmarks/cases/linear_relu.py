@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +24,37 @@ SHAPES = (
     (128, 512, 512),
     (1024, 1024, 1024),
 )
+MODES = ("forward", "forward_backward")
+# On a GPU, each with its priority: MNIST's two layers and a single picture, a middle layer and a
+# language model's.
+CUDA_SHAPES = (
+    ((64, 784, 128), 1),
+    ((8192, 4096, 4096), 1),
+    ((1024, 1024, 1024), 2),
+    ((1, 784, 128), 2),
+    ((64, 128, 64), 3),
+)
+# torch.compile multiplies by the same library: where it is compared it can only fuse the ReLU.
+CUDA_COMPILED = ((64, 784, 128), (8192, 4096, 4096))
+# Our product against the library's: around the size from which fastnn takes the library's, and
+# where rows are few or the depth is long.
+PRODUCT_SHAPES = (
+    (1, 784, 128),
+    (1, 4096, 4096),
+    (8, 4096, 32),
+    (16, 4096, 4096),
+    (64, 128, 64),
+    (64, 256, 64),
+    (64, 784, 128),
+    (64, 4096, 64),
+    (128, 128, 128),
+    (256, 256, 256),
+    (512, 64, 512),
+    (4096, 16, 64),
+)
+PRODUCT_VARIABLE = "FASTNN_CUDA_GEMM"
+# TF32 rounds factors to 2^-11, and so a sum of products with random signs by about as much.
+TF32_TOLERANCE = 5e-3
 # What counts as close to zero: a hundred times float32's rounding error in a sum of 1024 terms.
 NEAR_ZERO = 1e-3
 
@@ -32,8 +64,28 @@ def cases() -> list[Case]:
         _case(shape, dtype, mode)
         for shape in SHAPES
         for dtype in (torch.float32, torch.bfloat16)
-        for mode in ("forward", "forward_backward")
+        for mode in MODES
     ]
+
+
+def cuda_cases() -> list[Case]:
+    plain = [
+        replace(_case(shape, dtype, mode), priority=priority, compiles=shape in CUDA_COMPILED)
+        for shape, priority in CUDA_SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+        for mode in MODES
+    ]
+    with_tf32 = [
+        replace(case, tf32=True, tolerance=TF32_TOLERANCE)
+        for case in plain
+        if case.dtype == torch.float32
+    ]
+    products = [
+        _product_case(shape, dtype)
+        for shape in PRODUCT_SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return plain + with_tf32 + products
 
 
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> Case:
@@ -107,6 +159,37 @@ def _pack_mkldnn(input: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, .
 
 def _addmm_activation(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, input, weight.t())
+
+
+# ---- our product against the library's -----------------------------------------------------------
+
+
+def _product_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    return replace(
+        _case(shape, dtype, "forward"),
+        op="linear_relu products",
+        contenders=lambda: [
+            Function("fastnn", fastnn.functional.linear_relu),
+            *(Function(f"fastnn {name}", _by_product(name)) for name in ("tiled", "library")),
+            Function("F.relu(F.linear)", _eager),
+        ],
+        compiles=False,
+        priority=2,
+    )
+
+
+def _by_product(name: str) -> Callable[..., Tensor]:
+    """linear_relu by one of its two products, which an environment variable chooses at a call."""
+
+    def linear_relu(*args: Tensor) -> Tensor:
+        before = os.environ.get(PRODUCT_VARIABLE, "")
+        os.environ[PRODUCT_VARIABLE] = name
+        try:
+            return fastnn.functional.linear_relu(*args)
+        finally:
+            os.environ[PRODUCT_VARIABLE] = before
+
+    return linear_relu
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,11 +11,19 @@ from torch.nn import functional as F
 
 import fastnn
 from benchmarks.case import Case, Compiled, Contender, Function, Inputs, Work, normal
-from benchmarks.cases.classifiers import DTYPES, MODES, SHAPES, label, size_facts
+from benchmarks.cases.classifiers import CUDA_SIZES, DTYPES, MODES, SHAPES, label, size_facts
 
 
 def cases() -> list[Case]:
     return [_case(*shape, dtype, mode) for shape in SHAPES for dtype in DTYPES for mode in MODES]
+
+
+def cuda_cases() -> list[Case]:
+    return [
+        replace(_case(*size, mode), large=False, priority=priority)
+        for *size, priority in CUDA_SIZES
+        for mode in MODES
+    ]
 
 
 def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:

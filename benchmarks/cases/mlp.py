@@ -28,6 +28,10 @@ def cases() -> list[Case]:
     return [_case(label, loss) for label, loss in LOSSES.items()]
 
 
+def cuda_cases() -> list[Case]:
+    return cases()[:1]
+
+
 def _case(label: str, loss: str) -> Case:
     return Case(
         op="MLP step",
@@ -50,7 +54,7 @@ def _flops() -> float:
 
 def _batch(generator: torch.Generator) -> Inputs:
     images = normal(generator, BATCH, WIDTHS[0], dtype=torch.float32)
-    return Inputs((images, classes(generator, BATCH, WIDTHS[-1])))
+    return Inputs((images, classes(generator, WIDTHS[-1], BATCH)))
 
 
 def _contenders(loss: str) -> list[Contender]:

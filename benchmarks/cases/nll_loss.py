@@ -9,11 +9,27 @@ from torch.nn import functional as F
 
 import fastnn
 from benchmarks.case import Case, Compiled, Contender, Function, Inputs, Work, classes, normal
-from benchmarks.cases.classifiers import DTYPES, MODES, SHAPES, label, size_facts
+from benchmarks.cases.classifiers import (
+    CUDA_SIZES,
+    DTYPES,
+    MODES,
+    SHAPES,
+    label,
+    on_cuda,
+    size_facts,
+)
 
 
 def cases() -> list[Case]:
     return [_case(*shape, dtype, mode) for shape in SHAPES for dtype in DTYPES for mode in MODES]
+
+
+def cuda_cases() -> list[Case]:
+    return [
+        on_cuda(_case(*size, mode), priority, compiles=False)
+        for *size, priority in CUDA_SIZES
+        for mode in MODES
+    ]
 
 
 def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:
@@ -40,7 +56,7 @@ def _inputs(
 ) -> Inputs:
     logits = normal(generator, rows, columns, dtype=torch.float32)
     log_probs = logits.log_softmax(1).to(dtype).requires_grad_(gradients)
-    return Inputs((log_probs, classes(generator, rows, columns)))
+    return Inputs((log_probs, classes(generator, columns, rows)))
 
 
 def _contenders() -> list[Contender]:

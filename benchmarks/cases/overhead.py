@@ -50,7 +50,7 @@ def _row(generator: torch.Generator) -> Inputs:
 
 
 def _row_and_target(generator: torch.Generator) -> Inputs:
-    return Inputs((*_row(generator).args, classes(generator, 1, SIZE)))
+    return Inputs((*_row(generator).args, classes(generator, SIZE, 1)))
 
 
 def _linear() -> nn.Linear:

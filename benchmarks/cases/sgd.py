@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,6 +38,22 @@ def resnet18() -> Shapes:
     return [*shapes, (1000, 512), (1000,)]
 
 
+def resnet50() -> Shapes:
+    """Its 161 parameters: a stem, four stages of blocks of three convolutions, a classifier."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    ins = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            outs = 4 * width
+            convolutions = [(width, ins, 1, 1), (width, width, 3, 3), (outs, width, 1, 1)]
+            if block == 0:  # the shortcut's
+                convolutions.append((outs, ins, 1, 1))
+            for convolution in convolutions:
+                shapes += [convolution, convolution[:1], convolution[:1]]
+            ins = outs
+    return [*shapes, (1000, ins), (1000,)]
+
+
 def mnist_mlp() -> Shapes:
     """The six parameters of 784-128-64-10."""
     widths = ((784, 128), (128, 64), (64, 10))
@@ -59,6 +75,32 @@ def cases() -> list[Case]:
         _step_case("resnet18, float32 momentum", **half, float32_momentum=True),
     ]
     return steps + [_zero_grad_case(label, shapes) for label, shapes in MODELS.items()]
+
+
+def cuda_cases() -> list[Case]:
+    half = {"shapes": resnet50(), "dtype": torch.bfloat16}
+    steps = [
+        _step_case("resnet50, 161 tensors", resnet50()),
+        replace(_step_case("resnet50, 161 tensors", **half), compiles=False),
+        replace(
+            _step_case("resnet50, float32 momentum", **half, float32_momentum=True),
+            compiles=False,
+        ),
+        replace(_step_case("200 tensors of 100", MODELS["200 tensors of 100"]), compiles=False),
+        replace(
+            _step_case("one tensor of 10^9", [(10**9,)]),
+            contenders=_huge_contenders,
+            peak_bytes=64e9,
+            priority=2,
+        ),
+    ]
+    return [replace(case, large=False) for case in steps]
+
+
+def _huge_contenders() -> list[Contender]:
+    """Each has 12 GB of its own."""
+    names = ("fastnn", "SGD fused", "torch.compile")
+    return [one for one in step_contenders() if one.name in names]
 
 
 def optimizers() -> dict[str, Callable[[Iterable[Tensor]], Optimizer]]:
@@ -173,6 +215,9 @@ class Step(Contender):
         self.params = [torch.nn.Parameter(torch.empty_like(param)) for param in params]
         optimizer = self.make(self.params)
         self.step = torch.compile(lambda: optimizer.step()) if self.compiled else optimizer.step
+
+    def close(self) -> None:
+        self.__post_init__()
 
     def check(self, inputs: Inputs) -> list[Tensor]:
         call = self.bind(inputs)
