@@ -57,8 +57,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda needs a GPU, and torch finds none")
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda needs a GPU, and torch finds none")
+        # By default the library may add up parts of a sum that it has rounded to the narrow dtype:
+        # errors of that kind have no bound that would say anything of ours.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if path := config.getoption("--capabilities"):
         config.pluginmanager.register(capabilities.Recorder(path))
 
@@ -95,6 +100,9 @@ left_out: Counter[str] = Counter()
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device, large = config.getoption("device"), config.getoption("large")
+    # xdist compares the workers' lists of tests, and addresses differ from process to process.
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"a test is named after an address: {named[0]}")
     reasons = {item: reason_to_leave_out(item, device, large) for item in items}
     left_out.update(reason for reason in reasons.values() if reason is not None)
     config.hook.pytest_deselected(items=[item for item in items if reasons[item] is not None])

@@ -610,7 +610,7 @@ def test_linear_relu_takes_what_torch_takes(implementation, arguments):
     assert torch.equal(fastnn.functional.linear_relu(*args), torch_linear_relu(*args))
 
 
-@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor], ids=str)
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor], ids=lambda f: f.__name__)
 def test_integer_options_may_be_numpy_s_or_tensors(implementation, number):
     logits, target = torch.randn(4, 5), torch.arange(4)
     for op in ("nll_loss", "cross_entropy"):
@@ -620,7 +620,9 @@ def test_integer_options_may_be_numpy_s_or_tensors(implementation, number):
     assert torch.equal(result, fastnn.functional.log_softmax(logits, 1))
 
 
-@pytest.mark.parametrize("number", [np.float64, np.int64, int, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "number", [np.float64, np.int64, int, torch.tensor], ids=lambda f: f.__name__
+)
 def test_label_smoothing_may_be_any_real_number(implementation, number):
     logits, target = torch.randn(4, 5), torch.arange(4)
     result = fastnn.functional.cross_entropy(logits, target, label_smoothing=number(1.0))

@@ -1,10 +1,12 @@
-// linear_relu on CUDA: the library's matrix product with its fused epilogue, or our own; the
+// linear_relu on CUDA: the library's matrix product and a ReLU, or our own product with both; the
 // backward makes mask and bias gradient in one pass, then the library's two products.
 #include "ops/linear_relu.h"
 
-#include <ATen/ops/_addmm_activation.h>
+#include <ATen/Context.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -34,14 +36,10 @@ Product requested_product() {
   TORCH_CHECK_VALUE(false, "FASTNN_CUDA_GEMM must be auto, library or tiled, not '", name, "'");
 }
 
-// Whether the forward takes the library's product: cuBLASLt's, whose epilogue adds the bias and
-// applies ReLU. It multiplies with tensor cores, which ours does not, and so wins where there is
-// much to multiply; a missing bias costs it a vector of zeros. Ours is taken
-// - for float64, for which ATen's fused call may fall back to three kernels, and tensor cores are
-// rare;
-// - where nothing is summed, or one number (a depth of 0 or 1), which cuBLASLt does not take;
-// - for small products: a GPU does 2^20 multiply-adds in the few microseconds that it takes to
-//   prepare cuBLASLt's call. This limit is an estimate and not measured.
+// Whether the forward takes the library's product, which uses tensor cores, and a second kernel for
+// the ReLU. Ours takes 5 us and 0.05 us for each element of a sum (H200; docs/performance.md), and
+// so wins where sums are short and the outputs few. Where TF32 is allowed the library alone gives
+// it: a layer's rounding would else depend on its batch.
 bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
   if (rows == 0 || cols == 0 || depth == 0) return false;
   switch (requested_product()) {
@@ -50,9 +48,10 @@ bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t de
     case Product::Tiled:
       return false;
     case Product::Auto:
-      constexpr double kSmall = 1 << 20;
-      return dtype != at::kDouble && depth > 1 &&
-             double(rows) * double(cols) * double(depth) >= kSmall;
+      if (dtype == at::kFloat && at::globalContext().allowTF32CuBLAS()) return true;
+      constexpr double kFew = 1 << 24;
+      const int64_t short_depth = c10::elementSize(dtype) == 2 ? 64 : 128;
+      return depth > short_depth || double(rows) * double(cols) * double(depth) > kFew;
   }
   return true;
 }
@@ -64,11 +63,11 @@ int multiprocessors() {
   return count;
 }
 
+// Without the library's fused ReLU: with some of its kernels that turns NaN into 0.
 at::Tensor library_product(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias) {
-  const at::Tensor addend =
-      bias ? bias->contiguous() : at::zeros({weight.size(0)}, weight.options());
-  return at::_addmm_activation(addend, input, weight.t());
+  at::Tensor output = bias ? at::addmm(*bias, input, weight.t()) : at::mm(input, weight.t());
+  return at::relu_(output);
 }
 
 at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,

@@ -8,4 +8,5 @@ from benchmarks.device import CUDA
 from benchmarks.limits import measure_limits
 
 if __name__ == "__main__":
-    print(json.dumps(CUDA.facts() | measure_limits(0.1, CUDA), indent=1))
+    limits = measure_limits(CUDA.limit_seconds(CUDA.full_plan), CUDA)
+    print(json.dumps(CUDA.facts() | limits, indent=1))

@@ -29,7 +29,7 @@ PRODUCTS = ("tiled", "library")
 def main() -> None:
     parser = argparse.ArgumentParser(description="Launch every CUDA kernel by each of its paths.")
     parser.add_argument("--device", default="cuda", help="cpu: a rehearsal")
-    parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS)
+    parser.add_argument("--products", nargs="*", choices=PRODUCTS, default=PRODUCTS)
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     for dtype in DTYPES:
