@@ -569,6 +569,62 @@ def test_peak_memory_sees_what_a_call_allocates():
     assert growth == pytest.approx(32 * 2**20, rel=0.1)
 
 
+# ---- compiled peers ------------------------------------------------------------------------------
+
+
+def compiler_has(*names: str) -> bool:
+    """Whether the installed torch's compiler has such settings (dynamo's, inductor's)."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    return all(hasattr(dynamo, name) or hasattr(inductor, name) for name in names)
+
+
+needs_traced_backward = pytest.mark.skipif(
+    not compiler_has("trace_autograd_ops"), reason="the compiler can't trace a backward"
+)
+
+
+@needs_traced_backward
+def test_compiled_steps_train_as_the_reference_and_hold_their_backward(fresh_dynamo):
+    """All contenders in one process, as the benchmark has them: they share a limit."""
+    from torch._dynamo.utils import counters
+
+    case = next(case for case in mlp.cases() if case.label == "LogSoftmax+NLLLoss")
+    inputs = verify.check_inputs(case, torch.Generator().manual_seed(0))
+    reference = verify.expected(case, inputs)
+    graphs, breaks = {}, {}
+    for contender in case.contenders():
+        if contender.compiled:
+            counters.clear()
+            assert verify.error(contender, inputs, reference) <= case.allowed_error, contender.name
+            name = contender.name.removeprefix("torch.compile, ")
+            graphs[name] = counters["stats"]["unique_graphs"]
+            breaks[name] = list(counters["graph_break"])
+            # The benchmark's later calls run what the check has compiled.
+            contender.sampler(inputs)(2)
+            assert counters["stats"]["unique_graphs"] == graphs[name]
+    assert len(graphs) == 6
+    assert graphs["one graph"] == graphs["one graph, cpp_wrapper"] == 1
+    optimizers_own = "Call to `torch._dynamo.graph_break()`"
+    assert all(
+        reason.startswith(optimizers_own) for reasons in breaks.values() for reason in reasons
+    )
+    assert not breaks["one graph"]
+
+
+def test_a_step_that_the_compiler_can_not_trace_is_unavailable(monkeypatch):
+    import torch._dynamo
+
+    case = mlp.cases()[0]
+    traced = [one for one in case.contenders() if isinstance(one, mlp.TracedStep)]
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())  # as in an older torch
+    assert len(traced) == 4
+    for contender in traced:
+        with pytest.raises(Unavailable, match="can't trace a backward"):
+            contender.check(mlp._batch(torch.Generator()))
+
+
 # ---- table and report ----------------------------------------------------------------------------
 
 
