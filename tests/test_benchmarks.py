@@ -583,6 +583,13 @@ def compiler_has(*names: str) -> bool:
 needs_traced_backward = pytest.mark.skipif(
     not compiler_has("trace_autograd_ops"), reason="the compiler can't trace a backward"
 )
+needs_auto_chunker = pytest.mark.skipif(
+    not compiler_has("auto_chunker"), reason="the compiler has no auto-chunker"
+)
+needs_linear_cross_entropy = pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "linear_cross_entropy"),
+    reason="torch has no linear_cross_entropy",
+)
 
 
 @needs_traced_backward
@@ -623,6 +630,62 @@ def test_a_step_that_the_compiler_can_not_trace_is_unavailable(monkeypatch):
     for contender in traced:
         with pytest.raises(Unavailable, match="can't trace a backward"):
             contender.check(mlp._batch(torch.Generator()))
+
+
+def small_vocabulary(rows: int, features: int) -> Inputs:
+    """Logits of 2 MiB, of which inductor's auto-chunker needs 1."""
+    return cross_entropy._features_weight_targets(
+        torch.Generator().manual_seed(0), rows, features, 2**19 // rows, gradients=True
+    )
+
+
+def auto_chunked() -> cross_entropy.AutoChunked:
+    contenders = cross_entropy._vocabulary_contenders(gradients=True)
+    return next(one for one in contenders if isinstance(one, cross_entropy.AutoChunked))
+
+
+@needs_auto_chunker
+def test_auto_chunker_chunks_and_gives_the_references_numbers(fresh_dynamo):
+    stock = Function("reference", cross_entropy._linear_then(torch.nn.functional.cross_entropy))
+    inputs = small_vocabulary(64, 16)
+    reference = list(verify._tensors(stock.check(inputs.double())))
+    for _ in range(2):  # the compiler's cache knows the second one
+        torch._dynamo.reset()
+        contender = auto_chunked()
+        assert verify.error(contender, inputs, reference) < 1e-5
+        contender.bind(inputs)  # what is compiled stays
+
+
+@needs_auto_chunker
+def test_auto_chunker_that_leaves_a_graph_whole_is_unavailable(fresh_dynamo):
+    with pytest.raises(Unavailable, match="leaves this graph whole"):
+        auto_chunked().bind(small_vocabulary(64, 64))  # more weights than logits
+
+
+def test_auto_chunker_is_unavailable_where_inductor_has_none(monkeypatch):
+    import torch._inductor.metrics
+
+    monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
+    with pytest.raises(Unavailable, match="has no auto-chunker"):
+        auto_chunked().bind(small_vocabulary(64, 16))
+
+
+@needs_linear_cross_entropy
+def test_linear_cross_entropy_is_named_for_what_it_runs():
+    inputs = small_vocabulary(256, 16)
+    names = ("unfused", "default options", "64 rows", "256 rows")
+    contenders = {one.name: one for one in cross_entropy._vocabulary_contenders(gradients=False)}
+    operators, products = {}, {}
+    for name in names:
+        contender = contenders[f"F.linear_cross_entropy, {name}"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            contender.bind(inputs)()
+        calls = [event.name for event in profile.events()]
+        operators[name] = "aten::cross_entropy_loss" in calls
+        products[name] = sum(call in ("aten::mm", "aten::addmm") for call in calls)
+        assert contender.same_algorithm == (name == "unfused")
+    assert operators == {name: name == "unfused" for name in names}
+    assert products["64 rows"] == 4 * products["256 rows"] < products["default options"]
 
 
 # ---- table and report ----------------------------------------------------------------------------
