@@ -688,6 +688,26 @@ def test_linear_cross_entropy_is_named_for_what_it_runs():
     assert products["64 rows"] == 4 * products["256 rows"] < products["default options"]
 
 
+def test_fused_sgd_competes_over_bfloat16_where_torch_steps_right():
+    """torch before 2.14.1 leaves most bfloat16 parameters where they are."""
+    case = sgd._step_case("small", [(1000,), (7,)], torch.bfloat16)
+    params, grads = case.inputs(torch.Generator().manual_seed(0)).args
+    moved = [torch.nn.Parameter(param.clone()) for param in params]
+    for param, grad in zip(moved, grads, strict=True):
+        param.grad = grad
+    torch.optim.SGD(moved, lr=1.0, fused=True).step()
+    is_right = all(
+        torch.allclose(new, old - grad, rtol=2**-7)
+        for new, old, grad in zip(moved, params, grads, strict=True)
+    )
+    outcome = worker.Outcome([one for one in case.contenders() if one.name == "SGD fused"])
+    worker._check(case, outcome, torch.Generator().manual_seed(0), CPU)
+    assert [one.name for one in outcome.contenders] == ["SGD fused"] * is_right
+    assert [reason.startswith("wrong by") for reason in outcome.skipped.values()] == [True] * (
+        not is_right
+    )
+
+
 # ---- table and report ----------------------------------------------------------------------------
 
 
