@@ -1004,6 +1004,145 @@ def test_peak_memory_sees_what_a_call_allocates():
     assert growth == pytest.approx(32 * 2**20, rel=0.1)
 
 
+# ---- compiled peers ------------------------------------------------------------------------------
+
+
+def compiler_has(*names: str) -> bool:
+    """Whether the installed torch's compiler has such settings (dynamo's, inductor's)."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    return all(hasattr(dynamo, name) or hasattr(inductor, name) for name in names)
+
+
+needs_traced_backward = pytest.mark.skipif(
+    not compiler_has("trace_autograd_ops"), reason="the compiler can't trace a backward"
+)
+needs_auto_chunker = pytest.mark.skipif(
+    not compiler_has("auto_chunker"), reason="the compiler has no auto-chunker"
+)
+needs_linear_cross_entropy = pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "linear_cross_entropy"),
+    reason="torch has no linear_cross_entropy",
+)
+
+
+@needs_traced_backward
+def test_compiled_steps_train_as_the_reference_and_hold_their_backward(fresh_dynamo):
+    """All contenders in one process, as the benchmark has them: they share a limit."""
+    from torch._dynamo.utils import counters
+
+    case = next(case for case in mlp.cases() if case.label == "LogSoftmax+NLLLoss")
+    inputs = verify.check_inputs(case, torch.Generator().manual_seed(0))
+    reference = verify.expected(case, inputs)
+    graphs, breaks = {}, {}
+    for contender in case.contenders():
+        if contender.compiled:
+            counters.clear()
+            assert verify.error(contender, inputs, reference) <= case.allowed_error, contender.name
+            name = contender.name.removeprefix("torch.compile, ")
+            graphs[name] = counters["stats"]["unique_graphs"]
+            breaks[name] = list(counters["graph_break"])
+            # The benchmark's later calls run what the check has compiled.
+            contender.sampler(inputs)(2)
+            assert counters["stats"]["unique_graphs"] == graphs[name]
+    assert len(graphs) == 6
+    assert graphs["one graph"] == graphs["one graph, cpp_wrapper"] == 1
+    optimizers_own = "Call to `torch._dynamo.graph_break()`"
+    assert all(
+        reason.startswith(optimizers_own) for reasons in breaks.values() for reason in reasons
+    )
+    assert not breaks["one graph"]
+
+
+def test_a_step_that_the_compiler_can_not_trace_is_unavailable(monkeypatch):
+    import torch._dynamo
+
+    case = mlp.cases()[0]
+    traced = [one for one in case.contenders() if isinstance(one, mlp.TracedStep)]
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())  # as in an older torch
+    assert len(traced) == 4
+    for contender in traced:
+        with pytest.raises(Unavailable, match="can't trace a backward"):
+            contender.check(mlp._batch(torch.Generator()))
+
+
+def small_vocabulary(rows: int, features: int) -> Inputs:
+    """Logits of 2 MiB, of which inductor's auto-chunker needs 1."""
+    return cross_entropy._features_weight_targets(
+        torch.Generator().manual_seed(0), rows, features, 2**19 // rows, gradients=True
+    )
+
+
+def auto_chunked() -> cross_entropy.AutoChunked:
+    contenders = cross_entropy._vocabulary_contenders(gradients=True)
+    return next(one for one in contenders if isinstance(one, cross_entropy.AutoChunked))
+
+
+@needs_auto_chunker
+def test_auto_chunker_chunks_and_gives_the_references_numbers(fresh_dynamo):
+    stock = Function("reference", cross_entropy._linear_then(torch.nn.functional.cross_entropy))
+    inputs = small_vocabulary(64, 16)
+    reference = list(verify._tensors(stock.check(inputs.double())))
+    for _ in range(2):  # the compiler's cache knows the second one
+        torch._dynamo.reset()
+        contender = auto_chunked()
+        assert verify.error(contender, inputs, reference) < 1e-5
+        contender.bind(inputs)  # what is compiled stays
+
+
+@needs_auto_chunker
+def test_auto_chunker_that_leaves_a_graph_whole_is_unavailable(fresh_dynamo):
+    with pytest.raises(Unavailable, match="leaves this graph whole"):
+        auto_chunked().bind(small_vocabulary(64, 64))  # more weights than logits
+
+
+def test_auto_chunker_is_unavailable_where_inductor_has_none(monkeypatch):
+    import torch._inductor.metrics
+
+    monkeypatch.setattr(torch._inductor, "config", SimpleNamespace())
+    with pytest.raises(Unavailable, match="has no auto-chunker"):
+        auto_chunked().bind(small_vocabulary(64, 16))
+
+
+@needs_linear_cross_entropy
+def test_linear_cross_entropy_is_named_for_what_it_runs():
+    inputs = small_vocabulary(256, 16)
+    names = ("unfused", "default options", "64 rows", "256 rows")
+    contenders = {one.name: one for one in cross_entropy._vocabulary_contenders(gradients=False)}
+    operators, products = {}, {}
+    for name in names:
+        contender = contenders[f"F.linear_cross_entropy, {name}"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            contender.bind(inputs)()
+        calls = [event.name for event in profile.events()]
+        operators[name] = "aten::cross_entropy_loss" in calls
+        products[name] = sum(call in ("aten::mm", "aten::addmm") for call in calls)
+        assert contender.same_algorithm == (name == "unfused")
+    assert operators == {name: name == "unfused" for name in names}
+    assert products["64 rows"] == 4 * products["256 rows"] < products["default options"]
+
+
+def test_fused_sgd_competes_over_bfloat16_where_torch_steps_right():
+    """torch before 2.14.1 leaves most bfloat16 parameters where they are."""
+    case = sgd._step_case("small", [(1000,), (7,)], torch.bfloat16)
+    params, grads = case.inputs(torch.Generator().manual_seed(0)).args
+    moved = [torch.nn.Parameter(param.clone()) for param in params]
+    for param, grad in zip(moved, grads, strict=True):
+        param.grad = grad
+    torch.optim.SGD(moved, lr=1.0, fused=True).step()
+    is_right = all(
+        torch.allclose(new, old - grad, rtol=2**-7)
+        for new, old, grad in zip(moved, params, grads, strict=True)
+    )
+    outcome = worker.Outcome([one for one in case.contenders() if one.name == "SGD fused"])
+    worker._check(case, outcome, torch.Generator().manual_seed(0), CPU)
+    assert [one.name for one in outcome.contenders] == ["SGD fused"] * is_right
+    assert [reason.startswith("wrong by") for reason in outcome.skipped.values()] == [True] * (
+        not is_right
+    )
+
+
 # ---- table and report ----------------------------------------------------------------------------
 
 

@@ -35,18 +35,22 @@ from benchmarks.device import CUDA
 
 OPTIONS_SHAPE = (512, 1000)
 SMOOTHING = 0.1
-# Rows, features, vocabulary.
-VOCABULARY_SHAPE = (256, 256, 32000)
-# Of torch's fusion: all rows at once are fastest here, fewer save memory, and its own choice takes
-# ten times as long.
+# Rows, features, vocabulary. Inductor's auto-chunker leaves the first as it is: the weight has as
+# many elements as the logits, and is taken for a part of what has to be chunked.
+VOCABULARY_SHAPES = ((256, 256, 32000), (512, 256, 32000))
+# The chunks of torch's fusion: large ones are fastest here, small ones save memory. Its default
+# options make chunks of 2 to 8 rows, which take several times as long.
 CHUNK_ROWS = (64, 256)
+# How many chunks inductor's auto-chunker makes: few are fastest, and 8 is its default.
+AUTO_CHUNKS = (2, 8)
 
 
 def cases() -> list[Case]:
     plain = [_case(*shape, dtype, mode) for shape in SHAPES for dtype in DTYPES for mode in MODES]
     smoothed = [_smoothed_case(*OPTIONS_SHAPE, mode) for mode in MODES]
     probabilities = [_probabilities_case(*OPTIONS_SHAPE, mode) for mode in MODES]
-    return plain + smoothed + probabilities + [_vocabulary_case(mode) for mode in MODES]
+    vocabulary = [_vocabulary_case(*shape, mode) for shape in VOCABULARY_SHAPES for mode in MODES]
+    return plain + smoothed + probabilities + vocabulary
 
 
 # Rows, classes, dtypes, priority on a GPU: batches of a language model's tokens; MNIST's batch and
@@ -261,24 +265,30 @@ def _pictures(generator: torch.Generator, dtype: torch.dtype, gradients: bool) -
 # ---- behind a linear layer -----------------------------------------------------------------------
 
 
-def _vocabulary_case(mode: str) -> Case:
-    rows, features, vocabulary = VOCABULARY_SHAPE
+def _vocabulary_case(rows: int, features: int, vocabulary: int, mode: str) -> Case:
     gradients = mode == "forward_backward"
     return Case(
         op="linear + cross_entropy",
         label=f"{rows}, {features}->{vocabulary}",
         dtype=torch.float32,
         mode=mode,
-        inputs=partial(_features_weight_targets, gradients=gradients),
-        contenders=_vocabulary_contenders,
+        inputs=partial(
+            _features_weight_targets,
+            rows=rows,
+            features=features,
+            vocabulary=vocabulary,
+            gradients=gradients,
+        ),
+        contenders=partial(_vocabulary_contenders, gradients),
         reference=Function("reference", _linear_then(F.cross_entropy)),
         work=Work(flops=(3 if gradients else 1) * 2.0 * rows * features * vocabulary),
         large=gradients,
     )
 
 
-def _features_weight_targets(generator: torch.Generator, gradients: bool) -> Inputs:
-    rows, features, vocabulary = VOCABULARY_SHAPE
+def _features_weight_targets(
+    generator: torch.Generator, rows: int, features: int, vocabulary: int, gradients: bool
+) -> Inputs:
     hidden = normal(generator, rows, features, dtype=torch.float32)
     weight = normal(generator, vocabulary, features, dtype=torch.float32, scale=features**-0.5)
     return Inputs(
@@ -297,26 +307,79 @@ def _linear_then(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return linear_loss
 
 
-def _vocabulary_contenders() -> list[Contender]:
+def _vocabulary_contenders(gradients: bool) -> list[Contender]:
     stock = _linear_then(F.cross_entropy)
     contenders = [
         Function("fastnn", _linear_then(fastnn.functional.cross_entropy)),
         Function("F.linear, F.cross_entropy", stock),
         Compiled("torch.compile", stock),
     ]
-    if hasattr(F, "linear_cross_entropy"):
+    if gradients:  # without a backward there is nothing that the auto-chunker would chunk
         contenders += [
-            Function(f"F.linear_cross_entropy, {rows} rows", _chunked(rows), same_algorithm=False)
-            for rows in CHUNK_ROWS
+            AutoChunked(
+                f"torch.compile, auto-chunker, {chunks} chunks", stock, chunks, same_algorithm=False
+            )
+            for chunks in AUTO_CHUNKS
         ]
-    return contenders
+    return contenders + (_linear_cross_entropies() if hasattr(F, "linear_cross_entropy") else [])
 
 
-def _chunked(rows: int) -> Callable[..., Tensor]:
+def _linear_cross_entropies() -> list[Contender]:
+    """Torch's function for both, which without options calls one operator after the other."""
+    name, make_options = "F.linear_cross_entropy", torch.nn.LinearCrossEntropyOptions
+    chunked = {"default options": make_options()} | {
+        f"{rows} rows": make_options(batch_chunk_size=rows) for rows in CHUNK_ROWS
+    }
+    return [
+        Function(f"{name}, unfused", F.linear_cross_entropy),
+        *(
+            Function(f"{name}, {label}", _chunked(options), same_algorithm=False)
+            for label, options in chunked.items()
+        ),
+    ]
+
+
+def _chunked(options: torch.nn.LinearCrossEntropyOptions) -> Callable[..., Tensor]:
     """Torch's own fusion of both, in chunks; it has the gradients ready after the forward."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
     def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.linear_cross_entropy(hidden, weight, target, options=options)
 
     return linear_cross_entropy
+
+
+@dataclass
+class AutoChunked(Compiled):
+    """``torch.compile`` with inductor's auto-chunker: chunks of rows, each forward and backward.
+
+    Inductor does not report a graph that it can't chunk but compiles it as a whole. That would be
+    ``torch.compile`` again under another name, so the contender is then unavailable.
+    """
+
+    chunks: int
+
+    def bind(self, inputs: Inputs) -> Callable[[], object]:
+        if self.is_ready:
+            return super().bind(inputs)
+        # Not earlier: the compiler's import alone takes seconds.
+        from torch._functorch import config as autograd_config
+        from torch._inductor import config, metrics
+
+        if not hasattr(config, "auto_chunker"):
+            raise Unavailable("this torch's compiler has no auto-chunker")
+        options = {
+            "auto_chunker.enable": True,
+            "auto_chunker.num_chunk": self.chunks,
+            # How much larger than its factors the product must be: by default 8 times, which would
+            # need thousands of rows.
+            "auto_chunker.amplify_ratio_threshold": 1,
+        }
+        self.function = torch.compile(self.function, dynamic=False, options=options)
+        self.is_ready = True
+        call, before = super().bind(inputs), metrics.num_auto_chunking
+        # A graph from the cache skips the pass that chunks and counts.
+        with autograd_config.patch(enable_autograd_cache=False):
+            call()
+        if metrics.num_auto_chunking == before:
+            raise Unavailable("the auto-chunker leaves this graph whole")
+        return call

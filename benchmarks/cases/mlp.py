@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.sgd import sgd
 
 import fastnn
-from benchmarks.case import Case, Contender, Inputs, Work, classes, normal
+from benchmarks.case import Case, Contender, Inputs, Unavailable, Work, classes, normal
 from benchmarks.cases.jax_step import JaxStep
 from benchmarks.cases.sgd import OPTIONS, optimizers
 from benchmarks.device import CPU
@@ -22,6 +25,12 @@ CHECKED_STEPS = 3
 # float32 rounds a weight of 0.03 to 2e-9, which is 1e-4 of the 2e-5 that three steps move it.
 TOLERANCE = 1e-3
 LOSSES = {"CrossEntropyLoss": "cross_entropy", "LogSoftmax+NLLLoss": "nll"}
+# The generated code calls the kernels from C++ instead of from Python.
+CPP_WRAPPER = {"cpp_wrapper": True}
+
+Step = Callable[[Tensor, Tensor], Tensor]
+#: Makes the step out of the model, its loss and the optimizer.
+MakeStep = Callable[[nn.Module, nn.Module, Optimizer], Step]
 
 
 def cases() -> list[Case]:
@@ -64,7 +73,7 @@ def _contenders(loss: str) -> list[Contender]:
         TrainingStep("fastnn", partial(_fused_model, loss), made["fastnn"]),
         TrainingStep("torch", stock, made["SGD"]),
         TrainingStep("torch, SGD fused", stock, made["SGD fused"]),
-        TrainingStep("torch.compile, SGD fused", stock, made["SGD fused"], compiled=True),
+        *_compiled_steps(stock),
         JaxStep(
             "jax.jit",
             initial_weights,
@@ -73,6 +82,25 @@ def _contenders(loss: str) -> list[Contender]:
             devices=(CPU.name,),
         ),
     ]
+
+
+def _compiled_steps(build: Callable[[], tuple[nn.Module, nn.Module]]) -> list[Contender]:
+    """The compiler is given more and more of the step, at last all of it as one graph."""
+    fused, foreach = (optimizers()[name] for name in ("SGD fused", "SGD foreach"))
+    loss = TrainingStep("torch.compile, SGD fused", build, fused, with_loss_compiled, compiled=True)
+    parts = TrainingStep(
+        "torch.compile, SGD compiled", build, foreach, with_parts_compiled, compiled=True
+    )
+    wholes = [
+        TracedStep(f"torch.compile, {name}", build, foreach, make, compiled=True)
+        for name, make in (
+            ("one function", as_one_function),
+            ("one function, cpp_wrapper", partial(as_one_function, options=CPP_WRAPPER)),
+            ("one graph", as_one_graph),
+            ("one graph, cpp_wrapper", partial(as_one_graph, options=CPP_WRAPPER)),
+        )
+    ]
+    return [loss, parts, *wholes]
 
 
 def _stock_model(loss: str) -> tuple[nn.Sequential, nn.Module]:
@@ -101,15 +129,106 @@ def initial_weights() -> list[Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def as_written(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
+    """The ordinary loop's body."""
+    return _body(_loss_of(model, criterion), optimizer.zero_grad, optimizer.step)
+
+
+def with_loss_compiled(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
+    """The compiler makes the model's and the loss's backward, too; the optimizer stays eager."""
+    loss_of = torch.compile(_loss_of(model, criterion), dynamic=False)
+    return _body(loss_of, optimizer.zero_grad, optimizer.step)
+
+
+def with_parts_compiled(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
+    """As above, and the optimizer's step is compiled by itself."""
+    loss_of = torch.compile(_loss_of(model, criterion), dynamic=False)
+    return _body(loss_of, optimizer.zero_grad, torch.compile(optimizer.step, dynamic=False))
+
+
+def as_one_function(
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    options: dict[str, bool] | None = None,
+) -> Step:
+    """The loop's body under one ``torch.compile``.
+
+    It becomes two graphs, since torch's optimizers break the graph at their step. The loss is
+    detached, since a graph that contains its backward can't return it with a history, and the
+    gradients are dropped by hand, since the compiler refuses to trace ``zero_grad``.
+    """
+    loss_of, params = _loss_of(model, criterion), list(model.parameters())
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = loss_of(images, labels)
+        loss.backward()
+        loss = loss.detach()
+        optimizer.step()
+        for param in params:
+            param.grad = None
+        return loss
+
+    return torch.compile(step, dynamic=False, options=options)
+
+
+def as_one_graph(
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    options: dict[str, bool] | None = None,
+) -> Step:
+    """One graph for the whole step: gradients are values, and ``sgd`` is what the optimizer calls.
+
+    ``optimizer`` only has the settings; the momentum buffers live here.
+    """
+    loss_of, params = _loss_of(model, criterion), list(model.parameters())
+    # Zero buffers make the first step's momentum the gradient.
+    buffers = [torch.zeros_like(param) for param in params]
+    names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach")
+    settings = {name: optimizer.param_groups[0][name] for name in names}
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = loss_of(images, labels)
+        grads = list(torch.autograd.grad(loss, params))
+        with torch.no_grad():
+            sgd(params, grads, buffers, **settings)
+        return loss.detach()
+
+    return torch.compile(step, dynamic=False, fullgraph=True, options=options)
+
+
+def _loss_of(model: nn.Module, criterion: nn.Module) -> Step:
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return criterion(model(images), labels)
+
+    return loss_of
+
+
+def _body(loss_of: Step, zero_grad: Callable[[], None], update: Callable[[], object]) -> Step:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        zero_grad()
+        loss = loss_of(images, labels)
+        loss.backward()
+        update()
+        return loss
+
+    return step
+
+
 @dataclass
 class TrainingStep(Contender):
     """zero_grad, model, loss, backward, step; the weights stay from call to call."""
 
     build: Callable[[], tuple[nn.Module, nn.Module]]
     make_optimizer: Callable
+    make_step: MakeStep = as_written
 
     def __post_init__(self) -> None:
-        self.step: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.step: Step | None = None
         self.params: list[Tensor] = []
 
     def bind(self, inputs: Inputs) -> Callable[[], Tensor]:
@@ -124,22 +243,7 @@ class TrainingStep(Contender):
         with torch.no_grad():
             for param, value in zip(self.params, initial_weights(), strict=True):
                 param.copy_(value)
-        optimizer = self.make_optimizer(self.params)
-
-        def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-            return criterion(model(images), labels)
-
-        if self.compiled:
-            loss_of = torch.compile(loss_of, dynamic=False)
-
-        def step(images: Tensor, labels: Tensor) -> Tensor:
-            optimizer.zero_grad()
-            loss = loss_of(images, labels)
-            loss.backward()
-            optimizer.step()
-            return loss
-
-        self.step = step
+        self.step = self.make_step(model, criterion, self.make_optimizer(self.params))
 
     def check(self, inputs: Inputs) -> list[Tensor]:
         """The losses of some steps, and how far each parameter went."""
@@ -147,3 +251,22 @@ class TrainingStep(Contender):
         losses = [call().detach() for _ in range(CHECKED_STEPS)]
         moves = zip(self.params, initial_weights(), strict=True)
         return losses + [new.detach() - old.to(new.device) for new, old in moves]
+
+
+@dataclass
+class TracedStep(TrainingStep):
+    """A compiled step that contains its backward, which older compilers can't trace."""
+
+    def check(self, inputs: Inputs) -> list[Tensor]:
+        # The first calls compile, and only there the switch matters.
+        with _traced_backward():
+            return super().check(inputs)
+
+
+def _traced_backward() -> AbstractContextManager:
+    from torch._dynamo import config  # not earlier: the compiler's import alone takes seconds
+
+    if not hasattr(config, "trace_autograd_ops"):
+        raise Unavailable("this torch's compiler can't trace a backward")
+    # Beyond the limit on recompilations torch would run the rest of the steps eagerly.
+    return config.patch(trace_autograd_ops=True, fail_on_recompile_limit_hit=True)
