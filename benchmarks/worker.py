@@ -71,6 +71,8 @@ def run(request: Request, emit: Emit) -> None:
     torch.set_num_threads(request.threads)
     device = DEVICES[request.device]
     logging.getLogger("torch").setLevel(logging.ERROR)  # the compiler's remarks on optimizers
+    if request.compile:
+        device.prepare_compiler()
     wanted = set(request.keys)
     cases = [case for case in all_cases(device) if case.key in wanted]
     has_limits = request.limit_seconds > 0 and any(_is_work(case) for case in cases)
