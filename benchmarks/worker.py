@@ -191,16 +191,17 @@ def _time(
         return {one.name: _sampler(one, inputs, timers[one.name]) for one in contenders}
 
     summaries = measure(draw, plan, random.Random(SEED), switches=device.interruptions)
-    inputs = case.inputs(generator)
-    return {
-        one.name: summaries[one.name].to_dict()
-        | device.more_times(partial(one.bind, inputs), timers[one.name])
-        for one in contenders
-    }
+
+    def more(contender: Contender) -> dict:
+        return device.more_times(
+            lambda: contender.bind(case.inputs(generator)), timers[contender.name]
+        )
+
+    return {one.name: summaries[one.name].to_dict() | more(one) for one in contenders}
 
 
 def _sampler(contender: Contender, inputs: Inputs, timer: Timer) -> Sampler:
-    """The contender's, which tells whose failure it was."""
+    """The contender's sampler; a failure names the contender."""
 
     def guarded(call: Callable, *args):
         try:
