@@ -18,7 +18,7 @@ from benchmarks.device import CPU, DEVICES, Device
 from benchmarks.machine import machine_facts
 from benchmarks.plots import MissingMatplotlib, draw, require_matplotlib
 from benchmarks.progress import progress_bar
-from benchmarks.run import BenchmarkError, Run, write_json
+from benchmarks.run import BenchmarkError, Run
 from benchmarks.table import format_document
 from benchmarks.timing import Plan
 from benchmarks.warm import warm
@@ -210,11 +210,12 @@ def _command(options: Options) -> str:
     return " ".join(parts)
 
 
-def present(document: dict, options: Options) -> None:
+def present(measured: Run, options: Options) -> None:
     """Prints the tables, saves the document and draws the plots."""
+    document = measured.document()
     print(format_document(document, colour=sys.stdout.isatty()))
     if options.json is not None:
-        write_json(options.json, document)
+        measured.save()
         print(f"Results: {options.json}")
     if options.plots is not None:
         for path in draw(document, options.plots):
@@ -244,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.warm:
             return warm(options.device, [case.key for case in cases], options.limit)
         measured = run(options, cases)
-        present(measured.document(), options)
+        present(measured, options)
     except (BenchmarkError, MissingMatplotlib) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2

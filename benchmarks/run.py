@@ -90,6 +90,7 @@ class Run:
                     started = None
                     self.bar.update()
                     self._take(event)
+                    self.save()
         except WorkerEnded as failure:
             if started is not None and time.monotonic() < self.end:
                 left.remove(started)
@@ -98,7 +99,7 @@ class Run:
         return None
 
     def _take(self, event: dict) -> None:
-        """Takes down a case's end, and saves all, so that nothing is lost should the run end."""
+        """Takes down how a case has ended."""
         if event["event"] != "result":
             self.complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
             return
@@ -109,6 +110,9 @@ class Run:
             self.complaints.append(f"failed: {key(result)}: not every number is one above 0")
             return
         self.results.append(result)
+
+    def save(self) -> None:
+        """Writes what there is to the file, so that nothing is lost should the run be killed."""
         if self.json is not None:
             write_json(self.json, self.document())
 

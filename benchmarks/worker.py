@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -85,6 +86,7 @@ def run(request: Request, emit: Emit) -> None:
             event = _run_case(case, request, device)
             emit(event | {"elapsed": time.monotonic() - start})
         except Exception as error:  # one broken case must not take the others' results along
+            traceback.print_exc()
             emit({"event": "failed", "key": case.key, "reason": one_line(error)})
         device.check_health()
     if limits is not None:

@@ -777,11 +777,16 @@ def test_results_are_saved_after_each_case(tmp_path: Path, monkeypatch):
     found: list[list[str]] = []
 
     def look() -> dict:
-        found.append([result["op"] for result in json.loads(saved.read_text())["results"]])
+        document = json.loads(saved.read_text())
+        found.append([result["op"] for result in document["results"]] + document["complaints"])
         return {"event": "limits", "limits": None}
 
-    run_workers([[*measured("a"), look, *measured("b"), look]], monkeypatch, json=saved)
-    assert found == [["a"], ["a", "b"]]
+    failed = [
+        {"event": "start", "key": "b"},
+        {"event": "failed", "key": "b", "reason": "no kernel"},
+    ]
+    run_workers([[*measured("a"), look, *failed, look]], monkeypatch, json=saved)
+    assert found == [["a"], ["a", "failed: b: no kernel"]]
     assert list(tmp_path.iterdir()) == [saved]
 
 
