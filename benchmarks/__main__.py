@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import math
 import re
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fastnn
@@ -21,18 +17,12 @@ from benchmarks.cases import all_cases
 from benchmarks.device import CPU, DEVICES, Device
 from benchmarks.machine import machine_facts
 from benchmarks.plots import MissingMatplotlib, draw, require_matplotlib
-from benchmarks.progress import Bar, progress_bar
-from benchmarks.results import SCHEMA, complete, key
-from benchmarks.table import format_document, threads_text
+from benchmarks.progress import progress_bar
+from benchmarks.run import BenchmarkError, Run
+from benchmarks.table import format_document
 from benchmarks.timing import Plan
 from benchmarks.warm import warm
 from benchmarks.worker import Request
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class BenchmarkError(Exception):
-    """The benchmark can't run as asked; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -171,159 +161,32 @@ def chosen_cases(options: Options) -> list[Case]:
     return cases
 
 
-@dataclass
-class Findings:
-    """What the workers have reported so far."""
-
-    options: Options
-    machine: dict[str, str]
-    results: list[dict] = field(default_factory=list)
-    limits: dict[str, dict | None] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
-
-    def document(self) -> dict:
-        """The results as they are saved."""
-        return {
-            "schema": SCHEMA,
-            "machine": self.machine,
-            "command": _command(self.options),
-            "limits": self.limits,
-            "results": [
-                complete(result, self.limits.get(str(result["threads"]))) for result in self.results
-            ],
-            "complaints": self.complaints,
-        }
-
-    def add(self, result: dict) -> None:
-        """Adds a result, and saves all, so that nothing is lost should the run be ended."""
-        try:
-            json.dumps(complete(result, None), allow_nan=False)
-        except (ValueError, ZeroDivisionError):
-            self.complaints.append(f"failed: {key(result)}: not every number is one above 0")
-            return
-        self.results.append(result)
-        if self.options.json is not None:
-            write_json(self.options.json, self.document())
-
-
-def write_json(path: Path, document: dict) -> None:
-    """Writes all or nothing: until the document is written, the file is the one before."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    part.replace(path)
-
-
-def run(options: Options, cases: list[Case]) -> tuple[dict, list[str]]:
-    """Measures everything; returns the document and what went wrong."""
-    plan = {threads: _keys(cases, options, threads) for threads in options.threads}
-    bar = progress_bar(sum(map(len, plan.values())))
-    findings = Findings(options, machine_facts() | options.device.facts())
-    end = None if options.limit is None else time.monotonic() + options.limit
+def run(options: Options, cases: list[Case]) -> Run:
+    """Measures everything, as far as the time reaches."""
+    keys = {threads: _keys(cases, options, threads) for threads in options.threads}
+    bar = progress_bar(sum(map(len, keys.values())))
+    machine = machine_facts() | options.device.facts()
+    end = math.inf if options.limit is None else time.monotonic() + options.limit
+    measured = Run(_command(options), machine, options.json, bar, end)
     try:
-        for threads, keys in plan.items():
-            _measure(
-                Request(
-                    keys,
-                    threads,
-                    options.compile,
-                    options.plan,
-                    options.device.limit_seconds(options.plan),
-                    options.device.name,
-                ),
-                end,
-                findings,
-                bar,
-            )
+        for threads in options.threads:
+            measured.measure(_request(options, threads, keys[threads]))
     except KeyboardInterrupt:
-        findings.complaints.append("interrupted: what was measured until then is shown")
+        measured.complaints.append("interrupted: what was measured until then is shown")
     finally:
         bar.close()
-    return findings.document(), findings.complaints
+    return measured
 
 
-def _measure(request: Request, end: float | None, findings: Findings, bar: Bar) -> None:
-    """Has workers measure the request: another one where one has ended amid the cases."""
-    while request.keys:
-        keys = list(request.keys)
-        reason = _follow(request, end, findings, bar, keys)
-        if reason is None:
-            return
-        if end is not None and time.monotonic() >= end:
-            findings.complaints += [f"skipped: {key}: no time left" for key in keys]
-            return
-        if len(keys) == len(request.keys):
-            raise BenchmarkError(f"the process for {threads_text(request.threads)} {reason}")
-        request = replace(request, keys=keys, limit_seconds=0.0)
-
-
-def _follow(
-    request: Request, end: float | None, findings: Findings, bar: Bar, keys: list[str]
-) -> str | None:
-    """Takes down what one worker reports, and its cases off ``keys``; returns how it failed."""
-    started = None
-    try:
-        for event in _events(request, end):
-            if event["event"] == "start":
-                started = event["key"]
-                bar.set_description_str(f"{started}, {threads_text(request.threads)}")
-                continue
-            if event["event"] == "limits":
-                findings.limits.setdefault(str(request.threads), None)
-                if event["limits"] is not None:
-                    findings.limits[str(request.threads)] = event["limits"]
-                continue
-            keys.remove(started)
-            started = None
-            bar.update()
-            if event["event"] == "result":
-                findings.add(event["result"] | {"elapsed": event["elapsed"]})
-            else:
-                findings.complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
-    except WorkerEnded as failure:
-        if started is not None and (end is None or time.monotonic() < end):
-            keys.remove(started)
-            findings.complaints.append(f"failed: {started}: its process {failure}")
-        return str(failure)
-    return None
+def _request(options: Options, threads: int, keys: list[str]) -> Request:
+    plan, device = options.plan, options.device
+    return Request(keys, threads, options.compile, plan, device.limit_seconds(plan), device.name)
 
 
 def _keys(cases: list[Case], options: Options, threads: int) -> list[str]:
     # Peak memory hardly depends on the threads: once is enough.
     first = threads == options.threads[0]
     return [case.key for case in cases if first or case.mode != "memory"]
-
-
-class WorkerEnded(Exception):
-    """A worker has ended before it was done; the message says how."""
-
-
-def _events(request: Request, end: float | None) -> Iterator[dict]:
-    """Starts a worker and yields what it reports, until a moment of ``time.monotonic``."""
-    count, device = str(request.threads), DEVICES[request.device]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | device.environment,
-    )
-    timer = threading.Timer(max(0.0, (end or 0.0) - time.monotonic()), process.kill)
-    if end is not None:
-        timer.start()
-    try:
-        with suppress(BrokenPipeError):  # it has ended: with what code, its end tells
-            process.stdin.write(request.to_json())
-            process.stdin.close()
-        for line in process.stdout:
-            yield json.loads(line)
-        if process.wait() != 0:
-            raise WorkerEnded(f"ended with {process.returncode}")
-    finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def _command(options: Options) -> str:
@@ -347,11 +210,12 @@ def _command(options: Options) -> str:
     return " ".join(parts)
 
 
-def present(document: dict, options: Options) -> None:
+def present(measured: Run, options: Options) -> None:
     """Prints the tables, saves the document and draws the plots."""
+    document = measured.document()
     print(format_document(document, colour=sys.stdout.isatty()))
     if options.json is not None:
-        write_json(options.json, document)
+        measured.save()
         print(f"Results: {options.json}")
     if options.plots is not None:
         for path in draw(document, options.plots):
@@ -380,14 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_setup(options)
         if options.warm:
             return warm(options.device, [case.key for case in cases], options.limit)
-        document, complaints = run(options, cases)
-        present(document, options)
+        measured = run(options, cases)
+        present(measured, options)
     except (BenchmarkError, MissingMatplotlib) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
-    for complaint in complaints:
+    for complaint in measured.complaints:
         print(complaint, file=sys.stderr)
-    return 1 if any(not complaint.startswith("skipped") for complaint in complaints) else 0
+    return int(any(not complaint.startswith("skipped") for complaint in measured.complaints))
 
 
 if __name__ == "__main__":

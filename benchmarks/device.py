@@ -95,6 +95,9 @@ class Device:
         self.synchronize()
         return (time.perf_counter_ns() - start) * 1e-9
 
+    def prepare_compiler(self) -> None:
+        """Sets torch.compile up for a comparison, before anything is compiled."""
+
     def interruptions(self) -> int:
         """How often other programs have disturbed the timing so far."""
         return timing.involuntary_switches()
@@ -209,6 +212,12 @@ class Cuda(Device):
         """An illegal access stays an error of the process, a failed capture one of the cache."""
         self.cuda.synchronize()
         self.cuda.empty_cache()
+
+    def prepare_compiler(self) -> None:
+        """Has kernels tuned anew: a choice in the cache was made while other processes compiled."""
+        from torch._inductor import config
+
+        config.autotune_local_cache = False
 
     def interruptions(self) -> int:
         return 0  # the GPU goes on with what is queued when Python loses the processor

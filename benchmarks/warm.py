@@ -82,6 +82,7 @@ def warm_case(case: Case, device: Device) -> list[str]:
 def main(name: str, *keys: str) -> None:
     """Compiles for some cases, one after the other."""
     device = DEVICES[name]
+    device.prepare_compiler()
     for case in all_cases(device):
         if case.key in keys:
             start = time.monotonic()

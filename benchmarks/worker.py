@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -71,6 +72,8 @@ def run(request: Request, emit: Emit) -> None:
     torch.set_num_threads(request.threads)
     device = DEVICES[request.device]
     logging.getLogger("torch").setLevel(logging.ERROR)  # the compiler's remarks on optimizers
+    if request.compile:
+        device.prepare_compiler()
     wanted = set(request.keys)
     cases = [case for case in all_cases(device) if case.key in wanted]
     has_limits = request.limit_seconds > 0 and any(_is_work(case) for case in cases)
@@ -83,6 +86,7 @@ def run(request: Request, emit: Emit) -> None:
             event = _run_case(case, request, device)
             emit(event | {"elapsed": time.monotonic() - start})
         except Exception as error:  # one broken case must not take the others' results along
+            traceback.print_exc()
             emit({"event": "failed", "key": case.key, "reason": one_line(error)})
         device.check_health()
     if limits is not None:
@@ -189,16 +193,17 @@ def _time(
         return {one.name: _sampler(one, inputs, timers[one.name]) for one in contenders}
 
     summaries = measure(draw, plan, random.Random(SEED), switches=device.interruptions)
-    inputs = case.inputs(generator)
-    return {
-        one.name: summaries[one.name].to_dict()
-        | device.more_times(partial(one.bind, inputs), timers[one.name])
-        for one in contenders
-    }
+
+    def more(contender: Contender) -> dict:
+        return device.more_times(
+            lambda: contender.bind(case.inputs(generator)), timers[contender.name]
+        )
+
+    return {one.name: summaries[one.name].to_dict() | more(one) for one in contenders}
 
 
 def _sampler(contender: Contender, inputs: Inputs, timer: Timer) -> Sampler:
-    """The contender's, which tells whose failure it was."""
+    """The contender's sampler; a failure names the contender."""
 
     def guarded(call: Callable, *args):
         try:

@@ -34,6 +34,7 @@ from benchmarks import (  # noqa: E402
     report,
     resident,
     results,
+    run,
     table,
     verify,
     warm,
@@ -569,25 +570,25 @@ def test_worker_measures_on_the_device_of_the_request(monkeypatch):
 NLL_KEYS = [f"nll_loss 64 x 10 float32 {mode}" for mode in ("forward", "forward_backward")]
 
 
-def worker_events(device: Device, monkeypatch) -> list[dict]:
+def worker_reports(device: Device, monkeypatch) -> list[dict]:
     """What a worker reports about two cases on a device."""
     monkeypatch.setattr(worker, "DEVICES", {"cpu": device})
     events: list[dict] = []
     threads = torch.get_num_threads()
     plan = Plan(seconds=1e-3, sample_seconds=1e-4, min_rounds=2)
-    with suppress(SystemError):  # as fails_after_the_first has it
+    with suppress(SystemError):  # of a device that is broken
         worker.run(worker.Request(NLL_KEYS, threads, False, plan, 0.0, "cpu"), events.append)
     return events
 
 
 def test_worker_ends_where_a_case_leaves_the_device_broken(monkeypatch):
     device = Device()
-    assert [event["event"] for event in worker_events(device, monkeypatch)] == [
+    assert [event["event"] for event in worker_reports(device, monkeypatch)] == [
         "limits",
         *["start", "result"] * 2,
     ]
     device.check_health = raiser(SystemError("an illegal address"))
-    assert len(worker_events(device, monkeypatch)) == 3
+    assert len(worker_reports(device, monkeypatch)) == 3
     gpu = FakeGpu()
     gpu.device().check_health()
     assert gpu.log == ["synchronise", "empty cache"]
@@ -614,10 +615,23 @@ def test_worker_goes_on_without_a_peer_that_fails_after_its_check(when: str, mon
     ours = case.contenders()[0]
     case = replace(case, contenders=lambda: [ours, peer])
     monkeypatch.setattr(worker, "all_cases", lambda device: [case])
-    event = worker_events(Device(), monkeypatch)[-1]
+    event = worker_reports(Device(), monkeypatch)[-1]
     assert event["result"]["skipped"] == {"peer": "no memory left"}
     assert list(event["result"]["contenders"]) == ["fastnn"]
     assert event["elapsed"] > 0
+
+
+def test_a_gpus_compiler_trusts_no_choice_made_while_others_compiled():
+    from torch._inductor import config
+
+    before = config.autotune_local_cache
+    CPU.prepare_compiler()
+    assert config.autotune_local_cache == before
+    try:
+        FakeGpu().device().prepare_compiler()
+        assert not config.autotune_local_cache
+    finally:
+        config.autotune_local_cache = before
 
 
 @pytest.mark.parametrize(
@@ -678,35 +692,30 @@ def test_document_table_plots_and_report_name_the_gpu(tmp_path: Path, monkeypatc
 
 
 def test_run_records_the_facts_of_the_device(monkeypatch):
-    monkeypatch.setattr(cli, "_events", lambda request, end: iter([]))
+    monkeypatch.setattr(run, "worker_events", lambda request, end: iter([]))
     options = cli.parse_options(["--threads", "1", "--filter", "overhead"])
-    document, _ = cli.run(options, [])
-    assert "gpu" not in document["machine"]
-    document, _ = cli.run(replace(options, device=FakeGpu().device()), [])
-    assert document["machine"]["gpu"] == "A GPU"
+    assert "gpu" not in cli.run(options, []).machine
+    assert cli.run(replace(options, device=FakeGpu().device()), []).machine["gpu"] == "A GPU"
 
 
 # ---- running -------------------------------------------------------------------------------------
 
 
-def run_workers(workers: list, monkeypatch, **changes) -> tuple[dict, list[str]]:
+def run_workers(workers: list, monkeypatch, **changes) -> tuple[run.Run, list[worker.Request]]:
     """Runs three cases; each worker is a list of events, of which an exception is raised."""
     requests: list[worker.Request] = []
 
-    def events(request: worker.Request, end: float | None):
+    def events(request: worker.Request, end: float):
         requests.append(request)
         for event in workers[len(requests) - 1]:
             if isinstance(event, Exception):
                 raise event
             yield event() if callable(event) else event
 
-    monkeypatch.setattr(cli, "_events", events)
+    monkeypatch.setattr(run, "worker_events", events)
     monkeypatch.setattr(cli, "_keys", lambda *args: ["a", "b", "c"])
     options = replace(cli.parse_options(["--threads", "1"]), **changes)
-    document, complaints = cli.run(options, [])
-    assert document["complaints"] == complaints
-    document["requests"] = requests
-    return document, complaints
+    return cli.run(options, []), requests
 
 
 def measured(key: str, seconds: float = 1.0) -> list[dict]:
@@ -721,21 +730,21 @@ def test_a_worker_that_dies_takes_only_its_case_along(monkeypatch):
     start = {"event": "start", "key": "b"}
     limited = {"event": "limits", "limits": LIMITS}
     workers = [
-        [limited, *measured("a"), start, cli.WorkerEnded("ended with -11")],
+        [limited, *measured("a"), start, run.WorkerEnded("ended with -11")],
         [{"event": "limits", "limits": None}, *measured("c")],
     ]
-    document, complaints = run_workers(workers, monkeypatch)
-    assert [result["op"] for result in document["results"]] == ["a", "c"]
-    assert document["results"][0]["elapsed"] == 0.5
-    assert complaints == ["failed: b: its process ended with -11"]
-    assert document["limits"] == {"1": LIMITS}
-    assert [request.keys for request in document["requests"]] == [["a", "b", "c"], ["c"]]
-    assert document["requests"][0].limit_seconds > document["requests"][1].limit_seconds == 0
+    found, requests = run_workers(workers, monkeypatch)
+    assert [result["op"] for result in found.results] == ["a", "c"]
+    assert found.results[0]["elapsed"] == 0.5
+    assert found.complaints == ["failed: b: its process ended with -11"]
+    assert found.limits == {"1": LIMITS}
+    assert [request.keys for request in requests] == [["a", "b", "c"], ["c"]]
+    assert requests[0].limit_seconds > requests[1].limit_seconds == 0
 
 
 def test_a_worker_that_dies_before_its_first_case_ends_the_run(monkeypatch):
-    with pytest.raises(cli.BenchmarkError, match="for 1 thread ended with 1"):
-        run_workers([[cli.WorkerEnded("ended with 1")]], monkeypatch)
+    with pytest.raises(run.BenchmarkError, match="for 1 thread ended with 1"):
+        run_workers([[run.WorkerEnded("ended with 1")]], monkeypatch)
 
 
 def test_the_limit_ends_a_run_and_keeps_what_was_measured(monkeypatch):
@@ -745,10 +754,11 @@ def test_the_limit_ends_a_run_and_keeps_what_was_measured(monkeypatch):
         time.sleep(0.05)
         return start
 
-    workers = [[*measured("a"), passes, cli.WorkerEnded("ended with -9")]]
-    document, complaints = run_workers(workers, monkeypatch, limit=0.05)
-    assert [result["op"] for result in document["results"]] == ["a"]
-    assert complaints == ["skipped: b: no time left", "skipped: c: no time left"]
+    workers = [[*measured("a"), passes, run.WorkerEnded("ended with -9")]]
+    found, _ = run_workers(workers, monkeypatch, limit=0.05)
+    assert [result["op"] for result in found.results] == ["a"]
+    assert found.complaints == ["skipped: b: no time left", "skipped: c: no time left"]
+    assert found.document()["complaints"] == found.complaints
 
 
 def test_a_limit_that_has_passed_kills_the_worker(tmp_path: Path, capsys):
@@ -767,28 +777,33 @@ def test_results_are_saved_after_each_case(tmp_path: Path, monkeypatch):
     found: list[list[str]] = []
 
     def look() -> dict:
-        found.append([result["op"] for result in json.loads(saved.read_text())["results"]])
+        document = json.loads(saved.read_text())
+        found.append([result["op"] for result in document["results"]] + document["complaints"])
         return {"event": "limits", "limits": None}
 
-    run_workers([[*measured("a"), look, *measured("b"), look]], monkeypatch, json=saved)
-    assert found == [["a"], ["a", "b"]]
+    failed = [
+        {"event": "start", "key": "b"},
+        {"event": "failed", "key": "b", "reason": "no kernel"},
+    ]
+    run_workers([[*measured("a"), look, *failed, look]], monkeypatch, json=saved)
+    assert found == [["a"], ["a", "failed: b: no kernel"]]
     assert list(tmp_path.iterdir()) == [saved]
 
 
 def test_a_file_of_results_is_replaced_as_a_whole(tmp_path: Path, monkeypatch):
     saved = tmp_path / "results.json"
-    cli.write_json(saved, {"a": 1})
+    run.write_json(saved, {"a": 1})
     monkeypatch.setattr(Path, "replace", raiser(OSError()))
     with pytest.raises(OSError):
-        cli.write_json(saved, {"a": 2})
+        run.write_json(saved, {"a": 2})
     assert json.loads(saved.read_text()) == {"a": 1}
 
 
 @pytest.mark.parametrize("seconds", [0.0, float("nan")])
 def test_a_time_that_makes_no_sense_spoils_no_other_case(seconds: float, monkeypatch):
-    document, complaints = run_workers([[*measured("a", seconds), *measured("b")]], monkeypatch)
-    assert [result["op"] for result in document["results"]] == ["b"]
-    assert complaints == ["failed: a 4 x 4 float32 forward: not every number is one above 0"]
+    found, _ = run_workers([[*measured("a", seconds), *measured("b")]], monkeypatch)
+    assert [result["op"] for result in found.results] == ["b"]
+    assert found.complaints == ["failed: a 4 x 4 float32 forward: not every number is one above 0"]
 
 
 def test_warming_deals_the_cases_that_compile_to_processes(monkeypatch):
@@ -1216,6 +1231,7 @@ def test_page_names_card_driver_and_torch_and_shows_all_times(tmp_path: Path):
     assert "| TF32 matrix product | 500.0 TFLOP/s |" in text
     assert "| launch of an empty kernel | 2.5 us |" in text
     assert "| both 4 x 4 float32 forward | loop | peer | **0.50x** |" in text
+    assert "| both 4 x 4 float32 forward | graph | peer |" not in text
     assert "| lost 4 x 4 float32 forward | GPU | ahead | **0.50x** |" in text
     assert "| 4 x 4 | float32 | fwd | fastnn | 1000.00 ms | 2000.00 ms | 1500.00 ms |" in text
     assert "|  |  |  | peer | 4000.00 ms° | 8000.00 ms |  | 4.00x |  |" in text
@@ -1319,7 +1335,7 @@ def test_bad_arguments_give_one_sentence(flags: list[str], message: str, capsys)
 def test_quick_run_writes_valid_json(tmp_path: Path):
     saved = tmp_path / "results.json"
     flags = ["--quick", "--seconds", "0.01", "--filter", "overhead", "--threads", "1"]
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *flags, "--json", str(saved)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -1327,11 +1343,11 @@ def test_quick_run_writes_valid_json(tmp_path: Path):
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stderr
+    assert done.returncode == 0, done.stderr
     text = saved.read_text()
     document = json.loads(text)
     wanted = [case.key for case in all_cases() if case.op == "overhead"]
     assert [results.key(result) for result in document["results"]] == wanted
     assert all(result["contenders"]["fastnn"]["median"] > 0 for result in document["results"])
-    assert "fastnn is ahead of the best peer in" in run.stdout
+    assert "fastnn is ahead of the best peer in" in done.stdout
     assert str(ROOT) not in text and str(tmp_path) not in text

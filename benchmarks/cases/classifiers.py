@@ -13,7 +13,7 @@ from benchmarks.case import Case, Inputs, MeanOverRows, classes, normal
 SHAPES = ((64, 10), (65536, 10), (512, 1000), (2048, 32000))
 DTYPES = (torch.float32, torch.bfloat16)
 MODES = ("forward", "forward_backward")
-# On a GPU, of the operators that cross_entropy is made of: rows, classes, dtype, priority.
+# On a GPU, for the operators that make up cross_entropy: rows, classes, dtype, priority.
 CUDA_SIZES = ((8192, 32000, torch.bfloat16, 2), (65536, 10, torch.float32, 2))
 
 LARGE = 2**24  # elements, from which peak memory is worth measuring

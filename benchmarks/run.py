@@ -1,0 +1,154 @@
+"""A run: workers that measure, what they report, and the file that holds it after each case."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from benchmarks.device import DEVICES
+from benchmarks.progress import Bar
+from benchmarks.results import SCHEMA, complete, key
+from benchmarks.table import threads_text
+from benchmarks.worker import Request
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class BenchmarkError(Exception):
+    """The benchmark can't run as asked; the message is one sentence for the user."""
+
+
+class WorkerEnded(Exception):
+    """A worker has ended before it was done; the message says how."""
+
+
+@dataclass
+class Run:
+    """What has been measured so far, and what measures more.
+
+    ``end`` is the moment of ``time.monotonic`` at which the run ends, measured or not.
+    """
+
+    command: str
+    machine: dict[str, str]
+    json: Path | None
+    bar: Bar
+    end: float = math.inf
+    results: list[dict] = field(default_factory=list)
+    limits: dict[str, dict | None] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+
+    def document(self) -> dict:
+        """The results as they are saved."""
+        return {
+            "schema": SCHEMA,
+            "machine": self.machine,
+            "command": self.command,
+            "limits": self.limits,
+            "results": [
+                complete(result, self.limits.get(str(result["threads"]))) for result in self.results
+            ],
+            "complaints": self.complaints,
+        }
+
+    def measure(self, request: Request) -> None:
+        """Has a worker measure the cases, and another one the rest should it end before."""
+        while request.keys:
+            left = list(request.keys)
+            reason = self._follow(request, left)
+            if reason is None:
+                return
+            if time.monotonic() >= self.end:
+                self.complaints += [f"skipped: {key}: no time left" for key in left]
+                return
+            if len(left) == len(request.keys):
+                raise BenchmarkError(f"the process for {threads_text(request.threads)} {reason}")
+            request = replace(request, keys=left, limit_seconds=0.0)
+
+    def _follow(self, request: Request, left: list[str]) -> str | None:
+        """Takes down what a worker reports and its cases off the list; returns how it failed."""
+        started = None
+        try:
+            for event in worker_events(request, self.end):
+                if event["event"] == "start":
+                    started = event["key"]
+                    self.bar.set_description_str(f"{started}, {threads_text(request.threads)}")
+                elif event["event"] == "limits":
+                    known = self.limits.get(str(request.threads))
+                    self.limits[str(request.threads)] = event["limits"] or known
+                else:
+                    left.remove(started)
+                    started = None
+                    self.bar.update()
+                    self._take(event)
+                    self.save()
+        except WorkerEnded as failure:
+            if started is not None and time.monotonic() < self.end:
+                left.remove(started)
+                self.complaints.append(f"failed: {started}: its process {failure}")
+            return str(failure)
+        return None
+
+    def _take(self, event: dict) -> None:
+        """Takes down how a case has ended."""
+        if event["event"] != "result":
+            self.complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
+            return
+        result = event["result"] | {"elapsed": event["elapsed"]}
+        try:
+            json.dumps(complete(result, None), allow_nan=False)
+        except (ValueError, ZeroDivisionError):
+            self.complaints.append(f"failed: {key(result)}: not every number is one above 0")
+            return
+        self.results.append(result)
+
+    def save(self) -> None:
+        """Writes what there is to the file, so that nothing is lost should the run be killed."""
+        if self.json is not None:
+            write_json(self.json, self.document())
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Writes all or nothing: until the document is written, the file is the one before."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+def worker_events(request: Request, end: float) -> Iterator[dict]:
+    """Starts a worker and yields what it reports; it is killed at the end."""
+    count, device = str(request.threads), DEVICES[request.device]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | device.environment,
+    )
+    seconds = max(0.0, end - time.monotonic())
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        with suppress(BrokenPipeError):  # the worker has ended, and its exit code is looked at
+            process.stdin.write(request.to_json())
+            process.stdin.close()
+        for line in process.stdout:
+            yield json.loads(line)
+        if process.wait() != 0:
+            raise WorkerEnded(f"ended with {process.returncode}")
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
