@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -104,7 +105,8 @@ def correct(out: Path) -> Iterator[Step]:
     # A seed for all: each worker collects the tests by itself, and their names must agree.
     env = {"FASTNN_TEST_SEED": "20250101", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     junit = "junit.xml"
-    workers = ["-n", "8", "--dist", "worksteal", "--max-worker-restart", "40"]
+    count = str(max(2, (os.cpu_count() or 1) - 4))  # four are the sanitizer's
+    workers = ["-n", count, "--dist", "worksteal", "--max-worker-restart", "40"]
     command = [*pytest(out / junit), *(workers if has("xdist") else [])]
     if has("pytest_timeout"):
         command += ["--timeout", "90"]
