@@ -77,7 +77,7 @@ class Contender:
     ``trainable`` is False for what autograd can't differentiate, ``same_algorithm`` for what solves
     a larger problem in another way than operator by operator. ``devices`` are those it exists on.
     ``compiled`` is True for torch.compile, ``jit`` also for a peer that compiles kernels of its own
-    at their first call.
+    at their first call. ``overwrites`` is True for what leaves its gradient in its input's memory.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Contender:
     jit: bool = field(default=False, kw_only=True)
     trainable: bool = field(default=True, kw_only=True)
     same_algorithm: bool = field(default=True, kw_only=True)
+    overwrites: bool = field(default=False, kw_only=True)
     devices: Collection[str] = field(default=tuple(DEVICES), kw_only=True)
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:

@@ -217,6 +217,9 @@ def _sampler(contender: Contender, inputs: Inputs, timer: Timer) -> Sampler:
 def _memory(case: Case, outcome: Outcome, device: Device) -> dict[str, dict]:
     summaries = {}
     for contender in list(outcome.contenders):
+        if contender.overwrites:
+            outcome.leave_out(contender, "its gradient overwrites the input and takes no memory")
+            continue
         try:
             peak = memory.peak_memory(case, contender.name, device)
             summaries[contender.name] = peak.to_dict()

@@ -185,7 +185,7 @@ def _linear_relu_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, li
     features, outputs = input.shape[-1], weight.shape[0]
     grad = grad_output.abs().reshape(-1, outputs) if grad_output.numel() else None
     rows = input.reshape(-1, features) if input.numel() else None
-    value = growth(features) * u * _before_relu(input, weight, *bias)
+    value = growth(features) * u * _before_relu(input, weight, *bias) + _product_rounding(sample)
     if grad is None or rows is None:  # every product and sum is one of zeros
         return value, [torch.zeros_like(arg) for arg in (input, weight, *bias)]
     count = growth(rows.shape[0]) * u
@@ -194,6 +194,14 @@ def _linear_relu_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, li
         count * (grad.T @ rows),
     ]
     return value, errors + [count * grad.sum(0)] * len(bias)
+
+
+def _product_rounding(sample: Sample) -> Tensor | float:
+    """A GPU's library may round a product to its narrow dtype before it adds the bias."""
+    dtype = sample.args[0].dtype
+    if torch.get_default_device().type != "cuda" or accumulation_dtype(dtype) == dtype:
+        return 0.0
+    return unit_roundoff(dtype) * _before_relu(*sample.args[:2]).abs()
 
 
 def _log_softmax_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -318,7 +326,9 @@ def away_from_kink(sample: Sample, grad_output: Tensor) -> Tensor:
     magnitude = _before_relu(*(arg.double().abs() for arg in sample.args))
     u = unit_roundoff(accumulation_dtype(sample.args[0].dtype))
     doubtful = _before_relu(*sample.args).abs() <= (
-        (sample.args[0].shape[-1] + 2) * u * magnitude + smallest_step(sample.args[0].dtype)
+        (sample.args[0].shape[-1] + 2) * u * magnitude
+        + smallest_step(sample.args[0].dtype)
+        + _product_rounding(sample)
     )
     return grad_output.masked_fill(doubtful, 0)
 

@@ -529,6 +529,14 @@ def test_memory_mode_goes_on_without_a_peer_that_refuses(name: str, monkeypatch)
     assert [one.name for one in outcome.contenders] == ["fastnn"]
 
 
+def test_memory_of_a_peer_that_overwrites_its_input_is_not_compared(monkeypatch):
+    monkeypatch.setattr(memory, "peak_memory", lambda *_: summarise([1.0]))
+    peer = cross_entropy.Destructive("peer", lambda logits: logits)
+    outcome = worker.Outcome([Contender("fastnn"), peer])
+    assert list(worker._memory(None, outcome, CPU)) == ["fastnn"]
+    assert outcome.skipped == {"peer": "its gradient overwrites the input and takes no memory"}
+
+
 def test_memory_process_reports_a_refusal(monkeypatch):
     said = subprocess.CompletedProcess([], 0, stdout='noise\n"not installed"\n')
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)

@@ -93,6 +93,94 @@ def test_a_graph_reads_the_learning_rate_at_each_replay():
     assert not torch.equal(parameters[0].detach().cpu(), before[0])
 
 
+def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
+    loss = functional.cross_entropy(logits, target)
+    return [loss, *torch.autograd.grad(loss, logits)]
+
+
+# Rows in shared memory, rows of a block each, and rows that several blocks share.
+@pytest.mark.parametrize(("rows", "classes"), [(1000, 10), (64, 5000), (3, 200_000)])
+def test_a_loss_in_a_graph_reads_its_inputs_at_each_replay(rows, classes):
+    logits = torch.zeros(rows, classes, device="cuda", requires_grad=True)
+    target = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    graph, results = torch.cuda.CUDAGraph(), []
+    captured(lambda: loss_and_gradient(logits, target))  # warms up
+    with torch.cuda.graph(graph):
+        results = loss_and_gradient(logits, target)
+    for _ in range(2):
+        with torch.no_grad():
+            logits.normal_()
+            target.random_(classes)
+        graph.replay()
+        assert_same_bits(results, loss_and_gradient(logits, target))
+
+
+def test_graphs_that_share_their_memory():
+    """Each one's temporary memory may be the other's, as they are replayed in turn."""
+    inputs = [torch.randn(64, size, device="cuda", requires_grad=True) for size in (5000, 300)]
+    target = torch.arange(64, device="cuda")
+    graphs, results = [torch.cuda.CUDAGraph() for _ in inputs], []
+    for graph, logits in zip(graphs, inputs, strict=True):
+        captured(lambda logits=logits: loss_and_gradient(logits, target))
+        with torch.cuda.graph(graph, pool=graphs[0].pool()):
+            results.append(loss_and_gradient(logits, target))
+    for _ in range(2):
+        for graph, logits, result in zip(graphs, inputs, results, strict=True):
+            with torch.no_grad():
+                logits.normal_()
+            graph.replay()
+            assert_same_bits(result, loss_and_gradient(logits, target))
+
+
+def test_the_compiler_s_cuda_graphs(fresh_dynamo):
+    def step(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(functional.linear_relu(x, weight), target)
+
+    compiled = torch.compile(step, mode="reduce-overhead")
+    weight = torch.randn(50, 20, device="cuda", requires_grad=True)
+    target = torch.arange(32, device="cuda")
+    for _ in range(4):  # the graph is made at the second call or the third
+        x = torch.randn(32, 20, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(x, weight, target)
+        (grad,) = torch.autograd.grad(loss, weight)
+        exact = step(x, weight, target)
+        torch.testing.assert_close(loss, exact)
+        torch.testing.assert_close(grad, torch.autograd.grad(exact, weight)[0])
+
+
+def test_a_backward_after_a_forward_on_another_stream():
+    logits = torch.randn(512, 5000, device="cuda", requires_grad=True)
+    target = torch.arange(512, device="cuda")
+    expected = loss_and_gradient(logits, target)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss = functional.cross_entropy(logits, target)
+    torch.cuda.current_stream().wait_stream(stream)
+    # autograd runs it on the forward's stream, and waits for that here.
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert_same_bits([loss.detach(), grad], expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_over_more_tensors_than_a_launch_takes(momentum):
+    """The CPU's steps: the same operations in another order, of which the compiler may fuse some."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [*range(1, 300), 100_003]
+    values = [torch.randn(size, generator=generator) for size in sizes]
+    stepped = []
+    for device in ("cpu", "cuda"):
+        params = [torch.nn.Parameter(value.to(device, copy=True)) for value in values]
+        optimizer = fastnn.optim.SGD(params, lr=0.1, momentum=momentum, weight_decay=0.01)
+        for factor in (1.0, -0.5, 2.0):
+            for param, value in zip(params, values, strict=True):
+                param.grad = value.to(device) * factor
+            optimizer.step()
+        stepped.append([param.detach().cpu() for param in params])
+    torch.testing.assert_close(stepped[1], stepped[0])
+
+
 def test_training_on_a_second_stream():
     expected = trained(5)
     stream = torch.cuda.Stream()

@@ -495,17 +495,18 @@ class Tanh(nn.TransformerEncoderLayer):
 
 
 @pytest.mark.parametrize(
-    "stock",
+    "make_stock",
     [
-        nn.Sequential(Residual([nn.Linear(6, 6)]), nn.ReLU()),
-        nn.Sequential(Reverse(nn.ReLU(), nn.Linear(6, 6))),
-        nn.Sequential(Doubled(nn.Identity(), nn.Linear(6, 6)), nn.ReLU()),
-        nn.Sequential(nn.Linear(6, 6), Doubled(nn.ReLU())),
-        Tanh(6, 2, 8),
+        lambda: nn.Sequential(Residual([nn.Linear(6, 6)]), nn.ReLU()),
+        lambda: nn.Sequential(Reverse(nn.ReLU(), nn.Linear(6, 6))),
+        lambda: nn.Sequential(Doubled(nn.Identity(), nn.Linear(6, 6)), nn.ReLU()),
+        lambda: nn.Sequential(nn.Linear(6, 6), Doubled(nn.ReLU())),
+        lambda: Tanh(6, 2, 8),
     ],
     ids=["ModuleList", "__iter__", "__call__", "__call__ behind", "TransformerEncoderLayer"],
 )
-def test_containers_that_run_their_modules_in_their_own_way(stock):
+def test_containers_that_run_their_modules_in_their_own_way(make_stock):
+    stock = make_stock()
     fused = fastnn.fuse(stock)
     assert fused_paths(fused) == set()
     x = torch.randn(3, 6)

@@ -200,7 +200,7 @@ def test_what_the_steps_name_is_there():
 
 
 @pytest.mark.parametrize(
-    "script", [["smoke.py"], ["launches.py"], ["launches.py", "--products", "tiled"]], ids=str
+    "script", [["smoke.py"], ["launches.py"], ["launches.py", "--no-library"]], ids=str
 )
 def test_the_scripts_run_on_the_cpu(script: list[str]):
     """A rehearsal: a fault of the script itself shows without a GPU."""

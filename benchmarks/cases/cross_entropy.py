@@ -155,6 +155,9 @@ class Destructive(Function):
     left: finite numbers too, over which the kernel takes as long.
     """
 
+    def __post_init__(self) -> None:
+        self.overwrites = True
+
     def bind(self, inputs: Inputs) -> Callable[[], object]:
         logits, *others = inputs.args
         own = logits.detach().clone().requires_grad_(logits.requires_grad)

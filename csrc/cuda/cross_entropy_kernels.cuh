@@ -69,7 +69,7 @@ struct CrossEntropyForward {
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
   static constexpr bool kHasSpread = Kind != TargetKind::Index;
-  using State = std::conditional_t<kHasSpread, SpreadState<A>, SoftmaxState<A>>;
+  using State = std::conditional_t<kHasSpread, SpreadState<T>, SoftmaxState<T>>;
   struct Row {
     A max;
     A log_sum;

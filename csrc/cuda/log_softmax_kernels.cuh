@@ -43,10 +43,10 @@ struct LogSoftmaxRow {
 };
 
 template <typename T, typename A = accum<T>>
-struct LogSoftmax : LogSoftmaxRows<T, SoftmaxState<A>, LogSoftmaxRow<A>> {
+struct LogSoftmax : LogSoftmaxRows<T, SoftmaxState<T>, LogSoftmaxRow<A>> {
   static constexpr int kMapInputs = 1;
 
-  __device__ void finish(LogSoftmaxRow<A>& row, const SoftmaxState<A>& state, int64_t) const {
+  __device__ void finish(LogSoftmaxRow<A>& row, const SoftmaxState<T>& state, int64_t) const {
     row = {state.max, std::log(state.sum)};
   }
   // In two steps: the sum of the two would round the small differences of large logits away.

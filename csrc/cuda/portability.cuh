@@ -1,4 +1,4 @@
-// The three places where CUDA's syntax is not C++'s, so that a kernel compiles with nvcc and, in
+// The places where CUDA's syntax is not C++'s, so that a kernel compiles with nvcc and, in
 // the tests, as plain C++ (tests/cuda_emulation has a <cuda_runtime.h> of its own that defines
 // them).
 #pragma once
@@ -27,4 +27,14 @@
 #define FASTNN_DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(16) unsigned char name##_as_bytes[]; \
   T* const name = reinterpret_cast<T*>(name##_as_bytes)
+#endif
+
+// 2^x in one instruction: off by two units in the last place, and 0 where it would be subnormal.
+#ifndef FASTNN_EXP2
+__device__ inline float exp2_in_one_instruction(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+#define FASTNN_EXP2(x) exp2_in_one_instruction(x)
 #endif

@@ -41,6 +41,8 @@
 #define FASTNN_DYNAMIC_SHARED(T, name) \
   T* const name = static_cast<T*>(::fastnn::cuda_emulation::dynamic_shared_memory())
 
+#define FASTNN_EXP2(x) std::exp2(x)
+
 #undef CUDA_KERNEL_ASSERT
 #define CUDA_KERNEL_ASSERT(condition)                                             \
   do {                                                                            \
