@@ -111,7 +111,8 @@ Build.run.__globals__["BUILD_FOLDER"] = type(found["BUILD_FOLDER"])("build")
 os.chdir({folder!r})
 Build.build_simd_kernels = lambda self, compiler: []
 Build.write_build_info = lambda self, folder: print("built by", found["compiler_version"]())
-extension = found["CppExtension"]("one", ["csrc/one.cpp"])
+includes = [os.path.abspath("csrc/headers")]
+extension = found["CppExtension"]("one", ["csrc/one.cpp"], include_dirs=includes)
 setup_again = __import__("distutils.core", fromlist=["setup"]).setup
 sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
 setup_again(name="one", ext_modules=[extension], cmdclass={{"build_ext": Build}})
@@ -131,8 +132,9 @@ PyMODINIT_FUNC PyInit_one() { return PyModule_Create(&definition); }
 def test_compilers_of_one_word_and_of_several(tmp_path, folder, command):
     """The build says in a line which file it compiles."""
     folder = tmp_path / folder
-    (folder / "csrc").mkdir(parents=True)
-    (folder / "csrc/one.cpp").write_text(SOURCE)
+    (folder / "csrc/headers").mkdir(parents=True)
+    (folder / "csrc/one.cpp").write_text('#include "one.h"')
+    (folder / "csrc/headers/one.h").write_text(SOURCE)
     script = ONE_FILE.format(folder=str(folder))
     process = run(script, folder, FASTNN_CUDA="0", CXX=command, PYTHONPATH=str(folder))
     assert process.returncode == 0, process.stdout + process.stderr
