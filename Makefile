@@ -1,6 +1,7 @@
 # Each command sets up what it needs: a virtual environment, the dependencies, the built extension.
 #   make demo [ARGS="--momentum 0.9"]     trains the MNIST MLP with fastnn and with stock PyTorch
 #   make test [ARGS="-k cross_entropy"]   runs the tests, and again over emulated CUDA kernels
+#   make test-matrix [ARGS=2.9.1]         builds and tests for several versions of PyTorch and Python
 #   make test-large                       runs those of more than 2^31 elements, which take 24 GiB
 #   make capabilities                     writes docs/capabilities.md from the tests that it names
 #   make mutants                          plants faults in the CUDA kernels: do the tests see them?
@@ -16,7 +17,7 @@
 #   make lint / make format               checks / applies the code style
 # On two cores mutants, sanitize and sanitize-cuda take about ten minutes each, cuda-check half an hour,
 # test-large hours.
-# Another torch: make test TORCH=torch==2.14.1 VENV=.venv-2.14
+# Another torch: make test TORCH=torch==2.15.0 PYTHON=python3.13 VENV=.venv-2.15
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,8 +36,8 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
-.PHONY: demo test test-emulated test-large capabilities bench sanitize sanitize-cuda mutants emulate cuda-check gpu-check docs dist \
-    test-integrations lint format build clean
+.PHONY: demo test test-emulated test-matrix test-large capabilities bench sanitize sanitize-cuda \
+    mutants emulate cuda-check gpu-check docs dist test-integrations lint format build clean
 
 demo: build
 	$(PY) examples/mnist.py $(ARGS)
@@ -54,6 +55,10 @@ test-emulated: build
 	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PY) -m pytest $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
+
+# In environments of their own, of 6 GB each where PyTorch comes with CUDA.
+test-matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 # -x: the tensors of a test that failed are kept, and leave the next one no room.
 test-large: build
@@ -118,6 +123,11 @@ format: $(VENV)/.lint
 
 build: $(VENV)/.built
 
+# Another environment's build has put its extension in the place of this one's.
+ifneq ($(shell cmp fastnn/_build_info.json $(VENV)/.built 2>&1),)
+.PHONY: $(VENV)/.built
+endif
+
 clean:
 	rm -rf build dist docs/_build docs/_notebook $(VENV) fastnn/*.so fastnn/_build_info.json fastnn.egg-info
 
@@ -126,13 +136,14 @@ $(PY):
 
 # torch first and by itself: the build needs it, and its version decides which wheel is taken.
 $(VENV)/.torch: | $(PY)
-	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
+	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja numpy
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py csrc/cuda/toolkit.py $(CXX_FILES)
 	@echo "Building fastnn (about three minutes on two cores) ..."
+	$(PY) -W ignore setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
-	touch $@
+	cp fastnn/_build_info.json $@
 
 $(VENV)/.cuda_tools: $(VENV)/.torch
 	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from zlib import crc32
 
+import setuptools
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
@@ -23,13 +32,30 @@ def fail(sentence: str) -> None:
     sys.exit(f"\nfastnn: {sentence}\n")
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    fail(
+        f"setuptools {setuptools.__version__} is too old to read pyproject.toml; "
+        '`pip install --upgrade "setuptools>=77"`.'
+    )
 try:
     import torch
 except ImportError:
     fail(
         "torch can't be imported while building; install it and build without isolation: "
-        "`pip install torch==2.13.0 setuptools ninja && pip install --no-build-isolation .`"
+        "`pip install torch setuptools ninja && pip install --no-build-isolation .`"
     )
+
+OLDEST_TORCH, NEWEST_TRIED_TORCH = (2, 9), (2, 15)
+TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+if TORCH_VERSION < OLDEST_TORCH:
+    fail(f"torch {torch.__version__} is too old; install torch 2.9 or newer, then fastnn again.")
+
+# What is built fits this torch alone: the installed version and the folder of the objects name it.
+TORCH_TAG = f"torch{torch.__version__.replace('+', '.')}"
+BUILD_FOLDER = Path("build", f"{sys.implementation.cache_tag}-{TORCH_TAG}")
+
+# torch starts ninja by its name, and pip has put it beside the interpreter.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
 
 CUDA = runpy.run_path("csrc/cuda/toolkit.py")
@@ -83,17 +109,35 @@ def simd_targets() -> dict[str, list[str]]:
 class BuildFastnn(BuildExtension):
     """Compiles the SIMD kernels with flags of their own, then the extension; records the build."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # A folder that stays, so that a second build compiles only what changed; an editable
+        # installation would take another each time.
+        self.build_temp = str(BUILD_FOLDER / "temp")
+
     def build_extensions(self) -> None:
         for extension in self.extensions:
             extension.extra_objects += self.build_simd_kernels(compiler_command())
-        super().build_extensions()
+        with one_line_per_file():
+            super().build_extensions()
 
     def run(self) -> None:
+        if TORCH_VERSION > NEWEST_TRIED_TORCH:
+            newest = ".".join(map(str, NEWEST_TRIED_TORCH))
+            print(
+                f"fastnn: torch {torch.__version__} is newer than {newest}, the newest that fastnn "
+                "has been tried with."
+            )
+        if shutil.which("ninja") is None:
+            print("fastnn: ninja was not found; one file is compiled after the other, all anew.")
+        compiler_version()  # or the build ends, before the first file
+        if len(compiler_command()) > 1:
+            make_one_word(compiler_command())
         super().run()
         self.write_build_info(Path("fastnn") if self.inplace else Path(self.build_lib) / "fastnn")
 
     def build_simd_kernels(self, compiler: list[str]) -> list[str]:
-        folder = Path(self.build_temp) / "simd"
+        folder = Path("build", "simd")
         folder.mkdir(parents=True, exist_ok=True)
         outputs = {target: folder / f"kernels_{target}.o" for target in simd_targets()}
         compiles = {
@@ -105,18 +149,16 @@ class BuildFastnn(BuildExtension):
             if process.wait() != 0:
                 outputs[target].unlink(missing_ok=True)
                 fail(
-                    f"{compiler[0]} could not compile {SIMD['SOURCE']} (its message is "
+                    f"{shlex.join(compiler)} could not compile {SIMD['SOURCE']} (its message is "
                     "above); a C++20 compiler is needed: GCC 11 or newer."
                 )
         return [str(output.resolve()) for output in outputs.values()]
 
     def write_build_info(self, folder: Path) -> None:
-        version = subprocess.run(
-            [*compiler_command(), "--version"], capture_output=True, text=True
-        ).stdout
         info = {
             "torch": torch.__version__,
-            "compiler": version.splitlines()[0],
+            "python": sys.implementation.cache_tag,
+            "compiler": compiler_version(),
             "flags": " ".join(TORCH_FLAGS),
             "simd_targets": {k: " ".join(v) for k, v in simd_targets().items()},
             "cuda": TOOLKIT is not None,
@@ -130,8 +172,35 @@ def start_simd_compile(compiler: list[str], target: str, output: Path) -> subpro
     flags = [*COMMON_FLAGS, *SIMD["target_flags"](platform.machine(), target), "-fPIC"]
     dependencies = ["-MMD", "-MF", str(output.with_suffix(".d"))]
     command = [*compiler, *flags, *dependencies, "-c", SIMD["SOURCE"], "-o", str(output)]
-    print(" ".join(command))
+    print(SIMD["SOURCE"], "for", target, flush=True)
     return subprocess.Popen(command)
+
+
+# What ninja prints of a file: its number, and a command of many lines.
+COMMAND = re.compile(r"(\[\d+/\d+\]) .*(csrc/\S+\.(?:cpp|cu))\b.*")
+
+
+@contextmanager
+def one_line_per_file() -> Iterator[None]:
+    """Leaves of each command that is printed the number and the file."""
+    output = os.dup(1)
+    reading, writing = os.pipe()
+    os.dup2(writing, 1)
+    os.close(writing)
+
+    def shorten() -> None:
+        with open(reading, errors="replace") as lines, open(output, "w", buffering=1) as shown:
+            for line in lines:
+                shown.write(COMMAND.sub(r"\1 \2", line))
+
+    thread = Thread(target=shorten)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(output, 1)  # which ends the pipe
+        thread.join()
 
 
 def is_up_to_date(output: Path) -> bool:
@@ -147,9 +216,11 @@ def is_up_to_date(output: Path) -> bool:
     )
 
 
+@cache
 def compiler_command() -> list[str]:
     """The C++ compiler that torch's build will use: CXX, or c++ or g++."""
-    command = os.environ.get("CXX", "").split() or ["c++" if shutil.which("c++") else "g++"]
+    command = shlex.split(os.environ.get("CXX", ""))
+    command = command or ["c++" if shutil.which("c++") else "g++"]
     if shutil.which(command[0]) is None:
         fail(
             f"no C++ compiler ({command[0]}) was found; install one (Debian and Ubuntu: "
@@ -157,6 +228,28 @@ def compiler_command() -> list[str]:
             "or name it in CXX."
         )
     return command
+
+
+@cache
+def compiler_version() -> str:
+    command = compiler_command()
+    process = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    if process.returncode != 0 or not process.stdout:
+        fail(f"{shlex.join(command)} does not tell its version; name a C++ compiler in CXX.")
+    return process.stdout.splitlines()[0]
+
+
+def make_one_word(command: list[str]) -> None:
+    """Puts a program into CXX that runs the command: torch takes CXX for one word."""
+    folder = BUILD_FOLDER.resolve() / "bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    script = f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n'
+    program = folder / f"c++-{crc32(script.encode()):08x}"  # another command: all is compiled anew
+    program.write_text(script)
+    program.chmod(0o755)
+    os.environ["PATH"] = os.pathsep.join([str(folder), os.environ["PATH"]])
+    os.environ["CXX"] = program.name
+    os.environ["TORCH_NO_COMPILER_WRAPPER"] = "1"  # ccache, if it is wanted, is in the command
 
 
 def extension() -> Extension:
@@ -170,9 +263,15 @@ def extension() -> Extension:
     return CUDAExtension("fastnn._C", sources, extra_compile_args=flags, **arguments)
 
 
+def version() -> str:
+    """fastnn's own and, but for the source distribution, the torch that it is built for."""
+    own = re.search(r'^__version__ = "(.+)"', Path("fastnn/__init__.py").read_text(), re.MULTILINE)
+    return own[1] if "sdist" in sys.argv else f"{own[1]}+{TORCH_TAG}"
+
+
 setup(
+    version=version(),
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildFastnn},
-    # A folder that stays, so that a second build compiles only what changed.
-    options={"build_ext": {"build_temp": "build/temp"}},
+    options={"build": {"build_base": str(BUILD_FOLDER)}},
 )

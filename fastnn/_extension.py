@@ -16,10 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 
 from fastnn import _onnx, reference
+from fastnn._torch import tracing_state
 
 REINSTALL = "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
 
@@ -68,7 +68,7 @@ def operators() -> Any:
     """What holds the operators as functions: the extension, torch.ops.fastnn or plain PyTorch."""
     # While torch.compile, torch.export or torch.jit.trace look on, the callable that they know. It
     # boxes its arguments, and so costs two to three times what the extension's own function does.
-    if is_compiling() or _get_tracing_state() is not None:
+    if is_compiling() or tracing_state() is not None:
         # Imported by who exports: to import it here would make every start wait for it.
         onnx = sys.modules.get("torch.onnx")
         if onnx is not None and onnx.is_in_onnx_export():

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fastnn import nn
+from fastnn import _torch, nn
 
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
@@ -40,10 +40,7 @@ def is_plain_relu(module: torch.nn.Module) -> bool:
 
 def is_observed(module: torch.nn.Module, inputs: bool) -> bool:
     """Whether hooks see what a module returns, or, if asked for, what it gets."""
-    hooks = [module._forward_hooks, module._backward_hooks, module._backward_pre_hooks]
-    if inputs:
-        hooks.append(module._forward_pre_hooks)
-    return any(hooks)
+    return _torch.has_hooks(module, inputs)
 
 
 def is_patched(module: torch.nn.Module) -> bool:
@@ -341,7 +338,7 @@ class _Source:
         function = self._global(node)
         name = node.attr if isinstance(node, ast.Attribute) else getattr(function, "__name__", "")
         return function is not None and (
-            function is getattr(torch._C._VariableFunctions, name, None)
+            function is getattr(_torch.tensor_functions, name, None)
             or (function is getattr(F, name, None) and "dropout" not in name)
         )
 

@@ -20,8 +20,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
-from torch.nn.functional import _get_softmax_dim
 from torch.overrides import (
     handle_torch_function,
     has_torch_function_unary,
@@ -30,6 +28,7 @@ from torch.overrides import (
 
 from fastnn._dtensor import is_dtensor
 from fastnn._extension import operators
+from fastnn._torch import legacy_reduction, softmax_dim
 
 __all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"]
 
@@ -145,7 +144,7 @@ def log_softmax(
     if type(input) is not Tensor and is_dtensor(input):
         return F.log_softmax(input, dim, _stacklevel + 1, dtype)
     if dim is None:
-        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+        dim = softmax_dim("log_softmax", input.dim(), _stacklevel)
     _check_number("log_softmax", "dim", dim, int)
     if dtype is not None:
         input = input.to(dtype)
@@ -208,7 +207,7 @@ def nll_loss(
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     elif type(reduction) is not str:
         raise _bad_reduction(reduction)
     return operators().nll_loss(input, target, weight, ignore_index, reduction)
@@ -279,7 +278,7 @@ def cross_entropy(
     if type(label_smoothing) is not float:
         _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     elif type(reduction) is not str:
         raise _bad_reduction(reduction)
     return operators().cross_entropy(

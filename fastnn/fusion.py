@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastnn import _tracing, nn
+from fastnn import _torch, _tracing, nn
 
 __all__ = ["FusionEntry", "FusionReport", "fuse", "fusion_report", "unfuse"]
 
@@ -33,8 +33,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Methods that run a Linear and then a ReLU: module and class, method, the two attributes.
 _KNOWN_CALLERS = (
-    ("torch.nn", "TransformerEncoderLayer", "_ff_block", "linear1", "activation"),
-    ("torch.nn", "TransformerDecoderLayer", "_ff_block", "linear1", "activation"),
+    ("torch.nn", "TransformerEncoderLayer", _torch.FEED_FORWARD, "linear1", "activation"),
+    ("torch.nn", "TransformerDecoderLayer", _torch.FEED_FORWARD, "linear1", "activation"),
     ("timm.layers", "Mlp", "forward", "fc1", "act"),
     ("transformers.models.t5.modeling_t5", "T5DenseActDense", "forward", "wi", "act"),
     ("transformers.models.opt.modeling_opt", "OPTDecoderLayer", "forward", "fc1", "activation_fn"),
@@ -225,13 +225,13 @@ def unfuse(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
     }
     for module in list(model.modules()):
         _tracing.restore(module)
-        for name, child in list(module._modules.items()):
+        for name, child in list(_torch.submodules(module).items()):
             if type(child) is nn.FusedReLU:
                 _put_back(module, name, child)
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        for name, child in _torch.submodules(parent).items():
             if child in pairs:
-                parent._modules[name] = pairs[child]
+                _torch.submodules(parent)[name] = pairs[child]
     root = pairs.get(model, model)
     for module in list(root.modules()):
         module.__class__ = _STOCK.get(type(module), type(module))
@@ -296,7 +296,7 @@ class _Call:
 
 def _put_back(owner: torch.nn.Module, name: str, fused: nn.FusedReLU) -> None:
     if isinstance(fused.replaced, torch.nn.Module):
-        owner._modules[name] = fused.replaced.train(fused.training)
+        _torch.submodules(owner)[name] = fused.replaced.train(fused.training)
     else:
         delattr(owner, name)
         setattr(owner, name, fused.replaced)
@@ -393,7 +393,7 @@ class _Plan:
         elif module not in self._ancestors:
             self._ancestors.add(module)
             afters = self._afters(module, path, after)
-            for name, child in module._modules.items():
+            for name, child in _torch.submodules(module).items():
                 if child is not None:
                     self._runs[_Attribute(module, name)] += 1
                     self._note_parts(module, name, child)
@@ -419,7 +419,7 @@ class _Plan:
             return lambda name: after
         for linear, activation in _known_pairs(module):
             slot = _Attribute(module, activation)
-            if activation not in module._modules:
+            if activation not in _torch.submodules(module):
                 self._runs[slot] += 1
             rest = f"run by {type(module).__name__}, which applies no ReLU to it"
             return lambda name: slot if name == linear else rest
@@ -485,7 +485,7 @@ def _followers(
     sequential: torch.nn.Sequential, after: _Attribute | str
 ) -> dict[str, _Attribute | str]:
     """The slot that is run after each child of a Sequential."""
-    names = list(sequential._modules)
+    names = list(_torch.submodules(sequential))
     if not isinstance(after, _Attribute):
         after = "nothing follows it in its Sequential"
     elif not _is_transparent(sequential):
@@ -499,10 +499,10 @@ def _followers(
 def _first_slot(sequential: torch.nn.Sequential, names: list[str]) -> _Attribute | None:
     """The slot that is run first of some children, inside of nested Sequentials too."""
     for name in names:
-        child = sequential._modules[name]
+        child = _torch.submodules(sequential)[name]
         if not (_is_sequential(child) and _is_transparent(child)):
             return _Attribute(sequential, name)
-        slot = _first_slot(child, list(child._modules))
+        slot = _first_slot(child, list(_torch.submodules(child)))
         if slot is not None:
             return slot
     return None
@@ -538,7 +538,7 @@ def _is_transparent(module: torch.nn.Module) -> bool:
 def _known_pairs(module: torch.nn.Module) -> Iterator[tuple[str, str]]:
     for package, name, method, linear, activation in _KNOWN_CALLERS:
         known = getattr(sys.modules.get(package), name, None)
-        if known is None or not isinstance(module, known):
+        if known is None or not isinstance(module, known) or not hasattr(known, method):
             continue
         if _runs_as(module, known, "forward", "__call__", method):
             yield linear, activation

@@ -9,19 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
-from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
-from torch.optim import optimizer as torch_optimizer
-from torch.optim.optimizer import (
-    Optimizer,
-    ParamsT,
-    _device_dtype_check_for_fused,
-    _use_grad_for_differentiable,
-)
+from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd as torch_sgd
 
+from fastnn import _torch
 from fastnn._dtensor import are_spread_alike, spread_like
 from fastnn._extension import extension
 
@@ -195,7 +188,7 @@ class SGD(torch.optim.SGD):
                 f"optimizer: expected a torch.optim.SGD, got {type(optimizer).__name__}"
             )
         step = vars(optimizer).get("step")
-        if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        if step is not None and not _torch.has_scheduler_mark(step):
             raise TypeError("optimizer: its step has been replaced; expected PyTorch's own")
         optimizer.__class__ = cls
         optimizer._look_at_groups()
@@ -215,7 +208,7 @@ class SGD(torch.optim.SGD):
             if self._has_float32_momentum:
                 return self._uncompiled_step(closure)
             return super().step(closure)
-        if self._is_observed():
+        if _torch.is_step_observed(self):
             return self._observed_step() if closure is None else self._observed_step(closure)
         return self._step(closure)
 
@@ -223,21 +216,11 @@ class SGD(torch.optim.SGD):
     # model's whole step, unless this says that it is done; we go the same way only when needed.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _is_observed(self) -> bool:
-        """Whether hooks are registered for the step, or a profiler is on."""
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or _profiler_enabled()
-        )
-
     @Optimizer.profile_hook_step
     def _observed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         return self._step(closure)
 
-    @_disable_dynamo
+    @_torch.disable_dynamo
     def _uncompiled_step(self, closure: Callable[[], Any] | None = None) -> Any:
         return SGD.step(self, closure)
 
@@ -247,7 +230,7 @@ class SGD(torch.optim.SGD):
         Args:
             set_to_none: to None (default), or else to zero.
         """
-        if extension is None or not set_to_none or is_compiling() or _profiler_enabled():
+        if extension is None or not set_to_none or is_compiling() or _torch.profiler_enabled():
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
@@ -315,7 +298,6 @@ class SGD(torch.optim.SGD):
         increment_version(whole.values())
         return rest
 
-    @_use_grad_for_differentiable
     def _step_as_torch(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
     ) -> None:
@@ -327,27 +309,28 @@ class SGD(torch.optim.SGD):
         are_new = [buffer is None for buffer in buffers]
         if group["fused"]:
             _check_fused(params)
-        if grad_scale is not None:
-            for param in params:
-                param.grad.div_(grad_scale)
-        torch_sgd(
-            params,
-            [param.grad for param in params],
-            buffers,
-            has_sparse_grad=any(param.grad.is_sparse for param in params),
-            foreach=False,
-            fused=False,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
-        for param, buffer, is_new in zip(params, buffers, are_new, strict=False):
-            if is_new and group.get("float32_momentum") and param.dtype in _HALF:
-                buffer = buffer.float()
-            self.state[param]["momentum_buffer"] = buffer
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if grad_scale is not None:
+                for param in params:
+                    param.grad.div_(grad_scale)
+            torch_sgd(
+                params,
+                [param.grad for param in params],
+                buffers,
+                has_sparse_grad=any(param.grad.is_sparse for param in params),
+                foreach=False,
+                fused=False,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+            for param, buffer, is_new in zip(params, buffers, are_new, strict=False):
+                if is_new and group.get("float32_momentum") and param.dtype in _HALF:
+                    buffer = buffer.float()
+                self.state[param]["momentum_buffer"] = buffer
 
 
 def _step_fusable(
@@ -376,17 +359,17 @@ def _step_fusable(
 
 def _step_for_schedulers(optimizer: SGD, closure: Callable[[], Any] | None = None) -> Any:
     """The step of an optimizer that a scheduler watches: in place of its wrapper of torch's."""
-    optimizer._opt_called = True
+    _torch.note_step_for_schedulers(optimizer)
     return SGD.step(optimizer, closure)
 
 
-_step_for_schedulers._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+_torch.add_scheduler_mark(_step_for_schedulers)
 
 
 def _check_fused(params: list[Tensor]) -> None:
     """Raises for parameters that torch refuses with fused=True."""
     for param in params:
-        _device_dtype_check_for_fused(param)
+        _torch.check_param_for_fused(param)
         if param.grad.is_sparse:
             raise RuntimeError("SGD(fused=True) does not support sparse gradients")
         if param.grad.dtype != param.dtype:

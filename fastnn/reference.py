@@ -49,6 +49,7 @@ def log_softmax(input: Tensor, dim: int) -> Tensor:
     >>> reference.log_softmax(torch.zeros(2), 0).exp()
     tensor([0.5000, 0.5000])
     """
+    dim = operator.index(dim)  # torch 2.9 reduces over everything where it is a tensor
     if not input.is_floating_point():
         raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
     x = input.to(_compute_dtype(input.dtype))

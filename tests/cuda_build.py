@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from repository import REPOSITORY, copy_to
+
 COPY = REPOSITORY / "build/cuda_check"
 ARCHITECTURES = "8.0+PTX"
 
@@ -80,7 +81,7 @@ class Kernel:
 
 
 def main() -> None:
-    copy_repository()
+    copy_to(COPY)
     build()
     library = next((COPY / "fastnn").glob("_C*.so"))
     check_import()
@@ -89,20 +90,6 @@ def main() -> None:
     execute_ptx()
     print("--- all tests, on the CPU", flush=True)
     run([sys.executable, "-m", "pytest", *sys.argv[1:]])
-
-
-def copy_repository() -> None:
-    """The files that git knows or would add; those that did not change stay, and stay built."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    for name in names.stdout.split("\0"):
-        source, target = REPOSITORY / name, COPY / name
-        if not source.is_file():
-            continue
-        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
 
 
 def build() -> None:

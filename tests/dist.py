@@ -91,6 +91,8 @@ def check_contents(wheel: Path) -> None:
         if problems:
             sys.exit("\n".join([f"dist.py: {wheel.name}:", *problems]))
         info = json.loads(archive.read("fastnn/_build_info.json"))
+    if f"+torch{info['torch'].replace('+', '.')}-" not in wheel.name:
+        sys.exit(f"dist.py: {wheel.name} does not name torch {info['torch']}, which it is for")
     cuda = "with" if info["cuda"] else "without"
     print(f"{wheel.name}: for torch {info['torch']}, {cuda} CUDA", flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NATIVE = platform.machine()
-CXX = os.environ.get("CXX", "").split() or ["g++"]
+CXX = shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from capabilities import COLUMNS, FUNCTIONS
-from conftest import needs_extension
+from conftest import needs_extension, needs_grad_dtype
 from small_training import (
     ATOL,
     BATCH,
@@ -315,6 +315,7 @@ def step_along_narrow_gradients(rank: int) -> list[list[Tensor]]:
     return results
 
 
+@needs_grad_dtype
 def test_gradients_of_another_dtype_take_torchs_way(tmp_path):
     for ours, stock in processes.run_ranks(tmp_path, RANKS, step_along_narrow_gradients):
         torch.testing.assert_close(ours, stock, rtol=0, atol=0)

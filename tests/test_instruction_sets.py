@@ -167,7 +167,7 @@ def test_avx_code_elsewhere_is_found(tmp_path):
 
 
 # Objects of the last build in this folder, where there was one.
-OBJECTS = sorted((REPOSITORY / "build/temp/simd").glob("kernels_avx*.o"))
+OBJECTS = sorted((REPOSITORY / "build/simd").glob("kernels_avx*.o"))
 
 
 @needs_x86

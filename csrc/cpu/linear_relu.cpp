@@ -47,8 +47,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
     });
   });
 
-  if (output_mask[0]) grad_input = matmul(grad_linear, weight);
-  if (output_mask[1]) grad_weight = matmul(grad_linear.t(), matrix_of_rows(input));
+  if (output_mask[0]) grad_input = cpu::matmul(grad_linear, weight);
+  if (output_mask[1]) grad_weight = cpu::matmul(grad_linear.t(), matrix_of_rows(input));
   if (output_mask[0] && input.dim() != 2) grad_input = grad_input.view(input.sizes());
   return {grad_input, grad_weight, grad_bias};
 }

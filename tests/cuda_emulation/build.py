@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -31,8 +32,8 @@ INCLUDES = [
     f"-I{EMULATION / 'include'}",  # first: its headers stand in for CUDA's
     f"-I{EMULATION}",
     f"-I{REPOSITORY / 'csrc'}",
-    *[f"-isystem {path}" for path in cpp_extension.include_paths()],
-    f"-isystem {sysconfig.get_paths()['include']}",
+    *[f"-isystem{path}" for path in cpp_extension.include_paths()],
+    f"-isystem{sysconfig.get_paths()['include']}",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 # Not -O2: GCC 12's vectorizer then takes a load that is aligned in one branch for aligned in both.
@@ -69,7 +70,7 @@ class Emulation:
 
     def ninja_lines(self) -> list[str]:
         sources = self.sources()
-        compile_command = f"{CXX} {' '.join([*self.flags, *WARNINGS, *INCLUDES])}"
+        compile_command = f"{CXX} {shlex.join([*self.flags, *WARNINGS, *INCLUDES])}"
         return [
             "rule compile",
             f"  command = {compile_command} $more -MMD -MF $out.d -x c++ -c $in -o $out",
@@ -83,7 +84,7 @@ class Emulation:
         ]
 
     def ninja_edge(self, source: Path) -> list[str]:
-        return [f"build {source.name}.o: compile {source}"]
+        return [f"build {source.name}.o: compile {str(source).replace(' ', '$ ')}"]
 
 
 class PTXEmulation(Emulation):
@@ -122,7 +123,7 @@ def write_if_new(path: Path, text: str) -> None:
 
 def link_flags() -> str:
     folders = [f"-L{path}" for path in cpp_extension.library_paths()]
-    return " ".join([*folders, *[f"-l{name}" for name in LIBRARIES], "-pthread"])
+    return shlex.join([*folders, *[f"-l{name}" for name in LIBRARIES], "-pthread"])
 
 
 def load(emulation: Emulation) -> ModuleType:

@@ -1,0 +1,119 @@
+"""Every private name of PyTorch that fastnn uses, and what takes its place in a PyTorch without it.
+
+Private names come and go from release to release, so they are here and nowhere else, which a test
+holds the other modules to.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+
+def _find(name: str, otherwise: Any) -> Any:
+    """What has that name, or ``otherwise`` in a PyTorch without it."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError):
+        return otherwise
+
+
+# ---- functions -----------------------------------------------------------------------------------
+
+# None unless torch.jit.trace looks on; the public function takes several times as long.
+tracing_state = _find(
+    "torch._C._get_tracing_state", otherwise=lambda: torch.jit.is_tracing() or None
+)
+
+# Without it the optimizer always goes torch's way, which is slower and right with a profiler too.
+profiler_enabled = _find("torch._C._autograd._profiler_enabled", otherwise=lambda: True)
+
+# The public one imports the compiler where it decorates, this one where the function is called.
+disable_dynamo = _find("torch._compile._disable_dynamo", otherwise=torch.compiler.disable)
+
+# Without it the dimension is chosen alike, but no warning says that the choice is deprecated.
+softmax_dim = _find(
+    "torch.nn.functional._get_softmax_dim",
+    otherwise=lambda name, ndim, stacklevel: 0 if ndim in (0, 1, 3) else 1,
+)
+
+# A loss module computes it from the same two deprecated arguments.
+legacy_reduction = _find(
+    "torch.nn._reduction.legacy_get_string",
+    otherwise=lambda size_average, reduce: torch.nn.L1Loss(size_average, reduce).reduction,
+)
+
+# Without it fused=True refuses no parameter for its device or dtype, and steps it as torch's loop.
+check_param_for_fused = _find(
+    "torch.optim.optimizer._device_dtype_check_for_fused", otherwise=lambda param: None
+)
+
+# Holds torch's own functions on tensors. Without it none is known, and no forward that calls one is
+# traced.
+tensor_functions = _find("torch._C._VariableFunctions", otherwise=None)
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+_global_pre_hooks = _find("torch.optim.optimizer._global_optimizer_pre_hooks", otherwise=True)
+_global_post_hooks = _find("torch.optim.optimizer._global_optimizer_post_hooks", otherwise=True)
+
+
+def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step has hooks or a profiler is on; True where that can't be told."""
+    try:
+        return bool(
+            optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or _global_pre_hooks
+            or _global_post_hooks
+            or profiler_enabled()
+        )
+    except AttributeError:
+        return True
+
+
+# A scheduler replaces its optimizer's step with one that has the mark, and that sets the note by
+# which the scheduler knows that a step came first. In a PyTorch without the mark, SGD.from_torch
+# refuses an optimizer with a scheduler; without the note, nobody reads it.
+_STEP_MARK = "_wrapped_by_lr_sched"
+
+
+def has_scheduler_mark(step: Any) -> bool:
+    """Whether a scheduler has put this step in the place of its optimizer's."""
+    return hasattr(step, _STEP_MARK)
+
+
+def add_scheduler_mark(step: Any) -> None:
+    setattr(step, _STEP_MARK, True)
+
+
+def note_step_for_schedulers(optimizer: torch.optim.Optimizer) -> None:
+    optimizer._opt_called = True
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+# The method of torch's Transformer layers that runs a Linear and then a ReLU. In a PyTorch without
+# it the layers are left as they are.
+FEED_FORWARD = "_ff_block"
+
+
+def submodules(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """A module's children, with None and repeated ones; writing to it exchanges them.
+
+    Nothing public can take its place; without it ``fuse`` raises ``AttributeError``.
+    """
+    return module._modules
+
+
+def has_hooks(module: torch.nn.Module, inputs: bool) -> bool:
+    """Whether hooks see a module's outputs, or inputs if asked; True where that can't be told."""
+    try:
+        outputs = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+        return bool(outputs or (inputs and module._forward_pre_hooks))
+    except AttributeError:
+        return True

@@ -1,0 +1,143 @@
+"""setup.py: what a build says before the first file is compiled, its compiler, its version."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import REPOSITORY
+
+import fastnn
+
+pytestmark = pytest.mark.cpu_only("the build")
+
+
+def run(script: str, folder: Path = REPOSITORY, **variables: str) -> subprocess.CompletedProcess:
+    """A script of Python's, in which ``setup(...)`` runs setup.py with these arguments."""
+    prelude = f"""
+import os, runpy, sys
+import setuptools, torch
+os.environ.update({variables})
+def setup(*arguments):
+    sys.argv = ["setup.py", *arguments]
+    return runpy.run_path({str(REPOSITORY / "setup.py")!r}, run_name="__main__")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", prelude + script]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def sentence(script: str, **variables: str) -> str:
+    """The one that the build ends with."""
+    process = run(script, FASTNN_CUDA="0", **variables)
+    assert process.returncode == 1
+    (line,) = process.stderr.strip().splitlines()
+    assert line.startswith("fastnn: ") and line.endswith((".", "`"))
+    return line
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.8.1+cu128", "1.13.1"])
+def test_torch_that_is_too_old(version):
+    message = sentence(f"torch.__version__ = {version!r}; setup('--version')")
+    assert f"torch {version} is too old; install torch 2.9 or newer" in message
+
+
+def test_no_torch():
+    message = sentence("sys.modules['torch'] = None; setup('--version')")
+    assert "torch can't be imported while building" in message
+
+
+def test_setuptools_that_is_too_old():
+    message = sentence("setuptools.__version__ = '65.5.0'; setup('--version')")
+    assert "setuptools 65.5.0 is too old" in message and '"setuptools>=77"' in message
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.15.3+cpu", "2.16.0", "3.0.0.dev20270101+cu140"])
+def test_torch_that_is_new_enough(version):
+    """Those newer than all that were tried are warned of, in one line."""
+    process = run(f"torch.__version__ = {version!r}; setup('build_ext')", CXX="false")
+    assert "false does not tell its version" in process.stderr
+    warnings = [line for line in process.stdout.splitlines() if "newer" in line]
+    expected = (
+        f"fastnn: torch {version} is newer than 2.15, the newest that fastnn has been tried with."
+    )
+    assert warnings == ([] if version.startswith(("2.9", "2.15")) else [expected])
+
+
+def test_the_bounds_are_those_of_the_package_and_of_the_page():
+    required = re.search(r'"torch>=([\d.]+)",', (REPOSITORY / "pyproject.toml").read_text())
+    page = (REPOSITORY / "docs/install.md").read_text()
+    oldest, newest = re.search(r"PyTorch ([\d.]+) to ([\d.]+)", page).groups()
+    script = "found = setup('--version'); print(found['OLDEST_TORCH'], found['NEWEST_TRIED_TORCH'])"
+    bounds = re.findall(r"\d+", run(script).stdout.splitlines()[-1])
+    assert bounds == [*oldest.split("."), *newest.split(".")]
+    assert required[1] == oldest
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "tag"),
+    [("2.13.0+cpu", "torch2.13.0.cpu"), ("2.15.0", "torch2.15.0"), ("2.11.0a0+git1a2b", None)],
+)
+def test_the_version_names_the_torch_that_it_is_for(torch_version, tag):
+    process = run(f"torch.__version__ = {torch_version!r}; setup('--version')")
+    found = process.stdout.splitlines()[-1]
+    assert found == f"{fastnn.__version__}+{tag or 'torch2.11.0a0.git1a2b'}"
+
+
+# --- the compiler ---------------------------------------------------------------------------------
+
+
+def test_no_compiler():
+    message = sentence("setup('build_ext')", CXX="no-such-compiler")
+    assert "no C++ compiler (no-such-compiler) was found" in message
+
+
+@pytest.mark.parametrize("command", ["false", "env no-such-compiler -pipe"])
+def test_compiler_that_does_not_run(command):
+    assert f"{command} does not tell its version" in sentence("setup('build_ext')", CXX=command)
+
+
+# Builds an extension of one file with the command that builds fastnn's.
+ONE_FILE = """
+setuptools.setup = lambda **options: None
+found = setup()
+Build = found["BuildFastnn"]
+Build.run.__globals__["BUILD_FOLDER"] = type(found["BUILD_FOLDER"])("build")
+os.chdir({folder!r})
+Build.build_simd_kernels = lambda self, compiler: []
+Build.write_build_info = lambda self, folder: print("built by", found["compiler_version"]())
+includes = [os.path.abspath("csrc/headers")]
+extension = found["CppExtension"]("one", ["csrc/one.cpp"], include_dirs=includes)
+setup_again = __import__("distutils.core", fromlist=["setup"]).setup
+sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace"]
+setup_again(name="one", ext_modules=[extension], cmdclass={{"build_ext": Build}})
+import one
+print("imported", one.__name__)
+"""
+
+SOURCE = """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "one"};
+PyMODINIT_FUNC PyInit_one() { return PyModule_Create(&definition); }
+"""
+
+
+@pytest.mark.parametrize("folder", ["plain", "my nets"])
+@pytest.mark.parametrize("command", ["g++", "g++ -pipe", "env 'A=a b' g++ -pipe"])
+def test_compilers_of_one_word_and_of_several(tmp_path, folder, command):
+    """The build says in a line which file it compiles."""
+    folder = tmp_path / folder
+    (folder / "csrc/headers").mkdir(parents=True)
+    (folder / "csrc/one.cpp").write_text('#include "one.h"')
+    (folder / "csrc/headers/one.h").write_text(SOURCE)
+    script = ONE_FILE.format(folder=str(folder))
+    process = run(script, folder, FASTNN_CUDA="0", CXX=command, PYTHONPATH=str(folder))
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[0] == "[1/1] csrc/one.cpp"
+    assert lines[-1] == "imported one"
