@@ -97,7 +97,7 @@ def _limits(limits: dict) -> str:
 def _losses(results: list[dict]) -> str:
     """Where a peer is ahead in any of the three times, the worst first."""
     found = [
-        (ratio, [key(result), time, peer, f"**{ratio_text(ratio)}x**"])
+        (ratio, [key(result), time, _named(result, peer), f"**{ratio_text(ratio)}x**"])
         for result in results
         for time, (peer, ratio) in _rivals(result).items()
         if ratio < 1
@@ -141,12 +141,17 @@ def _row(result: dict, name: str) -> list[str]:
     ratio = None if is_ours else result["ratios"][name]
     return [
         *(case if is_ours else [""] * len(case)),
-        name + ("" if contender["trainable"] else ", computes no gradients"),
+        _named(result, name),
         amount(contender["median"], result["unit"]) + (WAITS if contender.get("waits") else ""),
         *(amount(contender[time], "seconds") if time in contender else "" for time in MORE_TIMES),
         "" if ratio is None else _ratio(ratio),
         share_text(result) if is_ours else "",
     ]
+
+
+def _named(result: dict, contender: str) -> str:
+    trainable = result["contenders"][contender]["trainable"]
+    return contender + ("" if trainable else ", computes no gradients")
 
 
 def _ratio(ratio: float) -> str:

@@ -120,9 +120,10 @@ def test_graphs_that_share_their_memory():
     inputs = [torch.randn(64, size, device="cuda", requires_grad=True) for size in (5000, 300)]
     target = torch.arange(64, device="cuda")
     graphs, results = [torch.cuda.CUDAGraph() for _ in inputs], []
+    pool = torch.cuda.graph_pool_handle()
     for graph, logits in zip(graphs, inputs, strict=True):
         captured(lambda logits=logits: loss_and_gradient(logits, target))
-        with torch.cuda.graph(graph, pool=graphs[0].pool()):
+        with torch.cuda.graph(graph, pool=pool):
             results.append(loss_and_gradient(logits, target))
     for _ in range(2):
         for graph, logits, result in zip(graphs, inputs, results, strict=True):
@@ -168,7 +169,7 @@ def test_a_step_over_more_tensors_than_a_launch_takes(momentum):
     """The CPU's steps: the same operations in another order, of which the compiler may fuse some."""
     generator = torch.Generator().manual_seed(0)
     sizes = [*range(1, 300), 100_003]
-    values = [torch.randn(size, generator=generator) for size in sizes]
+    values = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
     stepped = []
     for device in ("cpu", "cuda"):
         params = [torch.nn.Parameter(value.to(device, copy=True)) for value in values]
