@@ -1159,7 +1159,7 @@ def test_fused_sgd_competes_over_bfloat16_where_torch_steps_right():
         for new, old, grad in zip(moved, params, grads, strict=True)
     )
     outcome = worker.Outcome([one for one in case.contenders() if one.name == "SGD fused"])
-    worker._check(case, outcome, torch.Generator().manual_seed(0), CPU)
+    worker._check(case, outcome, torch.Generator().manual_seed(0))
     assert [one.name for one in outcome.contenders] == ["SGD fused"] * is_right
     assert [reason.startswith("wrong by") for reason in outcome.skipped.values()] == [True] * (
         not is_right

@@ -166,7 +166,7 @@ def test_a_backward_after_a_forward_on_another_stream():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_step_over_more_tensors_than_a_launch_takes(momentum):
-    """The CPU's steps: the same operations in another order, of which the compiler may fuse some."""
+    """The CPU's steps: the same operations, of which each compiler may fuse others."""
     generator = torch.Generator().manual_seed(0)
     sizes = [*range(1, 300), 100_003]
     values = [torch.randn(size, generator=generator, device="cpu") for size in sizes]

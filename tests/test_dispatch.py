@@ -267,13 +267,15 @@ class Recorded(TorchDispatchMode):
 )
 @pytest.mark.parametrize(
     ("device", "fused"),
-    [("cpu", {"linear_relu", "log_softmax", "nll_loss", "cross_entropy"})]
-    + [
+    [
+        ("cpu", {"linear_relu", "log_softmax", "nll_loss", "cross_entropy"}),
         ("mps", set()),
         pytest.param(
             "xpu",
             set(),
-            marks=pytest.mark.not_on_a_gpu("where there is one, torch starts a fake tensor's device"),
+            marks=pytest.mark.not_on_a_gpu(
+                "where there is one, torch starts a fake tensor's device"
+            ),
         ),
     ],
 )

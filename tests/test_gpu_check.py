@@ -1,4 +1,4 @@
-"""``make gpu-check`` without a GPU: how steps are run, and that the scripts they run hold together."""
+"""``make gpu-check`` without a GPU: how steps are run, and that their scripts hold together."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def test_a_step_that_can_not_be_started_stops_no_other(tmp_path):
 
 
 def test_a_result_is_saved_before_the_next_phase_begins(tmp_path):
-    reads = f"import json; print([r['step'] for r in json.load(open({str(tmp_path)!r}'/summary.json'))])"
+    reads = (
+        "import json; "
+        f"print([r['step'] for r in json.load(open({str(tmp_path / 'summary.json')!r}))])"
+    )
     results = run(tmp_path, Step("first", python(""), 30, 0), Step("second", python(reads), 30, 1))
     assert results["second"]["tail"] == "['first']\n"
 
@@ -80,7 +83,8 @@ def test_steps_of_a_phase_run_side_by_side(tmp_path):
 
 def test_a_step_that_hangs_is_stopped_and_what_it_says_then_is_kept(tmp_path):
     hangs = (
-        "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('so far: 3 of 5')"
+        "import time\ntry:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('so far: 3 of 5')"
     )
     results = run(tmp_path, Step("slow", python(hangs), 2, 0), Step("next", python(""), 30, 1))
     assert results["slow"]["status"] == "out of time"
@@ -139,13 +143,26 @@ def test_the_tests_that_failed_are_named(tmp_path):
 
 def test_without_a_report_of_tests_there_are_no_counts(tmp_path):
     (tmp_path / "half.xml").write_text("<testsuites><testsuite>")
-    assert check.read_junit(tmp_path / "half.xml") == check.read_junit(tmp_path / "no.xml") == ({}, [])
+    assert (
+        check.read_junit(tmp_path / "half.xml") == check.read_junit(tmp_path / "no.xml") == ({}, [])
+    )
 
 
 def test_a_line_of_the_report_says_why_a_step_did_not_run():
     ran = Result("tests", "failed", 12.34, 1, {"passed": 5, "failed": 1, "skipped": 0}, tail="...")
-    assert check.line(ran).split() == ["tests", "failed", "12.3", "s", "5", "passed,", "1", "failed"]
-    assert check.line(Result("ncu", "not run", tail="no time was left")).endswith("no time was left")
+    assert check.line(ran).split() == [
+        "tests",
+        "failed",
+        "12.3",
+        "s",
+        "5",
+        "passed,",
+        "1",
+        "failed",
+    ]
+    assert check.line(Result("ncu", "not run", tail="no time was left")).endswith(
+        "no time was left"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -190,6 +207,32 @@ def test_the_steps_fit_the_time_and_what_is_timed_runs_alone():
     for name in ("ceilings", "bench", "ncu"):
         (phase,) = (step.phase for step in all_steps if step.name == name)
         assert sum(step.phase == phase for step in all_steps) == 1
+
+
+WITHOUT_EXPECTTEST = """
+import sys
+sys.modules["expecttest"] = None  # as if it were not installed
+sys.path.insert(0, "tests/gpu")
+import importlib.util
+importlib.util.find_spec = lambda name, find=importlib.util.find_spec: (
+    None if name == "expecttest" else find(name)
+)
+import pytest, steps
+sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *steps.TESTS]))
+"""
+
+
+def test_the_tests_on_the_device_are_collected_without_expecttest():
+    process = subprocess.run(
+        python(WITHOUT_EXPECTTEST),
+        cwd=steps.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-2000:]
+    assert "tests/test_operators.py" in process.stdout
+    assert "tests/test_torch_inputs.py" not in process.stdout
 
 
 def test_what_the_steps_name_is_there():

@@ -66,7 +66,8 @@ bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t de
   // The library alone has TF32: a layer's rounding would else depend on its batch.
   if (dtype == at::kFloat && at::globalContext().allowTF32CuBLAS()) return true;
   const Largest largest = largest_tiled(dtype);
-  return depth > largest.depth || double(rows) * double(cols) * double(depth) > largest.multiplications;
+  return depth > largest.depth ||
+         double(rows) * double(cols) * double(depth) > largest.multiplications;
 }
 
 int multiprocessors() {

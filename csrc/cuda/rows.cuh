@@ -129,7 +129,8 @@ struct SumState {
 
 // exp(x) as a term of a sum that is rounded to T. For two bytes it is enough that it has the digits
 // of float32 but the last few, and the sum is 1 at least, so that nothing subnormal counts: three
-// instructions in place of seven, of which the forward over such rows otherwise has too many (H200).
+// instructions in place of seven, of which the forward over such rows otherwise has too many
+// (H200).
 template <typename T>
 __device__ accum<T> exp_for_sum(accum<T> x) {
   constexpr float kLog2E = 1.44269504f;

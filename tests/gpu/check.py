@@ -19,6 +19,7 @@ The exit status is 0 if every step that ran has passed, 1 if one has not, 2 wher
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -145,10 +146,8 @@ class Running:
         return False
 
     def signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def output(self) -> bytes:
         return self.path.read_bytes()

@@ -3,9 +3,9 @@
     compute-sanitizer --tool memcheck python tests/gpu/launches.py
 
 Sizes are small and odd, so that vectors have ends, and tiles and slices tails. Results are tested
-elsewhere. `--no-library` leaves out what cuBLAS multiplies: its kernels make racecheck fail, and what
-they wrote counts as unwritten where initcheck watches ours alone. For the latter the inputs come from
-the host, and so do the gradients that a backward starts from.
+elsewhere. ``--no-library`` leaves out what cuBLAS multiplies: its kernels make racecheck fail, and
+what they wrote counts as unwritten where initcheck watches ours alone. For the latter the inputs
+come from the host, and so do the gradients that a backward starts from.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Smoke:
 
     def product(self, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> str:
         def exact(value: Tensor, *leaves: Tensor) -> Tensor:
-            # What is off by a rounding error from zero may be on its other side: ReLU as we took it.
+            # What is a rounding error from zero may be on its other side: ReLU as we took it.
             return torch.where(value > 0, F.linear(*leaves), 0.0)
 
         leaves = self.product_leaves(shape, dtype)
@@ -168,12 +168,12 @@ class Smoke:
         dtype: torch.dtype,
         tolerance: float,
     ) -> str:
-        """Value and gradients; returns the errors. ``exact`` gets our value, then the inputs."""
+        """Value and gradients; returns their errors. ``exact`` gets our value, then the inputs."""
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         exact_leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
         value = ours(*leaves)
         exact_value = exact(value.detach(), *exact_leaves)
-        # A mean's gradients are small: as with a GradScaler, or float16 would have few bits of them.
+        # A mean's gradients are small: scaled, or float16 would have few bits of them.
         scale = inputs[0].numel() / inputs[0].shape[1] if value.dim() == 0 else 1.0
         incoming = (1 + self.normal(*value.shape, dtype=torch.float32).abs()).mul(scale).to(dtype)
         results = [value, *torch.autograd.grad(value, leaves, incoming)]

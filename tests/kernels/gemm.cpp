@@ -26,8 +26,8 @@ struct Tile {
 };
 constexpr int64_t kDepth = 200;
 constexpr int64_t kGroup = 4;
-// Depths that can't be halved in whole vectors, at most a vector below a limit of two blocks: were a
-// block to exceed the limit, its panels would run into the next part of the scratch memory.
+// Depths that can't be halved in whole vectors, at most a vector below a limit of two blocks: were
+// a block to exceed the limit, its panels would run into the next part of the scratch memory.
 constexpr int64_t kUnevenDepths[] = {2 * kDepth - 8, 2 * kDepth, 2 * kDepth + 16};
 
 std::vector<Size> sizes(const Tile& tile) {
@@ -60,8 +60,8 @@ std::vector<Size> sizes(const Tile& tile) {
   result.push_back({simd::kGemmRows, tile.cols - 1, 2});
   result.push_back({simd::kGemmRows, simd::kGemmCols, 1});
   for (const int64_t d : kUnevenDepths) {
-    result.push_back({simd::kGemmRows, 3, d});          // the left operand's last panel
-    result.push_back({2, 2 * kGroup * tile.cols, d});   // the right one's, beside sums
+    result.push_back({simd::kGemmRows, 3, d});         // the left operand's last panel
+    result.push_back({2, 2 * kGroup * tile.cols, d});  // the right one's, beside sums
   }
   // More than one block, on one thread and on several.
   for (const int64_t n : {simd::kGemmRows - 1, simd::kGemmRows + 1, 2 * simd::kGemmRows + 9}) {

@@ -37,8 +37,8 @@ inline int64_t size(Range range) {
 }
 
 // A range in the fewest parts of at most `most`, as equal as can be, their sizes multiples of
-// `unit`, but for the last. There is always one part. Parts are counted in whole units, so that none
-// exceeds `most`: scratch memory has room for no more.
+// `unit`, but for the last. There is always one part. Parts are counted in whole units, so that
+// none exceeds `most`: scratch memory has room for no more.
 struct Split {
   Range all;
   int64_t unit;
