@@ -31,7 +31,7 @@ def setup(*arguments):
 
 def sentence(script: str, **variables: str) -> str:
     """The one that the build ends with."""
-    process = run(script, FASTNN_CUDA="0", **variables)
+    process = run(script, **{"FASTNN_CUDA": "0", **variables})
     assert process.returncode == 1
     (line,) = process.stderr.strip().splitlines()
     assert line.startswith("fastnn: ") and line.endswith((".", "`"))
@@ -87,6 +87,35 @@ def test_the_version_names_the_torch_that_it_is_for(torch_version, tag):
     process = run(f"torch.__version__ = {torch_version!r}; setup('--version')")
     found = process.stdout.splitlines()[-1]
     assert found == f"{fastnn.__version__}+{tag or 'torch2.11.0a0.git1a2b'}"
+
+
+# --- tools ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "variables", "expected"),
+    [
+        ("13.0", {"FASTNN_CUDA": "2"}, "FASTNN_CUDA must be auto, 0 or 1, not '2'."),
+        (None, {"FASTNN_CUDA": "1"}, "is built without CUDA"),
+        ("13.0", {"FASTNN_CUDA": "1", "CUDA_HOME": "/nowhere"}, "no nvcc at /nowhere/bin/nvcc"),
+    ],
+)
+def test_cuda_part_that_can_t_be_built(torch_cuda, variables, expected):
+    script = f"torch.version.cuda = {torch_cuda!r}; setup('--version')"
+    assert expected in sentence(script, **variables)
+
+
+def test_without_ninja_a_line_says_so():
+    script = """
+import shutil
+which = shutil.which
+shutil.which = lambda name, **options: None if name == "ninja" else which(name, **options)
+setup("build_ext")
+"""
+    process = run(script, FASTNN_CUDA="0", CXX="false")
+    assert process.stdout.splitlines()[1:] == [
+        "fastnn: ninja was not found; one file is compiled after the other, all anew."
+    ]
 
 
 # --- the compiler ---------------------------------------------------------------------------------
