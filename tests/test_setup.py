@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,26 @@ def test_the_version_names_the_torch_that_it_is_for(torch_version, tag):
     process = run(f"torch.__version__ = {torch_version!r}; setup('--version')")
     found = process.stdout.splitlines()[-1]
     assert found == f"{fastnn.__version__}+{tag or 'torch2.11.0a0.git1a2b'}"
+
+
+def test_the_version_of_a_source_distribution_is_fixed(tmp_path):
+    """pip refuses one whose version changes as it is built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastnn/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    shutil.copytree(REPOSITORY / "csrc", tmp_path / "csrc")
+    (tmp_path / "PKG-INFO").touch()
+    own = fastnn.__version__
+    for variables, expected in (
+        ({}, own),
+        ({"FASTNN_LOCAL_VERSION": "torch2.13"}, f"{own}+torch2.13"),
+    ):
+        command = [sys.executable, "-W", "ignore", "setup.py", "--version"]
+        environment = {**os.environ, "FASTNN_CUDA": "0", **variables}
+        process = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert process.stdout.splitlines()[-1] == expected
 
 
 # --- tools ----------------------------------------------------------------------------------------
