@@ -176,13 +176,13 @@ def start_simd_compile(compiler: list[str], target: str, output: Path) -> subpro
     return subprocess.Popen(command)
 
 
-# What ninja prints of a file: its number, and a command of many lines.
+# What ninja prints for a file: its number and a command, which is long.
 COMMAND = re.compile(r"(\[\d+/\d+\]) .*(csrc/\S+\.(?:cpp|cu))\b.*")
 
 
 @contextmanager
 def one_line_per_file() -> Iterator[None]:
-    """Leaves of each command that is printed the number and the file."""
+    """Shortens each command that is printed to its number and its file."""
     output = os.dup(1)
     reading, writing = os.pipe()
     os.dup2(writing, 1)
