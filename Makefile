@@ -161,6 +161,7 @@ $(VENV)/.build_tool: $(VENV)/.torch
 # Not editable: the extension in the working tree is another torch's.
 $(VENV)/.stacks: $(VENV)/.torch setup.py pyproject.toml $(CXX_FILES) $(wildcard fastnn/*.py) tests/integrations/requirements.txt
 	@echo "Building fastnn (about three minutes on two cores) ..."
+	FASTNN_CUDA=0 $(PY) -W ignore setup.py --quiet build_ext
 	FASTNN_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation . -r tests/integrations/requirements.txt
 	touch $@
 

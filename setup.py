@@ -176,13 +176,13 @@ def start_simd_compile(compiler: list[str], target: str, output: Path) -> subpro
     return subprocess.Popen(command)
 
 
-# What ninja prints of a file: its number, and a command of many lines.
+# What ninja prints for a file: its number and a command, which is long.
 COMMAND = re.compile(r"(\[\d+/\d+\]) .*(csrc/\S+\.(?:cpp|cu))\b.*")
 
 
 @contextmanager
 def one_line_per_file() -> Iterator[None]:
-    """Leaves of each command that is printed the number and the file."""
+    """Shortens each command that is printed to its number and its file."""
     output = os.dup(1)
     reading, writing = os.pipe()
     os.dup2(writing, 1)
@@ -264,9 +264,14 @@ def extension() -> Extension:
 
 
 def version() -> str:
-    """fastnn's own and, but for the source distribution, the torch that it is built for."""
-    own = re.search(r'^__version__ = "(.+)"', Path("fastnn/__init__.py").read_text(), re.MULTILINE)
-    return own[1] if "sdist" in sys.argv else f"{own[1]}+{TORCH_TAG}"
+    """fastnn's own, and the torch that it is built for."""
+    source = Path("fastnn/__init__.py").read_text()
+    own = re.search(r'^__version__ = "(.+)"', source, re.MULTILINE)[1]
+    if "sdist" in sys.argv:
+        return own
+    # pip refuses a source distribution, where PKG-INFO lies, that is built as another version.
+    local = os.environ.get("FASTNN_LOCAL_VERSION", "" if Path("PKG-INFO").exists() else TORCH_TAG)
+    return f"{own}+{local}" if local else own
 
 
 setup(

@@ -78,7 +78,7 @@ def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
 
 # A scheduler replaces its optimizer's step with one that has the mark, and that sets the note by
 # which the scheduler knows that a step came first. In a PyTorch without the mark, SGD.from_torch
-# refuses an optimizer with a scheduler; without the note, nobody reads it.
+# refuses an optimizer with a scheduler; without the note, nothing reads it.
 _STEP_MARK = "_wrapped_by_lr_sched"
 
 

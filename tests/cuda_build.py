@@ -95,6 +95,9 @@ def main() -> None:
 def build() -> None:
     print(f"--- building for {ARCHITECTURES} (ten minutes on two cores)", flush=True)
     variables = {"FASTNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}
+    run(
+        [sys.executable, "-W", "ignore", "setup.py", "--quiet", "build_ext", "--inplace"], variables
+    )
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation"]
     run([*pip, "--editable", ".[test]"], variables)
 

@@ -7,6 +7,7 @@ The wheel is built from the source distribution, unpacked in an empty folder: it
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import venv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DIST = REPOSITORY / "dist"
@@ -50,23 +53,29 @@ print(f"trained: loss {ours[0]:.3f} -> {ours[-1]:.3f}, as with stock PyTorch")
 """
 
 
-def main(torch: str) -> None:
+def main(requirement: str) -> None:
     shutil.rmtree(DIST, ignore_errors=True)
     print("--- building (some minutes)", flush=True)
     # Without --wheel and --sdist it unpacks the one to build the other.
+    os.environ["FASTNN_LOCAL_VERSION"] = tag_of(torch.__version__)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", DIST, quiet=True)
     (wheel,) = DIST.glob("*.whl")
     check_contents(wheel)
     with TemporaryDirectory() as folder:
-        print(f"--- installing {wheel.name} and {torch} into a new environment", flush=True)
+        print(f"--- installing {wheel.name} and {requirement} into a new environment", flush=True)
         python = make_environment(Path(folder) / "venv")
-        run(python, "-m", "pip", "install", "--quiet", torch, wheel)
+        run(python, "-m", "pip", "install", "--quiet", requirement, wheel)
         empty = Path(folder) / "empty"
         empty.mkdir()
         # -I: whatever PYTHONPATH says. Without the extension the import warns.
         run(python, "-I", "-W", "error::RuntimeWarning", "-c", SMOKE, cwd=empty)
         run(python, "-I", "-m", "fastnn.env", cwd=empty)
     print("\n".join(f"dist/{path.name}" for path in sorted(DIST.iterdir())))
+
+
+def tag_of(torch_version: str) -> str:
+    """What a wheel's version says of the torch that it is for."""
+    return f"torch{torch_version.replace('+', '.')}"
 
 
 def run(*command: str | Path, cwd: Path = REPOSITORY, quiet: bool = False) -> None:
@@ -91,7 +100,7 @@ def check_contents(wheel: Path) -> None:
         if problems:
             sys.exit("\n".join([f"dist.py: {wheel.name}:", *problems]))
         info = json.loads(archive.read("fastnn/_build_info.json"))
-    if f"+torch{info['torch'].replace('+', '.')}-" not in wheel.name:
+    if f"+{tag_of(info['torch'])}-" not in wheel.name:
         sys.exit(f"dist.py: {wheel.name} does not name torch {info['torch']}, which it is for")
     cuda = "with" if info["cuda"] else "without"
     print(f"{wheel.name}: for torch {info['torch']}, {cuda} CUDA", flush=True)

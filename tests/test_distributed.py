@@ -211,7 +211,10 @@ def make_whole_params(spreads: str) -> list[Tensor]:
 
 
 def spread(tensor: Tensor, placement: Placement) -> DTensor:
-    return distribute_tensor(tensor, init_device_mesh("cpu", (RANKS,)), [placement])
+    mesh = init_device_mesh("cpu", (RANKS,))
+    if isinstance(placement, Partial):  # which torch 2.9's distribute_tensor refuses
+        return DTensor.from_local(tensor / RANKS, mesh, [placement])
+    return distribute_tensor(tensor, mesh, [placement])
 
 
 def take_steps(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +33,12 @@ def setup(*arguments):
 
 def sentence(script: str, **variables: str) -> str:
     """The one that the build ends with."""
-    process = run(script, FASTNN_CUDA="0", **variables)
+    process = run(script, **{"FASTNN_CUDA": "0", **variables})
     assert process.returncode == 1
-    (line,) = process.stderr.strip().splitlines()
+    # Before it, torch may log that its CUDA finds no GPU.
+    line = process.stderr.strip().splitlines()[-1]
     assert line.startswith("fastnn: ") and line.endswith((".", "`"))
+    assert "Traceback" not in process.stderr
     return line
 
 
@@ -87,6 +91,55 @@ def test_the_version_names_the_torch_that_it_is_for(torch_version, tag):
     process = run(f"torch.__version__ = {torch_version!r}; setup('--version')")
     found = process.stdout.splitlines()[-1]
     assert found == f"{fastnn.__version__}+{tag or 'torch2.11.0a0.git1a2b'}"
+
+
+def test_the_version_of_a_source_distribution_is_fixed(tmp_path):
+    """pip refuses one whose version changes as it is built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastnn/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    shutil.copytree(REPOSITORY / "csrc", tmp_path / "csrc")
+    (tmp_path / "PKG-INFO").touch()
+    own = fastnn.__version__
+    for variables, expected in (
+        ({}, own),
+        ({"FASTNN_LOCAL_VERSION": "torch2.13"}, f"{own}+torch2.13"),
+    ):
+        command = [sys.executable, "-W", "ignore", "setup.py", "--version"]
+        environment = {**os.environ, "FASTNN_CUDA": "0", **variables}
+        process = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert process.stdout.splitlines()[-1] == expected
+
+
+# --- tools ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "variables", "expected"),
+    [
+        ("13.0", {"FASTNN_CUDA": "2"}, "FASTNN_CUDA must be auto, 0 or 1, not '2'."),
+        (None, {"FASTNN_CUDA": "1"}, "is built without CUDA"),
+        ("13.0", {"FASTNN_CUDA": "1", "CUDA_HOME": "/nowhere"}, "no nvcc at /nowhere/bin/nvcc"),
+    ],
+)
+def test_cuda_part_that_can_t_be_built(torch_cuda, variables, expected):
+    script = f"torch.version.cuda = {torch_cuda!r}; setup('--version')"
+    assert expected in sentence(script, **variables)
+
+
+def test_without_ninja_a_line_says_so():
+    script = """
+import shutil
+which = shutil.which
+shutil.which = lambda name, **options: None if name == "ninja" else which(name, **options)
+setup("build_ext")
+"""
+    process = run(script, FASTNN_CUDA="0", CXX="false")
+    assert process.stdout.splitlines()[1:] == [
+        "fastnn: ninja was not found; one file is compiled after the other, all anew."
+    ]
 
 
 # --- the compiler ---------------------------------------------------------------------------------
