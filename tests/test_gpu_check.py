@@ -141,6 +141,14 @@ def test_the_tests_that_failed_are_named(tmp_path):
     assert [name.rpartition("::")[2] for name in result["failures"]] == ["test_b", "test_d"]
 
 
+def test_a_hidden_report_of_tests_goes_when_it_has_been_read(tmp_path):
+    for name in ("junit.xml", ".junit-large.xml"):
+        path = tmp_path / name
+        path.write_text("<testsuites><testsuite><testcase name='t'/></testsuite></testsuites>")
+        assert check.take_junit(path)[0]["passed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["junit.xml"]
+
+
 def test_without_a_report_of_tests_there_are_no_counts(tmp_path):
     (tmp_path / "half.xml").write_text("<testsuites><testsuite>")
     assert (

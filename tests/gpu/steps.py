@@ -31,7 +31,8 @@ class Step:
         env: variables beside those of this process.
         needs: a program without which the step is not run.
         done_if: a command that succeeds where the step need not run.
-        junit: the name of the report of tests that it writes, if it does.
+        junit: the name of the report of tests that it writes, if it does. One whose name begins
+            with a point goes when it has been read.
     """
 
     name: str
@@ -117,7 +118,7 @@ def correct(out: Path) -> Iterator[Step]:
     if has("pytest_timeout"):
         command += ["--timeout", "90"]
     yield Step("tests", [*command, *TESTS], 180, 3, env=env, junit=junit)
-    junit = "junit-cuda.xml"
+    junit = ".junit-cuda.xml"
     command = [*pytest(out / junit), "tests/test_cuda.py"]
     yield Step("graphs", command, 90, 3, env=env, junit=junit)
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
@@ -157,7 +158,7 @@ def measured(out: Path) -> Iterator[Step]:
 
 
 def large(out: Path) -> Iterator[Step]:
-    junit = "junit-large.xml"
+    junit = ".junit-large.xml"
     command = [*pytest(out / junit), "--large", "-x", "tests/test_large.py"]
     yield Step("large", command, 120, 6, junit=junit)
 
