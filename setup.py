@@ -39,16 +39,16 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 try:
     import torch
-except ImportError:
+except (ImportError, OSError) as error:  # OSError: one of its libraries is missing
     fail(
-        "torch can't be imported while building; install it and build without isolation: "
-        "`pip install torch setuptools ninja && pip install --no-build-isolation .`"
+        f"torch can't be imported while building ({error}); install it and build without "
+        "isolation: `pip install torch setuptools ninja && pip install --no-build-isolation .`"
     )
 
 OLDEST_TORCH, NEWEST_TRIED_TORCH = (2, 9), (2, 15)
 TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 if TORCH_VERSION < OLDEST_TORCH:
-    fail(f"torch {torch.__version__} is too old; install torch 2.9 or newer, then fastnn again.")
+    fail(f"torch {torch.__version__} is too old; install torch 2.9 or newer, then fastnn.")
 
 # What is built fits this torch alone: the installed version and the folder of the objects name it.
 TORCH_TAG = f"torch{torch.__version__.replace('+', '.')}"
@@ -133,6 +133,8 @@ class BuildFastnn(BuildExtension):
         compiler_version()  # or the build ends, before the first file
         if len(compiler_command()) > 1:
             make_one_word(compiler_command())
+        elif "CXX" in os.environ:
+            os.environ["CXX"] = compiler_command()[0]
         super().run()
         self.write_build_info(Path("fastnn") if self.inplace else Path(self.build_lib) / "fastnn")
 
@@ -140,11 +142,13 @@ class BuildFastnn(BuildExtension):
         folder = Path("build", "simd")
         folder.mkdir(parents=True, exist_ok=True)
         outputs = {target: folder / f"kernels_{target}.o" for target in simd_targets()}
-        compiles = {
-            target: start_simd_compile(compiler, target, output)
-            for target, output in outputs.items()
-            if not is_up_to_date(output)
-        }
+        compiles = {}
+        for target, output in outputs.items():
+            command = simd_command(compiler, target, output)
+            if not is_up_to_date(output, command):
+                print(SIMD["SOURCE"], "for", target, flush=True)
+                output.with_suffix(".command").write_text(shlex.join(command))
+                compiles[target] = subprocess.Popen(command)
         for target, process in compiles.items():
             if process.wait() != 0:
                 outputs[target].unlink(missing_ok=True)
@@ -168,12 +172,10 @@ class BuildFastnn(BuildExtension):
         (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-def start_simd_compile(compiler: list[str], target: str, output: Path) -> subprocess.Popen:
+def simd_command(compiler: list[str], target: str, output: Path) -> list[str]:
     flags = [*COMMON_FLAGS, *SIMD["target_flags"](platform.machine(), target), "-fPIC"]
     dependencies = ["-MMD", "-MF", str(output.with_suffix(".d"))]
-    command = [*compiler, *flags, *dependencies, "-c", SIMD["SOURCE"], "-o", str(output)]
-    print(SIMD["SOURCE"], "for", target, flush=True)
-    return subprocess.Popen(command)
+    return [*compiler, *flags, *dependencies, "-c", SIMD["SOURCE"], "-o", str(output)]
 
 
 # What ninja prints for a file: its number and a command, which is long.
@@ -203,13 +205,14 @@ def one_line_per_file() -> Iterator[None]:
         thread.join()
 
 
-def is_up_to_date(output: Path) -> bool:
-    """Whether an object is newer than all that it was compiled from, and how."""
-    rule = output.with_suffix(".d")
-    if not (output.exists() and rule.exists()):
+def is_up_to_date(output: Path, command: list[str]) -> bool:
+    """Whether an object comes of this command, and is newer than all that it was compiled from."""
+    rule, earlier = output.with_suffix(".d"), output.with_suffix(".command")
+    if not (output.exists() and rule.exists() and earlier.exists()):
+        return False
+    if earlier.read_text() != shlex.join(command):
         return False
     files = rule.read_text().replace("\\\n", " ").partition(":")[2].split()
-    files += ["setup.py", "csrc/cpu/simd/targets.py"]
     return all(
         Path(file).exists() and Path(file).stat().st_mtime < output.stat().st_mtime
         for file in files
@@ -219,8 +222,15 @@ def is_up_to_date(output: Path) -> bool:
 @cache
 def compiler_command() -> list[str]:
     """The C++ compiler that torch's build will use: CXX, or c++ or g++."""
-    command = shlex.split(os.environ.get("CXX", ""))
-    command = command or ["c++" if shutil.which("c++") else "g++"]
+    try:
+        command = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        fail(f"CXX is {os.environ['CXX']!r}, which is no command ({error}).")
+    if not command:
+        os.environ.pop("CXX", None)  # set to nothing, torch would call nothing
+        command = ["c++" if shutil.which("c++") else "g++"]
+    if os.path.dirname(command[0]):
+        command[0] = os.path.abspath(command[0])  # ninja runs elsewhere
     if shutil.which(command[0]) is None:
         fail(
             f"no C++ compiler ({command[0]}) was found; install one (Debian and Ubuntu: "
@@ -233,7 +243,10 @@ def compiler_command() -> list[str]:
 @cache
 def compiler_version() -> str:
     command = compiler_command()
-    process = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    try:
+        process = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        fail(f"{shlex.join(command)} can't be run ({error}); name a C++ compiler in CXX.")
     if process.returncode != 0 or not process.stdout:
         fail(f"{shlex.join(command)} does not tell its version; name a C++ compiler in CXX.")
     return process.stdout.splitlines()[0]
@@ -271,6 +284,8 @@ def version() -> str:
         return own
     # pip refuses a source distribution, where PKG-INFO lies, that is built as another version.
     local = os.environ.get("FASTNN_LOCAL_VERSION", "" if Path("PKG-INFO").exists() else TORCH_TAG)
+    if not re.fullmatch(r"([a-zA-Z0-9]+([._-][a-zA-Z0-9]+)*)?", local):
+        fail(f"FASTNN_LOCAL_VERSION must be letters, digits and dots, not {local!r}.")
     return f"{own}+{local}" if local else own
 
 

@@ -158,13 +158,20 @@ def read_document(path: Path) -> dict:
         raise ReportError(f"{path} can't be read: {error.strerror}") from None
     except ValueError:
         document = None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+    if not (
+        isinstance(document, dict)
+        and document.get("schema") == SCHEMA
+        and {"machine", "command", "limits"} <= document.keys()
+        and document.get("results")
+    ):
         raise ReportError(f"{path} holds no results of this version of the benchmarks")
     return document
 
 
 def write_readme(document: dict, readme: Path, plots: Path | None) -> None:
     """Replaces the readme's section."""
+    if gpu(document):
+        raise ReportError("the readme shows the results of a CPU; --page writes those of a GPU")
     if not readme.is_file():
         raise ReportError(f"{readme} is not a file")
     text = readme.read_text()
@@ -206,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_page(document, options.page, options.plots)
         else:
             write_readme(document, options.readme, options.plots)
-    except (ReportError, MissingMatplotlib) as error:
+    except (ReportError, MissingMatplotlib, OSError) as error:
         print(f"benchmarks.report: error: {error}", file=sys.stderr)
         return 2
     return 0

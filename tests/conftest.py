@@ -66,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cuda":
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda needs a GPU, and torch finds none")
+        if not BUILT_FOR_CUDA:
+            raise pytest.UsageError("--device cuda needs fastnn's CUDA part, which is not built")
         # By default the library may add up parts of a sum that it has rounded to the narrow dtype:
         # errors of that kind have no bound that would say anything of ours.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

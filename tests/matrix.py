@@ -81,10 +81,15 @@ def run(version: str) -> Counts:
     make = ["make", "build", "VENV=.venv", f"TORCH=torch=={version}", f"PYTHON={PYTHONS[version]}"]
     # Not what the make that runs this was told.
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
-    subprocess.run(make, cwd=folder, env={**environment, "FASTNN_CUDA": "0"}, check=True)
+    built = subprocess.run(make, cwd=folder, env={**environment, "FASTNN_CUDA": "0"}, check=False)
+    if built.returncode != 0:
+        sys.exit(f"matrix.py: torch {version}: the build failed (see above).")
     report = folder / "build/tests.xml"
+    report.unlink(missing_ok=True)  # an earlier run's
     pytest = [".venv/bin/python", "-m", "pytest", f"--junitxml={report}", *TESTS]
-    subprocess.run(pytest, cwd=folder, check=False)
+    tested = subprocess.run(pytest, cwd=folder, check=False)
+    if not report.exists():
+        sys.exit(f"matrix.py: torch {version}: the tests ended with {tested.returncode}.")
     return counts_in(report)
 
 

@@ -12,8 +12,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def copy_to(folder: Path) -> None:
     """Copies what git knows or would add; files that did not change stay, and stay built."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    for name in names.stdout.split("\0"):
+    listed = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    names = listed.stdout.split("\0")
+    wanted = {folder / name for name in names if (REPOSITORY / name).is_file()}
+    for pattern in ("csrc/**/*", "tests/**/*.py", "fastnn/*.py"):
+        for path in folder.glob(pattern):
+            if path.is_file() and path not in wanted:  # gone since: or it would be compiled, or run
+                path.unlink()
+    for name in names:
         source, target = REPOSITORY / name, folder / name
         if not source.is_file():
             continue

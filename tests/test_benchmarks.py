@@ -1310,6 +1310,32 @@ def test_report_refuses_other_files(tmp_path: Path, capsys):
     assert "holds no results" in errors[0] and "can't be read" in errors[1]
 
 
+@pytest.mark.parametrize(
+    "parts", [{}, {"machine": {"gpu": "A GPU"}, "command": "", "limits": {}, "results": []}]
+)
+def test_report_refuses_half_a_document(tmp_path: Path, parts: dict, capsys):
+    saved = tmp_path / "bench.json"
+    saved.write_text(json.dumps({"schema": make_document(WON)["schema"], **parts}))
+    assert report.main([str(saved), "--page", str(tmp_path / "page.md")]) == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+def test_report_puts_no_gpu_into_the_readme_and_no_page_where_a_folder_is(tmp_path: Path, capsys):
+    readme, saved = write_readme(tmp_path, f"{report.BEGIN}{report.END}")
+    before = readme.read_text()
+    saved.write_text(json.dumps(gpu_document(WON)))
+    assert report.main([str(saved), "--readme", str(readme)]) == 2
+    assert report.main([str(saved), "--page", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "--page writes those of a GPU" in errors[0] and "Is a directory" in errors[1]
+    assert readme.read_text() == before
+
+
+def test_the_page_of_the_documentation_shows_the_saved_results():
+    saved = report.read_document(ROOT / "benchmarks/results/h200.json")
+    assert (ROOT / "docs/performance_cuda.md").read_text() == report.page(saved, [])
+
+
 def test_plots_show_what_there_is(tmp_path: Path):
     drawn = plots.draw(make_document(WON, LOST), tmp_path)
     assert [path.name for path in drawn] == ["ratio.png"]  # none of these has a limit

@@ -15,7 +15,9 @@ TOOLKIT = runpy.run_path(str(Path(__file__).parents[1] / "csrc/cuda/toolkit.py")
 find, NotBuildable = TOOLKIT["find"], TOOLKIT["NotBuildable"]
 
 
-def make_nvcc(home: Path, release: str = "13.0", script: str | None = None) -> Path:
+def make_nvcc(
+    home: Path, release: str = "13.0", script: str | None = None, known: str = "75 80 86 90 100 120"
+) -> Path:
     """An nvcc that tells its version and its folder as the real one does."""
     nvcc = home / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -25,7 +27,7 @@ def make_nvcc(home: Path, release: str = "13.0", script: str | None = None) -> P
 case "$1" in
 --version) echo "Cuda compilation tools, release {release}, V{release}.88" ;;
 --dryrun) echo "#\\$ _HERE_=$(dirname "$0")" >&2 ;;
---list-gpu-arch) for sm in 75 80 86 90 100 120; do echo compute_$sm; done ;;
+--list-gpu-arch) for sm in {known}; do echo compute_$sm; done ;;
 esac
 """
     )
@@ -43,6 +45,17 @@ def test_toolkit_that_a_variable_names(tmp_path, variable):
     toolkit = find("2.14.1", "13.0", environment(**{variable: tmp_path}))
     assert (toolkit.home, toolkit.version) == (tmp_path, "13.0")
     assert toolkit.architectures == "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+
+
+def test_an_older_toolkit_builds_for_the_gpus_that_it_knows(tmp_path):
+    make_nvcc(tmp_path, "12.6", known="50 75 80 86 89 90")
+    toolkit = find("2.9.1", "12.6", environment(CUDA_HOME=tmp_path))
+    assert toolkit.architectures == "7.5;8.0;8.6;9.0+PTX"
+
+
+def test_a_toolkit_that_knows_none_of_the_gpus(tmp_path):
+    make_nvcc(tmp_path, "12.6", known="50 60")
+    assert "can build for none of 7.5, 8.0" in sentence("12.6", environment(CUDA_HOME=tmp_path))
 
 
 def test_toolkit_behind_a_wrapper_on_the_path(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -128,6 +129,61 @@ def test_a_step_that_is_done_already_is_not_run(tmp_path):
     assert results["to do"]["status"] == "failed"
 
 
+def test_a_question_whether_a_step_is_done_has_a_limit_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "DONE_IF_SECONDS", 0.5)
+    slow = python("import time; time.sleep(30)")
+    assert run(tmp_path, Step("step", python(""), 30, 0, done_if=slow))["step"]["returncode"] == 0
+
+
+def test_what_an_earlier_run_has_left_is_not_this_run_s(tmp_path):
+    for name in ("junit.xml", "bench.json", "bench.txt", "ncu.csv", "summary.json"):
+        (tmp_path / name).write_text("<testsuites><testsuite><testcase/></testsuite></testsuites>")
+    results = run(
+        tmp_path,
+        Step("tests", python("raise SystemExit(4)"), 30, 0, junit="junit.xml"),
+        Step("bench", python("print('new')"), 30, 0, writes=("bench.json",), output="bench.txt"),
+    )
+    assert results["tests"]["tests"] == {} and results["tests"]["failures"] == []
+    assert (tmp_path / "bench.txt").read_text() == "new\n"
+    # What no step of this run writes stays.
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench.txt", "ncu.csv", "summary.json", "log.txt",
+    }  # fmt: skip
+
+
+def test_a_step_is_told_how_long_it_may_take(tmp_path):
+    command = [*python("import sys; print(sys.argv[1])"), "{seconds}"]
+    results = run(tmp_path, Step("told", command, 100, 0), seconds=60)
+    assert 20 < int(results["told"]["tail"]) < 60 - steps.TO_SPARE
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_when_it_is_told_to_end_its_steps_end_too_and_are_in_the_summary(tmp_path, number):
+    child = tmp_path / "child"
+    program = f"""
+import signal, sys
+sys.path.insert(0, {str(GPU)!r})
+from pathlib import Path
+import check, steps
+check.why_no_gpu = lambda: None
+command = ["sh", "-c", "echo begun; sleep 8; touch {child}"]
+check.steps = lambda out: [steps.Step("long", command, 60, 0)]
+sys.exit(check.main(["--out", {str(tmp_path / "out")!r}]))
+"""
+    process = subprocess.Popen(python(program), stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "out/.long.log"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    result = summary(tmp_path / "out")["long"]
+    assert (result["status"], result["tail"]) == ("interrupted", "begun\n")
+    assert "===== long\nbegun" in (tmp_path / "out/log.txt").read_text()
+    time.sleep(8)
+    assert not child.exists()
+
+
 def test_the_tests_that_failed_are_named(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n"
@@ -204,6 +260,21 @@ def test_an_unknown_step_is_refused_by_name(capsys):
     assert "there is no step 'benhc'; the steps are smoke, bench" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["-5", "0", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        check.parse([f"--seconds={text}"], ["smoke"])
+    assert "expected a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_results_go_into_a_folder(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit):
+        check.parse(["--out", str(file)], ["smoke"])
+    assert f"{file} is not a folder" in capsys.readouterr().err
+
+
 def test_steps_can_be_chosen():
     assert check.parse(["--only", "bench,smoke"], ["smoke", "bench"]).only == ["bench", "smoke"]
     assert check.parse([], ["smoke", "bench"]).only == ["smoke", "bench"]
@@ -241,6 +312,27 @@ def test_the_tests_on_the_device_are_collected_without_expecttest():
     assert process.returncode == 0, process.stdout[-2000:]
     assert "tests/test_operators.py" in process.stdout
     assert "tests/test_torch_inputs.py" not in process.stdout
+
+
+def test_the_results_are_at_most_eight_files():
+    files = {"summary.json", "log.txt"}.union(*(step.files for step in steps.steps(Path("out"))))
+    assert len([name for name in files if not name.startswith(".")]) <= 8
+
+
+@pytest.mark.parametrize("script", ["smoke.py", "launches.py"])
+def test_the_scripts_refuse_an_extension_without_cuda(script):
+    """Or the reference would pass every check."""
+    code = (
+        "import runpy, sys; sys.argv = ['script', '--device', 'cuda']; "
+        f"sys.path.insert(0, {str(GPU)!r}); from fastnn import _extension; "
+        "_extension.build_info = lambda: {'cuda': False}; "
+        f"runpy.run_path({str(GPU / script)!r}, run_name='__main__')"
+    )
+    process = subprocess.run(
+        python(code), capture_output=True, text=True, check=False, env=check.environment({})
+    )
+    assert process.returncode == 1
+    assert "fastnn is built without its CUDA part here" in process.stderr
 
 
 def test_what_the_steps_name_is_there():

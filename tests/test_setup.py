@@ -56,6 +56,12 @@ def test_no_torch():
     assert "torch can't be imported while building" in message
 
 
+def test_torch_without_its_libraries(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so: no such file')")
+    script = f"sys.modules.pop('torch'); sys.path.insert(0, {str(tmp_path)!r}); setup('--version')"
+    assert "can't be imported while building (libcudart.so: no such file)" in sentence(script)
+
+
 def test_setuptools_that_is_too_old():
     message = sentence("setuptools.__version__ = '65.5.0'; setup('--version')")
     assert "setuptools 65.5.0 is too old" in message and '"setuptools>=77"' in message
@@ -113,6 +119,11 @@ def test_the_version_of_a_source_distribution_is_fixed(tmp_path):
         assert process.stdout.splitlines()[-1] == expected
 
 
+def test_a_local_version_that_is_none():
+    message = sentence("setup('--version')", FASTNN_LOCAL_VERSION="my build")
+    assert "FASTNN_LOCAL_VERSION must be letters, digits and dots, not 'my build'." in message
+
+
 # --- tools ----------------------------------------------------------------------------------------
 
 
@@ -153,6 +164,47 @@ def test_no_compiler():
 @pytest.mark.parametrize("command", ["false", "env no-such-compiler -pipe"])
 def test_compiler_that_does_not_run(command):
     assert f"{command} does not tell its version" in sentence("setup('build_ext')", CXX=command)
+
+
+def test_compiler_that_is_no_command():
+    assert "is no command (No closing quotation)" in sentence("setup('build_ext')", CXX='g++ "')
+
+
+def test_compiler_that_is_no_program(tmp_path):
+    program = tmp_path / "compiler"
+    program.write_bytes(b"\x7f")
+    program.chmod(0o755)
+    message = sentence("setup('build_ext')", CXX=str(program))
+    assert f"{program} can't be run" in message or "does not tell its version" in message
+
+
+COMPILER = "found = setup('--version'); print(found['compiler_command'](), os.environ.get('CXX'))"
+
+
+def test_a_compiler_set_to_nothing_is_as_if_it_were_not_set():
+    found = run(COMPILER, FASTNN_CUDA="0", CXX="").stdout.splitlines()[-1]
+    assert found in ("['c++'] None", "['g++'] None")
+
+
+def test_a_compiler_in_a_folder_is_found_from_any_other():
+    compiler = shutil.which("g++")
+    relative = os.path.relpath(compiler, REPOSITORY)
+    assert relative != compiler
+    found = run(COMPILER, FASTNN_CUDA="0", CXX=f"{relative} -pipe").stdout.splitlines()[-1]
+    assert found.startswith(f"[{os.path.abspath(compiler)!r}, '-pipe']")
+
+
+def test_kernels_are_compiled_anew_by_another_command(tmp_path):
+    output = tmp_path / "kernels.o"
+    output.with_suffix(".d").write_text("kernels.o: setup.py\n")
+    output.with_suffix(".command").write_text("g++ -O3")
+    output.touch()
+    script = f"""
+is_up_to_date = setup('--version')["is_up_to_date"]
+from pathlib import Path
+print(*(is_up_to_date(Path({str(output)!r}), command) for command in (["g++", "-O3"], ["g++"])))
+"""
+    assert run(script, FASTNN_CUDA="0").stdout.splitlines()[-1] == "True False"
 
 
 # Builds an extension of one file with the command that builds fastnn's.

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# For every GPU since Turing: one that is not named runs the code of its generation's nearest below;
-# a newer generation compiles the last one's PTX when it first loads it.
-ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+# For every GPU since Turing, as far as the toolkit knows them: one that is not named runs the code
+# of its generation's nearest below; a newer generation compiles the last one's PTX when it first
+# loads it.
+ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
+EXAMPLE = f"{';'.join(ARCHITECTURES)}+PTX"
 
 # A compute capability, or a generation's name such as Ampere.
 ARCHITECTURE = re.compile(r"(\d+\.\d)a?(\+PTX)?|[A-Z][a-z]+(\+[A-Z][a-z]+)?")
@@ -52,19 +54,24 @@ def find(torch_version: str, torch_cuda: str | None, environment: Mapping[str, s
 
 def _architectures(nvcc: Path, environment: Mapping[str, str]) -> str:
     """Those to build for, as torch takes them: separated by one semicolon each."""
-    names = environment.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(";", " ").split()
+    known = re.findall(r"compute_(\d+)(\d)\b", _output(nvcc, "--list-gpu-arch"))
+    if "TORCH_CUDA_ARCH_LIST" not in environment:
+        usual = [name for name in ARCHITECTURES if tuple(name.split(".")) in known]
+        if not usual:
+            raise NotBuildable(f"{nvcc} can build for none of {', '.join(ARCHITECTURES)}.")
+        return f"{';'.join(usual)}+PTX"
+    names = environment["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split()
     if not names:
         raise NotBuildable(
             "TORCH_CUDA_ARCH_LIST is empty; unset it to build for "
-            f"{ARCHITECTURES}, or name your GPU's compute capability in it (such as 8.0)."
+            f"{EXAMPLE}, or name your GPU's compute capability in it (such as 8.0)."
         )
-    known = re.findall(r"compute_(\d+)(\d)\b", _output(nvcc, "--list-gpu-arch"))
     for name in names:
         match = ARCHITECTURE.fullmatch(name)
         if match is None:
             raise NotBuildable(
                 f"TORCH_CUDA_ARCH_LIST has {name!r}; it must name compute capabilities, separated "
-                f"by semicolons, such as {ARCHITECTURES}."
+                f"by semicolons, such as {EXAMPLE}."
             )
         if match[1] and tuple(match[1].split(".")) not in known:
             capabilities = ", ".join(".".join(pair) for pair in known)

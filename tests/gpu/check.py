@@ -38,6 +38,9 @@ from steps import REPOSITORY, Step, steps
 LEAST_SECONDS = 15
 #: How long a step that has reached its limit may take to write what it has.
 GRACE_SECONDS = 8
+#: How long a step's done_if may take.
+DONE_IF_SECONDS = 60
+MOST_NAMES = 40  # of failed tests that are printed
 TAIL = 800  # characters of a step's output in the summary
 
 
@@ -46,7 +49,7 @@ class Result:
     """How a step ended."""
 
     step: str
-    status: str  # passed, failed, out of time, not run
+    status: str  # passed, failed, out of time, interrupted, not run
     seconds: float = 0.0
     returncode: int | None = None
     tests: dict[str, int] = field(default_factory=dict)
@@ -58,7 +61,8 @@ class Check:
     """Runs steps within a time, phase by phase; those of a phase run side by side.
 
     Args:
-        out: the folder of results.
+        out: the folder of results. What an earlier run has left there goes, as far as these steps
+            write it.
         seconds: how long the whole may take.
     """
 
@@ -70,17 +74,28 @@ class Check:
         self.log.write_bytes(b"")
 
     def run(self, chosen: Sequence[Step]) -> list[Result]:
-        for phase in sorted({step.phase for step in chosen}):
-            started = [self.start(step) for step in chosen if step.phase == phase]
-            running = [process for process in started if process is not None]
-            while running:
-                for process in list(running):
-                    if process.has_ended():
+        for name in {"summary.json"}.union(*(step.files for step in chosen)):
+            (self.out / name).unlink(missing_ok=True)
+        running: list[Running] = []
+        try:
+            for phase in sorted({step.phase for step in chosen}):
+                for step in chosen:
+                    if step.phase == phase and (process := self.start(step)) is not None:
+                        running.append(process)
+                while running:
+                    for process in [process for process in running if process.has_ended()]:
                         running.remove(process)
-                        self.save(process.result(self.out))
-                        self.append_to_log(process)
-                time.sleep(0.1)
+                        self.finish(process)
+                    time.sleep(0.1)
+        except KeyboardInterrupt:  # also where this process is told to end
+            for process in running:
+                process.interrupt()
+                self.finish(process)
         return self.results
+
+    def finish(self, process: Running) -> None:
+        self.save(process.result(self.out))
+        self.keep_output(process)
 
     def start(self, step: Step) -> Running | None:
         limit = min(step.seconds, self.end - time.monotonic() - GRACE_SECONDS)
@@ -92,7 +107,7 @@ class Check:
             return self.leave_out(step, "passed", "it was done already")
         print(f"{step.name} ...", flush=True)
         try:
-            return Running(step, limit, self.out / f".{step.name}.log")
+            return Running(step.within(limit), limit, self.out / f".{step.name}.log")
         except OSError as error:
             return self.leave_out(step, "failed", str(error))
 
@@ -108,9 +123,13 @@ class Check:
         temporary.write_text(json.dumps(document, indent=1) + "\n")
         temporary.replace(self.out / "summary.json")
 
-    def append_to_log(self, process: Running) -> None:
+    def keep_output(self, process: Running) -> None:
+        output = process.output()
         with self.log.open("ab") as log:
-            log.write(f"\n===== {process.step.name}\n".encode() + process.output())
+            log.write(f"\n===== {process.step.name}\n".encode() + output)
+        if process.step.output is not None:
+            with (self.out / process.step.output).open("ab") as file:
+                file.write(output)
         process.path.unlink()
 
 
@@ -121,7 +140,7 @@ class Running:
         self.step, self.path = step, path
         self.began = time.monotonic()
         self.until, self.kill_at = self.began + limit, self.began + limit + GRACE_SECONDS
-        self.stopped = False
+        self.stopped = self.interrupted = False
         with path.open("wb") as output:
             self.process = subprocess.Popen(
                 step.command,
@@ -140,10 +159,18 @@ class Running:
         now = time.monotonic()
         if now > self.kill_at:
             self.signal(signal.SIGKILL)
-        elif now > self.until and not self.stopped:
+            return now > self.kill_at + GRACE_SECONDS  # what a driver holds can't even be killed
+        if now > self.until and not self.stopped:
             self.stopped = True
             self.signal(signal.SIGINT)  # pytest and ncu still write what they have
         return False
+
+    def interrupt(self) -> None:
+        """Ends the process at once, as this program is to end."""
+        self.interrupted = True
+        self.signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_SECONDS)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -152,12 +179,18 @@ class Running:
     def output(self) -> bytes:
         return self.path.read_bytes()
 
+    def status(self) -> str:
+        if self.interrupted:
+            return "interrupted"
+        if self.stopped:
+            return "out of time"
+        return "passed" if self.process.returncode == 0 else "failed"
+
     def result(self, out: Path) -> Result:
-        passed = self.process.returncode == 0
         tests, failures = take_junit(out / self.step.junit) if self.step.junit else ({}, [])
         return Result(
             step=self.step.name,
-            status="out of time" if self.stopped else "passed" if passed else "failed",
+            status=self.status(),
             seconds=round(time.monotonic() - self.began, 1),
             returncode=self.process.returncode,
             tests=tests,
@@ -172,9 +205,17 @@ def environment(variables: dict[str, str]) -> dict[str, str]:
 
 
 def succeeds(command: Sequence[str], variables: dict[str, str]) -> bool:
-    process = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(variables), capture_output=True, check=False
-    )
+    try:
+        process = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=environment(variables),
+            capture_output=True,
+            check=False,
+            timeout=DONE_IF_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return False
     return process.returncode == 0
 
 
@@ -214,8 +255,8 @@ def why_no_gpu() -> str | None:
     """Why nothing can be checked here, in one sentence; None where there is a GPU."""
     try:
         import torch
-    except ImportError:
-        return "torch can't be imported: start this in an environment that has torch with CUDA"
+    except (ImportError, OSError) as error:
+        return f"torch can't be imported ({error}): start this where torch with CUDA is installed"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a build with CUDA"
     if not torch.cuda.is_available():
@@ -227,14 +268,26 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     parser = argparse.ArgumentParser(description="Check and measure fastnn on a GPU.")
     default = REPOSITORY / "build/gpu_check"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"({default})")
-    parser.add_argument("--seconds", type=float, default=540, metavar="S", help="of it all (540)")
+    parser.add_argument("--seconds", type=seconds, default=540, metavar="S", help="of it all (540)")
     parser.add_argument("--only", metavar="A,B", help=f"some of the steps: {', '.join(names)}")
     options = parser.parse_args(arguments)
     options.only = names if options.only is None else options.only.split(",")
     unknown = [name for name in options.only if name not in names]
     if unknown:
         parser.error(f"there is no step {unknown[0]!r}; the steps are {', '.join(names)}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: {options.out} is not a folder")
     return options
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -244,14 +297,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"gpu-check: {reason}.", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out = options.out.resolve()
     chosen = [step for step in steps(out) if step.name in options.only]
     results = Check(out, options.seconds).run(chosen)
     print("\n".join(["", *map(line, results)]))
-    for result in results:
-        print("".join(f"FAILED  {name}\n" for name in result.failures[:40]), end="")
+    failures = [name for result in results for name in result.failures]
+    print("".join(f"FAILED  {name}\n" for name in failures[:MOST_NAMES]), end="")
+    if len(failures) > MOST_NAMES:
+        print(f"and {len(failures) - MOST_NAMES} more, named in summary.json")
     print(f"Results: {out}")
-    return int(any(result.status in ("failed", "out of time") for result in results))
+    return int(any(result.status not in ("passed", "not run") for result in results))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import fastnn
 from fastnn import functional
+from fastnn._extension import build_info
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW_PATHS = ("subwarp", "warp", "block", "split")
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--no-library", dest="library", action="store_false")
     options = parser.parse_args()
+    check_kernels(options.device)
     generator = torch.Generator().manual_seed(0)
     for dtype in DTYPES:
         launches = Launches(generator, dtype, options.device)
@@ -44,6 +47,12 @@ def main() -> None:
     if options.device == "cuda":
         torch.cuda.synchronize()
     print(f"launched on {options.device}")
+
+
+def check_kernels(device: str) -> None:
+    """Ends this program where other kernels than ours would run."""
+    if device == "cuda" and not (fastnn.is_available() and build_info().get("cuda")):
+        sys.exit("fastnn is built without its CUDA part here, of which nothing could be checked.")
 
 
 class Launches:

@@ -16,7 +16,7 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from launches import environment
+from launches import check_kernels, environment
 from torch import Tensor
 
 import fastnn
@@ -253,6 +253,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check every operator on the device.")
     parser.add_argument("--device", default="cuda", help="cpu: a rehearsal")
     device = parser.parse_args().device
+    check_kernels(device)
     smoke = Smoke(device)
     smoke.run()
     print(f"{smoke.failures} checks failed" if smoke.failures else "every check passed")

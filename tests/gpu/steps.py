@@ -7,11 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
+TO_SPARE = 15  # seconds
 # What is compiled in one step is found by the next.
 CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": str(REPOSITORY / "build/inductor"),
@@ -25,7 +26,7 @@ class Step:
 
     Args:
         name: what ``--only`` and the results call it.
-        command: the program and its arguments.
+        command: the program and its arguments; "{seconds}" stands for the time it has.
         seconds: how long it may take.
         phase: those of one phase run side by side; where times are measured, nothing else runs.
         env: variables beside those of this process.
@@ -33,6 +34,8 @@ class Step:
         done_if: a command that succeeds where the step need not run.
         junit: the name of the report of tests that it writes, if it does. One whose name begins
             with a point goes when it has been read.
+        writes: the names of other results that it writes.
+        output: the name under which what it prints is kept, beside the log.
     """
 
     name: str
@@ -43,6 +46,18 @@ class Step:
     needs: str | None = None
     done_if: list[str] | None = None
     junit: str | None = None
+    writes: tuple[str, ...] = ()
+    output: str | None = None
+
+    @property
+    def files(self) -> set[str]:
+        """The names of its results."""
+        return {*self.writes, *filter(None, (self.junit, self.output))}
+
+    def within(self, limit: float) -> Step:
+        """The step with its command told how long it may take, and some seconds to spare."""
+        told = str(max(1, int(limit) - TO_SPARE))
+        return replace(self, command=[word.replace("{seconds}", told) for word in self.command])
 
 
 def has(module: str) -> bool:
@@ -90,18 +105,19 @@ def steps(out: Path) -> list[Step]:
 
 def prepare() -> Iterator[Step]:
     """What the machine is; the extension, for its GPU alone."""
-    facts = f"nvidia-smi; nvcc --version; c++ --version; {PYTHON} -m torch.utils.collect_env"
+    python = shlex.quote(PYTHON)
+    facts = f"nvidia-smi; nvcc --version; c++ --version; {python} -m torch.utils.collect_env"
     yield Step("facts", shell(facts), 30, 0)
     yield Step(
         "build",
         shell(
-            f"export TORCH_CUDA_ARCH_LIST=$({PYTHON} -c {shlex.quote(CAPABILITY)}); "
-            f"{PYTHON} setup.py build_ext --inplace"
+            f"export TORCH_CUDA_ARCH_LIST=$({python} -c {shlex.quote(CAPABILITY)}); "
+            f"{python} setup.py build_ext --inplace"
         ),
         240,
         0,
         env={"FASTNN_CUDA": "1"},
-        done_if=[PYTHON, "-W", "error", "-c", HAS_CUDA_KERNELS],
+        done_if=[PYTHON, "-W", "error", "-c", IS_BUILT],
     )
     yield Step("smoke", [PYTHON, "tests/gpu/smoke.py"], 60, 1)
     yield Step("ceilings", [PYTHON, "tests/gpu/ceilings.py"], 40, 2)
@@ -122,8 +138,8 @@ def correct(out: Path) -> Iterator[Step]:
     command = [*pytest(out / junit), "tests/test_cuda.py"]
     yield Step("graphs", command, 90, 3, env=env, junit=junit)
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        yield sanitizer(tool, out / "sanitizer.txt")
-    warm = [PYTHON, "-m", "benchmarks", "--device", "cuda", "--warm", "--limit", "145"]
+        yield sanitizer(tool)
+    warm = [PYTHON, "-m", "benchmarks", "--device", "cuda", "--warm", "--limit", "{seconds}"]
     yield Step("warm", warm, 150, 3, env=CACHES)
 
 
@@ -133,28 +149,35 @@ def pytest(junit: Path) -> list[str]:
     return [PYTHON, "-m", "pytest", *options]
 
 
-def sanitizer(tool: str, report: Path) -> Step:
+def sanitizer(tool: str) -> Step:
     """One of compute-sanitizer's tools over our kernels."""
     sanitizer, launches = ["compute-sanitizer", "--tool", tool], [PYTHON, "tests/gpu/launches.py"]
     sanitizer += ["--error-exitcode", "9", "--print-limit", "20"]
     if tool in ("racecheck", "initcheck"):
         sanitizer += ["--kernel-name", "kns=fastnn"]
         launches += ["--no-library"]
-    command = f"{shlex.join([*sanitizer, *launches])} 2>&1 | tee -a {shlex.quote(str(report))}"
-    # Without the caching, or an overflow stays inside of torch's pool of memory.
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Step(tool, shell(command), 120, 3, env=env, needs="compute-sanitizer")
+    return Step(
+        tool,
+        [*sanitizer, *launches],
+        120,
+        3,
+        # Without the caching, or an overflow stays inside of torch's pool of memory.
+        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        needs="compute-sanitizer",
+        output="sanitizer.txt",
+    )
 
 
 def measured(out: Path) -> Iterator[Step]:
     """Alone on the GPU, each."""
-    bench = f"{PYTHON} -m benchmarks --device cuda --limit 160 --json {out}/bench.json"
-    yield Step("bench", shell(f"{bench} | tee {out}/bench.txt"), 180, 4, env=CACHES)
+    bench = [PYTHON, "-m", "benchmarks", "--device", "cuda", "--limit", "{seconds}"]
+    bench += ["--json", f"{out}/bench.json"]
+    yield Step("bench", bench, 185, 4, env=CACHES, writes=("bench.json",), output="bench.txt")
     kernels = f"regex:^({'|'.join(KERNELS)})$"
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "-k", kernels]
     command += ["--metrics", ",".join(METRICS), "--csv", "--log-file", f"{out}/ncu.csv"]
     command += [PYTHON, "-m", "benchmarks.once", "--device", "cuda"]
-    yield Step("ncu", command, 80, 5, needs="ncu")
+    yield Step("ncu", command, 80, 5, needs="ncu", writes=("ncu.csv",))
 
 
 def large(out: Path) -> Iterator[Step]:
@@ -164,11 +187,15 @@ def large(out: Path) -> Iterator[Step]:
 
 
 CAPABILITY = "import torch; print('{}.{}'.format(*torch.cuda.get_device_capability()))"
-HAS_CUDA_KERNELS = (
-    "import torch, fastnn;"
-    "fastnn.functional.log_softmax(torch.zeros(2, 3, device='cuda'), 1).cpu();"
-    "assert fastnn._extension.build_info()['cuda']"
-)
+# For this GPU, of the sources as they are.
+IS_BUILT = """
+import torch, fastnn
+from pathlib import Path
+fastnn.functional.log_softmax(torch.zeros(2, 3, device="cuda"), 1).cpu()
+assert fastnn._extension.build_info()["cuda"]
+built = Path(fastnn._extension.extension.__file__).stat().st_mtime
+assert all(path.stat().st_mtime <= built for path in Path("csrc").rglob("*.*"))
+"""
 
 
 def shell(command: str) -> list[str]:
