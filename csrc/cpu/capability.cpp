@@ -52,6 +52,14 @@ bool multiplies_bfloat16() {
 #endif
 }
 
+bool library_has_our_vectors() {
+#if defined(__x86_64__)
+  return chosen() != Capability::Avx512 || __builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 template <typename T>
 const simd::Kernels<T>& kernels() {
   switch (chosen()) {
