@@ -246,7 +246,7 @@ def compiler_version() -> str:
     try:
         process = subprocess.run([*command, "--version"], capture_output=True, text=True)
     except OSError as error:
-        fail(f"{shlex.join(command)} can't be run ({error}); name a C++ compiler in CXX.")
+        fail(f"the C++ compiler {shlex.join(command)} doesn't start ({error}); name one in CXX.")
     if process.returncode != 0 or not process.stdout:
         fail(f"{shlex.join(command)} does not tell its version; name a C++ compiler in CXX.")
     return process.stdout.splitlines()[0]

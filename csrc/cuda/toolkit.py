@@ -55,12 +55,13 @@ def find(torch_version: str, torch_cuda: str | None, environment: Mapping[str, s
 def _architectures(nvcc: Path, environment: Mapping[str, str]) -> str:
     """Those to build for, as torch takes them: separated by one semicolon each."""
     known = re.findall(r"compute_(\d+)(\d)\b", _output(nvcc, "--list-gpu-arch"))
-    if "TORCH_CUDA_ARCH_LIST" not in environment:
+    named = environment.get("TORCH_CUDA_ARCH_LIST")
+    if named is None:
         usual = [name for name in ARCHITECTURES if tuple(name.split(".")) in known]
         if not usual:
             raise NotBuildable(f"{nvcc} can build for none of {', '.join(ARCHITECTURES)}.")
         return f"{';'.join(usual)}+PTX"
-    names = environment["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split()
+    names = named.replace(";", " ").split()
     if not names:
         raise NotBuildable(
             "TORCH_CUDA_ARCH_LIST is empty; unset it to build for "
