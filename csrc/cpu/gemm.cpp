@@ -13,8 +13,8 @@ namespace fastnn::cpu {
 namespace {
 
 // Measured, one thread, AVX2: our kernel is 1.0 to 2 times as fast as the library's for all sizes
-// from 3 to 256, and 3 to 50 times for narrow types; slower for vectors and for large matrices. With
-// AVX-512 on an AMD processor it is twice as fast as MKL for large ones, too.
+// from 3 to 256, and 3 to 50 times for narrow types; slower for vectors and for large matrices.
+// With AVX-512 on an AMD processor it is twice as fast as MKL for large ones, too.
 bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
   // Instructions that multiply bfloat16, which the library uses, outdo our kernel's float32.
   if (dtype == at::kBFloat16) return multiplies_bfloat16();
