@@ -146,6 +146,14 @@ def check_value_and_gradients(op: str, sample: Sample) -> None:
         assert_within("gradient, to torch's", grad, torch_grad, error, slack=3)
 
 
+@every_dtype
+def test_linear_relu_of_a_large_product(dtype):
+    """On some processors the library's, on others ours: 512 each way, and some more."""
+    input, weight, bias = torch.randn(515, 530), torch.randn(521, 530) / 530**0.5, torch.randn(521)
+    args = tuple(value.to(dtype) for value in (input, weight, bias))
+    check_value_and_gradients("linear_relu", Sample("large", args))
+
+
 def assert_grads_within(grads: list[Tensor], exact: Expected) -> None:
     __tracebackhide__ = True
     for i, (grad, exact_grad, error) in enumerate(
