@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fastnn
+from benchmarks.arguments import seconds
 from benchmarks.case import MODES, Case
 from benchmarks.cases import all_cases
 from benchmarks.device import CPU, DEVICES, Device
@@ -84,16 +85,6 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from None
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return value
-
-
 def _file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
@@ -132,10 +123,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--modes", type=_modes, default=MODES, metavar="M,N", help=f"of {', '.join(MODES)}")
     add("--no-compile", dest="compile", action="store_false", help="without torch.compile")
-    add("--seconds", type=_seconds, metavar="S", help="time per contender and case (1; quick 0.15)")
+    add("--seconds", type=seconds, metavar="S", help="time per contender and case (1; quick 0.15)")
     add("--json", type=_file, metavar="FILE", help="where to save the results")
     add("--plots", type=_folder, metavar="DIR", help="where to draw the results as PNG")
-    add("--limit", type=_seconds, metavar="S", help="seconds after which no case is measured")
+    add("--limit", type=seconds, metavar="S", help="seconds after which no case is measured")
     add("--warm", action="store_true", help="only compile what is compiled, into the caches")
     add("--list", action="store_true", help="print the cases' names and stop")
     options = Options(**vars(parser.parse_args(arguments)))

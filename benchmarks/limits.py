@@ -14,7 +14,7 @@ import torch
 from benchmarks.case import Work, tf32
 from benchmarks.device import Device
 
-# Of a call that takes microseconds: on a GPU each stands behind a sleep a thousand times as long.
+# A call is timed no more often: on a GPU each waits behind a sleep of a millisecond.
 MOST_TIMES = 1000
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -155,8 +155,7 @@ class Destructive(Function):
     left: finite numbers too, over which the kernel takes as long.
     """
 
-    def __post_init__(self) -> None:
-        self.overwrites = True
+    overwrites: bool = field(default=True, kw_only=True)
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:
         logits, *others = inputs.args

@@ -34,6 +34,10 @@ from pathlib import Path
 
 from steps import REPOSITORY, Step, steps
 
+sys.path.insert(0, str(REPOSITORY))  # the benchmarks are not installed with the package
+
+from benchmarks.arguments import seconds
+
 #: A step is not begun with less time left.
 LEAST_SECONDS = 15
 #: How long a step that has reached its limit may take to write what it has.
@@ -278,16 +282,6 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"--out: {options.out} is not a folder")
     return options
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

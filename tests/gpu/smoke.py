@@ -199,7 +199,7 @@ class Smoke:
                 param.grad, twin.grad = grad.clone(), grad.double()
             optimizer.step()
             stock.step()
-        # Of all together: in a parameter of one element the terms may cancel.
+        # The error of all together: in a parameter of one element the terms may cancel.
         error = _error(*(torch.cat([one.detach() for one in list]) for list in (params, exact)))
         assert error <= TOLERANCES[dtype], f"{error:.1e}"
         return f"{error:.1e}"
