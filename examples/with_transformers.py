@@ -1,4 +1,4 @@
-"""Hugging Face: Trainer on a small BERT with ReLU, whose feed-forward layers a trace finds.
+"""Hugging Face: Trainer on a small BERT with ReLU, whose feed-forward layers run fused.
 
 python examples/with_transformers.py
 """
@@ -65,7 +65,7 @@ def build_trainer(folder: Path, **more) -> Trainer:
         "use_cpu": True,
     }
     return Trainer(
-        model=fastnn.fuse(BertForSequenceClassification(config), trace=True, verbose=True),
+        model=fastnn.fuse(BertForSequenceClassification(config), verbose=True),
         args=TrainingArguments(**arguments | more),
         train_dataset=Sentences(1024),
         optimizer_cls_and_kwargs=(fastnn.optim.SGD, {"lr": 0.05, "momentum": 0.9}),

@@ -6,14 +6,12 @@ parents'.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fastnn import functional
 
-__all__ = ["CrossEntropyLoss", "FusedReLU", "LinearReLU", "LogSoftmax", "NLLLoss"]
+__all__ = ["CrossEntropyLoss", "LinearReLU", "LogSoftmax", "NLLLoss"]
 
 
 class LinearReLU(torch.nn.Linear):
@@ -41,27 +39,6 @@ class LinearReLU(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear_relu(input, self.weight, self.bias)
-
-
-class FusedReLU(torch.nn.Identity):
-    r"""Stands where a ReLU was that :func:`fastnn.fuse` has put into the layer before it.
-
-    Args:
-        replaced: the ReLU, a module or a function, which :func:`fastnn.unfuse` puts back.
-
-    Shape: any; the output is the input.
-
-    >>> import torch, fastnn
-    >>> fastnn.nn.FusedReLU(torch.relu)(torch.tensor([-1.0, 2.0]))
-    tensor([-1.,  2.])
-    """
-
-    def __init__(self, replaced: torch.nn.Module | Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        if isinstance(replaced, torch.nn.Module):
-            self.train(replaced.training)
-        # Not registered: it is no part of the model.
-        self.__dict__["replaced"] = replaced
 
 
 class LogSoftmax(torch.nn.LogSoftmax):

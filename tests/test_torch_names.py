@@ -21,11 +21,11 @@ PACKAGE = Path(fastnn.__file__).parent
 
 # What fastnn/_torch.py looks for in PyTorch's modules, ...
 FUNCTIONS = {
-    "torch._C._VariableFunctions",
     "torch._C._autograd._profiler_enabled",
     "torch._C._get_tracing_state",
     "torch._compile._disable_dynamo",
     "torch.nn._reduction.legacy_get_string",
+    "torch.nn.modules.module._has_any_global_hook",
     "torch.nn.functional._get_softmax_dim",
     "torch.optim.optimizer._device_dtype_check_for_fused",
     "torch.optim.optimizer._global_optimizer_post_hooks",
@@ -35,9 +35,11 @@ FUNCTIONS = {
 OF_MODULES = {
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_compiled_call_impl",
     "_forward_hooks",
     "_forward_pre_hooks",
     "_modules",
+    "_parameters",
 }
 OF_OPTIMIZERS = {"_opt_called", "_optimizer_step_post_hooks", "_optimizer_step_pre_hooks"}
 OF_STEPS = {"_wrapped_by_lr_sched"}
@@ -212,7 +214,7 @@ def test_without_their_attributes_all_is_taken_to_be_observed():
     class Bare:
         pass
 
-    assert fastnn._torch.has_hooks(Bare(), inputs=False)
+    assert fastnn._torch.is_observed(Bare())
     assert fastnn._torch.is_step_observed(Bare())
     assert not fastnn._torch.has_scheduler_mark(Bare())
 

@@ -28,11 +28,16 @@ Layer = tuple[Callable[..., Tensor], tuple[nn.Module, ...]]
 
 def cases() -> list[Case]:
     layer = {"inputs": _row, "calls": _layers, "reference": _reference_layer}
+    model = {"inputs": _row, "reference": _reference_model}
+    fused, compiled = {**model, "calls": _fused_models}, {**model, "calls": _compiled_models}
     loss = {"inputs": _row_and_target, "calls": _losses, "reference": F.cross_entropy}
     return [
         _call_case("LinearReLU, no grad", grad_enabled=False, **layer),
         _call_case("LinearReLU", grad_enabled=True, **layer),
         _backward_case("LinearReLU backward", **layer),
+        _call_case("fuse(Sequential), no grad", grad_enabled=False, **fused),
+        _call_case("fuse(Sequential)", grad_enabled=True, **fused),
+        _call_case("compile(Sequential)", grad_enabled=True, **compiled),
         _call_case("CrossEntropyLoss, no grad", grad_enabled=False, **loss),
         _call_case("CrossEntropyLoss", grad_enabled=True, **loss),
         _backward_case("CrossEntropyLoss backward", **loss),
@@ -60,9 +65,14 @@ def _linear() -> nn.Linear:
         return nn.Linear(SIZE, SIZE)
 
 
+def _linear_relu() -> fastnn.nn.LinearReLU:
+    fused = fastnn.nn.LinearReLU(SIZE, SIZE)
+    fused.load_state_dict(_linear().state_dict())
+    return fused
+
+
 def _layers() -> dict[str, Layer]:
-    linear, relu, fused = _linear(), nn.ReLU(), fastnn.nn.LinearReLU(SIZE, SIZE)
-    fused.load_state_dict(linear.state_dict())
+    linear, relu, fused = _linear(), nn.ReLU(), _linear_relu()
     return {
         "fastnn": (fused, (fused,)),
         "torch": (lambda input: relu(linear(input)), (linear,)),
@@ -71,6 +81,33 @@ def _layers() -> dict[str, Layer]:
 
 def _reference_layer(input: Tensor) -> Tensor:
     return F.relu(_linear().to(input)(input))
+
+
+def _stock_model() -> nn.Sequential:
+    return nn.Sequential(_linear(), nn.ReLU(), _linear(), nn.ReLU(), _linear())
+
+
+def _fused_models() -> dict[str, Layer]:
+    modules = nn.Sequential(_linear_relu(), _linear_relu(), _linear())
+    return _of_models(fastnn=fastnn.fuse(_stock_model()), modules=modules, torch=_stock_model())
+
+
+def _compiled_models() -> dict[str, Layer]:
+    """Of a compiled call Dynamo's checks are a part, whatever the backend."""
+    stock = _stock_model()
+    return {
+        "fastnn": (torch.compile(stock, backend="fastnn"), (stock,)),
+        "eager": (torch.compile(stock, backend="eager"), (stock,)),
+        "torch": (stock, (stock,)),
+    }
+
+
+def _of_models(**models: nn.Module) -> dict[str, Layer]:
+    return {name: (model, (model,)) for name, model in models.items()}
+
+
+def _reference_model(input: Tensor) -> Tensor:
+    return _stock_model().to(input)(input)
 
 
 def _losses() -> dict[str, Layer]:

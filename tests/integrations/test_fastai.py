@@ -325,7 +325,7 @@ def test_autocast():
     learn = table_learner(fused_loss(), our_sgd)
     learn.model = fastnn.fuse(learn.model)
     seen = set()
-    layer = learn.model.get_submodule("layers.1.0")
+    layer = learn.model.get_submodule("layers.1")
     layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     with learn.no_bar(), learn.no_logging(), torch.autocast("cpu", torch.bfloat16):
         learn.fit_one_cycle(5, 0.05)

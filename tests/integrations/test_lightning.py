@@ -130,7 +130,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path):
 def test_autocast_reaches_the_fused_layers():
     fused = seeded(Fast).float()
     seen = []
-    fused.model[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    fused.model[2].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     trainer(precision="bf16-mixed", max_steps=1).fit(fused, batches(torch.float32))
     assert seen == [torch.bfloat16]
     assert {parameter.dtype for parameter in fused.parameters()} == {torch.float32}

@@ -44,7 +44,7 @@ def test_fused_heads_train_as_stock(build, dtype):
 
 
 def test_a_resnet_has_nothing_to_fuse():
-    report = fastnn.fusion_report(models.resnet18(), trace=True)
+    report = fastnn.fusion_report(models.resnet18())
     assert [(entry.path, entry.state) for entry in report.entries] == [("fc", "left")]
 
 

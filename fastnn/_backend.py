@@ -1,0 +1,73 @@
+"""``torch.compile(model, backend="fastnn")``: our operators in the graph of any forward.
+
+Dynamo, which traces the forward, finds this backend by the package's entry point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from fastnn import functional
+
+_RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+
+
+def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """With the signature of torch.log_softmax."""
+    return functional.log_softmax(input, dim, dtype=dtype)
+
+
+_FUNCTIONS: dict[Callable | str, Callable] = {
+    F.cross_entropy: functional.cross_entropy,
+    F.nll_loss: functional.nll_loss,
+    F.log_softmax: functional.log_softmax,
+    torch.log_softmax: _log_softmax,
+    torch.special.log_softmax: _log_softmax,
+    "log_softmax": _log_softmax,
+}
+
+
+def fastnn(graph_module: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
+    """A backend for torch.compile, which runs the graph eagerly with our operators in it.
+
+    Args:
+        graph_module: what Dynamo has traced, in functions of torch and methods of tensors.
+        example_inputs: not looked at; the operators take any shape.
+
+    Returns:
+        The graph as a function.
+    """
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            _put_operators_into(module.graph)
+            module.recompile()
+    return graph_module.forward
+
+
+def _put_operators_into(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target in _FUNCTIONS:
+            node.op, node.target = "call_function", _FUNCTIONS[node.target]
+        elif node.target in _RELUS and (linear := _linear_before(node)):
+            # In the Linear's place: what is between may change its input.
+            linear.target = functional.linear_relu
+            node.replace_all_uses_with(linear)
+            graph.erase_node(node)
+
+
+def _linear_before(relu: fx.Node) -> fx.Node | None:
+    """The Linear whose output a ReLU alone takes, under the same modes."""
+    node = relu.args[0] if relu.args else relu.kwargs.get("input")
+    if not isinstance(node, fx.Node) or node.target is not F.linear or len(node.users) > 1:
+        return None
+    between = node.next
+    while between is not relu:
+        # What enters or leaves no_grad, autocast and the like gives no value.
+        if between.meta.get("example_value") is None:
+            return None
+        between = between.next
+    return node
