@@ -188,6 +188,38 @@ def test_fully_shard(tmp_path, head, reshard_after_forward):
         assert_as_in_one_process(results, head)
 
 
+def make_fused_model() -> nn.Sequential:
+    """The model as fuse makes it of PyTorch's own layers."""
+    layers = fastnn.unfuse(make_model())
+    flat = [
+        one for layer in layers for one in (layer if isinstance(layer, nn.Sequential) else [layer])
+    ]
+    return fastnn.fuse(nn.Sequential(*flat))
+
+
+def train_fused(rank: int, shard: str) -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = make_fused_model()
+    if shard == "columns":
+        columns = ColwiseParallel(output_layouts=Replicate())
+        model = parallelize_module(model, mesh, {"0": columns, "4": columns})
+    else:
+        for layer in model if shard == "layers" else [model[2], model[3]]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = make_optimizer(model.parameters())
+    train(model, optimizer, rows=slice(None) if shard == "columns" else rows_of(rank))
+    values = outcome(model, optimizer).values()
+    return [one.full_tensor() if isinstance(one, DTensor) else one for one in values]
+
+
+@pytest.mark.parametrize("shard", ["layers", "some layers", "columns"])
+def test_layers_of_a_fused_model_that_are_sharded(tmp_path, shard):
+    expected = list(expected_outcome().values())
+    for results in processes.run_ranks(tmp_path, RANKS, train_fused, shard):
+        torch.testing.assert_close(results, expected, rtol=0, atol=ATOL)
+
+
 # Shape, how the parameter is spread, how its gradient is; None where the first step has none.
 SPREADS = {
     "alike": [
