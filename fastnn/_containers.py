@@ -206,11 +206,10 @@ def _new(stock: type) -> Module:
     return object.__new__(fused_class(stock))
 
 
-def fused_class(kind: type) -> type:
+def fused_class(stock: type) -> type:
     """The class that runs the pairs of a container as one operator; other classes as they are."""
-    stock = stock_class(kind)
     block = _block_of(stock)
-    return _fused_class(stock, block) if block or _runs_a_row(stock) else kind
+    return _fused_class(stock, block) if block or _runs_a_row(stock) else stock
 
 
 @functools.cache
@@ -224,5 +223,6 @@ def _fused_class(stock: type, block: Block | None) -> type:
 
 
 def stock_class(kind: type) -> type:
-    """The class that a container had before it was fused."""
-    return kind.__bases__[1] if Fused in kind.__bases__ else kind
+    """The class that a container had before it was fused, and torch perhaps made another of it."""
+    fused = next((base for base in kind.__mro__ if Fused in base.__bases__), None)
+    return kind if fused is None else fused.__bases__[1]

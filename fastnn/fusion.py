@@ -150,8 +150,8 @@ def fuse(
         )
     model = _to_change(model, inplace)
     for module in list(model.modules()):
-        runs = _containers.linears_run_by(module)
-        if any(_is_pair(linear, follower) for _, linear, follower in runs):
+        pairs = (_is_pair(*pair) for _, *pair in _containers.linears_run_by(module))
+        if not isinstance(module, _containers.Fused) and any(pairs):
             module.__class__ = _containers.fused_class(type(module))
         elif type(module) in _LOSSES and not _torch.has_own_forward(module):
             module.__class__ = _LOSSES[type(module)]
@@ -239,7 +239,7 @@ def _check_module(model: object) -> None:
 
 def _without_ours(kind: type) -> type:
     """A class without ours among its bases, as torch's parametrize makes new ones of them."""
-    stock = _STOCK.get(kind, _containers.stock_class(kind))
+    stock = kind.__bases__[1] if _containers.Fused in kind.__bases__ else _STOCK.get(kind, kind)
     bases = tuple(map(_without_ours, stock.__bases__))
     if bases == stock.__bases__:
         return stock

@@ -207,8 +207,11 @@ def train_fused(rank: int, shard: str) -> list[Tensor]:
         for layer in model if shard == "layers" else [model[2], model[3]]:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    assert type(fastnn.fuse(model, inplace=True)) is type(model)
     optimizer = make_optimizer(model.parameters())
     train(model, optimizer, rows=slice(None) if shard == "columns" else rows_of(rank))
+    fastnn.unfuse(model, inplace=True)
+    assert not any("Fused" in base.__name__ for base in type(model).__mro__[1:])
     values = outcome(model, optimizer).values()
     return [one.full_tensor() if isinstance(one, DTensor) else one for one in values]
 
