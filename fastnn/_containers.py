@@ -43,7 +43,6 @@ _BLOCKS = (
     Block(
         _HF + "bert.modeling_bert", "BertIntermediate", "forward", "dense", "intermediate_act_fn"
     ),
-    Block(_HF + "opt.modeling_opt", "OPTDecoderLayer", "forward", "fc1", "activation_fn"),
     Block(_HF + "t5.modeling_t5", "T5DenseActDense", "forward", "wi", "act"),
 )
 

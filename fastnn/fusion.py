@@ -110,8 +110,8 @@ def fuse(
 
     A container that runs a ``Linear`` and then a ``ReLU`` learns to run both as one operator: a
     ``Sequential`` (also one inside of another), ``TransformerEncoderLayer``,
-    ``TransformerDecoderLayer``, timm's ``Mlp``, and the feed-forward blocks of the BERT, T5 and OPT
-    of transformers. The layers stay PyTorch's, with their parameters, hooks and names; a layer that
+    ``TransformerDecoderLayer``, timm's ``Mlp``, and the feed-forward blocks of the BERT and T5 of
+    transformers. The layers stay PyTorch's, with their parameters, hooks and names; a layer that
     is run by itself computes what it always did. The container looks at its layers at each call,
     and runs them one by one where a hook sees what lies between them, or where a layer is not a
     plain ``Linear`` or ``ReLU``: parametrized, quantized, exchanged, compiled or a subclass.

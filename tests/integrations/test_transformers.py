@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import fastnn
+from fastnn._backend import fastnn as fastnn_backend
 
 program = load("with_transformers")
 
@@ -88,58 +89,69 @@ def test_a_fused_model_is_saved_as_a_stock_one(tmp_path):
     torch.testing.assert_close(ours(words).logits, stock(words).logits, rtol=1e-5, atol=1e-6)
 
 
-# Other blocks than BERT's.
-RELU_MODELS = {
-    "t5": (
-        T5ForConditionalGeneration,
-        T5Config(
-            vocab_size=64,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-        ),
-        [
-            "encoder.block.{}.layer.1.DenseReluDense.wi",
-            "decoder.block.{}.layer.2.DenseReluDense.wi",
-        ],
-    ),
-    "opt": (
-        OPTForCausalLM,
-        OPTConfig(
-            vocab_size=64,
-            hidden_size=16,
-            num_hidden_layers=2,
-            ffn_dim=32,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            word_embed_proj_dim=16,
-            dropout=0.0,
-        ),
-        ["model.decoder.layers.{}.fc1"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", RELU_MODELS)
-def test_models_that_have_a_relu_of_their_own(name):
-    kind, config, paths = RELU_MODELS[name]
-    stock = kind(config).double()
+def test_t5():
+    config = T5Config(
+        vocab_size=64,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    stock = T5ForConditionalGeneration(config).double()
     start = copy_of_state(stock)
     fused = fastnn.fuse(stock)
-    assert fused_paths(fused) == [path.format(layer) for path in paths for layer in range(2)]
+    assert fused_paths(fused) == [
+        f"{path}.DenseReluDense.wi"
+        for path in (
+            *(f"encoder.block.{layer}.layer.1" for layer in range(2)),
+            *(f"decoder.block.{layer}.layer.2" for layer in range(2)),
+        )
+    ]
     fused = copy.deepcopy(fused)
+    assert_trained_by_both_alike(fused, stock, start)
+
+
+def test_opt_compiled():
+    """Its layer's forward is decorated, and too long for fuse: the compiler looks into it."""
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        word_embed_proj_dim=16,
+        dropout=0.0,
+    )
+    stock = OPTForCausalLM(config)  # whose loss is of float32 logits in any case
+    start = copy_of_state(stock)
+    names = []
+
+    def recording(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        function = fastnn_backend(graph_module, inputs)
+        names.extend(getattr(node.target, "__name__", "") for node in graph_module.graph.nodes)
+        return function
+
+    ours = torch.compile(copy.deepcopy(stock), backend=recording)
+    assert_trained_by_both_alike(ours, stock, start)
+    assert names.count("linear_relu") >= 2
+    assert "cross_entropy" in names
+
+
+def assert_trained_by_both_alike(
+    ours: nn.Module, stock: nn.Module, start: dict[str, torch.Tensor]
+) -> None:
     words = torch.randint(2, 64, (4, 12))
-    for model, sgd in ((stock, torch.optim.SGD), (fused, fastnn.optim.SGD)):
+    for model, sgd in ((stock, torch.optim.SGD), (ours, fastnn.optim.SGD)):
         optimizer = sgd(model.parameters(), lr=0.1, momentum=0.9)
         for _ in range(2):
             optimizer.zero_grad()
             model(input_ids=words, labels=words).loss.backward()
             optimizer.step()
-    assert_trained_alike(fused, stock, start)
+    assert_trained_alike(getattr(ours, "_orig_mod", ours), stock, start)
 
 
 def test_accelerate():
