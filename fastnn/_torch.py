@@ -56,6 +56,17 @@ check_param_for_fused = _find(
 tensor_functions = _find("torch._C._VariableFunctions", otherwise=None)
 
 
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+def is_zero_tensor(tensor: torch.Tensor) -> bool:
+    """Whether autograd made it of zeros without memory; False where that can't be told."""
+    try:
+        return tensor._is_zerotensor()
+    except AttributeError:
+        return False
+
+
 # ---- optimizers ----------------------------------------------------------------------------------
 
 _global_pre_hooks = _find("torch.optim.optimizer._global_optimizer_pre_hooks", otherwise=True)

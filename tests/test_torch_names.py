@@ -41,6 +41,7 @@ OF_MODULES = {
 }
 OF_OPTIMIZERS = {"_opt_called", "_optimizer_step_post_hooks", "_optimizer_step_pre_hooks"}
 OF_STEPS = {"_wrapped_by_lr_sched"}
+OF_TENSORS = {"_is_zerotensor"}
 OF_TRANSFORMER_LAYERS = {"_ff_block"}
 
 
@@ -94,7 +95,8 @@ OTHERS = sorted(path for path in PACKAGE.glob("*.py") if path.name != "_torch.py
 
 
 def test_the_module_has_the_names_that_are_listed_here():
-    listed = FUNCTIONS | OF_MODULES | OF_OPTIMIZERS | OF_STEPS | OF_TRANSFORMER_LAYERS
+    of_objects = OF_MODULES | OF_OPTIMIZERS | OF_STEPS | OF_TENSORS | OF_TRANSFORMER_LAYERS
+    listed = FUNCTIONS | of_objects
     assert foreign_private_names(PACKAGE / "_torch.py", OWN) == listed
 
 
@@ -139,6 +141,7 @@ def test_attributes_are_in_this_torch():
     assert [name for name in OF_MODULES if not hasattr(module, name)] == []
     assert [name for name in OF_OPTIMIZERS if not hasattr(optimizer, name)] == []
     assert [name for name in OF_STEPS if not hasattr(optimizer.step, name)] == []
+    assert [name for name in OF_TENSORS if not hasattr(torch.ones(1), name)] == []
     layers = (torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer)
     assert all(hasattr(layer, name) for name in OF_TRANSFORMER_LAYERS for layer in layers)
 
@@ -215,6 +218,7 @@ def test_without_their_attributes_all_is_taken_to_be_observed():
     assert fastnn._torch.has_hooks(Bare(), inputs=False)
     assert fastnn._torch.is_step_observed(Bare())
     assert not fastnn._torch.has_scheduler_mark(Bare())
+    assert not fastnn._torch.is_zero_tensor(Bare())
 
 
 def test_a_transformer_layer_without_its_method_is_left_as_it_is(monkeypatch):
