@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import needs_extension
 from sample_inputs import DTYPES, OPS, Sample, on_device, sample_input
-from test_operators import leaves_of, memory_of, ours, random_grad_like
+from test_operators import TORCH, leaves_of, memory_of, ours, random_grad_like
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -288,6 +288,109 @@ def test_devices_without_kernels_get_pytorchs_operators(device, fused):
         functional.nll_loss(functional.log_softmax(hidden, 1), target)
         functional.cross_entropy(hidden, target)
     assert recorded.names == fused
+
+
+DEVICE_KEYS = ("CPU", "CUDA", "MPS", "XPU", "HPU", "XLA", "PrivateUse1", "Meta")
+LAYOUT_KEYS = ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "NestedTensorCPU")
+
+
+@needs_extension
+@pytest.mark.parametrize("key", [*DEVICE_KEYS, *LAYOUT_KEYS])
+@pytest.mark.parametrize("op", OPS)
+def test_every_device_and_layout_has_a_kernel_without_autograd(op, key):
+    """In inference mode a call goes straight to it."""
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastnn::{op}", key)
+
+
+def outcome(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple | Tensor:
+    """The result, dense, or the kind of error and what it says first."""
+    try:
+        result = function(*args, **kwargs)
+    except Exception as error:
+        return type(error), str(error).splitlines()[0]
+    if result.is_nested:
+        return torch.nested.to_padded_tensor(result, torch.inf)
+    return result if result.layout == torch.strided else result.to_dense()
+
+
+def assert_same_outcome(
+    op: str, arguments: tuple, context: Callable[[], Any], **kwargs: Any
+) -> None:
+    with context():
+        mine, theirs = (outcome(f, *arguments, **kwargs) for f in (ours(op), TORCH[op]))
+    if isinstance(theirs, tuple):
+        assert mine == theirs
+    else:
+        assert torch.equal(mine, theirs)
+
+
+CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+
+
+@needs_extension
+@pytest.mark.not_on_a_gpu("layouts of the CPU")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "mkldnn"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.capability("saving", "sparse and MKL-DNN layouts: as in PyTorch, to its errors")
+def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
+    """They have dispatch keys of their own, as other devices have."""
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    for i in range(2 if op == "linear_relu" else 1):
+        with context():
+            arguments = list(sample.args)
+            # Inference tensors: with others autograd's kernel would be asked first.
+            dense = arguments[i].clone()
+            if layout == "mkldnn":
+                arguments[i] = dense.to_mkldnn()
+            else:
+                arguments[i] = dense.to_sparse(layout=getattr(torch, layout))
+            if context is torch.inference_mode:
+                assert arguments[i].is_inference()
+        assert_same_outcome(op, tuple(arguments), context, **sample.kwargs)
+
+
+# The arguments that are nested, by their positions.
+NESTED_CASES = [
+    *[("linear_relu", (i,)) for i in range(3)],
+    ("log_softmax", (0,)),
+    *[(op, which) for op in ("nll_loss", "cross_entropy") for which in ((0,), (1,), (2,), (0, 1))],
+]
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("op", "positions"), NESTED_CASES)
+@pytest.mark.capability("saving", "strided nested tensors: as in PyTorch, to its errors")
+def test_strided_nested_tensors_get_pytorchs_operators(op, positions, context):
+    """They say that they are strided, and have a dispatch key of their own."""
+    rows, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    arguments = {
+        "linear_relu": [rows, torch.randn(5, 3), torch.randn(5)],
+        "log_softmax": [rows, -1],
+        "nll_loss": [rows, target, torch.rand(3)],
+        "cross_entropy": [rows, target, torch.rand(3)],
+    }[op]
+    with context():
+        for i in positions:
+            parts = [arguments[i], arguments[i][:2]]
+            arguments[i] = torch.nested.nested_tensor(parts, layout=torch.strided)
+        assert_same_outcome(op, tuple(arguments), context)
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_gradients_through_strided_nested_tensors():
+    weight, bias = torch.randn(5, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    parts = [torch.randn(4, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)]
+    gradients = []
+    for function in (ours("linear_relu"), TORCH["linear_relu"]):
+        output = function(torch.nested.as_nested_tensor(parts), weight, bias)
+        total = sum(part.square().sum() for part in output.unbind())
+        gradients.append(torch.autograd.grad(total, [*parts, weight, bias]))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def to_meta(value: object) -> object:
