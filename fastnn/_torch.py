@@ -56,6 +56,10 @@ check_param_for_fused = _find(
 tensor_functions = _find("torch._C._VariableFunctions", otherwise=None)
 
 
+# The transform of torch.func that runs, or None. Without it the reference refuses batched targets.
+running_transform = _find("torch._C._functorch.peek_interpreter_stack", otherwise=lambda: None)
+
+
 # ---- tensors -------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ PACKAGE = Path(fastnn.__file__).parent
 FUNCTIONS = {
     "torch._C._VariableFunctions",
     "torch._C._autograd._profiler_enabled",
+    "torch._C._functorch.peek_interpreter_stack",
     "torch._C._get_tracing_state",
     "torch._compile._disable_dynamo",
     "torch.nn._reduction.legacy_get_string",
