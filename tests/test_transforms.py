@@ -33,6 +33,7 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -464,6 +465,17 @@ def test_per_sample_gradients_of_a_model():
         model(x[i : i + 1], target[i : i + 1]).backward()
         for name, parameter in model.named_parameters():
             assert_close(per_sample[name][i], parameter.grad)
+
+
+@capability("`call_for_per_sample_grads` of a model", **of_the_model)
+def test_per_sample_gradients_by_expanded_weights():
+    """Their class knows torch's functions, and refuses all others."""
+    x = perceptron.batch(7)[0]
+    models = [perceptron.make(kind) for kind in (OURS, STOCK)]
+    for model in models:
+        call_for_per_sample_grads(model)(x).square().sum().backward()
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert_close(mine.grad_sample, theirs.grad_sample)
 
 
 @capability("`functional_call`: Hessian and Jacobians of a model", **of_the_model)
