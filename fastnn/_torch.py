@@ -7,6 +7,7 @@ holds the other modules to.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -51,6 +52,36 @@ legacy_reduction = _find(
 check_param_for_fused = _find(
     "torch.optim.optimizer._device_dtype_check_for_fused", otherwise=lambda param: None
 )
+
+
+# Lets a tensor's class see functions where it has turned that off. Without it a class that knows
+# F.linear, and runs what it doesn't know like that, refuses ours as it refuses others.
+enable_torch_function = _find("torch._C._EnableTorchFunction", otherwise=nullcontext)
+
+# The transform of torch.func that runs, or None. Without it the reference refuses batched targets.
+running_transform = _find("torch._C._functorch.peek_interpreter_stack", otherwise=lambda: None)
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+class _NoTensor:
+    """No tensor is one."""
+
+
+# The classes of tensors that tracing makes. Without them graphs hold torch's operators.
+TRACING_CLASSES = (
+    _find("torch._subclasses.fake_tensor.FakeTensor", otherwise=_NoTensor),
+    _find("torch._subclasses.functional_tensor.FunctionalTensor", otherwise=_NoTensor),
+)
+
+
+def is_zero_tensor(tensor: torch.Tensor) -> bool:
+    """Whether autograd made it of zeros without memory; False where that can't be told."""
+    try:
+        return tensor._is_zerotensor()
+    except AttributeError:
+        return False
 
 
 # ---- optimizers ----------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ Under :class:`torch.autocast` they follow torch's rules: ``linear_relu`` runs in
 ``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on CUDA and in its input's
 dtype on the CPU.
 
-A :class:`torch.distributed.tensor.DTensor` takes torch's own operators, which know what its
-processes have to exchange.
+A tensor of a class with a ``__torch_dispatch__`` of its own (quantised weights,
+:class:`torch.distributed.tensor.DTensor`), or of one whose ``__torch_function__`` refuses these
+functions (the weights of per-sample gradients), takes torch's own: ``F.relu(F.linear(...))``.
 
 An argument that is no tensor raises ``TypeError``, one of another dtype, shape or device than the
 operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message names the argument.
@@ -20,14 +21,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import (
-    handle_torch_function,
-    has_torch_function_unary,
-    has_torch_function_variadic,
-)
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
-from fastnn._dtensor import is_dtensor
+from fastnn import _tensor_classes
 from fastnn._extension import operators
+from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE, ask_classes, call_torch, need_torch
 from fastnn._torch import legacy_reduction, softmax_dim
 
 __all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"]
@@ -52,14 +50,6 @@ def _check_number(function: str, name: str, value: object, kind: type) -> None:
 def _check_loss_arguments(
     function: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> None:
-    # The usual case first, in one line: at small sizes a call costs as much as the checks do.
-    if (
-        isinstance(input, Tensor)
-        and isinstance(target, Tensor)
-        and weight is None
-        and type(ignore_index) is int
-    ):
-        return
     _check_tensor(function, "input", input)
     _check_tensor(function, "target", target)
     if weight is not None:
@@ -96,14 +86,17 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     True
     """
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
-    if type(input) is not Tensor and is_dtensor(input):
-        return F.linear(input, weight, bias).relu()
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(bias, Tensor)):
+        tensors = (input, weight, bias)
+        return ask_classes(
+            linear_relu, _tensor_classes.linear_relu, tensors, input, weight, bias=bias
+        )
+    if not (type(input) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE):
         _check_tensor("linear_relu", "input", input)
         _check_tensor("linear_relu", "weight", weight)
         if bias is not None:
             _check_tensor("linear_relu", "bias", bias)
+        if need_torch(input, weight, bias):
+            return call_torch(_tensor_classes.linear_relu, input, weight, bias=bias)
     return operators().linear_relu(input, weight, bias)
 
 
@@ -137,12 +130,20 @@ def log_softmax(
     tensor([0.5000, 0.5000])
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(
-            log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
+        return ask_classes(
+            log_softmax,
+            F.log_softmax,
+            (input,),
+            input,
+            dim=dim,
+            _stacklevel=_stacklevel,
+            dtype=dtype,
         )
-    _check_tensor("log_softmax", "input", input)
-    if type(input) is not Tensor and is_dtensor(input):
-        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
+    if type(input) not in PLAIN:
+        _check_tensor("log_softmax", "input", input)
+        if need_torch(input):
+            # Two frames further up is the line that calls this function.
+            return call_torch(F.log_softmax, input, dim, _stacklevel + 2, dtype)
     if dim is None:
         dim = softmax_dim("log_softmax", input.dim(), _stacklevel)
     _check_number("log_softmax", "dim", dim, int)
@@ -192,8 +193,9 @@ def nll_loss(
     tensor([0.6931, 0.1054])
     """
     if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
+        return ask_classes(
             nll_loss,
+            F.nll_loss,
             (input, target, weight),
             input,
             target,
@@ -203,9 +205,17 @@ def nll_loss(
             reduce=reduce,
             reduction=reduction,
         )
-    if type(input) is not Tensor and is_dtensor(input):
-        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
+    if not (
+        type(input) in PLAIN
+        and type(target) in PLAIN
+        and type(weight) in PLAIN_OR_NONE
+        and type(ignore_index) is int
+    ):
+        _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
+        if need_torch(input, target, weight):
+            return call_torch(
+                F.nll_loss, input, target, weight, size_average, ignore_index, reduce, reduction
+            )
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
     elif type(reduction) is not str:
@@ -258,8 +268,9 @@ def cross_entropy(
     tensor(0.1269)
     """
     if has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
+        return ask_classes(
             cross_entropy,
+            F.cross_entropy,
             (input, target, weight),
             input,
             target,
@@ -270,11 +281,16 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-    if type(input) is not Tensor and is_dtensor(input):
-        return F.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        )
-    _check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
+    if not (
+        type(input) in PLAIN
+        and type(target) in PLAIN
+        and type(weight) in PLAIN_OR_NONE
+        and type(ignore_index) is int
+    ):
+        _check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
+        if need_torch(input, target, weight):
+            options = (size_average, ignore_index, reduce, reduction, label_smoothing)
+            return call_torch(F.cross_entropy, input, target, weight, *options)
     if type(label_smoothing) is not float:
         _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
     if size_average is not None or reduce is not None:

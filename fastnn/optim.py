@@ -30,7 +30,7 @@ class SGD(torch.optim.SGD):
     one parallel region. ``param_groups``, ``state_dict`` (both ways), hooks, schedulers and
     ``GradScaler`` work as in torch; ``lr`` and the other options are read from the groups at each
     step. Each process steps its own part of a :class:`~torch.distributed.tensor.DTensor`. What the
-    fused pass can't serve (sparse or complex tensors, other tensor subclasses,
+    fused pass can't serve (sparse, complex or lazily negated tensors, other tensor subclasses,
     ``differentiable=True``, an ``lr`` that requires a gradient, a gradient or momentum buffer of
     another dtype or device than its parameter's, but for buffers as ``float32_momentum`` makes
     them) takes torch's own path.
@@ -377,6 +377,14 @@ def _check_fused(params: list[Tensor]) -> None:
                 f"SGD(fused=True): expected scalar type {param.dtype} for the gradient, as for its "
                 f"parameter, but found {param.grad.dtype}"
             )
+        if any(_is_lazy(tensor) for tensor in (param, param.grad)):
+            raise RuntimeError(
+                "SGD(fused=True) does not support lazily negated, conjugated or zero tensors"
+            )
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return tensor.is_neg() or tensor.is_conj() or _torch.is_zero_tensor(tensor)
 
 
 def _is_on_gpu(value: object) -> bool:

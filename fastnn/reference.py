@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastnn._torch import running_transform
+
 __all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss", "sgd_step_"]
 
 _COMPUTE_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -116,7 +118,8 @@ def _kept_and_index(
     if input.dim() == 1:
         target = target.reshape(())
     kept = target != ignore_index
-    if target.is_meta or is_compiling():  # no values to look at
+    has_values = not (target.is_meta or is_compiling() or running_transform() is not None)
+    if not has_values:
         return kept, target.where(kept, 0)
     classes = input.shape[_class_dim(input)]
     bad = target[kept & ((target < 0) | (target >= classes))]

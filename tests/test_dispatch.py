@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs_extension
 from sample_inputs import DTYPES, OPS, Sample, on_device, sample_input
-from test_operators import leaves_of, memory_of, ours, random_grad_like
+from test_operators import TORCH, leaves_of, memory_of, ours, random_grad_like
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.logging_tensor import LoggingTensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -290,6 +293,109 @@ def test_devices_without_kernels_get_pytorchs_operators(device, fused):
     assert recorded.names == fused
 
 
+DEVICE_KEYS = ("CPU", "CUDA", "MPS", "XPU", "HPU", "XLA", "PrivateUse1", "Meta")
+LAYOUT_KEYS = ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "NestedTensorCPU")
+
+
+@needs_extension
+@pytest.mark.parametrize("key", [*DEVICE_KEYS, *LAYOUT_KEYS])
+@pytest.mark.parametrize("op", OPS)
+def test_every_device_and_layout_has_a_kernel_without_autograd(op, key):
+    """In inference mode a call goes straight to it."""
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastnn::{op}", key)
+
+
+def outcome(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple | Tensor:
+    """The result, dense, or the kind of error and what it says first."""
+    try:
+        result = function(*args, **kwargs)
+    except Exception as error:
+        return type(error), str(error).splitlines()[0]
+    if result.is_nested:
+        return torch.nested.to_padded_tensor(result, torch.inf)
+    return result if result.layout == torch.strided else result.to_dense()
+
+
+def assert_same_outcome(
+    op: str, arguments: tuple, context: Callable[[], Any], **kwargs: Any
+) -> None:
+    with context():
+        mine, theirs = (outcome(f, *arguments, **kwargs) for f in (ours(op), TORCH[op]))
+    if isinstance(theirs, tuple):
+        assert mine == theirs
+    else:
+        assert torch.equal(mine, theirs)
+
+
+CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+
+
+@needs_extension
+@pytest.mark.not_on_a_gpu("layouts of the CPU")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "mkldnn"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.capability("saving", "sparse and MKL-DNN layouts: as in PyTorch, to its errors")
+def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
+    """They have dispatch keys of their own, as other devices have."""
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    for i in range(2 if op == "linear_relu" else 1):
+        with context():
+            arguments = list(sample.args)
+            # Inference tensors: with others autograd's kernel would be asked first.
+            dense = arguments[i].clone()
+            if layout == "mkldnn":
+                arguments[i] = dense.to_mkldnn()
+            else:
+                arguments[i] = dense.to_sparse(layout=getattr(torch, layout))
+            if context is torch.inference_mode:
+                assert arguments[i].is_inference()
+        assert_same_outcome(op, tuple(arguments), context, **sample.kwargs)
+
+
+# The arguments that are nested, by their positions.
+NESTED_CASES = [
+    *[("linear_relu", (i,)) for i in range(3)],
+    ("log_softmax", (0,)),
+    *[(op, which) for op in ("nll_loss", "cross_entropy") for which in ((0,), (1,), (2,), (0, 1))],
+]
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(("op", "positions"), NESTED_CASES)
+@pytest.mark.capability("saving", "strided nested tensors: as in PyTorch, to its errors")
+def test_strided_nested_tensors_get_pytorchs_operators(op, positions, context):
+    """They say that they are strided, and have a dispatch key of their own."""
+    rows, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    arguments = {
+        "linear_relu": [rows, torch.randn(5, 3), torch.randn(5)],
+        "log_softmax": [rows, -1],
+        "nll_loss": [rows, target, torch.rand(3)],
+        "cross_entropy": [rows, target, torch.rand(3)],
+    }[op]
+    with context():
+        for i in positions:
+            parts = [arguments[i], arguments[i][:2]]
+            arguments[i] = torch.nested.nested_tensor(parts, layout=torch.strided)
+        assert_same_outcome(op, tuple(arguments), context)
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_gradients_through_strided_nested_tensors():
+    weight, bias = torch.randn(5, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    parts = [torch.randn(4, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)]
+    gradients = []
+    for function in (ours("linear_relu"), TORCH["linear_relu"]):
+        output = function(torch.nested.as_nested_tensor(parts), weight, bias)
+        total = sum(part.square().sum() for part in output.unbind())
+        gradients.append(torch.autograd.grad(total, [*parts, weight, bias]))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 def to_meta(value: object) -> object:
     return value.to("meta") if isinstance(value, Tensor) else value
 
@@ -355,6 +461,211 @@ def test_torch_function_of_each_argument_is_called(implementation, op):
         assert Subclass.called[0] is ours(op)
         assert type(result) is Subclass
         assert torch.equal(result.as_subclass(Tensor), direct)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", OPS)
+def test_a_class_that_hands_our_function_on_keeps_our_operators(op):
+    Subclass.called = []
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    with Recorded() as recorded:
+        ours(op)(sample.args[0].as_subclass(Subclass), *sample.args[1:], **sample.kwargs)
+    assert recorded.names == {op}
+
+
+# --- classes that don't know our functions --------------------------------------------------------
+
+
+class Wrapper(Tensor):
+    """Keeps its values in another tensor."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Tensor:
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:  # the compiler's log prints it
+        return f"{type(self).__name__}({self.inner})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: object) -> Tensor:
+        return cls(inner["inner"])
+
+    # What torch itself needs of any tensor.
+    COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default)
+
+    @classmethod
+    def on_inner(cls, func: Callable, args: tuple, kwargs: dict | None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda wrapper: wrapper.inner, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class KnowsFunctions(Wrapper):
+    """As weight-only quantised weights: torch's functions, and no operator."""
+
+    KNOWN = (F.linear, F.log_softmax, F.nll_loss, F.cross_entropy)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in cls.KNOWN:
+            return cls.on_inner(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in cls.COPIES:
+            return cls(cls.on_inner(func, args, kwargs))
+        raise NotImplementedError(f"{cls.__name__} has no {func}")
+
+
+class KnowsOperators(Wrapper):
+    """As quantised tensors that are written on aten's operators."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.namespace != "aten":
+            raise NotImplementedError(f"{cls.__name__} has no {func}")
+        result = cls.on_inner(func, args, kwargs)
+        return cls(result) if func in (*cls.COPIES, torch.ops.aten.t.default) else result
+
+
+class RefusesOurs(Tensor):
+    """As the weights of per-sample gradients: other functions than torch's are refused."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in map(ours, OPS):
+            raise RuntimeError(f"{cls.__name__} cannot handle {func.__name__}")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class DoesNotKnowOurs(RefusesOurs):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in map(ours, OPS):
+            return NotImplemented
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+CLASSES = {
+    "KnowsFunctions": KnowsFunctions,
+    "KnowsOperators": KnowsOperators,
+    "LoggingTensor": LoggingTensor,  # knows every operator
+    "RefusesOurs": lambda tensor: tensor.as_subclass(RefusesOurs),
+    "DoesNotKnowOurs": lambda tensor: tensor.as_subclass(DoesNotKnowOurs),
+}
+every_class = pytest.mark.parametrize("kind", CLASSES)
+
+
+def plain(result: Tensor) -> Tensor:
+    """The values of a class's result."""
+    return result.elem if isinstance(result, LoggingTensor) else result.as_subclass(Tensor)
+
+
+@every_class
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.capability("saving", "tensor subclasses that know PyTorch's functions or operators")
+def test_classes_that_do_not_know_our_functions(implementation, op, context, kind):
+    """They get torch's, and so its very numbers."""
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    arguments = {**dict(enumerate(sample.args)), **sample.kwargs}
+    expected = TORCH[op](*sample.args, **sample.kwargs)
+    for key in [key for key, value in arguments.items() if isinstance(value, Tensor)]:
+        with context():
+            given = {**arguments, key: CLASSES[kind](arguments[key])}
+            positional = [given.pop(i) for i in range(len(sample.args))]
+            assert torch.equal(plain(ours(op)(*positional, **given)), expected)
+
+
+@every_class
+@pytest.mark.parametrize("op", OPS)
+def test_modes_see_our_function_before_a_class_gets_torchs(op, kind):
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    with FunctionRecorder() as recorder:
+        given = CLASSES[kind](sample.args[0])
+        recorder.called.clear()
+        result = ours(op)(given, *sample.args[1:], **sample.kwargs)
+    assert recorder.called[0] is ours(op)
+    assert torch.equal(plain(result), TORCH[op](*sample.args, **sample.kwargs))
+
+
+@pytest.mark.parametrize("kind", ["KnowsFunctions", "KnowsOperators", "RefusesOurs"])
+def test_frozen_weights_of_such_a_class_in_a_layer(implementation, kind):
+    layer = fastnn.nn.LinearReLU(6, 5)
+    plain_weight = layer.weight.detach()
+    layer.weight = torch.nn.Parameter(CLASSES[kind](plain_weight), requires_grad=False)
+    input = torch.randn(4, 6, requires_grad=True)
+    wanted = [input, layer.bias]
+    gradients = [
+        torch.autograd.grad(output.as_subclass(Tensor).square().sum(), wanted)
+        for output in (layer(input), TORCH["linear_relu"](input, plain_weight, layer.bias))
+    ]
+    assert all(torch.equal(plain(mine), theirs) for mine, theirs in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["KnowsFunctions", "KnowsOperators", "RefusesOurs"])
+@pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
+def test_class_weights_of_such_a_class_in_a_loss(implementation, op, kind):
+    weight, rows, target = torch.rand(3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    loss = {"nll_loss": fastnn.nn.NLLLoss, "cross_entropy": fastnn.nn.CrossEntropyLoss}[op]
+    result = loss(weight=CLASSES[kind](weight))(rows, target)
+    assert torch.equal(plain(result), TORCH[op](rows, target, weight))
+
+
+@every_class
+def test_what_torch_raises_for_a_class_stands_alone(kind):
+    weight = CLASSES[kind](torch.randn(5, 3))
+    with pytest.raises(RuntimeError) as theirs:
+        F.linear(torch.randn(4, 7), weight)
+    with pytest.raises(RuntimeError) as mine:
+        fastnn.functional.linear_relu(torch.randn(4, 7), weight)
+    assert str(mine.value) == str(theirs.value)
+    assert mine.value.__context__ is None
+
+
+@needs_extension
+def test_a_mode_alone_changes_no_error():
+    with FunctionRecorder(), pytest.raises(RuntimeError, match="linear_relu: expected input's"):
+        fastnn.functional.linear_relu(torch.randn(4, 7), torch.randn(5, 3))
+
+
+COMPILED_CLASSES = {
+    "KnowsFunctions": KnowsFunctions,
+    "KnowsOperators": KnowsOperators,
+    "TwoTensor": lambda tensor: TwoTensor(tensor, 2 * tensor),
+}
+
+
+@needs_extension
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("kind", COMPILED_CLASSES)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.capability("compile", "tensor subclasses that know PyTorch's functions or operators")
+def test_such_classes_in_one_graph(op, kind):
+    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    given = COMPILED_CLASSES[kind](sample.args[0])
+
+    def compiled(function: Callable[..., Tensor]) -> Tensor:
+        call = torch.compile(
+            lambda x: function(x, *sample.args[1:], **sample.kwargs),
+            backend="aot_eager",
+            fullgraph=True,
+        )
+        return call(given)
+
+    mine, theirs = compiled(ours(op)), compiled(TORCH[op])
+    assert type(mine) is type(theirs)
+    for part in ("a", "b") if kind == "TwoTensor" else ("data",):
+        assert torch.equal(getattr(mine, part), getattr(theirs, part))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

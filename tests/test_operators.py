@@ -183,6 +183,28 @@ def _is_bytes(value: object) -> bool:
 
 # --- incoming gradients -------------------------------------------------------------------------
 
+
+def shared(value: object) -> object:
+    """A tensor that shares its memory until it is written to."""
+    return torch._lazy_clone(value) if isinstance(value, Tensor) else value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@every_sample
+def test_copy_on_write_arguments_stay_shared(op, name, dtype):
+    """No argument is written to, and none is copied as if it were."""
+    plain = sample_input(op, dtype, name)
+    kwargs = {key: shared(value) for key, value in plain.kwargs.items()}
+    sample = Sample(name, tuple(map(shared, plain.args)), kwargs)
+    leaves = leaves_of(op, sample)
+    output = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
+    grad_output = shared(torch.randn(output.shape).to(output.dtype))
+    if leaves:
+        torch.autograd.grad(output, leaves, grad_output)
+    tensors = [v for v in (*sample.args, *kwargs.values(), grad_output) if isinstance(v, Tensor)]
+    assert all(torch._C._is_cow_tensor(tensor) for tensor in tensors if tensor.numel() > 0)
+
+
 # Samples whose output has several dimensions.
 WITH_BIG_OUTPUT = {
     "linear_relu": "7x15_to_9",

@@ -1246,6 +1246,76 @@ def test_gradient_of_another_dtype_with_fused_raises_as_in_torch():
             kind(params, **MOMENTUM, fused=True).step()
 
 
+def negated(value: Tensor) -> Tensor:
+    """The value, behind a lazy minus."""
+    lazy = torch.complex(torch.zeros_like(value), -value).conj().imag
+    assert lazy.is_neg()
+    return lazy
+
+
+def with_lazy(what: str, optimizer_class, fused: bool | None) -> torch.optim.Optimizer:
+    """An optimizer in whose second parameter something is lazy."""
+    params = make_params((3,), (5,))
+    if what == "parameter":
+        params[1] = torch.nn.Parameter(negated(params[1].detach()))
+    options = {**MOMENTUM, "lr": negated(torch.tensor(0.1)) if what == "lr" else 0.1}
+    optimizer = optimizer_class(params, fused=fused, **options)
+    set_grads(params, 0)
+    if what == "gradient":
+        params[1].grad = negated(params[1].grad)
+    if what == "zero gradient":
+        params[1].grad = torch._efficientzerotensor(
+            5, dtype=torch.float64, device=torch.get_default_device()
+        )
+    if what == "buffer":
+        optimizer.state[params[1]]["momentum_buffer"] = negated(randn((5,), torch.float64, 1))
+    return optimizer
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient", "zero gradient", "buffer", "lr"])
+def test_lazy_tensors_are_stepped_as_in_torch(what):
+    """The dispatcher hands none of them to an operator in a list that is written to."""
+    ours, stock = (with_lazy(what, kind, fused=None) for kind in OPTIMIZERS)
+    for optimizer in (ours, stock):
+        for _ in range(3):
+            optimizer.step()
+    assert_same_training(ours, stock, 3)
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient", "zero gradient"])
+def test_lazy_tensors_with_fused_raise_as_in_torch(what):
+    for kind in OPTIMIZERS:
+        optimizer = with_lazy(what, kind, fused=True)
+        before = [param.detach().clone() for param in params_of(optimizer)]
+        with pytest.raises(RuntimeError, match=r"(?i)negat|zero ?tensors"):
+            optimizer.step()
+        for param, value in zip(params_of(optimizer), before, strict=True):
+            assert torch.equal(param, value)
+
+
+@pytest.mark.parametrize("elements", [5, 100_000], ids=["one chunk", "several chunks"])
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_copy_on_write_tensors(momentum, elements):
+    """What is written to gets memory of its own; what is only read stays shared."""
+    sources = [randn((elements,), torch.float32, seed) for seed in range(3)]
+    before = [source.clone() for source in sources]
+
+    def run(kind, share: Callable[[Tensor], Tensor]) -> torch.optim.Optimizer:
+        param = torch.nn.Parameter(share(sources[0]))
+        optimizer = kind([param], lr=0.1, momentum=momentum)
+        if momentum:
+            optimizer.state[param]["momentum_buffer"] = share(sources[2])
+        param.grad = share(sources[1])
+        for _ in range(3):
+            optimizer.step()
+        return optimizer
+
+    ours = run(fastnn.optim.SGD, torch._lazy_clone)
+    assert_same_training(ours, run(torch.optim.SGD, torch.clone), 3)
+    assert torch._C._is_cow_tensor(params_of(ours)[0].grad)
+    assert all(torch.equal(*pair) for pair in zip(sources, before, strict=True))
+
+
 class TaggedParameter(torch.nn.Parameter):
     """The simplest subclass; it changes nothing."""
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import perceptron
 import pytest
 import torch
 from conftest import needs_extension
+from functorch.compile import make_boxed_func
 from perceptron import OURS, STOCK
+from sample_inputs import OPS
 from test_gradients import Function, assert_close, class_weights, normal
 from test_operators import TORCH, ours
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.func import (
     functional_call,
@@ -29,6 +33,8 @@ from torch.func import (
     vjp,
     vmap,
 )
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastnn
@@ -287,6 +293,94 @@ class TestModes:
             gc.enable()
 
 
+@pytest.fixture
+def no_loops() -> Iterator[None]:
+    """An error where vmap would loop over the samples, of which it only warns."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+SAMPLES, CLASSES = 64, 10
+
+
+def batched_case(op: str) -> tuple[Function, tuple[Tensor, ...]]:
+    """An operator's function of one sample, and arguments of which each sample has its own."""
+    rows, target = normal(SAMPLES, CLASSES), torch.arange(SAMPLES) % CLASSES
+    weight, bias = normal(CLASSES, CLASSES), normal(CLASSES)
+    return {
+        "linear_relu": (lambda f: lambda row: f(row, weight, bias), (rows,)),
+        "log_softmax": (lambda f: lambda row: f(row, 0), (rows,)),
+        "nll_loss": (lambda f: f, (rows, target)),
+        "cross_entropy": (lambda f: f, (rows, target)),
+    }[op]
+
+
+@capability("`torch.func.vmap` without a loop over the samples")
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_takes_the_whole_batch_at_once(implementation, no_loops, op, context):
+    make, arguments = batched_case(op)
+    with context():
+        batch = vmap(make(ours(op)))(*arguments)
+        assert_close(batch, vmap(make(TORCH[op]))(*arguments))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_of_a_backward_takes_the_whole_batch_at_once(no_loops, op):
+    """As a graph that holds the backward's operator calls it."""
+    operators = torch.ops.fastnn
+    rows, target = normal(5, 4, 3), torch.tensor([0, 2, -100, 1])
+    weight = normal(3, 3)
+    if op == "linear_relu":
+        output = operators.linear_relu(rows, weight)
+        calls = [lambda g, x, y: operators.linear_relu_backward(g, x, weight, y, [True] * 3)]
+        arguments = (normal(5, 4, 3), rows, output)
+    elif op == "log_softmax":
+        calls = [lambda g, y: operators.log_softmax_backward(g, y, 1)]
+        arguments = (normal(5, 4, 3), operators.log_softmax(rows, 2))
+    else:
+        smoothing = (0.1,) if op == "cross_entropy" else ()
+        forward, backward = (getattr(operators, f"{op}_{way}") for way in ("forward", "backward"))
+
+        def loss_backward(g: Tensor, x: Tensor, *saved: Tensor, reduction: str) -> Tensor:
+            return backward(g, x, target, None, *saved, -100, reduction, *smoothing)
+
+        calls = [partial(loss_backward, reduction=name) for name in ("mean", "sum")]
+        saved = [forward(x, target, None, -100, "mean", *smoothing)[1:] for x in rows]
+        arguments = (normal(5), rows, *map(torch.stack, zip(*saved, strict=True)))
+    for call in calls:
+        each = [call(*sample) for sample in zip(*arguments, strict=True)]
+        together = vmap(call)(*arguments)
+        assert_close(together, tree_map(lambda *parts: torch.stack(parts), *each))
+
+
+def graph_sizes(function: Function, arguments: tuple[Tensor, ...]) -> list[int]:
+    """How many operators each graph holds that the compiler makes of the function."""
+    sizes = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable:
+        sizes.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+    assert_close(compiled(*arguments), function(*arguments))
+    return sizes
+
+
+@needs_extension
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_vmap_is_as_small_as_torchs(no_loops, op):
+    make, arguments = batched_case(op)
+    (mine,), (theirs,) = (
+        graph_sizes(vmap(make(function)), arguments) for function in (ours(op), TORCH[op])
+    )
+    assert mine <= 1.5 * theirs
+
+
 def test_func_transforms_take_bytes_in_several_dimensions(implementation):
     """As plain calls do; torch's own operators refuse them."""
     input = normal(2, 3, 4)
@@ -371,6 +465,17 @@ def test_per_sample_gradients_of_a_model():
         model(x[i : i + 1], target[i : i + 1]).backward()
         for name, parameter in model.named_parameters():
             assert_close(per_sample[name][i], parameter.grad)
+
+
+@capability("`call_for_per_sample_grads` of a model", **of_the_model)
+def test_per_sample_gradients_by_expanded_weights():
+    """Their class knows torch's functions, and refuses all others."""
+    x = perceptron.batch(7)[0]
+    models = [perceptron.make(kind) for kind in (OURS, STOCK)]
+    for model in models:
+        call_for_per_sample_grads(model)(x).square().sum().backward()
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert_close(mine.grad_sample, theirs.grad_sample)
 
 
 @capability("`functional_call`: Hessian and Jacobians of a model", **of_the_model)

@@ -28,6 +28,16 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
   return probabilities ? grad_input : zero_ignored_rows(grad_input, target, ignore_index);
 }
 
+at::Tensor cross_entropy_backward_batched(const at::Tensor& grad, const at::Tensor& input,
+                                          const at::Tensor& target,
+                                          const std::optional<at::Tensor>& weight,
+                                          const at::Tensor& /*lse*/, const at::Tensor& total_weight,
+                                          int64_t ignore_index, std::string_view reduction,
+                                          double label_smoothing) {
+  return composite_backward(grad, input, target, weight, total_weight, ignore_index, reduction,
+                            label_smoothing);
+}
+
 struct CrossEntropyBackward {
   static constexpr auto name = "CrossEntropyBackward";
   using Tensors = std::array<at::Tensor, 5>;
@@ -85,6 +95,12 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("cross_entropy", cross_entropy_autograd);
+}
+
+// vmap: over the whole batch at once; without these it loops over the samples.
+TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
+  m.impl("cross_entropy", cross_entropy_composite);
+  m.impl("cross_entropy_backward", cross_entropy_backward_batched);
 }
 
 }  // namespace fastnn

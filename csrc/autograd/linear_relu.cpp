@@ -45,6 +45,13 @@ struct LinearReLUBackward {
   }
 };
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_batched(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+    const at::Tensor& output, std::array<bool, 3> output_mask) {
+  const variable_list grads = composite_backward(grad_output, input, weight, output, output_mask);
+  return {grads[0], grads[1], grads[2]};
+}
+
 at::Tensor linear_relu_recorded(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias) {
   const auto node =
@@ -74,6 +81,12 @@ at::Tensor linear_relu_autograd(const at::Tensor& input, const at::Tensor& weigh
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("linear_relu", linear_relu_autograd);
+}
+
+// vmap: over the whole batch at once; without these it loops over the samples.
+TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
+  m.impl("linear_relu", linear_relu_composite);
+  m.impl("linear_relu_backward", linear_relu_backward_batched);
 }
 
 }  // namespace fastnn

@@ -1,7 +1,6 @@
 #include "ops/log_softmax.h"
 
 #include <ATen/ops/_log_softmax_backward_data.h>
-#include <ATen/ops/log_softmax.h>
 #include <torch/library.h>
 
 #include "autograd/backward_node.h"
@@ -9,6 +8,10 @@
 
 namespace fastnn {
 namespace {
+
+at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& output, int64_t dim) {
+  return at::_log_softmax_backward_data(grad, output, dim, output.scalar_type());
+}
 
 struct LogSoftmaxBackward {
   static constexpr auto name = "LogSoftmaxBackward";
@@ -22,7 +25,7 @@ struct LogSoftmaxBackward {
     const auto& [output] = tensors;
     const auto [dim] = options;
     if (backward_must_be_composite(grad)) {
-      return {at::_log_softmax_backward_data(grad, output, dim, output.scalar_type())};
+      return {composite_backward(grad, output, dim)};
     }
     BelowAutograd below_autograd;
     return {log_softmax_backward(grad, output, dim)};
@@ -41,7 +44,7 @@ at::Tensor log_softmax_recorded(const at::Tensor& input, int64_t dim) {
 
 at::Tensor log_softmax_autograd(const at::Tensor& input, int64_t dim) {
   if (in_functorch() || has_tangent(input) || !log_softmax_is_fusable(input)) {
-    return at::log_softmax(input, dim);
+    return log_softmax_composite(input, dim);
   }
   if (needs_grad(input)) return log_softmax_recorded(input, dim);
   BelowAutograd below_autograd;
@@ -52,6 +55,12 @@ at::Tensor log_softmax_autograd(const at::Tensor& input, int64_t dim) {
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("log_softmax", log_softmax_autograd);
+}
+
+// vmap: over the whole batch at once; without these it loops over the samples.
+TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
+  m.impl("log_softmax", log_softmax_composite);
+  m.impl("log_softmax_backward", composite_backward);
 }
 
 }  // namespace fastnn

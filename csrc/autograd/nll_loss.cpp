@@ -11,6 +11,16 @@
 namespace fastnn {
 namespace {
 
+at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
+                              const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                              const at::Tensor& total_weight, int64_t ignore_index,
+                              std::string_view reduction) {
+  const at::Tensor q =
+      index_distribution(input, target, weight, ignore_index, /*label_smoothing=*/0);
+  const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, reduction);
+  return zero_ignored_rows(grad_input, target, ignore_index);
+}
+
 struct NLLLossBackward {
   static constexpr auto name = "NLLLossBackward";
   using Tensors = std::array<at::Tensor, 4>;
@@ -25,10 +35,8 @@ struct NLLLossBackward {
     const auto ignore_index = std::get<0>(options);
     const auto reduction = reduction_name(std::get<1>(options));
     if (backward_must_be_composite(grad)) {
-      const at::Tensor q =
-          index_distribution(input, target, weight, ignore_index, /*label_smoothing=*/0);
-      const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, reduction);
-      return {zero_ignored_rows(grad_input, target, ignore_index)};
+      return {
+          composite_backward(grad, input, target, weight, total_weight, ignore_index, reduction)};
     }
     BelowAutograd below_autograd;
     return {nll_loss_backward(grad, input, target, weight, total_weight, ignore_index, reduction)};
@@ -65,6 +73,12 @@ at::Tensor nll_loss_autograd(const at::Tensor& input, const at::Tensor& target,
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("nll_loss", nll_loss_autograd);
+}
+
+// vmap: over the whole batch at once; without these it loops over the samples.
+TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
+  m.impl("nll_loss", nll_loss_composite);
+  m.impl("nll_loss_backward", composite_backward);
 }
 
 }  // namespace fastnn

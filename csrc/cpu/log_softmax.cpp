@@ -2,7 +2,6 @@
 #include "ops/log_softmax.h"
 
 #include <ATen/WrapDimUtils.h>
-#include <ATen/ops/log_softmax.h>
 #include <torch/library.h>
 
 #include "cpu/launch.h"
@@ -11,7 +10,7 @@ namespace fastnn::cpu {
 namespace {
 
 at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
-  if (!log_softmax_is_fusable(input)) return at::log_softmax(input, dim);
+  if (!log_softmax_is_fusable(input)) return log_softmax_composite(input, dim);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::Tensor x = input.contiguous();
   const at::Tensor output = empty(input.sizes(), input.scalar_type());

@@ -9,17 +9,38 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 14;  // elements: 192 KiB of float parameter, gradient and buffer
 
+// One parameter's tensors and their memory: in the parallel region copy-on-write memory, which is
+// copied when a pointer to write to it is taken, may not be copied.
+struct Item {
+  SGDItem tensors;
+  void* param;
+  void* grad;
+  void* buffer;  // null without momentum
+  bool has_wide_buffer;
+};
+
+Item make_item(SGDItem tensors, bool writes_grad) {
+  const at::Tensor& buffer = tensors.buffer;
+  Item item{
+      .param = data<void>(tensors.param),
+      .grad = grad_data<void>(tensors.grad, writes_grad),
+      .buffer = buffer.defined() ? data<void>(buffer) : nullptr,
+      .has_wide_buffer = buffer.defined() && buffer.scalar_type() != tensors.param.scalar_type()};
+  item.tensors = std::move(tensors);
+  return item;
+}
+
 // A piece of one item: what one call of the kernel takes.
 struct Chunk {
-  const SGDItem* item;
+  const Item* item;
   int64_t begin;
   int64_t size;
 };
 
-std::vector<Chunk> split(const std::vector<SGDItem>& items) {
+std::vector<Chunk> split(const std::vector<Item>& items) {
   std::vector<Chunk> chunks;
-  for (const SGDItem& item : items) {
-    const int64_t n = item.param.numel();
+  for (const Item& item : items) {
+    const int64_t n = item.tensors.param.numel();
     for (int64_t begin = 0; begin < n; begin += kChunk) {
       chunks.push_back({&item, begin, std::min(kChunk, n - begin)});
     }
@@ -28,18 +49,16 @@ std::vector<Chunk> split(const std::vector<SGDItem>& items) {
 }
 
 void step_chunk(const Chunk& chunk, const simd::SGD& options, double grad_scale) {
-  const SGDItem& item = *chunk.item;
-  dispatch(item.param.scalar_type(), "sgd_step_", [&]<typename T>() {
+  const Item& item = *chunk.item;
+  dispatch(item.tensors.param.scalar_type(), "sgd_step_", [&]<typename T>() {
     const auto step = [&](auto kernel, auto* buffer) {
-      kernel(data<T>(item.param) + chunk.begin, data<T>(item.grad) + chunk.begin, buffer,
-             chunk.size, options, grad_scale);
+      kernel(static_cast<T*>(item.param) + chunk.begin, static_cast<T*>(item.grad) + chunk.begin,
+             buffer == nullptr ? nullptr : buffer + chunk.begin, chunk.size, options, grad_scale);
     };
-    if (!item.buffer.defined()) {
-      step(kernels<T>().sgd_step, static_cast<T*>(nullptr));
-    } else if (item.buffer.scalar_type() == item.param.scalar_type()) {
-      step(kernels<T>().sgd_step, data<T>(item.buffer) + chunk.begin);
+    if (item.has_wide_buffer) {
+      step(kernels<T>().sgd_step_wide, static_cast<accum<T>*>(item.buffer));
     } else {
-      step(kernels<T>().sgd_step_wide, data<accum<T>>(item.buffer) + chunk.begin);
+      step(kernels<T>().sgd_step, static_cast<T*>(item.buffer));
     }
   });
 }
@@ -47,10 +66,11 @@ void step_chunk(const Chunk& chunk, const simd::SGD& options, double grad_scale)
 // The parameters [first, last), in one parallel region. `momentum_buffers` may be empty.
 void step_range(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                 size_t first, size_t last, const simd::SGD& options, double grad_scale) {
-  std::vector<SGDItem> items;
+  const bool writes_grads = grad_scale != 1;
+  std::vector<Item> items;
   items.reserve(last - first);
   for (size_t i = first; i < last; ++i) {
-    items.push_back(sgd_item(params, grads, momentum_buffers, i));
+    items.push_back(make_item(sgd_item(params, grads, momentum_buffers, i), writes_grads));
   }
   const std::vector<Chunk> chunks = split(items);
   int64_t elements = 0;
@@ -60,7 +80,7 @@ void step_range(at::TensorList params, at::TensorList grads, at::TensorList mome
     for (int64_t i = begin; i < end; ++i) step_chunk(chunks[i], options, grad_scale);
   });
   for (size_t i = first; i < last; ++i) {
-    copy_back(items[i - first], params, grads, momentum_buffers, i, grad_scale != 1);
+    copy_back(items[i - first].tensors, params, grads, momentum_buffers, i, writes_grads);
   }
 }
 

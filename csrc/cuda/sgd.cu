@@ -43,10 +43,11 @@ DeviceScalar device_scalar(const std::optional<at::Tensor>& scalar) {
 
 template <typename T, typename B, bool kMomentum>
 void launch_steps(const std::vector<SGDItem>& items, const SGDOptions& options) {
+  const bool writes_grads = options.grad_scale.data != nullptr;
   SGDLauncher<T, B, kMomentum> launcher(options, c10::cuda::getCurrentCUDAStream());
   for (const SGDItem& item : items) {
-    launcher.add(item.param.data_ptr<T>(), item.grad.data_ptr<T>(),
-                 kMomentum ? item.buffer.data_ptr<B>() : nullptr, item.param.numel());
+    launcher.add(data<T>(item.param), grad_data<T>(item.grad, writes_grads),
+                 kMomentum ? data<B>(item.buffer) : nullptr, item.param.numel());
   }
   launcher.launch();
 }

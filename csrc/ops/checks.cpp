@@ -25,7 +25,7 @@ bool is_on_our_device(const at::Tensor& tensor) {
 
 bool has_kernels(const at::Tensor& tensor) {
   return is_supported_dtype(tensor.scalar_type()) && tensor.layout() == at::kStrided &&
-         is_on_our_device(tensor);
+         !tensor.is_nested() && is_on_our_device(tensor);
 }
 
 void check_same_dtype(std::string_view op, const at::Tensor& input, std::string_view name,

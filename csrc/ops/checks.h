@@ -14,8 +14,9 @@ namespace fastnn {
 // float64, float32, bfloat16, float16: the dtypes the kernels are written for.
 bool is_supported_dtype(at::ScalarType dtype);
 
-// Whether there are kernels for such a tensor: for its dtype, its layout, and its device in this
-// build. (Those of the meta device know shapes alone.) On other devices PyTorch's operators run.
+// Whether there are kernels for such a tensor: for its dtype, its layout (nested tensors say that
+// they are strided), and its device in this build. (Those of the meta device know shapes alone.) On
+// other devices PyTorch's operators run.
 bool has_kernels(const at::Tensor& tensor);
 
 // Raises unless `other` has the dtype and the device of `input`.

@@ -140,8 +140,12 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "-> Tensor");
 }
 
+// On every device: one without kernels takes torch's way.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", cross_entropy_default);
+}
+TORCH_LIBRARY_IMPL(fastnn, CompositeImplicitAutogradNestedTensor, m) {
+  m.impl("cross_entropy", cross_entropy_composite);
 }
 
 }  // namespace fastnn

@@ -91,4 +91,12 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 
+// Where no kernel of this name is registered for the device or the layout.
+TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
+  m.impl("linear_relu", linear_relu_composite);
+}
+TORCH_LIBRARY_IMPL(fastnn, CompositeImplicitAutogradNestedTensor, m) {
+  m.impl("linear_relu", linear_relu_composite);
+}
+
 }  // namespace fastnn

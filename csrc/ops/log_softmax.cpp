@@ -1,5 +1,6 @@
 #include "ops/log_softmax.h"
 
+#include <ATen/ops/log_softmax.h>
 #include <torch/library.h>
 
 #include "ops/checks.h"
@@ -26,6 +27,10 @@ bool log_softmax_is_fusable(const at::Tensor& input) {
   return has_kernels(input);
 }
 
+at::Tensor log_softmax_composite(const at::Tensor& input, int64_t dim) {
+  return at::log_softmax(input, dim);
+}
+
 void check_log_softmax_backward(const at::Tensor& grad_output, const at::Tensor& output) {
   constexpr auto op = "log_softmax_backward";
   TORCH_CHECK(is_supported_dtype(output.scalar_type()), op, ": expected a floating-point output, ",
@@ -43,6 +48,14 @@ Layout log_softmax_layout(const at::Tensor& tensor, int64_t dim) {
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("log_softmax(Tensor input, int dim) -> Tensor");
   m.def("log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor");
+}
+
+// Where no kernel of this name is registered for the device or the layout.
+TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
+  m.impl("log_softmax", log_softmax_composite);
+}
+TORCH_LIBRARY_IMPL(fastnn, CompositeImplicitAutogradNestedTensor, m) {
+  m.impl("log_softmax", log_softmax_composite);
 }
 
 }  // namespace fastnn

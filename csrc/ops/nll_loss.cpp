@@ -81,8 +81,12 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "Tensor total_weight, int ignore_index, str reduction) -> Tensor");
 }
 
+// On every device: one without kernels takes torch's way.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("nll_loss", nll_loss_default);
+}
+TORCH_LIBRARY_IMPL(fastnn, CompositeImplicitAutogradNestedTensor, m) {
+  m.impl("nll_loss", nll_loss_composite);
 }
 
 }  // namespace fastnn

@@ -47,9 +47,11 @@ void sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momen
 }
 
 bool sgd_takes(const at::Tensor& param) {
-  // A subclass may keep its data elsewhere, or want to see torch's own operators.
-  return has_kernels(param) && !param.is_meta() &&
-         !param.unsafeGetTensorImpl()->is_python_dispatch();
+  // A subclass may keep its data elsewhere, or want to see torch's own operators. What is negated
+  // or conjugated lazily, or zero without memory, the dispatcher can't hand over in a list to write
+  // to.
+  return has_kernels(param) && !param.is_meta() && !param.is_neg() && !param.is_conj() &&
+         !param._is_zerotensor() && !param.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
 bool sgd_takes_grad(const at::Tensor& param, const at::Tensor& grad) {

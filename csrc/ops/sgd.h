@@ -6,6 +6,8 @@
 #include <optional>
 #include <vector>
 
+#include "ops/operands.h"
+
 namespace fastnn {
 
 // Calls through the dispatcher. `momentum_buffers` is empty where momentum is zero.
@@ -40,6 +42,12 @@ struct SGDItem {
   at::Tensor grad;
   at::Tensor buffer;  // undefined without momentum; its dtype may be another, see above
 };
+
+// The gradient's memory. Where it is only read it may be shared, copy-on-write, and stays so.
+template <typename T>
+T* grad_data(const at::Tensor& grad, bool is_written) {
+  return is_written ? data<T>(grad) : const_cast<T*>(const_data<T>(grad));
+}
 
 // Raises unless every list fits `params`. `momentum_buffers` is empty where momentum is zero; the
 // gradients are written to where they are scaled.
