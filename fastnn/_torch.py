@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 
 def _find(name: str, otherwise: Any) -> Any:
@@ -65,15 +66,16 @@ _global_post_hooks = _find("torch.optim.optimizer._global_optimizer_post_hooks",
 def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step has hooks or a profiler is on; True where that can't be told."""
     try:
-        return bool(
+        hooks = (
             optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
             or _global_pre_hooks
             or _global_post_hooks
-            or profiler_enabled()
         )
     except AttributeError:
         return True
+    # The compiler can't trace the second question.
+    return True if hooks else not is_compiling() and profiler_enabled()
 
 
 # A scheduler replaces its optimizer's step with one that has the mark, and that sets the note by
