@@ -289,14 +289,15 @@ class SGD(torch.optim.SGD):
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
-            extension.clear_gradients(group["params"])
+            extension.clear_gradients(_params_of(group))
 
     def _step_group(self, group: dict[str, Any]) -> None:
         if group.get("float32_momentum"):
             self._has_float32_momentum = True  # set in the group since it was looked at
+        params = _params_of(group)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        fusable = extension is not None and _options_are_plain(group)
+        fusable = extension is not None and self._is_fusable(group)
         # On a GPU the kernels find out whether to skip, so that nobody waits for it. The first step
         # differs from later ones if there is dampening: skipped, it has to leave no buffer behind.
         kernels_skip = False
@@ -305,9 +306,10 @@ class SGD(torch.optim.SGD):
             if not kernels_skip and bool(found_inf):
                 return
         if not fusable:
-            self._step_as_torch(group, group["params"], grad_scale)
+            self._step_as_torch(group, params, grad_scale)
             return
-        params, state, fused = group["params"], self.state, group["fused"]
+        state, fused = self.state, group["fused"]
+        _ = group["foreach"]  # without effect, but torch's step asks for it, too
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf if kernels_skip else None}
         # fused=True refuses what torch's fused implementation does, before anything is changed.
         rest = _step_fusable(group, params, state, scaling, all_or_nothing=fused)
@@ -318,6 +320,16 @@ class SGD(torch.optim.SGD):
             rest = self._step_parts(group, rest, scaling)
         if rest and not (kernels_skip and bool(found_inf)):
             self._step_as_torch(group, rest, grad_scale)
+
+    def _is_fusable(self, group: dict[str, Any]) -> bool:
+        """Whether the operator can read the state, and no option wants autograd to see the step."""
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        return not (
+            type(self.state) is not defaultdict
+            or self.defaults["differentiable"]
+            or (isinstance(lr, Tensor) and lr.requires_grad)
+            or (isinstance(weight_decay, Tensor) and weight_decay.requires_grad)
+        )
 
     @torch.no_grad()
     def _step_parts(
@@ -381,6 +393,12 @@ class SGD(torch.optim.SGD):
                 self.state[param]["momentum_buffer"] = buffer
 
 
+def _params_of(group: dict[str, Any]) -> list[Tensor]:
+    """The group's parameters, which may be any iterable; an iterator's are gone afterwards."""
+    params = group["params"]
+    return params if type(params) is list else list(params)
+
+
 def _step_fusable(
     group: dict[str, Any],
     params: list[Tensor],
@@ -432,12 +450,3 @@ def _check_fused(params: list[Tensor]) -> None:
 
 def _is_on_gpu(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
-
-
-def _options_are_plain(group: dict[str, Any]) -> bool:
-    """Whether no option wants autograd to see the step."""
-    return not (
-        group["differentiable"]
-        or (isinstance(group["lr"], Tensor) and group["lr"].requires_grad)
-        or (isinstance(group["weight_decay"], Tensor) and group["weight_decay"].requires_grad)
-    )
