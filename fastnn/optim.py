@@ -433,6 +433,7 @@ def _step_for_schedulers(optimizer: SGD, *args: Any, **kwargs: Any) -> Any:
 
 
 _torch.add_scheduler_mark(_step_for_schedulers)
+_torch.register_functional_sgd(SGD)
 
 
 def _check_fused(params: list[Tensor]) -> None:
