@@ -7,11 +7,17 @@ holds the other modules to.
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 
 def _find(name: str, otherwise: Any) -> Any:
@@ -93,15 +99,16 @@ _global_post_hooks = _find("torch.optim.optimizer._global_optimizer_post_hooks",
 def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step has hooks or a profiler is on; True where that can't be told."""
     try:
-        return bool(
+        hooks = (
             optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
             or _global_pre_hooks
             or _global_post_hooks
-            or profiler_enabled()
         )
     except AttributeError:
         return True
+    # The compiler can't trace the second question.
+    return True if hooks else not is_compiling() and profiler_enabled()
 
 
 # A scheduler replaces its optimizer's step with one that has the mark, and that sets the note by
@@ -121,6 +128,54 @@ def add_scheduler_mark(step: Any) -> None:
 
 def note_step_for_schedulers(optimizer: torch.optim.Optimizer) -> None:
     optimizer._opt_called = True
+
+
+# Holds the table of what steps a single parameter for DDP, by the optimizer's class. In a PyTorch
+# without it DDP's fused optimizer can't be ours.
+_FUNCTIONAL_OPTIMIZERS = "torch.distributed.optim.utils"
+
+
+def register_functional_sgd(optimizer: type[torch.optim.SGD]) -> None:
+    """Lets torch's functional SGD serve where this class is asked for.
+
+    The table's module takes many times as long to import as fastnn, so that it is left to whoever
+    needs it.
+    """
+    module = sys.modules.get(_FUNCTIONAL_OPTIMIZERS)
+    if module is None:
+        sys.meta_path.insert(0, _FunctionalSGDFinder(optimizer))
+    else:
+        _add_functional_sgd(module, optimizer)
+
+
+class _FunctionalSGDFinder(MetaPathFinder):
+    """Finds the table's module as Python does, and adds to the table once it is there."""
+
+    def __init__(self, optimizer: type[torch.optim.SGD]) -> None:
+        self.optimizer = optimizer
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _FUNCTIONAL_OPTIMIZERS:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            load = spec.loader.exec_module
+
+            def load_and_add(module: ModuleType) -> None:
+                load(module)
+                _add_functional_sgd(module, self.optimizer)
+                sys.meta_path.remove(self)
+
+            spec.loader.exec_module = load_and_add
+        return spec
+
+
+def _add_functional_sgd(module: ModuleType, optimizer: type[torch.optim.SGD]) -> None:
+    table = getattr(module, "functional_optim_map", {})
+    if torch.optim.SGD in table:
+        table[optimizer] = table[torch.optim.SGD]
 
 
 # ---- modules -------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from types import MethodType
@@ -21,6 +23,51 @@ from fastnn._extension import extension
 __all__ = ["SGD"]
 
 _HALF = (torch.bfloat16, torch.float16)
+
+# torch's step without the hooks that its first SGD in a process puts around it.
+_torch_step = inspect.unwrap(
+    torch.optim.SGD.step, stop=lambda step: not getattr(step, "hooked", False)
+)
+
+
+def _with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a step in a profiler range and its hooks, as torch does, but only when needed.
+
+    They would cost a small model's whole step. Where a subclass's step calls its parent's, they run
+    around the subclass's alone.
+
+    Args:
+        step: the method.
+
+    Returns: the method that takes its place in its class.
+    """
+    observed_step = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: SGD, /, *args: Any, **kwargs: Any) -> Any:
+        if _torch.is_step_observed(self) and _outermost_hooks(type(self)) in (wrapper, None):
+            return observed_step(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = wrapper  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _runs_hooks(step: Callable[..., Any]) -> bool:
+    """Whether a step has torch's mark that it runs the hooks itself, which is a plain True.
+
+    Ours names its owner, since functools.wraps copies it to steps that don't.
+    """
+    return getattr(step, "hooked", None) in (True, step)
+
+
+def _outermost_hooks(cls: type) -> Callable[..., Any] | None:
+    """The step that runs the hooks, of those that a class and its parents define."""
+    for parent in cls.__mro__:
+        step = vars(parent).get("step")
+        if step is not None and _runs_hooks(step):
+            return step
+    return None
 
 
 class SGD(torch.optim.SGD):
@@ -88,6 +135,7 @@ class SGD(torch.optim.SGD):
         fused: bool | None = None,
         float32_momentum: bool = False,
     ) -> None:
+        self._hook_step()
         super().__init__(
             params,
             lr,
@@ -107,11 +155,18 @@ class SGD(torch.optim.SGD):
                 group.setdefault("float32_momentum", True)
             self._look_at_groups()
 
+    @classmethod
+    def _hook_step(cls) -> None:
+        """Lets a subclass's own step run the hooks, before torch does so at a higher cost."""
+        if not _runs_hooks(cls.step):
+            cls.step = _with_hooks(cls.step)  # type: ignore[method-assign]
+
     def _look_at_groups(self) -> None:
         chosen = (group.get("float32_momentum") for group in self.param_groups)
         self._has_float32_momentum = any(chosen)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._hook_step()
         super().__setstate__(state)
         self._look_at_groups()
 
@@ -191,38 +246,38 @@ class SGD(torch.optim.SGD):
         if step is not None and not _torch.has_scheduler_mark(step):
             raise TypeError("optimizer: its step has been replaced; expected PyTorch's own")
         optimizer.__class__ = cls
+        cls._hook_step()
         optimizer._look_at_groups()
         if step is not None:
             optimizer.step = MethodType(_step_for_schedulers, optimizer)
         return optimizer
 
+    @_with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss, which is then returned.
+            closure: reevaluates the model and returns the loss.
+
+        Returns: the closure's loss, or None without one.
         """
         if is_compiling():
             # torch's own loop over the parameters, which the compiler fuses; but not with buffers
             # of another dtype than the gradients', which torch neither makes nor always takes.
             if self._has_float32_momentum:
                 return self._uncompiled_step(closure)
-            return super().step(closure)
-        if _torch.is_step_observed(self):
-            return self._observed_step() if closure is None else self._observed_step(closure)
-        return self._step(closure)
-
-    # torch wraps every optimizer's step in a profiler range and its hooks, at a cost of a small
-    # model's whole step, unless this says that it is done; we go the same way only when needed.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    @Optimizer.profile_hook_step
-    def _observed_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return self._step(closure)
+            return _torch_step(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
 
     @_torch.disable_dynamo
-    def _uncompiled_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return SGD.step(self, closure)
+    def _uncompiled_step(self, closure: Callable[[], Any] | None) -> Any:
+        return SGD.step.__wrapped__(self, closure)  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters.
@@ -234,32 +289,27 @@ class SGD(torch.optim.SGD):
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
-            extension.clear_gradients(group["params"])
-
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
-        return loss
+            extension.clear_gradients(_params_of(group))
 
     def _step_group(self, group: dict[str, Any]) -> None:
         if group.get("float32_momentum"):
             self._has_float32_momentum = True  # set in the group since it was looked at
+        params = _params_of(group)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        fusable = extension is not None and _options_are_plain(group)
+        fusable = extension is not None and self._is_fusable(group)
         # On a GPU the kernels find out whether to skip, so that nobody waits for it. The first step
         # differs from later ones if there is dampening: skipped, it has to leave no buffer behind.
-        kernels_skip = fusable and _is_on_gpu(found_inf) and not group["dampening"]
-        if found_inf is not None and not kernels_skip and bool(found_inf):
-            return
+        kernels_skip = False
+        if found_inf is not None:
+            kernels_skip = fusable and _is_on_gpu(found_inf) and not group["dampening"]
+            if not kernels_skip and bool(found_inf):
+                return
         if not fusable:
-            self._step_as_torch(group, group["params"], grad_scale)
+            self._step_as_torch(group, params, grad_scale)
             return
-        params, state, fused = group["params"], self.state, bool(group["fused"])
+        state, fused = self.state, group["fused"]
+        _ = group["foreach"]  # without effect, but torch's step asks for it, too
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf if kernels_skip else None}
         # fused=True refuses what torch's fused implementation does, before anything is changed.
         rest = _step_fusable(group, params, state, scaling, all_or_nothing=fused)
@@ -270,6 +320,16 @@ class SGD(torch.optim.SGD):
             rest = self._step_parts(group, rest, scaling)
         if rest and not (kernels_skip and bool(found_inf)):
             self._step_as_torch(group, rest, grad_scale)
+
+    def _is_fusable(self, group: dict[str, Any]) -> bool:
+        """Whether the operator can read the state, and no option wants autograd to see the step."""
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        return not (
+            type(self.state) is not defaultdict
+            or self.defaults["differentiable"]
+            or (isinstance(lr, Tensor) and lr.requires_grad)
+            or (isinstance(weight_decay, Tensor) and weight_decay.requires_grad)
+        )
 
     @torch.no_grad()
     def _step_parts(
@@ -333,37 +393,47 @@ class SGD(torch.optim.SGD):
                 self.state[param]["momentum_buffer"] = buffer
 
 
+def _params_of(group: dict[str, Any]) -> list[Tensor]:
+    """The group's parameters, which may be any iterable; an iterator's are gone afterwards."""
+    params = group["params"]
+    return params if type(params) is list else list(params)
+
+
 def _step_fusable(
     group: dict[str, Any],
     params: list[Tensor],
     state: dict[Tensor, dict[str, Tensor]],
     scaling: dict[str, Tensor | None],
-    all_or_nothing: bool = False,
+    all_or_nothing: bool | None = False,
 ) -> list[Tensor]:
     """Steps what the operator takes and returns the rest; nothing where all or nothing asks."""
     lr = group["lr"]
+    if isinstance(lr, Tensor) and not _is_on_gpu(lr):
+        lr = float(lr)
     return extension.sgd_step_group(
         params,
         state,
-        lr=lr if _is_on_gpu(lr) else float(lr),
+        lr=lr,
         momentum=group["momentum"],
         dampening=group["dampening"],
-        weight_decay=float(group["weight_decay"]),
+        weight_decay=group["weight_decay"],
         nesterov=group["nesterov"],
         maximize=group["maximize"],
         all_or_nothing=all_or_nothing,
-        float32_momentum=bool(group.get("float32_momentum")),
+        float32_momentum=group.get("float32_momentum"),
         **scaling,
     )
 
 
-def _step_for_schedulers(optimizer: SGD, closure: Callable[[], Any] | None = None) -> Any:
+@functools.wraps(SGD.step)
+def _step_for_schedulers(optimizer: SGD, *args: Any, **kwargs: Any) -> Any:
     """The step of an optimizer that a scheduler watches: in place of its wrapper of torch's."""
     _torch.note_step_for_schedulers(optimizer)
-    return SGD.step(optimizer, closure)
+    return type(optimizer).step(optimizer, *args, **kwargs)
 
 
 _torch.add_scheduler_mark(_step_for_schedulers)
+_torch.register_functional_sgd(SGD)
 
 
 def _check_fused(params: list[Tensor]) -> None:
@@ -389,12 +459,3 @@ def _is_lazy(tensor: Tensor) -> bool:
 
 def _is_on_gpu(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
-
-
-def _options_are_plain(group: dict[str, Any]) -> bool:
-    """Whether no option wants autograd to see the step."""
-    return not (
-        group["differentiable"]
-        or (isinstance(group["lr"], Tensor) and group["lr"].requires_grad)
-        or (isinstance(group["weight_decay"], Tensor) and group["weight_decay"].requires_grad)
-    )

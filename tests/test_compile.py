@@ -254,6 +254,20 @@ class TestOptimizer:
         explanation = torch._dynamo.explain(optimizer.step)()
         assert explanation.graph_break_count == 0, explanation.break_reasons
 
+    @pytest.mark.parametrize("after_torchs", [False, True])
+    def test_hooks_run_once_around_a_compiled_step(self, after_torchs, fresh_dynamo):
+        """torch's SGD has hooks in its step, too, once there is one."""
+        if after_torchs:
+            step_of(torch.optim.SGD)
+        _, optimizer = step_of(fastnn.optim.SGD)
+        called = []
+        optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: called.append("post"))
+        step = torch.compile(optimizer.step, backend="eager")
+        for _ in range(2):
+            step()
+        assert called == ["pre", "post"] * 2
+
     @capability("compile", NO_MORE_RECOMPILATIONS, operators=["SGD"])
     def test_compiled_step_is_torchs_in_numbers_and_recompilations(self, fresh_dynamo):
         """A changed learning rate is a recompilation, or not, as for torch's optimizer."""

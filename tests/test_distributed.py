@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ import fastnn
 pytestmark = pytest.mark.cpu_only("processes talk over gloo, whatever the kernels")
 
 RANKS = 2
+PACKAGE = Path(fastnn.__file__).parent
 
 
 def rows_of(rank: int) -> slice:
@@ -466,3 +469,43 @@ def test_checkpoint_saved_by_two_ranks_goes_on_in_one_process(tmp_path, optimize
     )
     train(model, optimizer, steps=range(SAVED_AFTER, STEPS))
     assert_as_in_one_process(outcome(model, optimizer))
+
+
+# In a process of its own: what is imported when is what it is about.
+OPTIMIZER_IN_DDP = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+table = "torch.distributed.optim.utils"
+if {table_first}:
+    __import__(table)
+import fastnn
+assert (table in sys.modules) == {table_first}
+
+dist.init_process_group("gloo", init_method="file://{folder}/store", rank=0, world_size=1)
+outcomes = []
+for optimizer in (fastnn.optim.SGD, torch.optim.SGD):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Linear(3, 2))
+    before = model.module.weight.detach().clone()
+    model._register_fused_optim(optimizer, 0.1, momentum=0.9)
+    for _ in range(3):
+        model(torch.ones(4, 3)).square().sum().backward()
+    assert not torch.equal(model.module.weight, before)
+    outcomes.append([parameter.detach() for parameter in model.parameters()])
+assert all(map(torch.equal, *outcomes))
+assert not any(type(finder).__module__ == "fastnn._torch" for finder in sys.meta_path)
+dist.destroy_process_group()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("table_first", [False, True])
+def test_ddp_steps_each_parameter_as_its_gradient_arrives(tmp_path, table_first):
+    """Whether PyTorch's table of such optimizers is imported before fastnn or, slowly, after it."""
+    script = OPTIMIZER_IN_DDP.format(table_first=table_first, folder=tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "done\n"), process.stderr

@@ -12,8 +12,9 @@ import math
 import pickle
 import re
 import warnings
+from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -1036,6 +1038,201 @@ def test_step_hooks_run_and_may_change_the_gradients():
     assert_same_training(ours, stock, 3)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_step_hooks_see_the_arguments_as_the_caller_wrote_them_and_may_replace_them(by_name):
+    def run(kind) -> list:
+        (param,) = make_params((3,))
+        optimizer = kind([param], lr=0.1)
+        seen = []
+
+        def double_the_loss(optimizer, args, kwargs):
+            seen.append((args[1:], kwargs))
+            if by_name:
+                return args, {"closure": lambda: 2 * kwargs["closure"]()}
+            return (optimizer, lambda: 2 * args[1]()), kwargs
+
+        optimizer.register_step_pre_hook(double_the_loss)
+        optimizer.register_step_post_hook(lambda _, args, kwargs: seen.append((len(args), kwargs)))
+        loss = optimizer.step(closure=three) if by_name else optimizer.step(three)
+        seen[1] = (seen[1][0], sorted(seen[1][1]))
+        return [loss, *seen]
+
+    def three() -> int:
+        return 3
+
+    ours, stock = (run(kind) for kind in OPTIMIZERS)
+    assert ours == stock
+    if by_name:
+        assert ours == [6, ((), {"closure": three}), (1, ["closure"])]
+    else:
+        assert ours == [6, ((three,), {}), (2, [])]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(
+    ("args", "kwargs"), [((), {"closer": None}), ((None, 1), {}), ((None,), {"closure": None})]
+)
+def test_step_refuses_unknown_arguments_as_torch_does(args, kwargs, hooked):
+    messages = []
+    for kind in OPTIMIZERS:
+        optimizer = kind(make_params((3,)), lr=0.1)
+        if hooked:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        with pytest.raises(TypeError) as error:
+            optimizer.step(*args, **kwargs)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("SGD.step() ")
+
+
+def optimizers_with_steps_of_their_own() -> dict[str, type]:
+    """Made anew for each test, as the first optimizer of a class changes the class."""
+
+    class OwnStep(fastnn.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Inherited(OwnStep):
+        pass
+
+    class OwnStepOverInherited(Inherited):
+        def step(self, closure=None):
+            return super().step(closure=closure)
+
+    class TwoSteps(fastnn.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            return super().step(closure)
+
+    class WithMarks(OwnStep):
+        @functools.wraps(OwnStep.step)
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    class Mixin:
+        def step(self, closure=None):
+            return super().step(closure)
+
+    class Mixed(Mixin, fastnn.optim.SGD):
+        pass
+
+    class RunsHooksItself(fastnn.optim.SGD):
+        @torch.optim.Optimizer.profile_hook_step
+        def step(self, closure=None):
+            return super().step(closure)
+
+        step.hooked = True
+
+    return {cls.__name__: cls for cls in vars().values() if issubclass(cls, fastnn.optim.SGD)}
+
+
+def as_it_is(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer
+
+
+def under_schedulers(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    StepLR(optimizer, step_size=10)
+    StepLR(optimizer, step_size=10)
+    return optimizer
+
+
+def with_its_step_replaced(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    optimizer.step = functools.partial(type(optimizer).step, optimizer)
+    return optimizer
+
+
+def taken_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    params = params_of(optimizer)
+    return type(optimizer).from_torch(under_schedulers(torch.optim.SGD(params, lr=0.1)))
+
+
+def with_another_class(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Whose step torch has not seen: it looks at a class as it makes an optimizer of it."""
+
+    class Other(type(optimizer)):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    optimizer.__class__ = Other
+    return optimizer
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize("with_parents", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        as_it_is,
+        under_schedulers,
+        with_its_step_replaced,
+        taken_over,
+        with_another_class,
+        copy.deepcopy,
+    ],
+)
+@pytest.mark.parametrize("name", ["SGD", *optimizers_with_steps_of_their_own()])
+def test_a_steps_hooks_run_once(name, change, with_parents, profiled):
+    """Whichever of its class's and its parents' steps the first optimizers were made of."""
+    cls = optimizers_with_steps_of_their_own().get(name, fastnn.optim.SGD)
+    if with_parents:
+        for parent in cls.__mro__:
+            if issubclass(parent, torch.optim.SGD):
+                parent(make_params((3,)))
+    params = make_params((3,))
+    expected = params[0].detach().clone()
+    optimizer = change(cls(params, lr=0.1))
+    events = []
+
+    def halve_gradients(optimizer, args, kwargs) -> None:
+        events.append("pre")
+        for param in params_of(optimizer):
+            param.grad.mul_(0.5)
+
+    handles = [
+        optimizer.register_step_pre_hook(halve_gradients),
+        optimizer.register_step_post_hook(lambda *_: events.append("post")),
+        register_optimizer_step_post_hook(lambda *_: events.append("global post")),
+    ]
+    params_of(optimizer)[0].grad = torch.ones_like(expected)
+    with profile() if profiled else nullcontext() as profiler:
+        assert optimizer.step(lambda: 7) == 7
+    for handle in handles:
+        handle.remove()
+    assert events == ["pre", "post", "global post"]
+    for _ in range(2 if name == "TwoSteps" else 1):
+        expected -= 0.1 * 0.5
+    # Each step rounds once or twice, and here the product as well.
+    atol = tolerance(torch.float64, 2, expected)
+    torch.testing.assert_close(params_of(optimizer)[0].detach(), expected, rtol=0, atol=atol)
+    if profiled:
+        ranges = [event.key for event in profiler.events() if "Optimizer.step" in event.key]
+        assert ranges == [f"Optimizer.step#{type(optimizer).__name__}.step"]
+
+
+def test_hooks_run_once_around_a_class_whose_step_was_replaced(monkeypatch):
+    """With the marks of the old one, or without."""
+    cls = optimizers_with_steps_of_their_own()["OwnStep"]
+    old = cls(make_params((3,)))
+    for decorator in (functools.wraps(cls.step), as_it_is):
+        replacement = decorator(lambda self, *args, step=cls.step: step(self, *args))
+        monkeypatch.setattr(cls, "step", replacement)
+        for optimizer in (old, cls(make_params((3,)))):
+            called = []
+            optimizer.register_step_post_hook(lambda *_, called=called: called.append(1))
+            optimizer.step()
+            assert called == [1]
+        monkeypatch.undo()
+
+
+def test_a_step_inside_of_a_step_has_hooks_of_its_own():
+    for kind in OPTIMIZERS:
+        optimizer = kind(make_params((3,)), lr=0.1)
+        called = []
+        optimizer.register_step_post_hook(lambda *_, called=called: called.append(1))
+        optimizer.step(optimizer.step)
+        assert called == [1, 1]
+
+
 def test_state_dict_hooks():
     ours, _ = make_pair((3,), **MOMENTUM)
     events = []
@@ -1053,6 +1250,152 @@ def test_profiler_shows_the_step_under_torchs_name():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ours.step()
     assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
+# --- groups and states of other kinds -------------------------------------------------------------
+
+
+PARAMS_KINDS: dict[str, Callable[[list[Tensor]], object]] = {
+    "tuple": tuple,
+    "iterator": iter,
+    "deque": deque,
+    "ParameterList": torch.nn.ParameterList,
+    "dict's values": lambda params: dict(enumerate(params)).values(),
+    "model.parameters()": lambda params: torch.nn.ParameterList(params).parameters(),
+}
+
+
+@pytest.mark.parametrize("first", ["zero_grad", "step"])
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("kind_of_params", PARAMS_KINDS)
+def test_params_that_are_no_list(kind_of_params, fused, first):
+    """What can be read once is empty after the first step, or after zero_grad."""
+
+    def run(kind) -> list[Tensor]:
+        params = make_params((5, 3), (7,))
+        optimizer = kind(params, **MOMENTUM, fused=fused)
+        optimizer.param_groups[0]["params"] = PARAMS_KINDS[kind_of_params](params)
+        set_grads(params, 1)
+        getattr(optimizer, first)()
+        seen = [param.grad is None for param in params]
+        for seed in range(2, 5):
+            set_grads(params, seed)
+            optimizer.step()
+        return [*seen, *(param.detach() for param in params)]
+
+    ours, stock = (run(kind) for kind in OPTIMIZERS)
+    assert ours[:2] == stock[:2]
+    params = ours[2:]
+    changed = not all(map(torch.equal, params, make_params((5, 3), (7,))))
+    can_be_read_once = kind_of_params in ("iterator", "model.parameters()")
+    assert changed != (can_be_read_once and first == "zero_grad")
+    atol = tolerance(torch.float64, 4, *params)
+    torch.testing.assert_close(params, stock[2:], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("method", ["step", "zero_grad"])
+@pytest.mark.parametrize("params", [None, 1, [1], [None], ["x"]], ids=repr)
+def test_params_that_are_no_parameters_raise_as_in_torch(params, method):
+    errors = []
+    for kind in OPTIMIZERS:
+        optimizer = kind(make_params((3,)), lr=0.1)
+        optimizer.param_groups[0]["params"] = params
+        with pytest.raises((AttributeError, TypeError)) as error:
+            getattr(optimizer, method)()
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+
+
+class OwnMapping(UserDict):
+    """No dict; an entry is made as it is asked for, and is none either."""
+
+    def __missing__(self, key) -> UserDict:
+        self[key] = UserDict()
+        return self[key]
+
+
+class OwnDict(dict):
+    def __missing__(self, key) -> dict:
+        self[key] = {}
+        return self[key]
+
+
+STATES = {
+    "own mapping": OwnMapping,
+    "own dict": OwnDict,
+    "entries of another kind": lambda: defaultdict(UserDict),
+    "entries of ordered dicts": lambda: defaultdict(OrderedDict),
+}
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+@pytest.mark.parametrize("kind_of_state", STATES)
+def test_states_of_other_kinds(kind_of_state, options, fused):
+    ours, stock = make_pair((5, 3), (7,), **options, fused=fused)
+    for optimizer in (ours, stock):
+        optimizer.state = STATES[kind_of_state]()
+        train(optimizer, 3)
+    assert type(ours.state) is type(stock.state)
+    assert_same_training(ours, stock, 3)
+
+
+def test_state_that_makes_no_entries_raises_before_the_step():
+    for kind in OPTIMIZERS:
+        (param,) = make_params((3,))
+        optimizer = kind([param], **MOMENTUM)
+        optimizer.state = {}
+        set_grads([param], 1)
+        with pytest.raises(KeyError):
+            optimizer.step()
+        assert torch.equal(param, make_params((3,))[0])
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("missing", ["params", *torch.optim.SGD(make_params((3,))).defaults])
+def test_group_without_an_option_steps_or_raises_as_in_torch(missing, with_gradient):
+    results = []
+    for kind in OPTIMIZERS:
+        params = make_params((3,))
+        optimizer = kind(params, **MOMENTUM)
+        optimizer.param_groups[0]["extra"] = object()
+        del optimizer.param_groups[0][missing]
+        if with_gradient:
+            set_grads(params, 1)
+        try:
+            results.append(optimizer.step())
+        except KeyError as error:
+            results.append(error.args)
+    assert results[0] == results[1] == (None if missing == "differentiable" else (missing,))
+
+
+def test_the_optimizer_and_no_group_decides_whether_autograd_sees_the_step():
+    for kind in OPTIMIZERS:
+        for chosen in (False, True):
+            (leaf,) = make_params((3,))
+            param = leaf.clone() if chosen else leaf
+            optimizer = kind([param], lr=0.1, differentiable=chosen)
+            optimizer.param_groups[0]["differentiable"] = not chosen
+            param.grad = torch.ones_like(param, requires_grad=True)
+            optimizer.step()
+            if chosen:
+                (seen,) = torch.autograd.grad(param.sum(), param.grad)
+                # The product of two numbers that both sides round alike.
+                assert torch.equal(seen, torch.full_like(param, -0.1))
+            else:
+                assert param.grad_fn is None
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_option_that_is_a_string_raises_as_in_torch(option):
+    """A number in it, such as a command line gives, is none."""
+    for kind in OPTIMIZERS:
+        params = make_params((3,))
+        optimizer = kind(params, lr=0.1)
+        optimizer.param_groups[0][option] = "0.1"
+        set_grads(params, 1)
+        with pytest.raises(TypeError):
+            optimizer.step()
 
 
 # --- saving, loading, copying ---------------------------------------------------------------------

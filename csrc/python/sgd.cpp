@@ -33,13 +33,15 @@ class StateReader {
     advance();
   }
 
-  // The parameter's momentum buffer, borrowed; null where it has none yet.
-  PyObject* find_buffer(PyObject* param) {
+  // The parameter's momentum buffer; None where it has none yet.
+  py::object find_buffer(PyObject* param) {
     PyObject* entry = find_entry(param);
-    if (entry == nullptr || !PyDict_Check(entry)) return nullptr;
-    PyObject* buffer = PyDict_GetItemWithError(entry, momentum_buffer_key());
+    if (entry == nullptr) return py::none();
+    const py::handle key = momentum_buffer_key();
+    if (!PyDict_CheckExact(entry)) return py::handle(entry).attr("get")(key);
+    PyObject* buffer = PyDict_GetItemWithError(entry, key.ptr());
     if (buffer == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return buffer == Py_None ? nullptr : buffer;
+    return buffer == nullptr ? py::none() : py::reinterpret_borrow<py::object>(buffer);
   }
 
  private:
@@ -77,6 +79,11 @@ void save_buffer(const py::dict& state, PyObject* param, const at::Tensor& buffe
   }
 }
 
+bool has_gradient(py::handle param) {
+  if (THPVariable_Check(param.ptr())) return THPVariable_Unpack(param.ptr()).grad().defined();
+  return !param.attr("grad").is_none();  // whatever it is: for torch's own path, and its errors
+}
+
 }  // namespace
 
 py::list sgd_step_group(const py::list& params, const py::dict& state,
@@ -91,23 +98,27 @@ py::list sgd_step_group(const py::list& params, const py::dict& state,
   py::list rest;
   StateReader state_reader(state);
   for (const py::handle object : params) {
+    if (!THPVariable_CheckExact(object.ptr())) {
+      if (has_gradient(object)) rest.append(object);
+      continue;
+    }
     const at::Tensor& param = THPVariable_Unpack(object.ptr());
     const at::Tensor& grad = param.grad();
     if (!grad.defined()) continue;
-    PyObject* buffer = has_momentum ? state_reader.find_buffer(object.ptr()) : nullptr;
+    const py::object buffer = has_momentum ? state_reader.find_buffer(object.ptr()) : py::none();
     const bool fits =
-        THPVariable_CheckExact(object.ptr()) && sgd_takes(param) && sgd_takes_grad(param, grad) &&
-        (buffer == nullptr ||
-         (THPVariable_CheckExact(buffer) && sgd_takes_buffer(param, THPVariable_Unpack(buffer))));
+        sgd_takes(param) && sgd_takes_grad(param, grad) &&
+        (buffer.is_none() || (THPVariable_CheckExact(buffer.ptr()) &&
+                              sgd_takes_buffer(param, THPVariable_Unpack(buffer.ptr()))));
     if (!fits) {
       rest.append(object);
       continue;
     }
-    const bool is_first_step = has_momentum && buffer == nullptr;
+    const bool is_first_step = has_momentum && buffer.is_none();
     Batch& batch = is_first_step ? first : later;
     batch.params.push_back(param);
     batch.grads.push_back(grad);
-    if (buffer != nullptr) batch.buffers.push_back(THPVariable_Unpack(buffer));
+    if (!buffer.is_none()) batch.buffers.push_back(THPVariable_Unpack(buffer.ptr()));
     if (is_first_step) first_params.push_back(object.ptr());
   }
   if (all_or_nothing && !rest.empty()) return rest;
@@ -142,7 +153,7 @@ void clear_gradients(const py::list& params) {
   for (const py::handle param : params) {
     if (THPVariable_CheckExact(param.ptr())) {
       THPVariable_Unpack(param.ptr()).mutable_grad().reset();
-    } else {
+    } else if (!param.attr("grad").is_none()) {
       py::setattr(param, "grad", py::none());
     }
   }
