@@ -77,6 +77,7 @@ def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
 # which the scheduler knows that a step came first. In a PyTorch without the mark, SGD.from_torch
 # refuses an optimizer with a scheduler; without the note, nothing reads it.
 _STEP_MARK = "_wrapped_by_lr_sched"
+_STEP_NOTE = "_opt_called"
 
 
 def has_scheduler_mark(step: Any) -> bool:
@@ -89,7 +90,7 @@ def add_scheduler_mark(step: Any) -> None:
 
 
 def note_step_for_schedulers(optimizer: torch.optim.Optimizer) -> None:
-    optimizer._opt_called = True
+    setattr(optimizer, _STEP_NOTE, True)
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -107,8 +108,11 @@ def submodules(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     return module._modules
 
 
-def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """A module's own parameters, at a quarter of what reading an attribute costs."""
+def parameters(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's own parameters, at a quarter of what reading an attribute costs.
+
+    Tensors in their places, and None, are there too.
+    """
     return module._parameters
 
 
