@@ -6,6 +6,7 @@ Dynamo, which traces the forward, finds this backend by the package's entry poin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +22,7 @@ def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> T
     return functional.log_softmax(input, dim, dtype=dtype)
 
 
-_FUNCTIONS: dict[Callable | str, Callable] = {
+_FUNCTIONS: dict[Callable[..., Any] | str, Callable[..., Any]] = {
     F.cross_entropy: functional.cross_entropy,
     F.nll_loss: functional.nll_loss,
     F.log_softmax: functional.log_softmax,
@@ -31,7 +32,7 @@ _FUNCTIONS: dict[Callable | str, Callable] = {
 }
 
 
-def fastnn(graph_module: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable:
+def fastnn(graph_module: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A backend for torch.compile, which runs the graph eagerly with our operators in it.
 
     Args:

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def linears_run_by(container: Module) -> list[tuple[str, Module, object]]:
     ]
 
 
-def _row(sequential: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
+def _row(sequential: Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Paths and modules that a Sequential runs in a row, with those of Sequentials inside of it."""
     for name, module in _torch.submodules(sequential).items():
         if (
@@ -129,7 +129,7 @@ def why_apart(linear: Module, follower: object) -> str:
     return ""
 
 
-def _in_use() -> tuple[Callable, ...]:
+def _in_use() -> tuple[Callable[..., Any], ...]:
     return Module.__call__, Linear.forward, ReLU.forward, F.linear, F.relu
 
 
@@ -171,7 +171,7 @@ class _WithoutReLU:
         return getattr(self._module, name)
 
 
-def _run_block(method: Callable, block: Block) -> Callable:
+def _run_block(method: Callable[..., Any], block: Block) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(self: Module, *args: Any, **kwargs: Any) -> Any:
         apart = why_apart(getattr(self, block.linear), getattr(self, block.activation))
@@ -183,15 +183,14 @@ def _run_block(method: Callable, block: Block) -> Callable:
 # ---- its class -----------------------------------------------------------------------------------
 
 
-class Fused:
+class Fused(Module):
     """Beside a container's own class; copies and pickles of the container have it too."""
 
     def __init_subclass__(cls) -> None:
         """Not the program's own: this is no class of the program's."""
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *state = super().__reduce_ex__(2)
-        return _new, (stock_class(type(self)),), *state
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _new, (stock_class(type(self)),), *super().__reduce_ex__(2)[2:]
 
     def __prepare_scriptable__(self) -> Module:
         """What torch.jit.script reads instead: its compiler knows PyTorch's own class."""

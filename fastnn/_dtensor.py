@@ -5,11 +5,16 @@ Who has one has imported its module, which takes so long that fastnn doesn't.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard, cast
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_dtensor(value: object) -> bool:
+
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
     module = getattr(torch.distributed, "tensor", None)
     return module is not None and isinstance(value, module.DTensor)
 
@@ -24,8 +29,14 @@ def are_spread_alike(first: Tensor, *others: Tensor) -> bool:
     )
 
 
-def spread_like(dtensor: Tensor, part: Tensor) -> Tensor:
+def local_part(dtensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process has."""
+    return cast("DTensor", dtensor).to_local()
+
+
+def spread_like(other: Tensor, part: Tensor) -> Tensor:
     """The DTensor of which this process has that part, spread as another."""
+    dtensor = cast("DTensor", other)
     return torch.distributed.tensor.DTensor.from_local(
         part,
         dtensor.device_mesh,

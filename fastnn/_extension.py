@@ -12,7 +12,6 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def build_info() -> dict[str, Any]:
     return json.loads(_BUILD_INFO_FILE.read_text())
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[Any, str]:
     """The extension module, or None and the reason in one sentence."""
     info = build_info()
     if not info:

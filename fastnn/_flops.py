@@ -55,13 +55,15 @@ class _WhenImported(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             _register(module)
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

@@ -115,6 +115,7 @@ def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
 # which the scheduler knows that a step came first. In a PyTorch without the mark, SGD.from_torch
 # refuses an optimizer with a scheduler; without the note, nothing reads it.
 _STEP_MARK = "_wrapped_by_lr_sched"
+_STEP_NOTE = "_opt_called"
 
 
 def has_scheduler_mark(step: Any) -> bool:
@@ -127,7 +128,7 @@ def add_scheduler_mark(step: Any) -> None:
 
 
 def note_step_for_schedulers(optimizer: torch.optim.Optimizer) -> None:
-    optimizer._opt_called = True
+    setattr(optimizer, _STEP_NOTE, True)
 
 
 # Holds the table of what steps a single parameter for DDP, by the optimizer's class. In a PyTorch
@@ -161,14 +162,15 @@ class _FunctionalSGDFinder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None:
-            load = spec.loader.exec_module
+            loader: Any = spec.loader
+            load = loader.exec_module
 
             def load_and_add(module: ModuleType) -> None:
                 load(module)
                 _add_functional_sgd(module, self.optimizer)
                 sys.meta_path.remove(self)
 
-            spec.loader.exec_module = load_and_add
+            loader.exec_module = load_and_add
         return spec
 
 
@@ -193,8 +195,11 @@ def submodules(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
     return module._modules
 
 
-def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
-    """A module's own parameters, at a quarter of what reading an attribute costs."""
+def parameters(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's own parameters, at a quarter of what reading an attribute costs.
+
+    Tensors in their places, and None, are there too.
+    """
     return module._parameters
 
 

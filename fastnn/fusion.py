@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.nn import Linear, Module, ModuleDict, ModuleList, ReLU, Sequential
@@ -23,6 +24,8 @@ _LOSSES = {
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
 }
 _STOCK = {ours: stock for stock, ours in _LOSSES.items()} | {nn.LinearReLU: Linear}
+
+_Model = TypeVar("_Model", bound=Module)
 
 FUSED, FUSIBLE, LEFT = "fused", "can be fused", "left"
 
@@ -104,8 +107,8 @@ class FusionReport:
 
 
 def fuse(
-    model: Module, *, inplace: bool = False, trace: bool = False, verbose: bool = False
-) -> Module:
+    model: _Model, *, inplace: bool = False, trace: bool = False, verbose: bool = False
+) -> _Model:
     r"""Puts a model's Linear-ReLU pairs, losses and log-softmaxes on fastnn's operators.
 
     A container that runs a ``Linear`` and then a ``ReLU`` learns to run both as one operator: a
@@ -150,7 +153,8 @@ def fuse(
         )
     model = _to_change(model, inplace)
     for module in list(model.modules()):
-        pairs = (_is_pair(*pair) for _, *pair in _containers.linears_run_by(module))
+        runs = _containers.linears_run_by(module)
+        pairs = (_is_pair(linear, follower) for _, linear, follower in runs)
         if not isinstance(module, _containers.Fused) and any(pairs):
             module.__class__ = _containers.fused_class(type(module))
         elif type(module) in _LOSSES and not _torch.has_own_forward(module):
@@ -212,7 +216,9 @@ def unfuse(model: Module, *, inplace: bool = False) -> Module:
     """
     model = _to_change(model, inplace)
     modules = list(model.modules())
-    pairs = {one: Sequential(one, ReLU()) for one in modules if isinstance(one, nn.LinearReLU)}
+    pairs: dict[Module, Module] = {
+        one: Sequential(one, ReLU()) for one in modules if isinstance(one, nn.LinearReLU)
+    }
     for module in modules:
         children = _torch.submodules(module)
         children.update({name: pairs[child] for name, child in children.items() if child in pairs})
@@ -220,7 +226,7 @@ def unfuse(model: Module, *, inplace: bool = False) -> Module:
     return pairs.get(model, model)
 
 
-def _to_change(model: Module, inplace: bool) -> Module:
+def _to_change(model: _Model, inplace: bool) -> _Model:
     """The model itself, or another tree of modules over the same parameters and buffers."""
     _check_module(model)
     if inplace:

@@ -6,12 +6,17 @@ parents'.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from fastnn import functional
 
 __all__ = ["CrossEntropyLoss", "LinearReLU", "LogSoftmax", "NLLLoss"]
+
+# The __call__ of each class is for type checkers alone: torch declares that a module's call takes
+# anything and gives anything.
 
 
 class LinearReLU(torch.nn.Linear):
@@ -37,6 +42,10 @@ class LinearReLU(torch.nn.Linear):
     LinearReLU(in_features=20, out_features=30, bias=True)
     """
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear_relu(input, self.weight, self.bias)
 
@@ -56,6 +65,10 @@ class LogSoftmax(torch.nn.LogSoftmax):
     True
     """
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
     def forward(self, input: Tensor) -> Tensor:
         # Six frames up, past torch.nn.Module's own, is the line that calls the module.
         return functional.log_softmax(input, self.dim, _stacklevel=6)
@@ -66,6 +79,10 @@ class _ClassificationLoss:
 
     # Targets are class indices: MixUp and CutMix, which mix them, then mix the losses instead.
     y_int = True
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
 
     def decodes(self, output: Tensor) -> Tensor:
         """The class of each row: the one of the largest output."""

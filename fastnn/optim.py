@@ -7,7 +7,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd as torch_sgd
 
 from fastnn import _torch
-from fastnn._dtensor import are_spread_alike, spread_like
+from fastnn._dtensor import are_spread_alike, local_part, spread_like
 from fastnn._extension import extension
 
 __all__ = ["SGD"]
@@ -246,11 +246,12 @@ class SGD(torch.optim.SGD):
         if step is not None and not _torch.has_scheduler_mark(step):
             raise TypeError("optimizer: its step has been replaced; expected PyTorch's own")
         optimizer.__class__ = cls
-        cls._hook_step()
-        optimizer._look_at_groups()
+        ours = cast(SGD, optimizer)
+        ours._hook_step()
+        ours._look_at_groups()
         if step is not None:
-            optimizer.step = MethodType(_step_for_schedulers, optimizer)
-        return optimizer
+            vars(ours)["step"] = MethodType(_step_for_schedulers, ours)
+        return ours
 
     @_with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -340,15 +341,15 @@ class SGD(torch.optim.SGD):
         whole: dict[Tensor, Tensor] = {}  # each part's DTensor
         state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         for param in params:
-            buffer = self.state.get(param, {}).get("momentum_buffer")
-            others = [param.grad] if buffer is None else [param.grad, buffer]
-            if param.grad.dtype != param.dtype or not are_spread_alike(param, *others):
+            grad, buffer = _grad_of(param), self.state.get(param, {}).get("momentum_buffer")
+            others = [grad] if buffer is None else [grad, buffer]
+            if grad.dtype != param.dtype or not are_spread_alike(param, *others):
                 rest.append(param)
                 continue
-            part = param.to_local().detach()
-            part.grad = param.grad.to_local()
+            part = local_part(param).detach()
+            part.grad = local_part(grad)
             if buffer is not None:
-                state[part]["momentum_buffer"] = buffer.to_local()
+                state[part]["momentum_buffer"] = local_part(buffer)
             whole[part] = param
         rest += [whole.pop(part) for part in _step_fusable(group, list(whole), state, scaling)]
         for part, param in whole.items():
@@ -363,6 +364,7 @@ class SGD(torch.optim.SGD):
     ) -> None:
         """Torch's own update, parameter by parameter; its fused one is wrong for odd layouts."""
         params = [param for param in params if param.grad is not None]
+        grads = [_grad_of(param) for param in params]
         buffers: list[Tensor | None] = []
         if group["momentum"] != 0:
             buffers = [self.state[param].get("momentum_buffer") for param in params]
@@ -371,13 +373,13 @@ class SGD(torch.optim.SGD):
             _check_fused(params)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if grad_scale is not None:
-                for param in params:
-                    param.grad.div_(grad_scale)
+                for grad in grads:
+                    grad.div_(grad_scale)
             torch_sgd(
                 params,
-                [param.grad for param in params],
+                grads,
                 buffers,
-                has_sparse_grad=any(param.grad.is_sparse for param in params),
+                has_sparse_grad=any(grad.is_sparse for grad in grads),
                 foreach=False,
                 fused=False,
                 lr=group["lr"],
@@ -388,7 +390,12 @@ class SGD(torch.optim.SGD):
                 maximize=group["maximize"],
             )
             for param, buffer, is_new in zip(params, buffers, are_new, strict=False):
-                if is_new and group.get("float32_momentum") and param.dtype in _HALF:
+                if (
+                    buffer is not None
+                    and is_new
+                    and group.get("float32_momentum")
+                    and param.dtype in _HALF
+                ):
                     buffer = buffer.float()
                 self.state[param]["momentum_buffer"] = buffer
 
@@ -440,14 +447,15 @@ def _check_fused(params: list[Tensor]) -> None:
     """Raises for parameters that torch refuses with fused=True."""
     for param in params:
         _torch.check_param_for_fused(param)
-        if param.grad.is_sparse:
+        grad = _grad_of(param)
+        if grad.is_sparse:
             raise RuntimeError("SGD(fused=True) does not support sparse gradients")
-        if param.grad.dtype != param.dtype:
+        if grad.dtype != param.dtype:
             raise RuntimeError(
                 f"SGD(fused=True): expected scalar type {param.dtype} for the gradient, as for its "
-                f"parameter, but found {param.grad.dtype}"
+                f"parameter, but found {grad.dtype}"
             )
-        if any(_is_lazy(tensor) for tensor in (param, param.grad)):
+        if any(_is_lazy(tensor) for tensor in (param, grad)):
             raise RuntimeError(
                 "SGD(fused=True) does not support lazily negated, conjugated or zero tensors"
             )
@@ -455,6 +463,11 @@ def _check_fused(params: list[Tensor]) -> None:
 
 def _is_lazy(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor.is_conj() or _torch.is_zero_tensor(tensor)
+
+
+def _grad_of(param: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
+    return cast(Tensor, param.grad)
 
 
 def _is_on_gpu(value: object) -> bool:

@@ -131,7 +131,7 @@ def _kept_and_index(
     return kept, target.where(kept, 0)
 
 
-def _reduce(losses: Tensor, total_weight: Tensor | int, reduction: str) -> Tensor:
+def _reduce(losses: Tensor, total_weight: Tensor | float, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     if reduction == "sum":
