@@ -28,12 +28,12 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
   return probabilities ? grad_input : zero_ignored_rows(grad_input, target, ignore_index);
 }
 
-at::Tensor cross_entropy_backward_batched(const at::Tensor& grad, const at::Tensor& input,
-                                          const at::Tensor& target,
-                                          const std::optional<at::Tensor>& weight,
-                                          const at::Tensor& /*lse*/, const at::Tensor& total_weight,
-                                          int64_t ignore_index, std::string_view reduction,
-                                          double label_smoothing) {
+at::Tensor cross_entropy_backward_composite(const at::Tensor& grad, const at::Tensor& input,
+                                            const at::Tensor& target,
+                                            const std::optional<at::Tensor>& weight,
+                                            const at::Tensor& /*lse*/,
+                                            const at::Tensor& total_weight, int64_t ignore_index,
+                                            std::string_view reduction, double label_smoothing) {
   return composite_backward(grad, input, target, weight, total_weight, ignore_index, reduction,
                             label_smoothing);
 }
@@ -100,7 +100,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("cross_entropy", cross_entropy_composite);
-  m.impl("cross_entropy_backward", cross_entropy_backward_batched);
+  m.impl("cross_entropy_backward", cross_entropy_backward_composite);
 }
 
 }  // namespace fastnn

@@ -45,7 +45,7 @@ struct LinearReLUBackward {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_batched(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_composite(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
     const at::Tensor& output, std::array<bool, 3> output_mask) {
   const variable_list grads = composite_backward(grad_output, input, weight, output, output_mask);
@@ -86,7 +86,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("linear_relu", linear_relu_composite);
-  m.impl("linear_relu_backward", linear_relu_backward_batched);
+  m.impl("linear_relu_backward", linear_relu_backward_composite);
 }
 
 }  // namespace fastnn

@@ -9,7 +9,8 @@
 namespace fastnn {
 namespace {
 
-at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& output, int64_t dim) {
+at::Tensor log_softmax_backward_composite(const at::Tensor& grad, const at::Tensor& output,
+                                          int64_t dim) {
   return at::_log_softmax_backward_data(grad, output, dim, output.scalar_type());
 }
 
@@ -25,7 +26,7 @@ struct LogSoftmaxBackward {
     const auto& [output] = tensors;
     const auto [dim] = options;
     if (backward_must_be_composite(grad)) {
-      return {composite_backward(grad, output, dim)};
+      return {log_softmax_backward_composite(grad, output, dim)};
     }
     BelowAutograd below_autograd;
     return {log_softmax_backward(grad, output, dim)};
@@ -60,7 +61,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("log_softmax", log_softmax_composite);
-  m.impl("log_softmax_backward", composite_backward);
+  m.impl("log_softmax_backward", log_softmax_backward_composite);
 }
 
 }  // namespace fastnn

@@ -11,10 +11,11 @@
 namespace fastnn {
 namespace {
 
-at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
-                              const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                              const at::Tensor& total_weight, int64_t ignore_index,
-                              std::string_view reduction) {
+at::Tensor nll_loss_backward_composite(const at::Tensor& grad, const at::Tensor& input,
+                                       const at::Tensor& target,
+                                       const std::optional<at::Tensor>& weight,
+                                       const at::Tensor& total_weight, int64_t ignore_index,
+                                       std::string_view reduction) {
   const at::Tensor q =
       index_distribution(input, target, weight, ignore_index, /*label_smoothing=*/0);
   const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, reduction);
@@ -35,8 +36,8 @@ struct NLLLossBackward {
     const auto ignore_index = std::get<0>(options);
     const auto reduction = reduction_name(std::get<1>(options));
     if (backward_must_be_composite(grad)) {
-      return {
-          composite_backward(grad, input, target, weight, total_weight, ignore_index, reduction)};
+      return {nll_loss_backward_composite(grad, input, target, weight, total_weight, ignore_index,
+                                          reduction)};
     }
     BelowAutograd below_autograd;
     return {nll_loss_backward(grad, input, target, weight, total_weight, ignore_index, reduction)};
@@ -78,7 +79,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("nll_loss", nll_loss_composite);
-  m.impl("nll_loss_backward", composite_backward);
+  m.impl("nll_loss_backward", nll_loss_backward_composite);
 }
 
 }  // namespace fastnn
