@@ -21,12 +21,17 @@ def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 @register_fake("fastnn::linear_relu_backward")
 def _linear_relu_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor, output_mask: list[bool]
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor,
+    output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *batch, out_features = output.shape
     return (
-        input.new_empty(input.shape) if output_mask[0] else None,
-        weight.new_empty(weight.shape) if output_mask[1] else None,
-        weight.new_empty(weight.shape[:1]) if output_mask[2] else None,
+        output.new_empty((*batch, weight.shape[1])) if output_mask[0] else None,
+        output.new_empty((out_features, input.shape[-1])) if output_mask[1] else None,
+        output.new_empty((out_features,)) if output_mask[2] else None,
     )
 
 

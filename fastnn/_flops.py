@@ -20,26 +20,25 @@ import torch
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _product_flops(input_shape: torch.Size, weight_shape: torch.Size) -> int:
-    """Of (rows, in) times (in, out), or of one of its gradients, which take as many."""
-    return 2 * prod(input_shape) * weight_shape[0]
-
-
 def _linear_relu(
     input_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    return _product_flops(input_shape, weight_shape)
+    return 2 * prod(input_shape) * weight_shape[0]
 
 
 def _linear_relu_backward(
     grad_output_shape: torch.Size,
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
+    input_shape: torch.Size | None,
+    weight_shape: torch.Size | None,
     output_shape: torch.Size,
     output_mask: list[bool],
     **kwargs: Any,
 ) -> int:
-    return (output_mask[0] + output_mask[1]) * _product_flops(input_shape, weight_shape)
+    """Each gradient of a factor takes as many as the product itself."""
+    flops = 2 * prod(output_shape)
+    from_weight = flops * weight_shape[1] if output_mask[0] else 0
+    from_input = flops * input_shape[-1] if output_mask[1] else 0
+    return from_weight + from_input
 
 
 def _register(counter: ModuleType) -> None:

@@ -65,8 +65,9 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     r"""``relu(input @ weight.T + bias)`` in one operator: :func:`torch.nn.functional.linear`
     followed by :func:`torch.nn.functional.relu`.
 
-    The backward takes its mask from the sign of the output, so that only the output is kept
-    beside the inputs, and computes only the gradients asked for. NaNs pass through.
+    The backward takes its mask from the sign of the output, and computes only the gradients asked
+    for. Beside the output autograd keeps what torch's linear keeps: the input where the weight
+    wants a gradient, the weight where the input does. NaNs pass through.
 
     Args:
         input: ``(*, in_features)``.

@@ -95,6 +95,27 @@ def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, op, forward, bac
     assert not {call for call in aten if replaced.search(call)}
 
 
+@needs_extension
+@pytest.mark.parametrize(
+    ("wanted", "kept"), [("input", "weight"), ("weight", "input"), ("bias", None)]
+)
+def test_a_compiled_linear_relu_keeps_only_what_its_gradient_needs(fresh_dynamo, wanted, kept):
+    """Beside the output, from whose sign the backward takes its mask."""
+    shapes = {"input": (4, 5), "weight": (3, 5), "bias": (3,)}
+    results: list[list[torch.fx.Node]] = []
+
+    def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        results.extend(next(iter(reversed(graph.graph.nodes))).args)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    arguments = [torch.randn(shape, requires_grad=name == wanted) for name, shape in shapes.items()]
+    torch.compile(ours("linear_relu"), fullgraph=True, backend=backend)(*arguments)
+    _output, *saved = results[0]
+    expected = {(4, 3), shapes[kept]} if kept else {(4, 3)}
+    assert {tuple(tensor.meta["val"].shape) for tensor in saved} == expected
+
+
 @pytest.mark.cpu_only("the reference, which has no kernels")
 @pytest.mark.parametrize("op", OPS)
 def test_the_reference_compiles_in_one_graph_too(fresh_dynamo, monkeypatch, op):

@@ -43,7 +43,7 @@ def test_the_extension_is_built():
 
 SCHEMAS = [
     "linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
-    "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
+    "linear_relu_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor output, "
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     "log_softmax(Tensor input, int dim) -> Tensor",
     "log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor",
@@ -153,8 +153,11 @@ def forward_and_backward_calls(op: str, sample: Sample) -> Iterator[tuple[str, t
     output = ours(op)(*args, **sample.kwargs)
     grad = random_grad_like(op, sample, output)
     if op == "linear_relu":
-        for mask in ([True, True, len(args) > 2], [False, True, False]):
-            yield "linear_relu_backward", (grad, *args[:2], output, mask)
+        bias = len(args) > 2
+        yield "linear_relu_backward", (grad, *args[:2], output, [True, True, bias])
+        yield "linear_relu_backward", (grad, None, args[1], output, [True, False, bias])
+        yield "linear_relu_backward", (grad, args[0], None, output, [False, True, False])
+        yield "linear_relu_backward", (grad, None, None, output, [False, False, True])
     elif op == "log_softmax":
         yield "log_softmax_backward", (grad, output, args[1])
     else:

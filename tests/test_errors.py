@@ -863,7 +863,12 @@ WRONG_FOR_LINEAR_RELU_BACKWARD = {
     "weight of another dtype": ("weight", lambda: floats(4, 3, dtype=torch.float64)),
     "weight of 1 dimension": ("weight", lambda: floats(4)),
     "input of a column less": ("input", lambda: floats(2, 2)),
+    "weight of a row less": ("weight", lambda: floats(3, 3)),
+    "no weight": ("weight for the gradient of input", lambda: None),
+    "input of a row less": ("input", lambda: floats(1, 3)),
     "input of no dimension": ("input", lambda: floats()),
+    "no input": ("input for the gradient of weight", lambda: None),
+    "output of no dimension": ("output", lambda: floats()),
 }
 
 
@@ -877,9 +882,9 @@ def test_linear_relu_backward_with_a_wrong_tensor(wrong):
         "output": floats(2, 4),
         "output_mask": [True, True, True],
     }
-    name, make = WRONG_FOR_LINEAR_RELU_BACKWARD[wrong]
-    arguments[name] = make()
-    raises_and_changes_nothing("linear_relu_backward", arguments, RuntimeError, name)
+    says, make = WRONG_FOR_LINEAR_RELU_BACKWARD[wrong]
+    arguments[says.split()[0]] = make()
+    raises_and_changes_nothing("linear_relu_backward", arguments, RuntimeError, says)
 
 
 @needs_extension

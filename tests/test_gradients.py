@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from oracles import assert_within, away_from_kink, expected
 from sample_inputs import OPS, sample_input, sample_names
 from test_operators import TORCH, leaves_of, ours, random_grad_like
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastnn
@@ -101,7 +101,10 @@ def assert_derivatives(
     gradgradcheck(function, inputs, check_fwd_over_rev=True, check_batched_grad=True)
 
 
-@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
+SOME_WANTED = list(itertools.product((False, True), repeat=3))[1:]
+
+
+@pytest.mark.parametrize("wanted", SOME_WANTED)
 @pytest.mark.parametrize("shape", LINEAR_RELU_SHAPES)
 @pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`", operators=["linear_relu"])
 def test_linear_relu(implementation, shape, wanted):
@@ -235,7 +238,7 @@ def assert_as_torch(op: str, inputs: tuple[Tensor, ...], options: dict) -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3))[1:])
+@pytest.mark.parametrize("wanted", SOME_WANTED)
 def test_probabilities_and_their_weights_may_want_gradients(
     implementation, wanted, label_smoothing, reduction
 ):
@@ -295,6 +298,85 @@ def test_a_saved_tensor_changed_in_place_is_noticed(implementation, changed, cre
         (x if changed == "input" else output).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(output.sum(), weight, create_graph=create_graph)
+
+
+def wanting(wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """The arguments of linear_relu, a batch and a bias, with those leaves that want a gradient."""
+    arguments = linear_relu_arguments((2, 3), 4, bias=True)
+    return tuple(map(Tensor.requires_grad_, arguments, wanted))
+
+
+@pytest.mark.parametrize("wanted", SOME_WANTED)
+def test_linear_relu_keeps_what_torch_keeps(implementation, wanted):
+    """The elements of each tensor that the graph holds on to."""
+    arguments = wanting(wanted)
+    kept = []
+    for function in (fastnn.functional.linear_relu, TORCH["linear_relu"]):
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept[-1].append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            function(*arguments)
+    assert sorted(kept[0]) == sorted(kept[1])
+
+
+def bytes_kept(model: nn.Module, input: Tensor) -> int:
+    """The memory that the graph of a call holds on to, each storage once."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        model(input)
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_keep_no_more_memory_than_torchs(implementation, frozen):
+    """As an adapter's training has them, frozen behind a trained input."""
+    blocks = [(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(6)]
+    model = nn.Sequential(*itertools.chain(*blocks)).requires_grad_(not frozen)
+    input = torch.randn(64, 8, requires_grad=True)
+    stock = bytes_kept(model, input)
+    assert bytes_kept(fastnn.fuse(model), input) <= stock
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("changed", range(3), ids=["input", "weight", "bias"])
+@pytest.mark.parametrize("wanted", SOME_WANTED)
+def test_linear_relu_after_a_change_in_place(implementation, wanted, changed, create_graph):
+    """What no gradient is computed from may change before the backward: features that the next
+    layer overwrites, weights that an optimizer steps between two losses."""
+    arguments = wanting(wanted)
+    results = []
+    for function in (fastnn.functional.linear_relu, TORCH["linear_relu"]):
+        leaves = [tensor for tensor in arguments if tensor.requires_grad]
+        output = function(*arguments)
+        with torch.no_grad():
+            arguments[changed].add_(1)
+        try:
+            grads = torch.autograd.grad(output.sum(), leaves, create_graph=create_graph)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            grads = None
+        with torch.no_grad():
+            arguments[changed].sub_(1)
+        results.append(grads)
+    # Changed by 1 and back, which rounds; float64 and of the order of one.
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("made", range(2), ids=["input", "weight"])
+def test_a_bias_trains_behind_inference_tensors(implementation, made):
+    """Features or frozen weights made in inference mode, which autograd refuses to save."""
+    arguments = list(wanting((False, False, True)))
+    with torch.inference_mode():
+        arguments[made] = arguments[made].clone()
+    results = [
+        torch.autograd.grad(function(*arguments).sum(), arguments[2])
+        for function in (fastnn.functional.linear_relu, TORCH["linear_relu"])
+    ]
+    assert_close(*results)
 
 
 def test_a_loss_may_be_scaled_in_place(implementation):

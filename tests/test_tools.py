@@ -31,7 +31,8 @@ ROWS = 7
 LOGITS, PER_ROW = [ROWS, CLASSES], [ROWS]
 SHAPES = {
     "linear_relu": [[ROWS, FEATURES], [HIDDEN, FEATURES], [HIDDEN]],
-    "linear_relu_backward": [[ROWS, HIDDEN], [ROWS, FEATURES], [HIDDEN, FEATURES], [ROWS, HIDDEN]],
+    # The input wants no gradient, for which the weight would be needed.
+    "linear_relu_backward": [[ROWS, HIDDEN], [ROWS, FEATURES], [ROWS, HIDDEN]],
     "log_softmax": [LOGITS],
     "log_softmax_backward": [LOGITS, LOGITS],
     "nll_loss": [LOGITS, PER_ROW, [CLASSES]],

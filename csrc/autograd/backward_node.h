@@ -10,6 +10,7 @@
 
 #include <array>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -123,6 +124,11 @@ class BackwardNode : public torch::autograd::Node {
   std::array<torch::autograd::SavedVariable, std::tuple_size_v<typename Op::Tensors>> saved_;
   typename Op::Options options_;
 };
+
+// A saved tensor as an operator's optional argument: absent where it was saved undefined.
+inline std::optional<at::Tensor> optional(const at::Tensor& saved) {
+  return saved.defined() ? std::optional(saved) : std::nullopt;
+}
 
 // The node of a result computed from these inputs; made before it, so that nodes are numbered in
 // the order of the calls.

@@ -48,7 +48,7 @@ struct CrossEntropyBackward {
                                                  const Options& options,
                                                  const std::vector<bool>& /*needs_input_grad*/) {
     const auto& [input, target, saved_weight, lse, total_weight] = tensors;
-    const auto weight = saved_weight.defined() ? std::optional(saved_weight) : std::nullopt;
+    const auto weight = optional(saved_weight);
     const auto [ignore_index, reduction_code, label_smoothing] = options;
     const auto reduction = reduction_name(reduction_code);
     if (backward_must_be_composite(grad)) {

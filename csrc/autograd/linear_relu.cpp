@@ -40,7 +40,7 @@ struct LinearReLUBackward {
     }
     BelowAutograd below_autograd;
     auto [grad_input, grad_weight, grad_bias] =
-        linear_relu_backward(grad, input, weight, output, mask);
+        linear_relu_backward(grad, optional(input), optional(weight), output, mask);
     return {grad_input, grad_weight, grad_bias};
   }
 };
@@ -60,7 +60,11 @@ at::Tensor linear_relu_recorded(const at::Tensor& input, const at::Tensor& weigh
     BelowAutograd below_autograd;
     return linear_relu(input, weight, bias);
   }();
-  record(node, output, {input, weight, output}, {});
+  // Each factor of the product is needed for the other one's gradient alone.
+  record(node, output,
+         {needs_grad(weight) ? input : at::Tensor(), needs_grad(input) ? weight : at::Tensor(),
+          output},
+         {});
   return output;
 }
 

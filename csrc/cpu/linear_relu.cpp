@@ -17,21 +17,22 @@ at::Tensor linear_relu_cpu(const at::Tensor& input, const at::Tensor& weight,
   }
   check_linear_relu(input, weight);
   const at::Tensor output = matmul_bias_relu(matrix_of_rows(input), weight.t(), bias);
-  return input.dim() == 2 ? output : output.view(linear_relu_sizes(input, weight));
+  return input.dim() == 2 ? output : output.view(with_last_size(input, weight.size(0)));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, std::array<bool, 3> output_mask) {
-  check_linear_relu_backward(grad_output, input, weight, output);
-  const int64_t cols = weight.size(0);
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask) {
+  check_linear_relu_backward(grad_output, input, weight, output, output_mask);
   const at::Tensor grad = matrix_of_rows(grad_output).contiguous();
   const at::Tensor out = matrix_of_rows(output).contiguous();
+  const int64_t cols = grad.size(1);
   const at::Tensor grad_linear = empty(grad.sizes(), grad.scalar_type());
   at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[2]) grad_bias = empty({cols}, weight.scalar_type());
+  if (output_mask[2]) grad_bias = empty({cols}, grad.scalar_type());
 
-  dispatch(input.scalar_type(), "linear_relu_backward", [&]<typename T>() {
+  dispatch(grad.scalar_type(), "linear_relu_backward", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     const int64_t rows = grad.size(0);
     T* grad_linear_data = data<T>(grad_linear);
@@ -47,9 +48,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
     });
   });
 
-  if (output_mask[0]) grad_input = cpu::matmul(grad_linear, weight);
-  if (output_mask[1]) grad_weight = cpu::matmul(grad_linear.t(), matrix_of_rows(input));
-  if (output_mask[0] && input.dim() != 2) grad_input = grad_input.view(input.sizes());
+  if (output_mask[0]) {
+    grad_input = cpu::matmul(grad_linear, *weight);
+    if (output.dim() != 2) grad_input = grad_input.view(with_last_size(output, weight->size(1)));
+  }
+  if (output_mask[1]) grad_weight = cpu::matmul(grad_linear.t(), matrix_of_rows(*input));
   return {grad_input, grad_weight, grad_bias};
 }
 

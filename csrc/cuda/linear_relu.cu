@@ -119,7 +119,7 @@ at::Tensor linear_relu_cuda(const at::Tensor& input, const at::Tensor& weight,
       is_for_library(input.scalar_type(), rows.size(0), weight.size(0), weight.size(1))
           ? library_product(rows, weight, bias)
           : tiled_product(rows, weight, bias);
-  return input.dim() == 2 ? output : output.view(linear_relu_sizes(input, weight));
+  return input.dim() == 2 ? output : output.view(with_last_size(input, weight.size(0)));
 }
 
 // grad_linear = output > 0 ? grad : 0 and its columns' sums; either may be unwanted: undefined.
@@ -158,10 +158,11 @@ void relu_backward(const at::Tensor& grad, const at::Tensor& output, const at::T
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, std::array<bool, 3> output_mask) {
-  check_linear_relu_backward(grad_output, input, weight, output);
-  const c10::cuda::CUDAGuard guard(input.device());
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask) {
+  check_linear_relu_backward(grad_output, input, weight, output, output_mask);
+  const c10::cuda::CUDAGuard guard(output.device());
   const WithoutAutocast without_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor grad = matrix_of_rows(grad_output).contiguous();
   const at::Tensor out = matrix_of_rows(output).contiguous();
@@ -169,15 +170,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cuda(
   if (output_mask[0] || output_mask[1]) grad_linear = at::empty(grad.sizes(), grad.options());
   if (output_mask[2]) {
     // Of no rows the sum is zero, and no kernel runs.
-    grad_bias = grad.size(0) == 0 ? at::zeros({weight.size(0)}, weight.options())
-                                  : at::empty({weight.size(0)}, weight.options());
+    grad_bias = grad.size(0) == 0 ? at::zeros({grad.size(1)}, grad.options())
+                                  : at::empty({grad.size(1)}, grad.options());
   }
   if (grad_linear.defined() || grad_bias.defined())
     relu_backward(grad, out, grad_linear, grad_bias);
 
-  if (output_mask[0]) grad_input = at::mm(grad_linear, weight);
-  if (output_mask[1]) grad_weight = at::mm(grad_linear.t(), matrix_of_rows(input));
-  if (output_mask[0] && input.dim() != 2) grad_input = grad_input.view(input.sizes());
+  if (output_mask[0]) {
+    grad_input = at::mm(grad_linear, *weight);
+    if (output.dim() != 2) grad_input = grad_input.view(with_last_size(output, weight->size(1)));
+  }
+  if (output_mask[1]) grad_weight = at::mm(grad_linear.t(), matrix_of_rows(*input));
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -28,16 +28,16 @@ bool has_kernels(const at::Tensor& tensor) {
          !tensor.is_nested() && is_on_our_device(tensor);
 }
 
-void check_same_dtype(std::string_view op, const at::Tensor& input, std::string_view name,
-                      const at::Tensor& other) {
-  TORCH_CHECK(other.scalar_type() == input.scalar_type(), op, ": expected ", name,
-              " to have input's dtype ", input.scalar_type(), ", but got ", other.scalar_type());
+void check_same_dtype(std::string_view op, const at::Tensor& like, std::string_view name,
+                      const at::Tensor& other, std::string_view like_name) {
+  TORCH_CHECK(other.scalar_type() == like.scalar_type(), op, ": expected ", name, " to have ",
+              like_name, "'s dtype ", like.scalar_type(), ", but got ", other.scalar_type());
 }
 
-void check_same_device(std::string_view op, const at::Tensor& input, std::string_view name,
-                       const at::Tensor& other) {
-  TORCH_CHECK(other.device() == input.device(), op, ": expected ", name,
-              " to be on input's device ", input.device(), ", but it is on ", other.device());
+void check_same_device(std::string_view op, const at::Tensor& like, std::string_view name,
+                       const at::Tensor& other, std::string_view like_name) {
+  TORCH_CHECK(other.device() == like.device(), op, ": expected ", name, " to be on ", like_name,
+              "'s device ", like.device(), ", but it is on ", other.device());
 }
 
 void check_sizes(std::string_view op, std::string_view name, const at::Tensor& tensor,

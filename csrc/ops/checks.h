@@ -19,11 +19,11 @@ bool is_supported_dtype(at::ScalarType dtype);
 // other devices PyTorch's operators run.
 bool has_kernels(const at::Tensor& tensor);
 
-// Raises unless `other` has the dtype and the device of `input`.
-void check_same_dtype(std::string_view op, const at::Tensor& input, std::string_view name,
-                      const at::Tensor& other);
-void check_same_device(std::string_view op, const at::Tensor& input, std::string_view name,
-                       const at::Tensor& other);
+// Raises unless `other` has the dtype and the device of `like`, the argument `like_name`.
+void check_same_dtype(std::string_view op, const at::Tensor& like, std::string_view name,
+                      const at::Tensor& other, std::string_view like_name = "input");
+void check_same_device(std::string_view op, const at::Tensor& like, std::string_view name,
+                       const at::Tensor& other, std::string_view like_name = "input");
 
 // Raises unless `tensor` has exactly these sizes.
 void check_sizes(std::string_view op, std::string_view name, const at::Tensor& tensor,

@@ -17,8 +17,9 @@ at::Tensor linear_relu(const at::Tensor& input, const at::Tensor& weight,
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, std::array<bool, 3> output_mask) {
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::linear_relu_backward", "")
                              .typed<decltype(linear_relu_backward)>();
@@ -54,25 +55,41 @@ void check_linear_relu(const at::Tensor& input, const at::Tensor& weight) {
               " and weight ", weight.sizes());
 }
 
-void check_linear_relu_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                const at::Tensor& weight, const at::Tensor& output) {
+void check_linear_relu_backward(const at::Tensor& grad_output,
+                                const std::optional<at::Tensor>& input,
+                                const std::optional<at::Tensor>& weight, const at::Tensor& output,
+                                std::array<bool, 3> output_mask) {
   constexpr auto op = "linear_relu_backward";
-  TORCH_CHECK(input.dim() >= 1 && weight.dim() == 2, op, ": expected input of 1 or more and ",
-              "weight of 2 dimensions, but got shapes ", input.sizes(), " and ", weight.sizes());
-  check_same_device(op, input, "weight", weight);
-  check_same_dtype(op, input, "weight", weight);
-  check_linear_relu(input, weight);
-  const at::DimVector sizes = linear_relu_sizes(input, weight);
-  for (const auto& [name, tensor] : {std::pair("grad_output", grad_output), {"output", output}}) {
-    check_same_device(op, input, name, tensor);
-    check_same_dtype(op, input, name, tensor);
-    check_sizes(op, name, tensor, sizes);
+  TORCH_CHECK(weight || !output_mask[0], op,
+              ": expected weight for the gradient of input, but got None");
+  TORCH_CHECK(input || !output_mask[1], op,
+              ": expected input for the gradient of weight, but got None");
+  TORCH_CHECK(output.dim() >= 1, op, ": expected output of 1 or more dimensions, but got shape ",
+              output.sizes());
+  const auto check_like_output = [&](std::string_view name, const at::Tensor& tensor) {
+    check_same_device(op, output, name, tensor, "output");
+    check_same_dtype(op, output, name, tensor, "output");
+  };
+  check_like_output("grad_output", grad_output);
+  check_sizes(op, "grad_output", grad_output, output.sizes());
+  if (input) {
+    check_like_output("input", *input);
+    TORCH_CHECK(input->dim() >= 1, op, ": expected input of 1 or more dimensions, but got shape ",
+                input->sizes());
+    check_sizes(op, "input", *input, with_last_size(output, input->size(-1)));
   }
+  if (weight) {
+    check_like_output("weight", *weight);
+    TORCH_CHECK(weight->dim() == 2, op, ": expected weight of 2 dimensions, but got shape ",
+                weight->sizes());
+    check_sizes(op, "weight", *weight, {output.size(-1), weight->size(1)});
+  }
+  if (input && weight) check_linear_relu(*input, *weight);
 }
 
-at::DimVector linear_relu_sizes(const at::Tensor& input, const at::Tensor& weight) {
-  at::DimVector sizes(input.sizes());
-  sizes.back() = weight.size(0);
+at::DimVector with_last_size(const at::Tensor& tensor, int64_t size) {
+  at::DimVector sizes(tensor.sizes());
+  sizes.back() = size;
   return sizes;
 }
 
@@ -87,7 +104,7 @@ at::Tensor matrix_of_rows(const at::Tensor& tensor) {
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
-      "linear_relu_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, "
+      "linear_relu_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor output, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 

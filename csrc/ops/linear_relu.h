@@ -10,12 +10,14 @@
 
 namespace fastnn {
 
-// Calls through the dispatcher.
+// Calls through the dispatcher. The backward takes `weight` for the gradient of `input`, and the
+// other way round; `output_mask` says which gradients are wanted.
 at::Tensor linear_relu(const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, std::array<bool, 3> output_mask);
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask);
 
 // Whether the fused kernels take these arguments. Raises where dtypes or devices differ; what is
 // merely unusual (integers, a broadcast bias, a 1-D weight) is torch's, to serve or to refuse.
@@ -28,13 +30,17 @@ at::Tensor linear_relu_composite(const at::Tensor& input, const at::Tensor& weig
 
 // What the launchers of all devices share.
 
-// Raises unless input's last dimension fits weight's, and unless the backward's tensors fit those.
+// Raises unless input's last dimension fits weight's.
 void check_linear_relu(const at::Tensor& input, const at::Tensor& weight);
-void check_linear_relu_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                const at::Tensor& weight, const at::Tensor& output);
 
-// The output's shape: input's with weight's out_features as its last dimension.
-at::DimVector linear_relu_sizes(const at::Tensor& input, const at::Tensor& weight);
+// Raises unless the backward has what the wanted gradients take, and all of it fits `output`.
+void check_linear_relu_backward(const at::Tensor& grad_output,
+                                const std::optional<at::Tensor>& input,
+                                const std::optional<at::Tensor>& weight, const at::Tensor& output,
+                                std::array<bool, 3> output_mask);
+
+// A tensor's shape with another last dimension: the output's from the input's, and back.
+at::DimVector with_last_size(const at::Tensor& tensor, int64_t size);
 
 // A tensor's leading dimensions as one: a matrix of its rows, one for a 1-D tensor.
 at::Tensor matrix_of_rows(const at::Tensor& tensor);

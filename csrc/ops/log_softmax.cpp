@@ -35,8 +35,8 @@ void check_log_softmax_backward(const at::Tensor& grad_output, const at::Tensor&
   constexpr auto op = "log_softmax_backward";
   TORCH_CHECK(is_supported_dtype(output.scalar_type()), op, ": expected a floating-point output, ",
               "but got ", output.scalar_type());
-  check_same_device(op, output, "grad_output", grad_output);
-  check_same_dtype(op, output, "grad_output", grad_output);
+  check_same_device(op, output, "grad_output", grad_output, "output");
+  check_same_dtype(op, output, "grad_output", grad_output, "output");
   check_sizes(op, "grad_output", grad_output, output.sizes());
 }
 
