@@ -28,11 +28,13 @@ def _linear_relu_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     *batch, out_features = output.shape
-    return (
-        output.new_empty((*batch, weight.shape[1])) if output_mask[0] else None,
-        output.new_empty((out_features, input.shape[-1])) if output_mask[1] else None,
-        output.new_empty((out_features,)) if output_mask[2] else None,
-    )
+    wants_input, wants_weight, wants_bias = output_mask
+    grad_input = grad_weight = None
+    if wants_input and weight is not None:
+        grad_input = output.new_empty((*batch, weight.shape[1]))
+    if wants_weight and input is not None:
+        grad_weight = output.new_empty((out_features, input.shape[-1]))
+    return grad_input, grad_weight, output.new_empty((out_features,)) if wants_bias else None
 
 
 @register_fake("fastnn::log_softmax")

@@ -36,9 +36,10 @@ def _linear_relu_backward(
 ) -> int:
     """Each gradient of a factor takes as many as the product itself."""
     flops = 2 * prod(output_shape)
-    from_weight = flops * weight_shape[1] if output_mask[0] else 0
-    from_input = flops * input_shape[-1] if output_mask[1] else 0
-    return from_weight + from_input
+    wants_input, wants_weight, _ = output_mask
+    for_input = flops * weight_shape[1] if wants_input and weight_shape is not None else 0
+    for_weight = flops * input_shape[-1] if wants_weight and input_shape is not None else 0
+    return for_input + for_weight
 
 
 def _register(counter: ModuleType) -> None:

@@ -46,9 +46,12 @@ struct LinearReLUBackward {
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_composite(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-    const at::Tensor& output, std::array<bool, 3> output_mask) {
-  const variable_list grads = composite_backward(grad_output, input, weight, output, output_mask);
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask) {
+  const variable_list grads =
+      composite_backward(grad_output, input.value_or(at::Tensor()), weight.value_or(at::Tensor()),
+                         output, output_mask);
   return {grads[0], grads[1], grads[2]};
 }
 
