@@ -80,6 +80,13 @@ def _nll_loss_backward(
     return input.new_empty(input.shape)
 
 
+def _laid_out_as_logits(logits: Tensor) -> Tensor:
+    """Contiguous, or as the logits where the classes lie last, as in channels_last."""
+    if logits.dim() > 2 and logits.movedim(1, -1).is_contiguous():
+        return logits.new_empty(logits.movedim(1, -1).shape).movedim(-1, 1)
+    return logits.new_empty(logits.shape)
+
+
 @register_fake("fastnn::cross_entropy_forward")
 def _cross_entropy_forward(
     input: Tensor,
@@ -88,27 +95,26 @@ def _cross_entropy_forward(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = input.new_empty((2, *_per_row_shape(input)), dtype=accumulate_dtype(input.dtype))
-    return _loss(input, reduction), lse, _total_weight(input)
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    dtype = accumulate_dtype(input.dtype)
+    has_lse = keep and dtype != input.dtype
+    return (
+        _loss(input, reduction),
+        _laid_out_as_logits(input) if keep else None,
+        input.new_empty((2, *_per_row_shape(input)), dtype=dtype) if has_lse else None,
+        _total_weight(input),
+    )
 
 
 @register_fake("fastnn::cross_entropy_backward")
-def _cross_entropy_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    lse: Tensor,
-    total_weight: Tensor,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    # Where the classes lie last, as in channels_last, the gradient keeps the logits' layout.
-    if input.dim() > 2 and input.movedim(1, -1).is_contiguous():
-        return input.movedim(1, -1).new_empty(input.movedim(1, -1).shape).movedim(-1, 1)
-    return input.new_empty(input.shape)
+def _cross_entropy_backward(grad_output: Tensor, kept: Tensor, *others: object) -> Tensor:
+    return _laid_out_as_logits(kept)
+
+
+@register_fake("fastnn::cross_entropy_backward_")
+def _cross_entropy_backward_(*arguments: object) -> None:
+    return None
 
 
 @register_fake("fastnn::sgd_step_")

@@ -238,9 +238,11 @@ def cross_entropy(
 
     With ``q`` the target distribution (one-hot, mixed with ``label_smoothing / C`` of every
     class; times the class weights) and ``lse = log(sum(exp(input)))``, a row's loss is
-    ``sum_c q_c * (lse - input_c)``. The forward keeps ``lse`` alone; the backward reads the logits
-    once and writes ``softmax * sum(q) - q`` once. The label smoothing is that of Szegedy et al.,
-    "Rethinking the Inception Architecture for Computer Vision" (2016).
+    ``sum_c q_c * (lse - input_c)``. Where the input wants a gradient, the forward writes that too,
+    ``softmax * sum(q) - q`` divided as the loss is, and the backward only multiplies it; of
+    bfloat16 and float16, which that would round twice, it writes a copy of the logits. What happens
+    to the logits after the forward changes no gradient. The label smoothing is that of Szegedy et
+    al., "Rethinking the Inception Architecture for Computer Vision" (2016).
 
     Args:
         input: logits, ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.

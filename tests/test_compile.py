@@ -116,6 +116,19 @@ def test_a_compiled_linear_relu_keeps_only_what_its_gradient_needs(fresh_dynamo,
     assert {tuple(tensor.meta["val"].shape) for tensor in saved} == expected
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_may_change_after_a_compiled_loss(fresh_dynamo, dtype):
+    compiled = torch.compile(ours("cross_entropy"), fullgraph=True, backend="aot_eager")
+    leaf, target = torch.randn(4, 5).to(dtype).requires_grad_(), torch.arange(4)
+    (expected,) = torch.autograd.grad(ours("cross_entropy")(leaf, target) * 3, leaf)
+    logits = leaf + 0
+    loss = compiled(logits, target) * 3
+    logits.data.zero_()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(grad, expected)
+
+
 @pytest.mark.cpu_only("the reference, which has no kernels")
 @pytest.mark.parametrize("op", OPS)
 def test_the_reference_compiles_in_one_graph_too(fresh_dynamo, monkeypatch, op):

@@ -56,10 +56,14 @@ SCHEMAS = [
     "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
     "str reduction='mean', float label_smoothing=0.0) -> Tensor",
     "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-    "str reduction, float label_smoothing) -> (Tensor loss, Tensor lse, Tensor total_weight)",
-    "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
-    "Tensor lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
+    "str reduction, float label_smoothing, bool keep) "
+    "-> (Tensor loss, Tensor kept, Tensor lse, Tensor total_weight)",
+    "cross_entropy_backward(Tensor grad_output, Tensor kept, Tensor target, Tensor? weight, "
+    "Tensor? lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
     "-> Tensor",
+    "cross_entropy_backward_(Tensor grad_output, Tensor(a!) kept, Tensor target, Tensor? weight, "
+    "Tensor? lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
+    "-> ()",
     "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
     "float lr, float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, "
     "bool maximize=False, bool is_first_step=False, Tensor? grad_scale=None, "
@@ -160,13 +164,18 @@ def forward_and_backward_calls(op: str, sample: Sample) -> Iterator[tuple[str, t
         yield "linear_relu_backward", (grad, None, None, output, [False, False, True])
     elif op == "log_softmax":
         yield "log_softmax_backward", (grad, output, args[1])
+    elif op == "nll_loss":
+        weight, *options = loss_options(op, sample).values()
+        yield "nll_loss_forward", (*args, weight, *options)
+        _loss, total_weight = operators.nll_loss_forward(*args, weight, *options)
+        yield "nll_loss_backward", (grad, *args, weight, total_weight, *options)
     else:
-        options = loss_options(op, sample)
-        options = [options.pop("weight"), *options.values()]
-        forward = f"{op}_forward"
-        yield forward, (*args, *options)
-        saved = getattr(operators, forward)(*args, *options)[1:]
-        yield f"{op}_backward", (grad, *args, options[0], *saved, *options[1:])
+        weight, *options = loss_options(op, sample).values()
+        for keep in (False, True):
+            yield "cross_entropy_forward", (*args, weight, *options, keep)
+        _loss, kept, *saved = operators.cross_entropy_forward(*args, weight, *options, True)
+        for backward in ("cross_entropy_backward", "cross_entropy_backward_"):
+            yield backward, (grad, kept, args[1], weight, *saved, *options)
 
 
 @needs_extension

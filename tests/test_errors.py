@@ -736,17 +736,21 @@ def test_label_smoothing_is_checked_under_transforms(implementation, bad):
 # --- the backward operators, called on their own --------------------------------------------------
 
 
-def loss_backward_arguments(op: str, reduction: str = "mean") -> dict[str, Any]:
+def loss_backward_arguments(
+    op: str, reduction: str = "mean", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """Good arguments of the operator's backward, by name."""
-    input, target, weight = floats(7, 5), torch.arange(7) % 5, floats(5).abs()
+    input, target, weight = floats(7, 5).to(dtype), torch.arange(7) % 5, floats(5).abs().to(dtype)
     options = {"weight": weight, "ignore_index": -100, "reduction": reduction}
-    if op == "cross_entropy":
+    if op == "nll_loss":
+        loss, total_weight = torch.ops.fastnn.nll_loss_forward(input, target, **options)
+        saved = {"input": input, "total_weight": total_weight}
+    else:
         options["label_smoothing"] = 0.1
-    forward = getattr(torch.ops.fastnn, f"{op}_forward")
-    loss, *saved = forward(input, target, **options)
-    names = ("lse", "total_weight") if op == "cross_entropy" else ("total_weight",)
-    arguments = {"grad_output": torch.ones_like(loss), "input": input, "target": target}
-    return {**arguments, **options, **dict(zip(names, saved, strict=True))}
+        forward = torch.ops.fastnn.cross_entropy_forward(input, target, **options, keep=True)
+        loss, *saved = forward
+        saved = dict(zip(("kept", "lse", "total_weight"), saved, strict=True))
+    return {"grad_output": torch.ones_like(loss), "target": target, **options, **saved}
 
 
 def raises_and_changes_nothing(
@@ -770,8 +774,10 @@ def raises_and_changes_nothing(
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
 def test_backward_of_a_target_out_of_range(op, reduction, bad):
-    """The forward checks targets; the backward writes at them, and must not take its word."""
-    arguments = loss_backward_arguments(op, reduction)
+    """The forward checks targets; a backward that writes at them must not take its word."""
+    # Of wider dtypes cross_entropy's backward scales what the forward has written there.
+    dtype = torch.bfloat16 if op == "cross_entropy" else torch.float32
+    arguments = loss_backward_arguments(op, reduction, dtype)
     arguments["target"] = target_with(bad, (7, 5))
     says = (f"Target {bad} is out of bounds", r"\b5 classes")
     raises_and_changes_nothing(f"{op}_backward", arguments, IndexError, *says)
@@ -799,10 +805,15 @@ WRONG_FOR_A_LOSS_BACKWARD = {
 @pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
 def test_backward_of_a_loss_with_a_wrong_tensor(op, wrong):
     name, make = WRONG_FOR_A_LOSS_BACKWARD[wrong]
-    arguments = {**loss_backward_arguments(op), name: make()}
+    value = make()
+    if op == "cross_entropy" and name == "input":
+        name = "kept"
+    arguments = {**loss_backward_arguments(op), name: value}
     batch_differs = wrong in ("target of a row less", "input of a row less")
     error = ValueError if batch_differs else RuntimeError
-    says = () if name == "input" else (name,)  # where the input is wrong, the others look so
+    says = (
+        () if name in ("input", "kept") else (name,)
+    )  # where the input is wrong, the others look so
     raises_and_changes_nothing(f"{op}_backward", arguments, error, *says)
 
 
@@ -827,11 +838,13 @@ def test_backward_takes_one_gradient_or_one_for_each_row(op, shape):
         lambda: floats(2, 6),
         lambda: floats(7),
         lambda: floats(7, 2),
+        lambda: None,
     ],
-    ids=["another dtype", "a row less", "the maxima alone", "transposed"],
+    ids=["another dtype", "a row less", "the maxima alone", "transposed", "none"],
 )
 def test_cross_entropy_backward_with_a_wrong_lse(make):
-    arguments = {**loss_backward_arguments("cross_entropy"), "lse": make()}
+    arguments = loss_backward_arguments("cross_entropy", dtype=torch.bfloat16)
+    arguments["lse"] = make()
     raises_and_changes_nothing("cross_entropy_backward", arguments, RuntimeError, "lse")
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_extension
 from oracles import assert_within, away_from_kink, expected
-from sample_inputs import OPS, sample_input, sample_names
+from sample_inputs import DTYPES, OPS, Sample, sample_input, sample_names
 from test_operators import TORCH, leaves_of, ours, random_grad_like
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastnn
 
@@ -320,13 +323,13 @@ def test_linear_relu_keeps_what_torch_keeps(implementation, wanted):
     assert sorted(kept[0]) == sorted(kept[1])
 
 
-def bytes_kept(model: nn.Module, input: Tensor) -> int:
+def bytes_kept(function: Function, *inputs: Tensor) -> int:
     """The memory that the graph of a call holds on to, each storage once."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
     ):
-        model(input)
+        function(*inputs)
     storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(storages.values())
 
@@ -377,6 +380,189 @@ def test_a_bias_trains_behind_inference_tensors(implementation, made):
         for function in (fastnn.functional.linear_relu, TORCH["linear_relu"])
     ]
     assert_close(*results)
+
+
+LOGITS_OVERWRITTEN = {
+    "view in numpy": pytest.param(
+        lambda logits: logits.detach().view(torch.uint8).numpy().fill(0x3F),
+        marks=pytest.mark.not_on_a_gpu("memory that numpy can't see"),
+    ),
+    ".data": lambda logits: logits.data.fill_(3),
+    "clamp_": lambda logits: logits.clamp_(-0.1, 0.1),
+    "masked_fill_": lambda logits: logits[:, 1:].fill_(-torch.inf),
+    "softmax, out=": lambda logits: torch.softmax(logits.detach(), 1, out=logits.detach()),
+}
+TARGETS = {
+    "index": ({}, False),
+    "smoothed and weighted": ({"label_smoothing": 0.1, "weight": class_weights()}, False),
+    "probabilities": ({"weight": class_weights()}, True),
+}
+
+
+def loss_of_logits(logits: Tensor, kind: str, reduction: str) -> tuple[Tensor, Tensor]:
+    """A loss of four rows, one of them ignored, and a gradient that is not 1 for it."""
+    options, probabilities = TARGETS[kind]
+    options = {
+        name: value.to(logits.dtype) if isinstance(value, Tensor) else value
+        for name, value in options.items()
+    }
+    target = class_indices((4, 3), ignored=True)
+    if probabilities:
+        target = torch.linspace(0, 1, 12).reshape(4, 3).to(logits.dtype)
+    loss = fastnn.functional.cross_entropy(logits, target, reduction=reduction, **options)
+    return loss, torch.linspace(0.5, 2, loss.numel()).reshape(loss.shape).to(loss.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        pytest.param(*getattr(way, "values", [way]), marks=getattr(way, "marks", ()), id=name)
+        for name, way in LOGITS_OVERWRITTEN.items()
+    ],
+)
+def test_logits_may_change_after_the_loss(implementation, overwrite, kind, reduction, dtype):
+    """As after torch's, which keeps its log-softmax: whatever is done to them, and however."""
+    leaf = normal(4, 3).to(dtype).requires_grad_()
+    loss, grad_output = loss_of_logits(leaf, kind, reduction)
+    (expected_grad,) = torch.autograd.grad(loss, leaf, grad_output)
+    for create_graph in (False, True):
+        logits = leaf + 0
+        loss, _ = loss_of_logits(logits, kind, reduction)
+        with torch.no_grad():
+            overwrite(logits)
+        (grad,) = torch.autograd.grad(loss, leaf, grad_output, create_graph=create_graph)
+        if create_graph:
+            # Another path, which rounds elsewhere, several times in a narrow dtype; of the order
+            # of one.
+            atol = 16 * torch.finfo(dtype).eps
+            torch.testing.assert_close(grad.detach(), expected_grad, rtol=0, atol=atol)
+        else:
+            assert torch.equal(grad, expected_grad)
+
+
+def test_second_derivatives_after_a_change_of_the_logits(implementation):
+    leaf = normal(4, 3).requires_grad_()
+    target = class_indices((4, 3), ignored=True)
+    results = []
+    for function in (fastnn.functional.cross_entropy, F.cross_entropy):
+        logits = leaf + 0
+        loss = function(logits, target, class_weights(), label_smoothing=0.1)
+        with torch.no_grad():
+            logits.zero_()
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.pow(3).sum(), leaf, create_graph=True)
+        (third,) = torch.autograd.grad(second.pow(2).sum(), leaf)
+        results.append((grad, second, third))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(implementation, kind, reduction, dtype):
+    """Whatever is done to the first one; and the last backward may end the graph."""
+    logits = normal(4, 3).to(dtype).requires_grad_()
+    loss, grad_output = loss_of_logits(logits, kind, reduction)
+    (first,) = torch.autograd.grad(loss, logits, grad_output, retain_graph=True)
+    expected_grad = first.clone()
+    first.zero_()
+    (ones,) = torch.autograd.grad(loss, logits, torch.ones_like(loss), retain_graph=True)
+    expected_ones = ones.clone()
+    ones.zero_()
+    (second,) = torch.autograd.grad(loss, logits, grad_output, retain_graph=True)
+    assert torch.equal(second, expected_grad)
+    (last,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    assert torch.equal(last, expected_ones)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, logits, grad_output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_what_saved_tensor_hooks_hold_is_left_alone(implementation, dtype, factor):
+    """A gradient that takes the place of what was saved must be the only one to see it."""
+    logits = normal(4, 3).to(dtype).requires_grad_()
+    held: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        loss = fastnn.functional.cross_entropy(logits, torch.tensor([0, 2, 1, 1]))
+    before = [tensor.clone() for tensor in held]
+    (grad,) = torch.autograd.grad(loss, logits, torch.tensor(factor, dtype=dtype))
+    grad.zero_()
+    assert all(map(torch.equal, held, before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backwards_of_several_threads_over_one_graph(implementation, dtype):
+    logits = normal(64, 33).to(dtype).requires_grad_()
+    loss = fastnn.functional.cross_entropy(logits, torch.arange(64) % 33)
+    (expected_grad,) = torch.autograd.grad(loss * 3, logits, retain_graph=True)
+
+    def backward(_: int) -> Tensor:
+        (grad,) = torch.autograd.grad(loss * 3, logits, retain_graph=True)
+        result = grad.clone()
+        grad.zero_()
+        return result
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(grad, expected_grad) for grad in pool.map(backward, range(32)))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_keeps_no_more_memory_than_torchs(dtype):
+    """And holds on to no logits, which the layer before it doesn't keep either."""
+    leaf = torch.randn(64, 100, dtype=dtype).requires_grad_()
+    target = torch.arange(64)
+    functions = (fastnn.functional.cross_entropy, F.cross_entropy)
+    mine, theirs = (bytes_kept(function, leaf, target) for function in functions)
+    # Of narrow dtypes two float32 numbers for each row, with which the gradient is rounded once,
+    # and a total weight in float32.
+    wider = 8 * 64 + 2 if dtype.itemsize == 2 else 0
+    assert mine <= theirs + wider
+    logits = leaf + 0
+    memory = StorageWeakRef(logits.untyped_storage())
+    loss = fastnn.functional.cross_entropy(logits, target)
+    del logits
+    assert memory.expired()
+    loss.backward()
+
+
+@needs_extension
+def test_a_gradient_of_one_is_handed_over():
+    """No pass over memory: what was kept comes back, here what a pass would not have left."""
+    logits, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    _, kept, lse, total = torch.ops.fastnn.cross_entropy_forward(
+        logits, target, None, 1, "mean", 0.0, keep=True
+    )
+    saved = (target, None, lse, total, 1, "mean", 0.0)  # with the last two rows ignored
+    marked = kept.clone()
+    marked[:] = -0.0
+    torch.ops.fastnn.cross_entropy_backward_(torch.tensor(1.0), marked, *saved)
+    assert marked.signbit().all()
+    version = kept._version
+    torch.ops.fastnn.cross_entropy_backward_(torch.tensor(torch.inf), kept, *saved)
+    assert torch.equal(kept[2:], torch.zeros(2, 3))
+    assert kept._version > version  # autograd sees the write
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_scaled_loss_over_many_rows_keeps_its_gradients(implementation, dtype, classes):
+    """As torch.amp.GradScaler scales it: divided by 4096 alone most would be lost in float16."""
+    rows = 4096
+    logits = (torch.randn(rows, classes) * 3).to(dtype)
+    sample = Sample("scaled", (logits, torch.randint(classes, (rows,))))
+    scale = torch.tensor(2.0**15).to(dtype)
+    leaf = logits.detach().requires_grad_()
+    loss = fastnn.functional.cross_entropy(leaf, sample.args[1])
+    (grad,) = torch.autograd.grad(loss, leaf, scale)
+    exact = expected("cross_entropy", sample, scale)
+    assert_within("gradient", grad, exact.grads[0], exact.grad_errors[0])
 
 
 def test_a_loss_may_be_scaled_in_place(implementation):

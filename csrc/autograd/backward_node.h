@@ -11,7 +11,9 @@
 #include <array>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "autograd/node_pointer.h"
@@ -24,7 +26,8 @@ namespace fastnn {
 //   kOutputs            for each of them, whether it is the forward's result
 //   Options             std::tuple of numbers it needs
 //   backward(grad_output, tensors, options, needs_input_grad)
-//                       the gradients of the inputs that the node was made for
+//                       the gradients of the inputs that the node was made for; the tensors are
+//                       its own, where the graph isn't kept nothing else may hold them
 template <typename Op>
 class BackwardNode : public torch::autograd::Node {
  public:
@@ -41,12 +44,21 @@ class BackwardNode : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return backward(grads[0], unpack_saved(), options_, needs_input_grad());
+    auto tensors = unpack_saved();
+    if (std::exchange(releasing_thread_, {}) == std::this_thread::get_id()) reset_saved();
+    return backward(grads[0], std::move(tensors), options_, needs_input_grad());
+  }
+
+  // The engine calls it right before apply, on the same thread, where it doesn't keep the graph.
+  // What is saved is then released before its last use, which may write to it.
+  void will_release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    releasing_thread_ = std::this_thread::get_id();
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& variable : saved_) variable.reset_data();
+    reset_saved();
   }
 
   // Compiled autograd: what its cache is keyed by, and the call that it puts in its graph.
@@ -81,11 +93,11 @@ class BackwardNode : public torch::autograd::Node {
   }
 
  private:
-  static variable_list backward(const at::Tensor& grad_output, const typename Op::Tensors& tensors,
+  static variable_list backward(const at::Tensor& grad_output, typename Op::Tensors&& tensors,
                                 const typename Op::Options& options,
                                 const std::vector<bool>& needs_input_grad) {
     if (!grad_output.defined()) return variable_list(needs_input_grad.size());
-    return Op::backward(grad_output, tensors, options, needs_input_grad);
+    return Op::backward(grad_output, std::move(tensors), options, needs_input_grad);
   }
 
   static variable_list apply_packed(const variable_list& grads,
@@ -98,7 +110,7 @@ class BackwardNode : public torch::autograd::Node {
     std::apply(
         [&](auto&... option) { ((option = args.unpack<std::decay_t<decltype(option)>>()), ...); },
         options);
-    return backward(grads[0], tensors, options, args.unpack<std::vector<bool>>());
+    return backward(grads[0], std::move(tensors), options, args.unpack<std::vector<bool>>());
   }
 
   typename Op::Tensors unpack_saved() {
@@ -108,6 +120,10 @@ class BackwardNode : public torch::autograd::Node {
       tensors[i] = Op::kOutputs[i] ? saved_[i].unpack(pointer_to(*this)) : saved_[i].unpack();
     }
     return tensors;
+  }
+
+  void reset_saved() {
+    for (auto& variable : saved_) variable.reset_data();
   }
 
   variable_list pack_saved() {
@@ -123,6 +139,7 @@ class BackwardNode : public torch::autograd::Node {
 
   std::array<torch::autograd::SavedVariable, std::tuple_size_v<typename Op::Tensors>> saved_;
   typename Op::Options options_;
+  std::thread::id releasing_thread_;  // none: no release is announced
 };
 
 // A saved tensor as an operator's optional argument: absent where it was saved undefined.

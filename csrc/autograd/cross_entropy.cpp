@@ -1,7 +1,11 @@
 #include "ops/cross_entropy.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/softmax.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "autograd/backward_node.h"
@@ -12,30 +16,75 @@
 namespace fastnn {
 namespace {
 
-// grad * (softmax * sum(q) - q): the kernel's formula, in differentiable operators.
-at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& input,
+// The derivative of a softmax by its logits, which are the input of another node.
+struct SoftmaxBackward {
+  static constexpr auto name = "CrossEntropySoftmaxBackward";
+  using Tensors = std::array<at::Tensor, 1>;
+  static constexpr std::array<bool, 1> kOutputs = {true};
+  using Options = std::tuple<int64_t>;
+
+  static torch::autograd::variable_list backward(const at::Tensor& grad, const Tensors& tensors,
+                                                 const Options& options,
+                                                 const std::vector<bool>& /*needs_input_grad*/) {
+    const auto& [softmax] = tensors;
+    const auto [dim] = options;
+    return {at::_softmax_backward_data(grad, softmax, dim, softmax.scalar_type())};
+  }
+};
+
+// The softmax of the logits, from what the forward kept: they may have changed, or be gone.
+at::Tensor kept_softmax(const at::Tensor& kept, const at::Tensor& q, const at::Tensor& total,
+                        const at::Tensor& total_weight, int64_t reduction) {
+  const at::NoGradGuard no_grad;
+  if (!keeps_gradient(kept)) return at::softmax(kept, class_dim(kept));
+  const bool mean = reduction == at::Reduction::Mean;
+  const at::Tensor softmax = ((mean ? kept * total_weight : kept) + q) / total;
+  // Where q is 0 the gradient says nothing of the softmax, nor does it depend on it.
+  return softmax.masked_fill(total == 0, 0);
+}
+
+// Makes it a function of the logits that the node running now was made for, where autograd records.
+void record_softmax(const at::Tensor& softmax) {
+  if (!at::GradMode::is_enabled()) return;
+  const auto node = make_node<BackwardNode<SoftmaxBackward>>();
+  node->add_next_edge(torch::autograd::get_current_node()->next_edge(0));
+  record(node, softmax, {softmax}, {class_dim(softmax)});
+}
+
+// grad * (softmax * sum(q) - q): the kernel's formula, in operators that can be differentiated in a
+// node of ours.
+at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
                               const at::Tensor& target, const std::optional<at::Tensor>& weight,
                               const at::Tensor& total_weight, int64_t ignore_index,
-                              std::string_view reduction, double label_smoothing) {
-  const int64_t dim = class_dim(input);
-  const bool probabilities = has_class_probabilities(input, target);
-  const at::Tensor q =
-      probabilities ? probability_distribution(input, target, weight, label_smoothing)
-                    : index_distribution(input, target, weight, ignore_index, label_smoothing);
-  const at::Tensor grad_rows = grad_per_row(grad, input, total_weight, reduction);
-  const at::Tensor grad_input =
-      grad_rows * (at::softmax(input, dim) * q.sum(dim, /*keepdim=*/true) - q);
+                              int64_t reduction, double label_smoothing, bool in_node) {
+  const bool probabilities = has_class_probabilities(kept, target);
+  at::Tensor q = probabilities
+                     ? probability_distribution(kept, target, weight, label_smoothing)
+                     : index_distribution(kept, target, weight, ignore_index, label_smoothing);
+  if (!probabilities) q = zero_ignored_rows(q, target, ignore_index);
+  const at::Tensor total = q.sum(class_dim(kept), /*keepdim=*/true);
+  const at::Tensor softmax = kept_softmax(kept, q, total, total_weight, reduction);
+  if (in_node) record_softmax(softmax);
+  const at::Tensor grad_rows = grad_per_row(grad, kept, total_weight, reduction_name(reduction));
+  const at::Tensor grad_input = grad_rows * (softmax * total - q);
   return probabilities ? grad_input : zero_ignored_rows(grad_input, target, ignore_index);
 }
 
-at::Tensor cross_entropy_backward_composite(const at::Tensor& grad, const at::Tensor& input,
+// Whether the gradient may take the place of what was kept: nothing but this reference leads to its
+// memory, and no mode or wrapper looks on, which would have to know of a write.
+bool may_replace(const at::Tensor& kept, const at::Tensor& grad) {
+  return kept.use_count() == 1 && kept.storage().use_count() == 1 &&
+         !at::isTensorSubclassLike(kept) && !at::isTensorSubclassLike(grad);
+}
+
+at::Tensor cross_entropy_backward_composite(const at::Tensor& grad, const at::Tensor& kept,
                                             const at::Tensor& target,
                                             const std::optional<at::Tensor>& weight,
-                                            const at::Tensor& /*lse*/,
+                                            const std::optional<at::Tensor>& /*lse*/,
                                             const at::Tensor& total_weight, int64_t ignore_index,
                                             std::string_view reduction, double label_smoothing) {
-  return composite_backward(grad, input, target, weight, total_weight, ignore_index, reduction,
-                            label_smoothing);
+  return composite_backward(grad, kept, target, weight, total_weight, ignore_index,
+                            parse_reduction(reduction), label_smoothing, /*in_node=*/false);
 }
 
 struct CrossEntropyBackward {
@@ -44,20 +93,24 @@ struct CrossEntropyBackward {
   static constexpr std::array<bool, 5> kOutputs = {};
   using Options = std::tuple<int64_t, int64_t, double>;
 
-  static torch::autograd::variable_list backward(const at::Tensor& grad, const Tensors& tensors,
+  static torch::autograd::variable_list backward(const at::Tensor& grad, Tensors&& tensors,
                                                  const Options& options,
                                                  const std::vector<bool>& /*needs_input_grad*/) {
-    const auto& [input, target, saved_weight, lse, total_weight] = tensors;
-    const auto weight = optional(saved_weight);
+    auto& [kept, target, weight, lse, total_weight] = tensors;
     const auto [ignore_index, reduction_code, label_smoothing] = options;
-    const auto reduction = reduction_name(reduction_code);
     if (backward_must_be_composite(grad)) {
-      return {composite_backward(grad, input, target, weight, total_weight, ignore_index, reduction,
-                                 label_smoothing)};
+      return {composite_backward(grad, kept, target, optional(weight), total_weight, ignore_index,
+                                 reduction_code, label_smoothing, /*in_node=*/true)};
     }
+    const auto reduction = reduction_name(reduction_code);
     BelowAutograd below_autograd;
-    return {cross_entropy_backward(grad, input, target, weight, lse, total_weight, ignore_index,
-                                   reduction, label_smoothing)};
+    if (!may_replace(kept, grad)) {
+      return {cross_entropy_backward(grad, kept, target, optional(weight), optional(lse),
+                                     total_weight, ignore_index, reduction, label_smoothing)};
+    }
+    cross_entropy_backward_(grad, kept, target, optional(weight), optional(lse), total_weight,
+                            ignore_index, reduction, label_smoothing);
+    return {std::move(kept)};
   }
 };
 
@@ -65,11 +118,12 @@ at::Tensor cross_entropy_recorded(const at::Tensor& input, const at::Tensor& tar
                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                   std::string_view reduction, double label_smoothing) {
   const auto node = make_backward_node<CrossEntropyBackward>(input);
-  const auto [loss, lse, total_weight] = [&] {
+  const auto [loss, kept, lse, total_weight] = [&] {
     BelowAutograd below_autograd;
-    return cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing);
+    return cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing,
+                                 /*keep=*/true);
   }();
-  record(node, loss, {input, target, weight.value_or(at::Tensor()), lse, total_weight},
+  record(node, loss, {kept, target, weight.value_or(at::Tensor()), lse, total_weight},
          {ignore_index, parse_reduction(reduction), label_smoothing});
   return loss;
 }
@@ -91,7 +145,25 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
   return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing);
 }
 
+void cross_entropy_backward_inplace(const at::Tensor& grad_output, const at::Tensor& kept,
+                                    const at::Tensor& target,
+                                    const std::optional<at::Tensor>& weight,
+                                    const std::optional<at::Tensor>& lse,
+                                    const at::Tensor& total_weight, int64_t ignore_index,
+                                    std::string_view reduction, double label_smoothing) {
+  {
+    BelowAutograd below_autograd;
+    cross_entropy_backward_(grad_output, kept, target, weight, lse, total_weight, ignore_index,
+                            reduction, label_smoothing);
+  }
+  if (!kept.is_inference()) torch::autograd::impl::bump_version(kept);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(fastnn, ADInplaceOrView, m) {
+  m.impl("cross_entropy_backward_", cross_entropy_backward_inplace);
+}
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("cross_entropy", cross_entropy_autograd);

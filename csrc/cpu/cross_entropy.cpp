@@ -1,8 +1,10 @@
 // cross_entropy on the CPU: one pass over the logits forward (each row stays in cache between its
-// maximum and its sum), one backward.
+// maximum, its sum and what is kept for the backward).
 #include "ops/cross_entropy.h"
 
 #include <torch/library.h>
+
+#include <cstring>
 
 #include "cpu/loss.h"
 
@@ -29,72 +31,161 @@ struct Operands : CrossEntropyOperands {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
+// What 'mean' divides by, from the targets alone.
+template <typename T>
+double total_weight_of(const simd::CrossEntropy<T>& args) {
+  const auto add_weights = [&](int64_t begin, int64_t end, simd::LossSums& sum) {
+    double total = 0;  // not `sum` itself, which would be written to memory at each row
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = args.target[i];
+      const bool counts = t != args.ignore_index && t >= 0 && t < args.layout.classes;
+      total += !counts ? T(0) : args.weight ? args.weight[t] : T(1);
+    }
+    sum.weight = total;
+  };
+  return sum_over_rows(args.layout.rows(), 1, add_weights).weight;
+}
+
+template <typename T>
+double divisor_of_rows(const simd::CrossEntropy<T>& args, at::Reduction::Reduction reduction) {
+  if (reduction != at::Reduction::Mean) return 1;
+  return args.target ? total_weight_of(args) : static_cast<double>(args.layout.rows());
+}
+
+// What the forward leaves for the backward; undefined tensors where that is nothing.
+struct Kept {
+  at::Tensor tensor;
+  at::Tensor lse;
+  bool copies_rows = false;  // whether the rows of logits are yet to be copied to `tensor`
+
+  Kept(const Operands& operands, const at::Tensor& input) {
+    if (keeps_gradient(input)) {
+      tensor = empty(operands.logits.sizes(), input.scalar_type());
+      return;
+    }
+    lse = empty(lse_sizes(input), accumulate_dtype(input));
+    if (!operands.logits.is_alias_of(input)) {
+      tensor = operands.logits;  // a copy already
+    } else if (operands.layout.inner != 1) {
+      tensor = operands.logits.clone();
+    } else {
+      tensor = empty(operands.logits.sizes(), input.scalar_type());
+      copies_rows = input.numel() != 0;
+    }
+  }
+  Kept() = default;
+
+  template <typename T>
+  simd::KeptRows<T> rows(const simd::CrossEntropy<T>& args,
+                         at::Reduction::Reduction reduction) const {
+    if (!tensor.defined()) return {};
+    if constexpr (simd::kKeepsGradient<T>) {
+      return {.grad = data<T>(tensor), .scale = reciprocal(divisor_of_rows(args, reduction))};
+    } else {
+      auto* max = data<simd::accum<T>>(lse);
+      return {.max = max, .log_sum = max + args.layout.rows()};
+    }
+  }
+  // While they are in the cache.
+  template <typename T>
+  void copy_rows(const simd::CrossEntropy<T>& args, int64_t begin, int64_t end) const {
+    const int64_t classes = args.layout.classes;
+    std::memcpy(data<T>(tensor) + begin * classes, args.logits + begin * classes,
+                (end - begin) * classes * sizeof(T));
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
     const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction_name, double label_smoothing) {
+    int64_t ignore_index, std::string_view reduction_name, double label_smoothing, bool keep) {
   check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
   const auto reduction = parse_reduction(reduction_name);
   const Operands operands(input, target, weight, ignore_index, label_smoothing);
-  const at::Tensor lse = empty(lse_sizes(input), accumulate_dtype(input));
+  const Kept kept = keep ? Kept(operands, input) : Kept();
   const bool per_row = reduction == at::Reduction::None;
   const at::Tensor losses =
       per_row ? empty(per_row_sizes(input), input.scalar_type()) : at::Tensor();
-  const int64_t rows = operands.layout.rows();
   simd::LossSums sums;
   FirstBadTarget bad;
   dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     const auto args = operands.as<T>();
-    auto* max = data<simd::accum<T>>(lse);
+    const auto kept_rows = kept.rows(args, reduction);
     T* loss = per_row ? data<T>(losses) : nullptr;
-    sums = sum_over_rows(
-        rows, operands.layout.classes, [&](int64_t begin, int64_t end, simd::LossSums& sum) {
-          bad.update(kernel.cross_entropy(args, begin, end, max, max + rows, loss, sum));
-        });
+    const auto run = [&](int64_t begin, int64_t end, simd::LossSums& sum) {
+      if (kept.copies_rows) kept.copy_rows(args, begin, end);
+      bad.update(kernel.cross_entropy(args, begin, end, kept_rows, loss, sum));
+    };
+    sums = sum_over_rows(args.layout.rows(), args.layout.classes, run);
   });
   if (!operands.probabilities) {
     bad.raise_if_any(operands.indices(), operands.layout.classes, ignore_index);
   }
   // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
   if (input.numel() == 0) sums.weight = 0;
-  return {per_row ? losses : reduced_loss(sums, reduction, input), lse,
+  return {per_row ? losses : reduced_loss(sums, reduction, input),
+          keep ? operands.in_shape_of_input(kept.tensor) : at::Tensor(), kept.lse,
           scalar_tensor(sums.weight, accumulate_dtype(input))};
 }
 
-at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
-                                      const at::Tensor& target,
-                                      const std::optional<at::Tensor>& weight,
-                                      const at::Tensor& lse, const at::Tensor& total_weight,
-                                      int64_t ignore_index, std::string_view reduction_name,
-                                      double label_smoothing) {
-  constexpr auto op = "cross_entropy_backward";
-  check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
-  const auto reduction = parse_reduction(reduction_name);
-  check_cross_entropy_backward(grad_output, input, lse, total_weight, reduction);
-
-  const Operands operands(input, target, weight, ignore_index, label_smoothing);
+// Writes the gradient, laid out as the operands' logits, which it may replace: these are what the
+// forward kept.
+void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
+                    const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
+                    const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
   const at::Tensor grad = grad_output.contiguous();
-  const at::Tensor saved_lse = lse.contiguous();
+  const auto saved_lse = contiguous(lse);
   const bool per_row = reduction == at::Reduction::None;
   const double scale = grad_scale(total_weight, reduction);
-  const at::Tensor grad_logits = empty(operands.logits.sizes(), input.scalar_type());
   const int64_t rows = operands.layout.rows();
   FirstBadTarget bad;
-  dispatch(input.scalar_type(), op, [&]<typename T>() {
+  dispatch(grad_logits.scalar_type(), "cross_entropy_backward", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     const auto args = operands.as<T>();
-    const auto* max = const_data<simd::accum<T>>(saved_lse);
+    const auto* max = const_data_or_null<simd::accum<T>>(saved_lse);
+    const auto* log_sum = max ? max + rows : nullptr;
     const T* g = const_data<T>(grad);
     T* grad_x = data<T>(grad_logits);
+    if constexpr (simd::kKeepsGradient<T>) {
+      if (grad_x == args.logits && !per_row && *g == 1) return;
+    }
     at::parallel_for(0, rows, grain(operands.layout.classes), [&](int64_t begin, int64_t end) {
-      bad.update(kernel.cross_entropy_backward(args, begin, end, max, max + rows, g, per_row, scale,
-                                               grad_x));
+      bad.update(
+          kernel.cross_entropy_backward(args, begin, end, max, log_sum, g, per_row, scale, grad_x));
     });
   });
   if (!operands.probabilities) {
-    bad.raise_if_any(operands.indices(), operands.layout.classes, ignore_index);
+    bad.raise_if_any(operands.indices(), operands.layout.classes, operands.ignore_index);
   }
+}
+
+at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::Tensor& kept,
+                                      const at::Tensor& target,
+                                      const std::optional<at::Tensor>& weight,
+                                      const std::optional<at::Tensor>& lse,
+                                      const at::Tensor& total_weight, int64_t ignore_index,
+                                      std::string_view reduction_name, double label_smoothing) {
+  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
+  const auto reduction = parse_reduction(reduction_name);
+  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
+  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
+  const at::Tensor grad_logits = empty(operands.logits.sizes(), kept.scalar_type());
+  write_gradient(grad_logits, operands, grad_output, lse, total_weight, reduction);
   return operands.in_shape_of_input(grad_logits);
+}
+
+void cross_entropy_backward_cpu_(const at::Tensor& grad_output, const at::Tensor& kept,
+                                 const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                                 const std::optional<at::Tensor>& lse,
+                                 const at::Tensor& total_weight, int64_t ignore_index,
+                                 std::string_view reduction_name, double label_smoothing) {
+  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
+  const auto reduction = parse_reduction(reduction_name);
+  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
+  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
+  write_gradient(operands.logits, operands, grad_output, lse, total_weight, reduction);
+  // Of strides that the kernels don't take there is a copy.
+  if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
 
 }  // namespace
@@ -102,6 +193,7 @@ at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::T
 TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
   m.impl("cross_entropy_forward", cross_entropy_forward_cpu);
   m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
+  m.impl("cross_entropy_backward_", cross_entropy_backward_cpu_);
 }
 
 }  // namespace fastnn::cpu

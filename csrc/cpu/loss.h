@@ -67,13 +67,18 @@ inline at::Tensor reduced_loss(const simd::LossSums& sums, at::Reduction::Reduct
   return scalar_tensor(loss, input.scalar_type());
 }
 
-// What multiplies each row's gradient: 'mean' has divided by the total weight, NaN where that is 0.
+// Of a total weight: NaN where that is 0.
+inline double reciprocal(double total) {
+  return total == 0 ? std::numeric_limits<double>::quiet_NaN() : 1 / total;
+}
+
+// What multiplies each row's gradient: 'mean' has divided by the total weight.
 inline double grad_scale(const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
   if (reduction != at::Reduction::Mean) return 1;
   const double total = total_weight.scalar_type() == at::kDouble
                            ? *total_weight.const_data_ptr<double>()
                            : *total_weight.const_data_ptr<float>();
-  return total == 0 ? std::numeric_limits<double>::quiet_NaN() : 1 / total;
+  return reciprocal(total);
 }
 
 }  // namespace fastnn::cpu

@@ -30,49 +30,79 @@ struct Operands : CrossEntropyOperands {
   }
 };
 
-// Calls f.template operator()<T, Kind>() with the storage type and the kind of the targets.
+// Calls f.template operator()<Kind>() with the kind of the targets.
 template <typename F>
-void dispatch_kind(const Operands& operands, std::string_view op, F f) {
-  dispatch(operands.logits.scalar_type(), op, [&]<typename T>() {
-    if (operands.probabilities) return f.template operator()<T, TargetKind::Probabilities>();
-    if (operands.label_smoothing != 0) {
-      return f.template operator()<T, TargetKind::SmoothedIndex>();
-    }
-    return f.template operator()<T, TargetKind::Index>();
-  });
+void with_kind(const Operands& operands, F f) {
+  if (operands.probabilities) return f.template operator()<TargetKind::Probabilities>();
+  if (operands.label_smoothing != 0) return f.template operator()<TargetKind::SmoothedIndex>();
+  return f.template operator()<TargetKind::Index>();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cuda(
+// What 'mean' divides by, from the targets alone.
+template <typename T>
+void run_target_weights(const Operands& operands, const at::Tensor& total_weight) {
+  constexpr int64_t kRowsOfBlock = 4 * kMaxRowThreads;
+  const int64_t rows = operands.layout.rows();
+  const int64_t blocks = clamp(ceil_div<int64_t>(rows, kRowsOfBlock), 1, kMaxSummingBlocks);
+  const BlockSums sums(blocks, total_weight.options());
+  FASTNN_LAUNCH((sum_target_weights<T>), static_cast<unsigned>(blocks), kMaxRowThreads, 0,
+                c10::cuda::getCurrentCUDAStream(), operands.indices(), rows,
+                operands.layout.classes, operands.ignore_index,
+                const_data_or_null<T>(operands.weight), sums.data());
+  run_finish_loss<T>(sums, /*empty=*/false, at::Reduction::Sum, nullptr, total_weight);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cuda(
     const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction_name, double label_smoothing) {
+    int64_t ignore_index, std::string_view reduction_name, double label_smoothing, bool keep) {
   check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
   const auto reduction = parse_reduction(reduction_name);
   const c10::cuda::CUDAGuard guard(input.device());
   const Operands operands(input, target, weight, ignore_index, label_smoothing);
   const auto in_accum = input.options().dtype(accumulate_dtype(input));
   const bool per_row = reduction == at::Reduction::None;
-  const at::Tensor lse = at::empty(lse_sizes(input), in_accum);
+  at::Tensor kept, lse;
+  if (keep) kept = at::empty(operands.logits.sizes(), input.options());
+  if (keep && !keeps_gradient(input)) lse = at::empty(lse_sizes(input), in_accum);
   const at::Tensor loss =
       at::empty(per_row ? per_row_sizes(input) : at::DimVector{}, input.options());
   const at::Tensor total_weight = at::empty({}, in_accum);
 
   const Layout& layout = operands.layout;
-  dispatch_kind(operands, "cross_entropy", [&]<typename T, TargetKind Kind>() {
-    using Op = CrossEntropyForward<T, Kind>;
+  const auto run = [&]<typename Op>(const Op& op) {
+    using T = typename Op::T;
     const Plan plan = plan_of<Op>(layout);
     const BlockSums sums(plan.last_blocks, input.options());
-    auto* max = data<accum<T>>(lse);
-    const Op op{.args = operands.as<T>(),
-                .max = max,
-                .log_sum = max + layout.rows(),
-                .losses = per_row ? data<T>(loss) : nullptr};
-    const Tensors<T> tensors{{op.args.logits, op.args.target_probs}, nullptr};
+    const Tensors<T> tensors{{op.args.logits, op.args.target_probs},
+                             Op::kMaps ? data<T>(kept) : nullptr};
     run_rows(op, plan, layout, tensors, input.options(), &sums);
     // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
     run_finish_loss<T>(sums, /*empty=*/input.numel() == 0, reduction,
                        per_row ? nullptr : data<T>(loss), total_weight);
+  };
+  dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
+    with_kind(operands, [&]<TargetKind Kind>() {
+      using A = accum<T>;
+      A* max = lse.defined() ? data<A>(lse) : nullptr;
+      const CrossEntropyForward<T, Kind> forward{operands.as<T>(),
+                                                 per_row ? data<T>(loss) : nullptr, max,
+                                                 max ? max + layout.rows() : nullptr};
+      if (!keep) {
+        run(forward);
+      } else if constexpr (!kKeepsGradient<T>) {
+        run(CrossEntropyCopying<T, Kind>{forward});
+      } else if (reduction != at::Reduction::Mean) {
+        run(CrossEntropyGradient<T, Kind>{forward, A(1), nullptr});
+      } else if (operands.probabilities) {
+        const A rows = static_cast<A>(std::max<int64_t>(layout.rows(), 1));
+        run(CrossEntropyGradient<T, Kind>{forward, A(1) / rows, nullptr});
+      } else {
+        run_target_weights<T>(operands, total_weight);
+        run(CrossEntropyGradient<T, Kind>{forward, A(1), data<A>(total_weight)});
+      }
+    });
   });
-  return {loss, lse, total_weight};
+  return {loss, keep ? operands.in_shape_of_input(kept) : kept, lse, total_weight};
 }
 
 // The sum over classes of label smoothing's part of q, where class weights make it.
@@ -85,48 +115,100 @@ at::Tensor weighted_uniform_sum(const Operands& operands, const at::TensorOption
   return sum;
 }
 
-at::Tensor cross_entropy_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
+// Of a copy of the logits, which the gradient may replace.
+template <typename T, TargetKind Kind>
+void run_backward(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
+                  const at::Tensor& lse, const at::Tensor& total_weight,
+                  at::Reduction::Reduction reduction) {
+  using Op = CrossEntropyBackward<T, Kind>;
+  using A = accum<T>;
+  const Layout& layout = operands.layout;
+  at::Tensor weighted_sum;
+  if (Kind == TargetKind::SmoothedIndex && operands.weight) {
+    weighted_sum = weighted_uniform_sum<T>(operands, total_weight.options());
+  }
+  const bool mean = reduction == at::Reduction::Mean;
+  const A* max = const_data<A>(lse);
+  const Op op{
+      .args = operands.as<T>(),
+      .max = max,
+      .log_sum = max + layout.rows(),
+      .grad = {.grad = const_data<T>(grad),
+               .per_row = reduction == at::Reduction::None,
+               .total_weight = mean ? const_data<A>(total_weight) : nullptr},
+      .uniform_sum = static_cast<A>(operands.label_smoothing),
+      .weighted_uniform_sum = weighted_sum.defined() ? const_data<A>(weighted_sum) : nullptr};
+  Tensors<T> tensors{{op.args.logits, nullptr}, data<T>(grad_logits)};
+  if (operands.probabilities) {
+    tensors.in[0] = op.args.target_probs;
+    tensors.in[1] = op.args.logits;
+  }
+  run_rows(op, plan_of<Op>(layout), layout, tensors, grad_logits.options());
+}
+
+// Of the gradient that the forward kept, which may be replaced.
+template <typename T>
+void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
+               at::Reduction::Reduction reduction) {
+  using Op = ScaleGradient<T>;
+  const T* kept = const_data<T>(operands.logits);
+  const Op op{.target = operands.indices(),
+              .ignore_index = operands.ignore_index,
+              .grad = {.grad = const_data<T>(grad),
+                       .per_row = reduction == at::Reduction::None,
+                       .total_weight = nullptr},
+              .in_place = kept == data<T>(grad_logits)};
+  run_rows(op, plan_of<Op>(operands.layout), operands.layout,
+           Tensors<T>{{kept, nullptr}, data<T>(grad_logits)}, grad_logits.options());
+}
+
+// Writes the gradient, laid out as the operands' logits, which it may replace: these are what the
+// forward kept.
+void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
+                    const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
+                    const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
+  const at::Tensor grad = grad_output.contiguous();
+  dispatch(grad_logits.scalar_type(), "cross_entropy_backward", [&]<typename T>() {
+    if constexpr (kKeepsGradient<T>) {
+      run_scale<T>(grad_logits, operands, grad, reduction);
+    } else {
+      const at::Tensor saved_lse = lse->contiguous();
+      with_kind(operands, [&]<TargetKind Kind>() {
+        run_backward<T, Kind>(grad_logits, operands, grad, saved_lse, total_weight, reduction);
+      });
+    }
+  });
+}
+
+at::Tensor cross_entropy_backward_cuda(const at::Tensor& grad_output, const at::Tensor& kept,
                                        const at::Tensor& target,
                                        const std::optional<at::Tensor>& weight,
-                                       const at::Tensor& lse, const at::Tensor& total_weight,
-                                       int64_t ignore_index, std::string_view reduction_name,
-                                       double label_smoothing) {
-  check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
+                                       const std::optional<at::Tensor>& lse,
+                                       const at::Tensor& total_weight, int64_t ignore_index,
+                                       std::string_view reduction_name, double label_smoothing) {
+  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
   const auto reduction = parse_reduction(reduction_name);
-  check_cross_entropy_backward(grad_output, input, lse, total_weight, reduction);
-  const c10::cuda::CUDAGuard guard(input.device());
-  const Operands operands(input, target, weight, ignore_index, label_smoothing);
-  const at::Tensor grad = grad_output.contiguous();
-  const at::Tensor saved_lse = lse.contiguous();
-  const at::Tensor grad_logits = at::empty(operands.logits.sizes(), input.options());
-
-  const Layout& layout = operands.layout;
-  dispatch_kind(operands, "cross_entropy_backward", [&]<typename T, TargetKind Kind>() {
-    using Op = CrossEntropyBackward<T, Kind>;
-    using A = accum<T>;
-    at::Tensor weighted_sum;
-    if (Kind == TargetKind::SmoothedIndex && operands.weight) {
-      weighted_sum = weighted_uniform_sum<T>(operands, total_weight.options());
-    }
-    const bool mean = reduction == at::Reduction::Mean;
-    const A* max = const_data<A>(saved_lse);
-    const Op op{
-        .args = operands.as<T>(),
-        .max = max,
-        .log_sum = max + layout.rows(),
-        .grad = {.grad = const_data<T>(grad),
-                 .per_row = reduction == at::Reduction::None,
-                 .total_weight = mean ? const_data<A>(total_weight) : nullptr},
-        .uniform_sum = static_cast<A>(label_smoothing),
-        .weighted_uniform_sum = weighted_sum.defined() ? const_data<A>(weighted_sum) : nullptr};
-    Tensors<T> tensors{{op.args.logits, nullptr}, data<T>(grad_logits)};
-    if (operands.probabilities) {
-      tensors.in[0] = op.args.target_probs;
-      tensors.in[1] = op.args.logits;
-    }
-    run_rows(op, plan_of<Op>(layout), layout, tensors, input.options());
-  });
+  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
+  const c10::cuda::CUDAGuard guard(kept.device());
+  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
+  const at::Tensor grad_logits = at::empty(operands.logits.sizes(), kept.options());
+  write_gradient(grad_logits, operands, grad_output, lse, total_weight, reduction);
   return operands.in_shape_of_input(grad_logits);
+}
+
+void cross_entropy_backward_cuda_(const at::Tensor& grad_output, const at::Tensor& kept,
+                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, int64_t ignore_index,
+                                  std::string_view reduction_name, double label_smoothing) {
+  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
+  const auto reduction = parse_reduction(reduction_name);
+  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
+  const c10::cuda::CUDAGuard guard(kept.device());
+  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
+  write_gradient(operands.logits, operands, grad_output, lse, total_weight, reduction);
+  // Of strides that the kernels don't take there is a copy.
+  if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
 
 }  // namespace
@@ -134,6 +216,7 @@ at::Tensor cross_entropy_backward_cuda(const at::Tensor& grad_output, const at::
 TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) {
   m.impl("cross_entropy_forward", cross_entropy_forward_cuda);
   m.impl("cross_entropy_backward", cross_entropy_backward_cuda);
+  m.impl("cross_entropy_backward_", cross_entropy_backward_cuda_);
 }
 
 }  // namespace fastnn::cuda

@@ -5,17 +5,27 @@
 // w: class weights).
 //
 // The forward reads the logits (and probabilities) once; of each row it reads 8 bytes of target and
-// writes the maximum and the log of the sum, and with reduction 'none' the loss. The backward reads
-// the same and those values, and writes the gradient. An element costs one exponential and three
-// operations (class indices, forward) to about ten (probabilities). So with n logits of sizeof(T)
-// bytes, at B bytes/s, the bound is n * sizeof(T) / B seconds forward and 2 * n * sizeof(T) / B
-// backward, with probabilities 2 and 3 times n * sizeof(T) / B; what there is of each row counts
-// where rows are short (forward 8 + 2 * sizeof(accum<T>) bytes). Class weights are read for each
-// element where there is smoothing or probabilities, but from a cache. rows.cuh says where the
-// bounds hold, rows_plan.h why the launches should reach them.
+// with reduction 'none' writes the loss. Where a gradient is wanted it writes one tensor more, of
+// the logits' size: of float32 and float64 the gradient, of narrower types a copy of the logits,
+// with the maximum and the log of the sum of each row. An element costs one exponential (two with a
+// gradient) and three operations (class indices) to about ten (probabilities). So with n logits of
+// sizeof(T) bytes, at B bytes/s, the bound is n * sizeof(T) / B seconds, twice that with a
+// gradient; with probabilities 2 and 3 times n * sizeof(T) / B. What there is of each row counts
+// where rows are short. Class weights are read for each element where there is smoothing or
+// probabilities, but from a cache. rows.cuh says where the bounds hold, rows_plan.h why the
+// launches should reach them.
 //
-// sum_class_weights runs before a backward with class weights and smoothing: one block reads
-// classes * sizeof(T) bytes, 512 classes a turn. That is one turn for most losses; for 32000
+// The backward over the gradient reads one number and ends where that is 1; else it reads and
+// writes the gradient, 2 * n * sizeof(T) / B seconds. Over a copy of the logits it reads that and
+// what was left of each row, and writes the gradient in as long (half as much again with
+// probabilities).
+//
+// 'mean' over class indices divides by the weight of the targets, which a gradient needs before the
+// logits are read: sum_target_weights reads 8 bytes a row, and one block adds up what its blocks
+// leave. Two short launches, where the backward would have to read and write the gradient.
+//
+// sum_class_weights runs before a backward over a copy, with class weights and smoothing: one block
+// reads classes * sizeof(T) bytes, 512 classes a turn. That is one turn for most losses; for 32000
 // classes it is 63, an estimated 10 to 40 us, less than the pass itself takes over a thousand rows
 // or more.
 #pragma once
@@ -25,6 +35,17 @@
 namespace fastnn::cuda {
 
 enum class TargetKind { Index, SmoothedIndex, Probabilities };
+
+// What a row's gradient takes.
+template <typename A>
+struct GradientRow {
+  A max;
+  A log_sum;
+  A grad;
+  A grad_times_total;  // times the sum of q
+  int64_t target;      // or -1 where the row doesn't count
+  A at_target;         // what q has there beside the spread part
+};
 
 // What both directions know. `weight` may be null; so is `target` or `target_probs`, the other one.
 template <typename T>
@@ -48,6 +69,12 @@ struct CrossEntropy {
   __device__ int64_t class_of(int64_t row) const {
     return class_of_row(target, row, classes, ignore_index);
   }
+  // The row's class, and what q has there, which it returns.
+  __device__ A set_target(GradientRow<A>& row, int64_t position) const {
+    row.target = class_of(position);
+    if (row.target >= 0) row.at_target = keep * class_weight_at(weight, row.target);
+    return row.at_target;
+  }
   template <int N>
   __device__ void weights(Classes c, A (&w)[N]) const {
 #pragma unroll
@@ -59,6 +86,28 @@ struct CrossEntropy {
     weights(c, q);
 #pragma unroll
     for (int j = 0; j < N; ++j) q[j] *= uniform + keep * p[j];
+  }
+  // Of logits x, and of probabilities p where the targets are such.
+  template <TargetKind Kind, int N>
+  __device__ void gradient(const GradientRow<A>& row, Classes c, const A (&x)[N], const A (&p)[N],
+                           A (&out)[N]) const {
+    A q[N];
+    if constexpr (Kind == TargetKind::Probabilities) {
+      spread(c, p, q);
+    } else {
+      if constexpr (Kind == TargetKind::SmoothedIndex) weights(c, q);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        q[j] = Kind == TargetKind::SmoothedIndex ? uniform * q[j] : A(0);
+        if (c.at(j) == row.target) q[j] += row.at_target;
+      }
+    }
+    // Not grad * (total * softmax - q), which would be rounded twice at the target.
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const A softmax = std::exp((x[j] - row.max) - row.log_sum);
+      out[j] = row.grad_times_total * softmax - row.grad * q[j];
+    }
   }
 };
 
@@ -79,9 +128,9 @@ struct CrossEntropyForward {
   static constexpr bool kMaps = false, kSums = true;
 
   CrossEntropy<T> args;
-  A* max;
-  A* log_sum;
-  T* losses;  // may be null
+  T* losses;   // may be null
+  A* max;      // where a copy of the logits is kept, or null
+  A* log_sum;  // likewise
 
   __device__ Row begin(int64_t) const {
     return {};
@@ -125,8 +174,10 @@ struct CrossEntropyForward {
         loss = weight = A(0);
       }
     }
-    max[position] = row.max;
-    log_sum[position] = row.log_sum;
+    if (max) {
+      max[position] = row.max;
+      log_sum[position] = row.log_sum;
+    }
     if (losses) losses[position] = static_cast<T>(loss);
     sums.loss += loss;
     sums.weight += weight;
@@ -152,21 +203,71 @@ struct CrossEntropyForward {
   }
 };
 
-// Operands: logits; or probabilities, logits (the former are summed first).
+// The forward that also writes a copy of the logits.
+template <typename Storage, TargetKind Kind>
+struct CrossEntropyCopying : CrossEntropyForward<Storage, Kind> {
+  using A = accum<Storage>;
+  using Row = typename CrossEntropyForward<Storage, Kind>::Row;
+  static constexpr int kMapInputs = 1;
+  static constexpr bool kMaps = true;
+
+  __device__ bool skips(const Row&) const {
+    return false;
+  }
+  template <int N>
+  __device__ void map(const Row&, Classes, const A (&x)[1][N], A (&out)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = x[0][j];
+  }
+};
+
+// The forward that also writes the gradient times `scale`, divided by the total weight where that
+// isn't null.
+template <typename Storage, TargetKind Kind>
+struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
+  using A = accum<Storage>;
+  using Forward = CrossEntropyForward<Storage, Kind>;
+  using State = typename Forward::State;
+  struct Row : Forward::Row {
+    GradientRow<A> gradient;
+  };
+  static constexpr int kMapInputs = Forward::kReduceInputs;
+  static constexpr bool kMaps = true;
+
+  A scale;
+  const A* total_weight;
+
+  __device__ Row begin(int64_t) const {
+    return {};
+  }
+  __device__ void finish(Row& row, const State& state, int64_t position) const {
+    Forward::finish(row, state, position);
+    const A grad = total_weight ? scale * reciprocal(*total_weight) : scale;
+    row.gradient = {row.max, row.log_sum, grad, A(0), 0, A(0)};
+    A total = A(0);
+    if constexpr (Forward::kHasSpread) {
+      total = Forward::kIndices ? this->args.uniform * state.q : state.q;
+    }
+    if constexpr (Forward::kIndices) total += this->args.set_target(row.gradient, position);
+    row.gradient.grad_times_total = grad * total;
+  }
+  __device__ bool skips(const Row& row) const {
+    return row.gradient.target < 0;
+  }
+  template <int N>
+  __device__ void map(const Row& row, Classes c, const A (&x)[kMapInputs][N], A (&out)[N]) const {
+    this->args.template gradient<Kind>(row.gradient, c, x[0], x[kMapInputs - 1], out);
+  }
+};
+
+// Operands: a copy of the logits; or probabilities, the copy (the former are summed first).
 template <typename Storage, TargetKind Kind>
 struct CrossEntropyBackward {
   using T = Storage;
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
   using State = std::conditional_t<kIndices, NoState, SumState<A>>;
-  struct Row {
-    A max;
-    A log_sum;
-    A grad;
-    A grad_times_total;  // times the sum of q
-    int64_t target;      // or -1 where the row doesn't count
-    A at_target;         // what q has there beside the spread part
-  };
+  using Row = GradientRow<A>;
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = true, kSums = false;
 
@@ -181,9 +282,7 @@ struct CrossEntropyBackward {
   __device__ Row begin(int64_t position) const {
     Row row{max[position], log_sum[position], grad.of(position), A(0), 0, A(0)};
     if constexpr (kIndices) {
-      row.target = args.class_of(position);
-      if (row.target >= 0) row.at_target = args.keep * class_weight_at(args.weight, row.target);
-      A total = row.at_target;
+      A total = args.set_target(row, position);
       if constexpr (Kind == TargetKind::SmoothedIndex) {
         total += weighted_uniform_sum ? *weighted_uniform_sum : uniform_sum;
       }
@@ -209,25 +308,63 @@ struct CrossEntropyBackward {
   }
   template <int N>
   __device__ void map(const Row& row, Classes c, const A (&x)[kMapInputs][N], A (&out)[N]) const {
-    A q[N];
-    if constexpr (Kind == TargetKind::Probabilities) {
-      args.spread(c, x[0], q);
-    } else {
-      if constexpr (Kind == TargetKind::SmoothedIndex) args.weights(c, q);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        q[j] = Kind == TargetKind::SmoothedIndex ? args.uniform * q[j] : A(0);
-        if (c.at(j) == row.target) q[j] += row.at_target;
-      }
-    }
-    // Not grad * (total * softmax - q), which would be rounded twice at the target.
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const A softmax = std::exp((x[kMapInputs - 1][j] - row.max) - row.log_sum);
-      out[j] = row.grad_times_total * softmax - row.grad * q[j];
-    }
+    args.template gradient<Kind>(row, c, x[kMapInputs - 1], x[0], out);
   }
 };
+
+// The gradient that the forward kept, times the incoming one. Operands: that gradient.
+template <typename Storage>
+struct ScaleGradient {
+  using T = Storage;
+  using A = accum<T>;
+  using State = NoState;
+  struct Row {
+    A grad;
+    bool ignored;
+  };
+  static constexpr int kReduceInputs = 0, kMapInputs = 1;
+  static constexpr bool kMaps = true, kSums = false;
+
+  const int64_t* target;  // null with probabilities
+  int64_t ignore_index;
+  IncomingGrad<T> grad;
+  bool in_place;
+
+  __device__ bool is_done() const {
+    return in_place && !grad.per_row && grad.of(0) == A(1);
+  }
+  __device__ Row begin(int64_t position) const {
+    return {grad.of(position), target && target[position] == ignore_index};
+  }
+  // Zero whatever its factor.
+  __device__ bool skips(const Row& row) const {
+    return row.ignored;
+  }
+  __device__ void report(const Row&, int64_t, LossSums&) const {
+  }
+  template <int N>
+  __device__ void map(const Row& row, Classes, const A (&x)[1][N], A (&out)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = row.grad * x[0][j];
+  }
+};
+
+// Each block's part of what 'mean' divides by.
+template <typename T>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    sum_target_weights(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index,
+                       const T* weight, LossSums* sums_of_block) {
+  LossSums sums = LossSums::none();
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+#pragma unroll 4
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows;
+       row += step) {
+    const int64_t t = class_of_row(target, row, classes, ignore_index);
+    sums.weight += t < 0 ? accum<T>(0) : class_weight_at(weight, t);
+  }
+  sums = reduce_block(sums);
+  if (threadIdx.x == 0) sums_of_block[blockIdx.x] = sums;
+}
 
 // sum * factor, in double: a sum of thousands of equal terms would be off by as many ulps. One
 // block.

@@ -23,8 +23,14 @@ __device__ accum<T> class_weight_at(const T* weight, int64_t c) {
   return weight ? to_accum(weight[c]) : accum<T>(1);
 }
 
+// Of a total weight: NaN where that is 0.
+template <typename A>
+__device__ A reciprocal(A total) {
+  return total == 0 ? std::numeric_limits<A>::quiet_NaN() : A(1) / total;
+}
+
 // A loss's incoming gradient: one value, or one for each row. 'mean' has divided by the total
-// weight (null otherwise): NaN where that is 0.
+// weight (null otherwise).
 template <typename T>
 struct IncomingGrad {
   const T* grad;
@@ -34,9 +40,7 @@ struct IncomingGrad {
   __device__ accum<T> of(int64_t row) const {
     using A = accum<T>;
     const A g = to_accum(grad[per_row ? row : 0]);
-    if (total_weight == nullptr) return g;
-    const A total = *total_weight;
-    return g * (total == 0 ? std::numeric_limits<A>::quiet_NaN() : A(1) / total);
+    return total_weight ? g * reciprocal(*total_weight) : g;
   }
 };
 

@@ -14,6 +14,7 @@
 //   finish(Row, state, row)     completes the Row with the state of all its classes
 //   report(Row, row, sums)      writes and adds what there is one of per row
 //   map(Row, classes, x, out)   writes the output's elements
+//   is_done()                   optional: whether the output is right as it is
 // clang-format on
 // Threads that share a row all call begin and finish and get the same bits; one of them reports.
 //
@@ -56,6 +57,16 @@ template <typename T>
 inline constexpr int kWarpBlocks = sizeof(T) == 8 ? 4 : 6;
 template <typename T>
 inline constexpr int kSubwarpBlocks = sizeof(T) == 8 ? 4 : 0;
+
+// Whether the operator finds nothing to do, which the device alone may know.
+template <typename Op>
+__device__ bool is_done(const Op& op) {
+  if constexpr (requires { op.is_done(); }) {
+    return op.is_done();
+  } else {
+    return false;
+  }
+}
 
 // Whether a row's first operand is read twice.
 template <typename Op>
@@ -436,6 +447,7 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
               LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
+  if (is_done(op)) return;
   constexpr int kTeamWarps = kWarpThreads / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t teams = kWarp ? kTeamWarps : 1;
@@ -486,6 +498,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
     split_finish(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
                  int64_t slices, int64_t slice_size, const typename Op::State* states,
                  LossSums* sums_of_block) {
+  if (is_done(op)) return;
   const Team team{threadIdx.x, blockDim.x};
   const int64_t blocks_per_row = Op::kMaps ? slices : 1;
   LossSums sums = LossSums::none();
@@ -571,6 +584,7 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
                  int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
+  if (is_done(op)) return;
   constexpr int kInputs = Op::kMapInputs > Op::kReduceInputs ? Op::kMapInputs : Op::kReduceInputs;
   T* const memory = reinterpret_cast<T*>(shared);
   const int64_t tile_stride =
@@ -656,6 +670,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
   using T = typename Op::T;
   using State = typename Op::State;
   FASTNN_DYNAMIC_SHARED(State, states);
+  if (is_done(op)) return;
   const int rows_at_once = static_cast<int>(blockDim.x) / slices;
   const int column = static_cast<int>(threadIdx.x) % rows_at_once;
   const int slice = static_cast<int>(threadIdx.x) / rows_at_once;

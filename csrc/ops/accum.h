@@ -16,4 +16,10 @@ struct accum_of<double> {
 template <typename T>
 using accum = typename accum_of<T>::type;
 
+// What cross_entropy's forward keeps for the backward: the gradient itself, which is then scaled;
+// or a copy of the logits, where that would round it twice, and in float16 lose a gradient divided
+// by many rows that a scaled loss brings back.
+template <typename T>
+inline constexpr bool kKeepsGradient = sizeof(T) == sizeof(accum<T>);
+
 }  // namespace fastnn

@@ -17,25 +17,41 @@ at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
   return op.call(input, target, weight, ignore_index, reduction, label_smoothing);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
     const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction, double label_smoothing) {
+    int64_t ignore_index, std::string_view reduction, double label_smoothing, bool keep) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::cross_entropy_forward", "")
                              .typed<decltype(cross_entropy_forward)>();
-  return op.call(input, target, weight, ignore_index, reduction, label_smoothing);
+  return op.call(input, target, weight, ignore_index, reduction, label_smoothing, keep);
 }
 
-at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
                                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                  const at::Tensor& lse, const at::Tensor& total_weight,
-                                  int64_t ignore_index, std::string_view reduction,
-                                  double label_smoothing) {
+                                  const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, int64_t ignore_index,
+                                  std::string_view reduction, double label_smoothing) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::cross_entropy_backward", "")
                              .typed<decltype(cross_entropy_backward)>();
-  return op.call(grad_output, input, target, weight, lse, total_weight, ignore_index, reduction,
+  return op.call(grad_output, kept, target, weight, lse, total_weight, ignore_index, reduction,
                  label_smoothing);
+}
+
+void cross_entropy_backward_(const at::Tensor& grad_output, const at::Tensor& kept,
+                             const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& lse, const at::Tensor& total_weight,
+                             int64_t ignore_index, std::string_view reduction,
+                             double label_smoothing) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastnn::cross_entropy_backward_", "")
+                             .typed<decltype(cross_entropy_backward_)>();
+  op.call(grad_output, kept, target, weight, lse, total_weight, ignore_index, reduction,
+          label_smoothing);
+}
+
+bool keeps_gradient(const at::Tensor& logits) {
+  return logits.scalar_type() == accumulate_dtype(logits);
 }
 
 bool has_class_probabilities(const at::Tensor& input, const at::Tensor& target) {
@@ -74,15 +90,19 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
   check_class_weight(op, input, weight);
 }
 
-void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& lse, const at::Tensor& total_weight,
+void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
+                                  const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight,
                                   at::Reduction::Reduction reduction) {
   constexpr auto op = "cross_entropy_backward";
-  check_loss_backward(op, grad_output, input, total_weight, reduction);
-  check_same_device(op, input, "lse", lse);
-  check_sizes(op, "lse", lse, lse_sizes(input));
-  TORCH_CHECK(lse.scalar_type() == accumulate_dtype(input), op, ": expected lse to have dtype ",
-              accumulate_dtype(input), ", but got ", lse.scalar_type());
+  check_loss_backward(op, grad_output, kept, total_weight, reduction);
+  if (keeps_gradient(kept)) return;
+  TORCH_CHECK(lse, op, ": expected lse with logits of dtype ", kept.scalar_type(),
+              ", but got None");
+  check_same_device(op, kept, "lse", *lse);
+  check_sizes(op, "lse", *lse, lse_sizes(kept));
+  TORCH_CHECK(lse->scalar_type() == accumulate_dtype(kept), op, ": expected lse to have dtype ",
+              accumulate_dtype(kept), ", but got ", lse->scalar_type());
 }
 
 CrossEntropyOperands::CrossEntropyOperands(const at::Tensor& input, const at::Tensor& target_,
@@ -121,8 +141,8 @@ at::Tensor cross_entropy_default(const at::Tensor& input, const at::Tensor& targ
   if (!cross_entropy_is_fusable(input, target, weight, label_smoothing)) {
     return cross_entropy_composite(input, target, weight, ignore_index, reduction, label_smoothing);
   }
-  return std::get<0>(
-      cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing));
+  return std::get<0>(cross_entropy_forward(input, target, weight, ignore_index, reduction,
+                                           label_smoothing, /*keep=*/false));
 }
 
 }  // namespace
@@ -133,11 +153,16 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "str reduction='mean', float label_smoothing=0.0) -> Tensor");
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-      "str reduction, float label_smoothing) -> (Tensor loss, Tensor lse, Tensor total_weight)");
+      "str reduction, float label_smoothing, bool keep) "
+      "-> (Tensor loss, Tensor kept, Tensor lse, Tensor total_weight)");
   m.def(
-      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
-      "Tensor lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
+      "cross_entropy_backward(Tensor grad_output, Tensor kept, Tensor target, Tensor? weight, "
+      "Tensor? lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
       "-> Tensor");
+  m.def(
+      "cross_entropy_backward_(Tensor grad_output, Tensor(a!) kept, Tensor target, "
+      "Tensor? weight, Tensor? lse, Tensor total_weight, int ignore_index, str reduction, "
+      "float label_smoothing) -> ()");
 }
 
 // On every device: one without kernels takes torch's way.

@@ -13,20 +13,34 @@
 
 namespace fastnn {
 
-// Calls through the dispatcher. `lse` holds each row's log-sum-exp in two parts, its maximum (0)
-// and the log of the sum of exp(x - max) (1), which keep what their sum would round away;
-// `total_weight` is what 'mean' divides by.
+// Calls through the dispatcher. `total_weight` is what 'mean' divides by. Where asked to keep what
+// the backward takes, the forward also returns
+//   kept   the gradient of the reduced loss (without a reduction, of each row's loss), or a copy of
+//          the logits: see keeps_gradient
+//   lse    with such a copy, each row's log-sum-exp in two parts, its maximum (0) and the log of the
+//          sum of exp(x - max) (1), which keep what their sum would round away
+// and is undefined otherwise. Nothing that happens to the logits later changes the gradient so.
+// cross_entropy_backward_ replaces `kept` by the gradient, which spares memory and, where it is
+// kept and the incoming gradient is 1, all work.
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
                          const std::optional<at::Tensor>& weight, int64_t ignore_index,
                          std::string_view reduction, double label_smoothing);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
     const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction, double label_smoothing);
-at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
+    int64_t ignore_index, std::string_view reduction, double label_smoothing, bool keep);
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
                                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                  const at::Tensor& lse, const at::Tensor& total_weight,
-                                  int64_t ignore_index, std::string_view reduction,
-                                  double label_smoothing);
+                                  const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, int64_t ignore_index,
+                                  std::string_view reduction, double label_smoothing);
+void cross_entropy_backward_(const at::Tensor& grad_output, const at::Tensor& kept,
+                             const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& lse, const at::Tensor& total_weight,
+                             int64_t ignore_index, std::string_view reduction,
+                             double label_smoothing);
+
+// Whether the gradient is kept for logits of this dtype.
+bool keeps_gradient(const at::Tensor& logits);
 
 // Whether the target holds class probabilities: torch's rule, the input's shape.
 bool has_class_probabilities(const at::Tensor& input, const at::Tensor& target);
@@ -39,8 +53,9 @@ bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                          const std::optional<at::Tensor>& weight, int64_t ignore_index,
                          double label_smoothing);
-void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& lse, const at::Tensor& total_weight,
+void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
+                                  const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight,
                                   at::Reduction::Reduction reduction);
 
 // The tensors as the kernels of every device take them, and what is known of them.

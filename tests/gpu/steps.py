@@ -93,8 +93,8 @@ METRICS = [
 ]
 KERNELS = [
     "team_rows", "subwarp_rows", "split_reduce", "split_finish", "strided_rows", "finish_loss",
-    "nll_loss_rows", "sum_class_weights", "relu_backward_kernel", "column_sums_kernel",
-    "gemm_kernel", "sgd_step_kernel",
+    "nll_loss_rows", "sum_class_weights", "sum_target_weights", "relu_backward_kernel",
+    "column_sums_kernel", "gemm_kernel", "sgd_step_kernel",
 ]  # fmt: skip
 
 

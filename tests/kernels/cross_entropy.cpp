@@ -72,8 +72,18 @@ void keep_lowest(std::atomic<int64_t>& lowest, int64_t value) {
   while (value < known && !lowest.compare_exchange_weak(known, value)) {}
 }
 
+// What is wanted beside the sums.
+struct Wanted {
+  bool losses = false;
+  bool kept = false;
+};
+constexpr Wanted kWanted[] = {{}, {.losses = true}, {.losses = true, .kept = true}};
+
+constexpr double kScale = 0.25;
+
 template <typename T>
 struct Forward {
+  Buffer<T> grad;  // or, for a type that doesn't keep it, the two next ones
   Buffer<accum<T>> max;
   Buffer<accum<T>> log_sum;
   Buffer<T> losses;
@@ -82,22 +92,26 @@ struct Forward {
 
 // In chunks of a fixed number of rows, each with sums of its own, as the launcher does.
 template <typename T>
-Forward<T> forward(const Target& target, const Problem<T>& problem, bool wants_losses,
+Forward<T> forward(const Target& target, const Problem<T>& problem, const Wanted& wanted,
                    int threads) {
   const int64_t rows = problem.layout.rows();
   const int64_t chunk = target.lanes<T>() + 1;
   const int64_t chunks = (rows + chunk - 1) / chunk;
-  Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows),
-                 Buffer<T>(rows, problem.options.offset), Buffer<double>(2 * chunks)};
+  const int64_t offset = problem.options.offset;
+  Forward<T> out{Buffer<T>(elements(problem.layout), offset), Buffer<accum<T>>(rows),
+                 Buffer<accum<T>>(rows), Buffer<T>(rows, offset), Buffer<double>(2 * chunks)};
+  const bool keeps_grad = wanted.kept && kKeepsGradient<T>;
+  const bool keeps_lse = wanted.kept && !kKeepsGradient<T>;
+  const simd::KeptRows<T> kept{data_if(keeps_grad, out.grad), kScale, data_if(keeps_lse, out.max),
+                               data_if(keeps_lse, out.log_sum)};
   const auto arguments = problem.arguments();
   std::atomic<int64_t> first_bad{simd::kNoBadTarget};
   parallel_for(threads, chunks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       simd::LossSums sums;
-      keep_lowest(first_bad,
-                  target.kernels<T>().cross_entropy(
-                      arguments, i * chunk, std::min((i + 1) * chunk, rows), out.max.data(),
-                      out.log_sum.data(), data_if(wants_losses, out.losses), sums));
+      keep_lowest(first_bad, target.kernels<T>().cross_entropy(
+                                 arguments, i * chunk, std::min((i + 1) * chunk, rows), kept,
+                                 data_if(wanted.losses, out.losses), sums));
       out.sums[2 * i] = sums.loss;
       out.sums[2 * i + 1] = sums.weight;
     }
@@ -107,7 +121,7 @@ Forward<T> forward(const Target& target, const Problem<T>& problem, bool wants_l
 }
 
 template <typename T>
-void check_forward(const Problem<T>& problem, const Forward<T>& out, bool wants_losses) {
+void check_forward(const Problem<T>& problem, const Forward<T>& out, const Wanted& wanted) {
   const Layout& layout = problem.layout;
   const double roundings = roundings_of_row(layout);
   double sum = 0, sum_magnitude = 0, weight = 0;
@@ -120,11 +134,11 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out, bool wants_
       magnitude += problem.q(row, c) * lse.scale(x);
       farthest = std::max(farthest, lse.scale(x));
     }
-    if (layout.classes != 0) {
+    if (layout.classes != 0 && wanted.kept && !kKeepsGradient<T>) {
       expect_close("max", row, out.max[row], lse.max, 0, 0);
       expect_close("log_sum", row, out.log_sum[row], lse.log_sum, roundings, farthest);
     }
-    if (wants_losses) {
+    if (wanted.losses) {
       expect_close("losses", row, out.losses[row], loss, roundings, magnitude);
     }
     sum += loss;
@@ -143,26 +157,12 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out, bool wants_
   expect_within("sum of weights", 0, actual_weight, weight, added * weight);
 }
 
-template <typename T>
-void check_backward(const Target& target, const Problem<T>& problem, const Forward<T>& saved) {
-  constexpr double kScale = 0.25;
+// That the gradient is kScale * g(row) * (sum(q) * softmax - q).
+template <typename T, typename Grad>
+void check_gradient(const Problem<T>& problem, const Buffer<T>& grad_input, Grad grad) {
   const Layout& layout = problem.layout;
-  const Options& options = problem.options;
-  const auto grad = random_buffer<T>(options.grad_per_row ? layout.rows() : 1, options.offset);
-  const auto [grad_input] = same_on_any_threads([&](int threads) {
-    Buffer<T> grad_input(elements(layout), options.offset);
-    const auto arguments = problem.arguments();
-    std::atomic<int64_t> first_bad{simd::kNoBadTarget};
-    parallel_for(threads, layout.rows(), [&](int64_t begin, int64_t end) {
-      keep_lowest(first_bad, target.kernels<T>().cross_entropy_backward(
-                                 arguments, begin, end, saved.max.data(), saved.log_sum.data(),
-                                 grad.data(), options.grad_per_row, kScale, grad_input.data()));
-    });
-    expect(first_bad == problem.first_bad(), "another position is the first bad target's");
-    return std::tuple(grad_input);
-  });
   for (int64_t row = 0; row < layout.rows(); ++row) {
-    const double g = kScale * grad(options.grad_per_row ? row : 0);
+    const double g = problem.counts(row) ? kScale * grad(row) : 0;
     const LogSumExp lse = log_sum_exp(problem.logits, layout, row);
     double q_sum = 0;
     for (int64_t c = 0; c < layout.classes; ++c) q_sum += problem.q(row, c);
@@ -176,17 +176,48 @@ void check_backward(const Target& target, const Problem<T>& problem, const Forwa
   }
 }
 
+// From what the forward kept, which the gradient replaces or leaves alone.
+template <typename T>
+void check_backward(const Target& target, const Problem<T>& problem, const Forward<T>& saved,
+                    bool in_place) {
+  const Layout& layout = problem.layout;
+  const Options& options = problem.options;
+  auto grad = random_buffer<T>(options.grad_per_row ? layout.rows() : 1, options.offset);
+  for (int64_t row = 0; options.grad_per_row && row < layout.rows(); ++row) {
+    if (!problem.counts(row)) grad[row] = from_double<T>(NAN);  // leaves no trace
+  }
+  const Buffer<T>& kept = kKeepsGradient<T> ? saved.grad : problem.logits;
+  const auto [grad_input] = same_on_any_threads([&](int threads) {
+    Buffer<T> grad_input = in_place ? kept : Buffer<T>(elements(layout), options.offset);
+    auto arguments = problem.arguments();
+    arguments.logits = in_place ? grad_input.data() : kept.data();
+    std::atomic<int64_t> first_bad{simd::kNoBadTarget};
+    parallel_for(threads, layout.rows(), [&](int64_t begin, int64_t end) {
+      keep_lowest(first_bad, target.kernels<T>().cross_entropy_backward(
+                                 arguments, begin, end, saved.max.data(), saved.log_sum.data(),
+                                 grad.data(), options.grad_per_row, kScale, grad_input.data()));
+    });
+    expect(kKeepsGradient<T> || first_bad == problem.first_bad(),
+           "another position is the first bad target's");
+    return std::tuple(grad_input);
+  });
+  check_gradient(problem, grad_input,
+                 [&](int64_t row) { return grad(options.grad_per_row ? row : 0); });
+}
+
 template <typename T>
 void cross_entropy(const Target& target, const Layout& layout, const Options& options) {
   const Problem<T> problem(layout, options);
-  for (const bool wants_losses : {false, true}) {
-    const auto [max, log_sum, losses, sums] = same_on_any_threads([&](int threads) {
-      const auto [max, log_sum, losses, sums] = forward(target, problem, wants_losses, threads);
-      return std::tuple(max, log_sum, losses, sums);
+  for (const Wanted& wanted : kWanted) {
+    const auto [grad, max, log_sum, losses, sums] = same_on_any_threads([&](int threads) {
+      const auto [grad, max, log_sum, losses, sums] = forward(target, problem, wanted, threads);
+      return std::tuple(grad, max, log_sum, losses, sums);
     });
-    const Forward<T> out{max, log_sum, losses, sums};
-    check_forward(problem, out, wants_losses);
-    if (wants_losses) check_backward(target, problem, out);
+    const Forward<T> out{grad, max, log_sum, losses, sums};
+    check_forward(problem, out, wanted);
+    if (!wanted.kept) continue;
+    if (kKeepsGradient<T>) check_gradient(problem, out.grad, [](int64_t) { return 1; });
+    for (const bool in_place : {false, true}) check_backward(target, problem, out, in_place);
   }
 }
 

@@ -111,39 +111,128 @@ class Targets {
   int64_t first_bad_ = kNoBadTarget;
 };
 
-template <typename T, TargetKind Kind>
-int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end, accum<T>* max,
-                         accum<T>* log_sum, T* losses, LossSums& sums) {
+// What is known of the rows that are walked at once, in the lanes of each: the class, or -1 where
+// the row doesn't count; what q has there; the sum of q.
+template <typename A>
+struct RowTargets {
+  ints<A> target = {};
+  vec<A> at_target = {};
+  vec<A> total = {};
+};
+
+template <typename T, TargetKind Kind, typename Rows, typename Reader>
+RowTargets<accum<T>> row_targets(const TargetDistribution<T, Kind>& q, ints<accum<T>> target,
+                                 const Rows& rows, Reader& probabilities) {
+  if constexpr (Kind == TargetKind::Probabilities) {
+    return {.total = rows.sum([&](auto step) { return q.spread(rows, probabilities, step); })};
+  } else {
+    const vec<accum<T>> at_target = q.at_target(target);
+    return {target, at_target, at_target + q.uniform_sum()};
+  }
+}
+
+// Writes g * sum(q) * softmax - g * q of the rows at `grad_input`, zeros where a row doesn't count.
+// (Not g times the difference, which would be rounded twice at the target.) g_softmax(step) is the
+// first term, g_softmax_at(element) that of one element of a long row.
+template <typename T, TargetKind Kind, typename Rows, typename Reader, typename Writer,
+          typename Steps, typename Elements>
+void write_gradient(const TargetDistribution<T, Kind>& q, const RowTargets<accum<T>>& known,
+                    vec<accum<T>> g, const Rows& rows, Reader& probabilities, Writer& write,
+                    T* grad_input, Steps g_softmax, Elements g_softmax_at) {
   using A = accum<T>;
-  using Distribution = TargetDistribution<T, Kind>;
-  const Distribution q(args);
+  constexpr bool kIndices = Kind != TargetKind::Probabilities;
+  // The target is one of a long row's many classes: written once more, not looked for at each step.
+  constexpr bool kTargetApart = kIndices && !Rows::kLanesAreRows;
+  const int64_t t = known.target[0];
+  A gradient_at_target = 0;
+  if constexpr (kTargetApart) {
+    if (t < 0) return rows.for_each_step([&](auto step) { write(step, vec<A>{}); });
+    gradient_at_target = g_softmax_at(t) - g[0] * (known.at_target[0] + q.uniform(t));
+  }
+  rows.for_each_step([&](auto step) {
+    vec<A> gradient = g_softmax(step);
+    if constexpr (Kind != TargetKind::Index) gradient -= g * q.spread(rows, probabilities, step);
+    if constexpr (kIndices && !kTargetApart) {
+      const vec<A> g_at_target = g * known.at_target;
+      gradient -= known.target == static_cast<lane_int<A>>(step.c) ? g_at_target : vec<A>{};
+      gradient = known.target >= 0 ? gradient : vec<A>{};
+    }
+    write(step, gradient);
+  });
+  if constexpr (kTargetApart) store_scalar(grad_input + t, gradient_at_target);
+}
+
+template <typename A>
+struct RowLosses {
+  vec<A> loss;
+  vec<A> weight;
+};
+
+template <typename T, TargetKind Kind, typename Rows, typename Logits, typename Probabilities>
+RowLosses<accum<T>> row_losses(const TargetDistribution<T, Kind>& q, ints<accum<T>> target,
+                               const Rows& rows, const T* logits, Logits& x,
+                               Probabilities& probabilities, const LogSumExp<accum<T>>& lse) {
+  using A = accum<T>;
+  vec<A> loss = {};
+  if constexpr (Kind != TargetKind::Index) {
+    loss = -rows.sum([&](auto step) {
+      const vec<A> log_p = lse.log_softmax(x(step, 0));
+      return rows.valid(step, q.spread(rows, probabilities, step) * log_p);
+    });
+  }
+  if constexpr (Kind == TargetKind::Probabilities) return {loss, broadcast(A(1))};
+  const vec<A> x_target = lanes_of<A>([&](int64_t lane) {
+    const int64_t t = target[lane];
+    return t < 0 ? A(0) : load_scalar(logits + rows.element(t, lane));
+  });
+  loss -= q.at_target(target) * lse.log_softmax(x_target);
+  const vec<A> none = {};
+  return {target >= 0 ? loss : none, target >= 0 ? q.class_weight(target) : none};
+}
+
+// Leaves the gradient in `kept.grad`, where the terms of the sum of exp(x - max) wait for that sum.
+template <typename T, TargetKind Kind, typename Rows, typename Logits, typename Probabilities>
+LogSumExp<T> keep_gradient(const TargetDistribution<T, Kind>& q, ints<T> target, const Rows& rows,
+                           int64_t offset, Logits& x, Probabilities& probabilities,
+                           const KeptRows<T>& kept) {
+  T* const grad = kept.grad + offset;
+  auto write = rows.writer(grad);
+  const vec<T> max = row_max<T>(rows, x);
+  const vec<T> sum = row_sum_exp<T>(rows, x, max, write);
+  const RowTargets<T> known = row_targets<T>(q, target, rows, probabilities);
+  const vec<T> g = broadcast(T(kept.scale));
+  const vec<T> g_total_over_sum = g * known.total / sum;
+  write_gradient<T>(
+      q, known, g, rows, probabilities, write, grad,
+      [&](auto step) { return write(step) * g_total_over_sum; },
+      [&](int64_t c) { return grad[c] * g_total_over_sum[0]; });
+  return {max, log<T>(sum)};
+}
+
+template <typename T, TargetKind Kind, bool kGradient>
+int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end,
+                         const KeptRows<T>& kept, T* losses, LossSums& sums) {
+  using A = accum<T>;
+  const TargetDistribution<T, Kind> q(args);
   Targets<T> targets(args);
   LossSums total;  // not `sums` itself, which would be written to memory at each row
   for_each_row<A>(args.layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
     auto x = rows.reader(args.logits + offset);
-    const LogSumExp<A> lse = log_sum_exp<A>(rows, x);
-    rows.store_per_row(max + position, lse.max);
-    rows.store_per_row(log_sum + position, lse.log_sum);
-    vec<A> spread_loss = {};
-    if constexpr (Distribution::kHasSpread) {
-      auto probabilities = q.reader(rows, offset);
-      spread_loss = -rows.sum([&](auto step) {
-        const vec<A> log_p = lse.log_softmax(x(step, 0));
-        return rows.valid(step, q.spread(rows, probabilities, step) * log_p);
-      });
+    auto probabilities = q.reader(rows, offset);
+    ints<A> target = {};
+    if constexpr (Kind != TargetKind::Probabilities) target = targets.of(rows, position);
+    LogSumExp<A> lse;
+    if constexpr (kGradient) {
+      lse = keep_gradient(q, target, rows, offset, x, probabilities, kept);
+    } else {
+      lse = log_sum_exp<A>(rows, x);
     }
-    vec<A> loss = spread_loss;
-    vec<A> weight = broadcast(A(1));
-    if constexpr (Kind != TargetKind::Probabilities) {
-      const ints<A> target = targets.of(rows, position);
-      const vec<A> x_target = lanes_of<A>([&](int64_t lane) {
-        const int64_t t = target[lane];
-        return t < 0 ? A(0) : load_scalar(args.logits + offset + rows.element(t, lane));
-      });
-      loss -= q.at_target(target) * lse.log_softmax(x_target);
-      loss = target >= 0 ? loss : vec<A>{};
-      weight = target >= 0 ? q.class_weight(target) : vec<A>{};
+    if (kept.max) {
+      rows.store_per_row(kept.max + position, lse.max);
+      rows.store_per_row(kept.log_sum + position, lse.log_sum);
     }
+    const auto [loss, weight] =
+        row_losses(q, target, rows, args.logits + offset, x, probabilities, lse);
     if (losses) rows.store_per_row(losses + position, loss);
     total.loss += rows.sum_over_rows(loss);
     total.weight += rows.sum_over_rows(weight);
@@ -153,64 +242,65 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
   return targets.first_bad();
 }
 
+// Of a copy of the logits, and of each row's log-sum-exp.
 template <typename T, TargetKind Kind>
-int64_t cross_entropy_backward_of(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                                  const accum<T>* max, const accum<T>* log_sum,
-                                  const T* grad_output, bool grad_per_row, double scale,
-                                  T* grad_input) {
+int64_t gradient_from_logits(const CrossEntropy<T>& args, int64_t begin, int64_t end,
+                             const accum<T>* max, const accum<T>* log_sum, const T* grad_output,
+                             bool grad_per_row, double scale, T* grad_input) {
   using A = accum<T>;
-  constexpr bool kIndices = Kind != TargetKind::Probabilities;
-  using Distribution = TargetDistribution<T, Kind>;
-  const Distribution q(args);
+  const TargetDistribution<T, Kind> q(args);
   Targets<T> targets(args);
   const vec<A> one_grad = broadcast(begin < end ? load_scalar(grad_output) : A(0));
-  for_each_row<A>(
-      args.layout, begin, end,
-      [&]<typename Rows>(const Rows& rows, int64_t offset, int64_t position) {
-        auto x = rows.reader(args.logits + offset);
-        auto probabilities = q.reader(rows, offset);
-        auto grad_x = rows.writer(grad_input + offset);
-        const LogSumExp<A> lse{rows.per_row(max + position), rows.per_row(log_sum + position)};
-        const vec<A> g =
-            (grad_per_row ? rows.per_row(grad_output + position) : one_grad) * A(scale);
-
-        // Per lane: the row's class, or -1 where it doesn't count; what q has there; sum(q).
-        ints<A> target = {};
-        vec<A> at_target = {};
-        vec<A> total = {};
-        if constexpr (kIndices) {
-          target = targets.of(rows, position);
-          at_target = q.at_target(target);
-          total = at_target + q.uniform_sum();
-        } else {
-          total = rows.sum([&](auto step) { return q.spread(rows, probabilities, step); });
-        }
-
-        // Not g * (total * softmax - q), which would be rounded twice at the target.
-        const vec<A> g_total = g * total;
-        const auto gradient = [&](vec<A> x_step, vec<A> q_step) {
-          const vec<A> softmax = exp_nonpositive<A>(lse.log_softmax(x_step));
-          return target >= 0 ? g_total * softmax - g * q_step : vec<A>{};
-        };
-        rows.for_each_step([&](auto step) {
-          vec<A> q_step = {};
-          if constexpr (Distribution::kHasSpread) q_step = q.spread(rows, probabilities, step);
-          if constexpr (kIndices && Rows::kLanesAreRows) {
-            q_step += target == static_cast<lane_int<A>>(step.c) ? at_target : vec<A>{};
-          }
-          grad_x(step, gradient(x(step, 0), q_step));
-        });
-        if constexpr (kIndices && !Rows::kLanesAreRows) {
-          // The target is one of a long row's many classes: written again, not looked for at each
-          // step.
-          if (target[0] < 0) return;
-          const int64_t t = offset + target[0];
-          const vec<A> q_target = at_target + q.uniform(target[0]);
-          store_scalar(grad_input + t,
-                       gradient(broadcast(load_scalar(args.logits + t)), q_target)[0]);
-        }
-      });
+  for_each_row<A>(args.layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
+    const T* const logits = args.logits + offset;
+    auto x = rows.reader(logits);
+    auto probabilities = q.reader(rows, offset);
+    auto write = rows.writer(grad_input + offset);
+    ints<A> target = {};
+    if constexpr (Kind != TargetKind::Probabilities) target = targets.of(rows, position);
+    const RowTargets<A> known = row_targets<T>(q, target, rows, probabilities);
+    const LogSumExp<A> lse{rows.per_row(max + position), rows.per_row(log_sum + position)};
+    const vec<A> g = (grad_per_row ? rows.per_row(grad_output + position) : one_grad) * A(scale);
+    const vec<A> g_total = g * known.total;
+    const auto g_softmax = [&](vec<A> x_step) {
+      return g_total * exp_nonpositive<A>(lse.log_softmax(x_step));
+    };
+    write_gradient<T>(
+        q, known, g, rows, probabilities, write, grad_input + offset,
+        [&](auto step) { return g_softmax(x(step, 0)); },
+        [&](int64_t c) { return g_softmax(broadcast(load_scalar(logits + c)))[0]; });
+  });
   return targets.first_bad();
+}
+
+// Of the gradient that the forward kept. Rows ignored stay zero whatever their factor.
+template <typename T>
+void scale_gradient(const CrossEntropy<T>& args, int64_t begin, int64_t end, const T* grad_output,
+                    bool grad_per_row, T* grad_input) {
+  const auto scale = [&](const auto& rows, int64_t offset, vec<T> g) {
+    auto kept = rows.reader(args.logits + offset);
+    auto write = rows.writer(grad_input + offset);
+    rows.for_each_step([&](auto step) { write(step, g * kept(step, 0)); });
+  };
+  const int64_t classes = args.layout.classes;
+  if (args.layout.inner == 1 && !grad_per_row && begin < end && std::isfinite(*grad_output)) {
+    // Zeros stay zeros, and where a row ends does not matter.
+    scale(AlongClasses<T>{(end - begin) * classes}, begin * classes, broadcast(*grad_output));
+    return;
+  }
+  const auto scale_rows = [&]<typename Rows>(const Rows& rows, int64_t offset, int64_t position) {
+    scale(rows, offset, lanes_of<T>([&](int64_t lane) {
+            if (Rows::kLanesAreRows && lane >= rows.count) return T(0);
+            const int64_t row = position + (Rows::kLanesAreRows ? lane : 0);
+            const bool ignored = args.target && args.target[row] == args.ignore_index;
+            return ignored ? T(0) : grad_output[grad_per_row ? row : 0];
+          }));
+  };
+  if (args.layout.inner == 1) {
+    for_each_row_alone<T>(classes, begin, end, scale_rows);
+  } else {
+    for_each_row<T>(args.layout, begin, end, scale_rows);
+  }
 }
 
 // Calls f.template operator()<Kind>() with the kind of the operands' targets.
@@ -224,9 +314,12 @@ int64_t dispatch_target_kind(const CrossEntropy<T>& args, F f) {
 
 template <typename T>
 FASTNN_KERNEL int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                                    accum<T>* max, accum<T>* log_sum, T* losses, LossSums& sums) {
+                                    const KeptRows<T>& kept, T* losses, LossSums& sums) {
   return dispatch_target_kind(args, [&]<TargetKind Kind>() {
-    return cross_entropy_of<T, Kind>(args, begin, end, max, log_sum, losses, sums);
+    if constexpr (kKeepsGradient<T>) {
+      if (kept.grad) return cross_entropy_of<T, Kind, true>(args, begin, end, kept, losses, sums);
+    }
+    return cross_entropy_of<T, Kind, false>(args, begin, end, kept, losses, sums);
   });
 }
 
@@ -235,10 +328,15 @@ FASTNN_KERNEL int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_
                                              int64_t end, const accum<T>* max,
                                              const accum<T>* log_sum, const T* grad_output,
                                              bool grad_per_row, double scale, T* grad_input) {
-  return dispatch_target_kind(args, [&]<TargetKind Kind>() {
-    return cross_entropy_backward_of<T, Kind>(args, begin, end, max, log_sum, grad_output,
-                                              grad_per_row, scale, grad_input);
-  });
+  if constexpr (kKeepsGradient<T>) {
+    scale_gradient(args, begin, end, grad_output, grad_per_row, grad_input);
+    return kNoBadTarget;
+  } else {
+    return dispatch_target_kind(args, [&]<TargetKind Kind>() {
+      return gradient_from_logits<T, Kind>(args, begin, end, max, log_sum, grad_output,
+                                           grad_per_row, scale, grad_input);
+    });
+  }
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET

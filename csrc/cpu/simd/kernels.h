@@ -19,6 +19,17 @@ struct CrossEntropy {
   double label_smoothing;
 };
 
+// What the forward leaves for the backward, all of it null where no gradient is wanted: the
+// gradient times `scale` where T keeps that; else each row's log-sum-exp, its maximum and the log
+// of the sum past it.
+template <typename T>
+struct KeptRows {
+  T* grad;
+  double scale;
+  accum<T>* max;
+  accum<T>* log_sum;
+};
+
 // Sums over rows, in double whatever the storage: a loss over many rows keeps its digits.
 struct LossSums {
   double loss = 0;
@@ -94,11 +105,12 @@ struct Kernels {
                                int64_t begin, int64_t end);
 
   // Both return the first position whose target is out of range, or kNoBadTarget. The forward
-  // writes each row's log-sum-exp (its maximum, and the log of the sum past it) and, unless
-  // `losses` is null, its loss; it adds to `sums`.
-  int64_t (*cross_entropy)(const CrossEntropy<T>& args, int64_t begin, int64_t end, accum<T>* max,
-                           accum<T>* log_sum, T* losses, LossSums& sums);
-  // grad_output holds one value, or one per row; `scale` multiplies it.
+  // writes each row's loss, unless `losses` is null, and adds to `sums`.
+  int64_t (*cross_entropy)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
+                           const KeptRows<T>& kept, T* losses, LossSums& sums);
+  // grad_output holds one value, or one per row; `scale` multiplies it. Where T keeps the gradient,
+  // that takes the place of the logits, and is multiplied by grad_output alone: max, log_sum and
+  // scale, which are not looked at, nor targets' range. `grad_input` may be where the logits are.
   int64_t (*cross_entropy_backward)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
                                     const accum<T>* max, const accum<T>* log_sum,
                                     const T* grad_output, bool grad_per_row, double scale,

@@ -51,9 +51,23 @@ struct AlongClasses {
   auto reader(const T* row) const {
     return [row](auto step, A fill) { return load(row, step, fill); };
   }
+  // And a way to write them, and to read what was written.
   template <typename T>
-  auto writer(T* row) const {
-    return [row](auto step, vec<A> value) { store(row, step, value); };
+  struct Writer {
+    T* row;
+
+    template <typename Step>
+    void operator()(Step step, vec<A> value) const {
+      store(row, step, value);
+    }
+    template <typename Step>
+    vec<A> operator()(Step step) const {
+      return load(row, step, 0);
+    }
+  };
+  template <typename T>
+  Writer<T> writer(T* row) const {
+    return {row};
   }
   // Where a class of the row in this lane lies, from the first row's first element.
   int64_t element(int64_t c, int64_t /*lane*/) const {
@@ -178,10 +192,21 @@ struct NeighbouringRows : LanesAreRows<A> {
     };
   }
   template <typename T>
-  auto writer(T* rows) const {
-    return [this, rows](Whole step, vec<A> value) {
-      store_up_to(rows + step.c * class_stride, this->count, value);
-    };
+  struct Writer {
+    T* rows;
+    int64_t class_stride;
+    int64_t count;
+
+    void operator()(Whole step, vec<A> value) const {
+      store_up_to(rows + step.c * class_stride, count, value);
+    }
+    vec<A> operator()(Whole step) const {
+      return load_up_to(rows + step.c * class_stride, count);
+    }
+  };
+  template <typename T>
+  Writer<T> writer(T* rows) const {
+    return {rows, class_stride, this->count};
   }
   int64_t element(int64_t c, int64_t lane) const {
     return c * class_stride + lane;
@@ -270,6 +295,9 @@ struct ShortRows : LanesAreRows<A> {
     void operator()(Whole step, vec<A> value) {
       store(tile.at(step.c), value);
     }
+    vec<A> operator()(Whole step) {
+      return load(tile.at(step.c));
+    }
   };
 
   template <typename T>
@@ -285,15 +313,21 @@ struct ShortRows : LanesAreRows<A> {
   }
 };
 
+// Calls f(rows, offset, position) for rows in one piece, each by itself.
+template <typename A, typename F>
+void for_each_row_alone(int64_t classes, int64_t begin, int64_t end, F f) {
+  for (int64_t position = begin; position < end; ++position) {
+    f(AlongClasses<A>{classes}, position * classes, position);
+  }
+}
+
 // Calls f(rows, offset, position) for the rows at positions [begin, end): `offset` is the first
 // element of the row at `position`, of which `rows.count` are walked at once.
 template <typename A, typename F>
 void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f) {
   const auto [outer, classes, inner] = layout;
   if (inner == 1 && classes >= kShortRow<A>) {
-    for (int64_t position = begin; position < end; ++position) {
-      f(AlongClasses<A>{classes}, position * classes, position);
-    }
+    for_each_row_alone<A>(classes, begin, end, f);
   } else if (inner == 1) {
     for (int64_t position = begin; position < end; position += kLanes<A>) {
       const int64_t count = std::min(kLanes<A>, end - position);
@@ -324,12 +358,25 @@ struct LogSumExp {
 };
 
 template <typename A, typename RowsT, typename Reader>
+vec<A> row_max(const RowsT& rows, Reader& x) {
+  return rows.max([&](auto step) { return x(step, -std::numeric_limits<A>::infinity()); });
+}
+
+// The sum of exp(x - max), each term of which goes to keep(step, term).
+template <typename A, typename RowsT, typename Reader, typename Keep>
+vec<A> row_sum_exp(const RowsT& rows, Reader& x, vec<A> max, Keep&& keep) {
+  return rows.sum([&](auto step) {
+    const vec<A> from_max = x(step, -std::numeric_limits<A>::infinity()) - max;
+    const vec<A> term = rows.valid(step, exp_nonpositive<A>(from_max));
+    keep(step, term);
+    return term;
+  });
+}
+
+template <typename A, typename RowsT, typename Reader>
 LogSumExp<A> log_sum_exp(const RowsT& rows, Reader& x) {
-  constexpr A lowest = -std::numeric_limits<A>::infinity();
-  const vec<A> max = rows.max([&](auto step) { return x(step, lowest); });
-  const vec<A> sum = rows.sum(
-      [&](auto step) { return rows.valid(step, exp_nonpositive<A>(x(step, lowest) - max)); });
-  return {max, log<A>(sum)};
+  const vec<A> max = row_max<A>(rows, x);
+  return {max, log<A>(row_sum_exp<A>(rows, x, max, [](auto, vec<A>) {}))};
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET

@@ -18,6 +18,7 @@ struct float16 {
 };
 
 using fastnn::accum;
+using fastnn::kKeepsGradient;
 using fastnn::Layout;
 
 }  // namespace fastnn::simd

@@ -62,25 +62,37 @@ struct Forward {
   Buffer<T> losses;
   Buffer<T> loss;
   Buffer<accum<T>> total_weight;
+  Buffer<T> kept;
 };
 
-template <typename T, TargetKind Kind>
-Forward<T> forward(const Problem<T>& problem, const Way& way) {
+template <typename T>
+Tensors<T> operands(const Problem<T>& problem, T* out) {
+  return {{problem.logits.data(),
+           problem.options.probabilities ? problem.target_probs.data() : nullptr},
+          out};
+}
+
+// By an operator that `make` makes of the plain forward's.
+template <typename T, TargetKind Kind, typename Make>
+Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& offsets, bool lse,
+                   Make make) {
   const Layout& layout = problem.layout;
   const int64_t rows = layout.rows();
-  using Op = CrossEntropyForward<T, Kind>;
+  Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows),
+                 Buffer<T>(rows),        Buffer<T>(1),
+                 Buffer<accum<T>>(1),    Buffer<T>(elements(layout), offsets.output)};
+  const auto op = make(CrossEntropyForward<T, Kind>{
+      problem.arguments(), out.losses.data(), lse ? out.max.data() : nullptr, out.log_sum.data()});
+  using Op = std::remove_const_t<decltype(op)>;
   const Plan plan = plan_of<Op>(layout, way);
-  Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows), Buffer<T>(rows), Buffer<T>(1),
-                 Buffer<accum<T>>(1)};
-  const Op op{problem.arguments(), out.max.data(), out.log_sum.data(), out.losses.data()};
   std::vector<LossSums> sums(plan.last_blocks);
-  run_rows(op, plan, layout, {{problem.logits.data(), problem.target_probs.data()}, nullptr},
-           sums.data());
+  run_rows(op, plan, layout, operands(problem, Op::kMaps ? out.kept.data() : nullptr), sums.data());
   // Of no rows nothing is launched, and no sums are left.
   FASTNN_LAUNCH((finish_loss<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
                 rows == 0 ? 0 : plan.last_blocks, /*mean=*/problem.options.weighted,
                 out.loss.data(), out.total_weight.data());
-  expect_same_in_every_order(out.log_sum);
+  if (lse) expect_same_in_every_order(out.log_sum);
+  if (Op::kMaps) expect_same_in_every_order(out.kept);
   expect_same_in_every_order(out.losses);
   expect_same_in_every_order(out.loss);
   expect_same_in_every_order(out.total_weight);
@@ -88,22 +100,22 @@ Forward<T> forward(const Problem<T>& problem, const Way& way) {
 }
 
 template <typename T>
-void check_forward(const Problem<T>& problem, const Forward<T>& out) {
+void check_forward(const Problem<T>& problem, const Forward<T>& out, bool lse) {
   const Layout& layout = problem.layout;
   const double roundings = roundings_of_row(layout);
   double sum = 0, sum_magnitude = 0, weight = 0;
   for (int64_t row = 0; row < layout.rows(); ++row) {
-    const LogSumExp lse = log_sum_exp(problem.logits, layout, row);
+    const LogSumExp exact = log_sum_exp(problem.logits, layout, row);
     double loss = 0, magnitude = 0, farthest = 1;
     for (int64_t c = 0; c < layout.classes; ++c) {
       if (problem.q(row, c) == 0) continue;
       const double x = problem.logits(element(layout, row, c));
-      loss -= problem.q(row, c) * lse.log_softmax(x);
-      magnitude += problem.q(row, c) * lse.scale(x);
+      loss -= problem.q(row, c) * exact.log_softmax(x);
+      magnitude += problem.q(row, c) * exact.scale(x);
     }
-    if (layout.classes != 0) {
-      expect_close<accum<T>>("max", row, out.max(row), lse.max, 0, 0);
-      expect_close<accum<T>>("log_sum", row, out.log_sum(row), lse.log_sum, roundings, farthest);
+    if (lse && layout.classes != 0) {
+      expect_close<accum<T>>("max", row, out.max(row), exact.max, 0, 0);
+      expect_close<accum<T>>("log_sum", row, out.log_sum(row), exact.log_sum, roundings, farthest);
     }
     expect_close<T>("losses", row, out.losses(row), loss, roundings, magnitude);
     sum += loss;
@@ -117,36 +129,12 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out) {
                   roundings + static_cast<double>(layout.rows()), sum_magnitude / divisor);
 }
 
-template <typename T, TargetKind Kind>
-void check_backward(const Problem<T>& problem, const Way& way, const Offsets& offsets,
-                    const Forward<T>& saved) {
-  using A = accum<T>;
+// That the gradient is grad(row) * (sum(q) * softmax - q), and zero in the rows ignored.
+template <typename T, typename Grad>
+void check_gradient(const Problem<T>& problem, const Buffer<T>& grad_input, Grad grad) {
   const Layout& layout = problem.layout;
-  const Options& options = problem.options;
-  const bool per_row = options.per_row;
-  auto grad = random_buffer<T>(per_row ? layout.rows() : 1, 1);
-  for (int64_t row = 0; per_row && row < layout.rows(); ++row) {
-    if (!problem.counts(row)) grad[row] = static_cast<T>(NAN);  // leaves no trace
-  }
-  Buffer<A> total_weight(1), weighted_uniform_sum(1);
-  total_weight[0] = 3;
-  FASTNN_LAUNCH((sum_class_weights<T>), 1, 64, 0, nullptr, problem.weight.data(), layout.classes,
-                options.label_smoothing / std::max<double>(layout.classes, 1),
-                weighted_uniform_sum.data());
-  using Op = CrossEntropyBackward<T, Kind>;
-  const Op op{
-      problem.arguments(),        saved.max.data(),
-      saved.log_sum.data(),       {grad.data(), per_row, per_row ? nullptr : total_weight.data()},
-      A(options.label_smoothing), options.weighted ? weighted_uniform_sum.data() : nullptr};
-  Tensors<T> tensors{{problem.logits.data(), nullptr}, nullptr};
-  if (options.probabilities) tensors = {{problem.target_probs.data(), tensors.in[0]}, nullptr};
-  const Plan plan = plan_of<Op>(layout, way);
-  Buffer<T> grad_input(elements(layout), offsets.output);
-  tensors.out = grad_input.data();
-  run_rows(op, plan, layout, tensors);
-  expect_same_in_every_order(grad_input);
   for (int64_t row = 0; row < layout.rows(); ++row) {
-    const double g = per_row ? grad(row) : grad(0) / 3;
+    const double g = grad(row);
     const LogSumExp lse = log_sum_exp(problem.logits, layout, row);
     double q_sum = 0;
     for (int64_t c = 0; c < layout.classes; ++c) q_sum += problem.q(row, c);
@@ -164,13 +152,133 @@ void check_backward(const Problem<T>& problem, const Way& way, const Offsets& of
   }
 }
 
+template <typename T>
+Buffer<T> incoming_grad(const Problem<T>& problem) {
+  const int64_t rows = problem.layout.rows();
+  const bool per_row = problem.options.per_row;
+  auto grad = random_buffer<T>(per_row ? rows : 1, 1);
+  for (int64_t row = 0; per_row && row < rows; ++row) {
+    if (!problem.counts(row)) grad[row] = static_cast<T>(NAN);  // leaves no trace
+  }
+  return grad;
+}
+
+// Of a copy of the logits, which it replaces or leaves alone.
+template <typename T, TargetKind Kind>
+void check_backward(const Problem<T>& problem, const Way& way, const Offsets& offsets,
+                    const Forward<T>& saved, bool in_place) {
+  using A = accum<T>;
+  const Layout& layout = problem.layout;
+  const Options& options = problem.options;
+  const bool per_row = options.per_row;
+  const Buffer<T> grad = incoming_grad(problem);
+  Buffer<A> total_weight(1), weighted_uniform_sum(1);
+  total_weight[0] = 3;
+  FASTNN_LAUNCH((sum_class_weights<T>), 1, 64, 0, nullptr, problem.weight.data(), layout.classes,
+                options.label_smoothing / std::max<double>(layout.classes, 1),
+                weighted_uniform_sum.data());
+  using Op = CrossEntropyBackward<T, Kind>;
+  const Op op{
+      problem.arguments(),        saved.max.data(),
+      saved.log_sum.data(),       {grad.data(), per_row, per_row ? nullptr : total_weight.data()},
+      A(options.label_smoothing), options.weighted ? weighted_uniform_sum.data() : nullptr};
+  Buffer<T> grad_input = in_place ? saved.kept : Buffer<T>(elements(layout), offsets.output);
+  const T* logits = in_place ? grad_input.data() : saved.kept.data();
+  Tensors<T> tensors{{logits, nullptr}, grad_input.data()};
+  if (options.probabilities) {
+    tensors.in[0] = problem.target_probs.data();
+    tensors.in[1] = logits;
+  }
+  run_rows(op, plan_of<Op>(layout, way), layout, tensors);
+  expect_same_in_every_order(grad_input);
+  check_gradient(problem, grad_input,
+                 [&](int64_t row) { return per_row ? grad(row) : grad(0) / 3; });
+}
+
+// Of the gradient that the forward kept.
+template <typename T>
+void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offsets,
+                 const Forward<T>& saved, bool in_place) {
+  const bool per_row = problem.options.per_row;
+  const Buffer<T> grad = incoming_grad(problem);
+  Buffer<T> grad_input =
+      in_place ? saved.kept : Buffer<T>(elements(problem.layout), offsets.output);
+  using Op = ScaleGradient<T>;
+  const Op op{problem.arguments().target, kIgnored, {grad.data(), per_row, nullptr}, in_place};
+  const T* kept = in_place ? grad_input.data() : saved.kept.data();
+  run_rows(op, plan_of<Op>(problem.layout, way), problem.layout,
+           Tensors<T>{{kept, nullptr}, grad_input.data()});
+  expect_same_in_every_order(grad_input);
+  for (int64_t row = 0; row < problem.layout.rows(); ++row) {
+    const double g = problem.counts(row) ? grad(per_row ? row : 0) : 0;
+    for (int64_t c = 0; c < problem.layout.classes; ++c) {
+      const int64_t i = element(problem.layout, row, c);
+      expect_close<T>("scaled", i, grad_input(i), g * saved.kept(i), 0, 0);
+    }
+  }
+}
+
+// An incoming gradient of 1 leaves the memory alone: what lies there isn't looked at.
+template <typename T>
+void check_scale_by_one(const Problem<T>& problem, const Way& way) {
+  Buffer<T> kept(elements(problem.layout)), one(1);  // NaN
+  one[0] = static_cast<T>(1);
+  using Op = ScaleGradient<T>;
+  const Op op{problem.arguments().target, kIgnored, {one.data(), false, nullptr}, true};
+  run_rows(op, plan_of<Op>(problem.layout, way), problem.layout,
+           Tensors<T>{{kept.data(), nullptr}, kept.data()});
+  for (int64_t i = 0; i < kept.size(); ++i) expect(std::isnan(kept(i)), "nothing is written");
+}
+
+// What 'mean' divides by, from the targets alone: on one block and on several.
+template <typename T>
+void check_target_weights(const Problem<T>& problem, const Buffer<accum<T>>& total_weight) {
+  const CrossEntropy<T> args = problem.arguments();
+  const int64_t rows = problem.layout.rows();
+  for (const int blocks : {1, 3}) {
+    std::vector<LossSums> sums(blocks);
+    FASTNN_LAUNCH((sum_target_weights<T>), static_cast<unsigned>(blocks), 64, 0, nullptr,
+                  args.target, rows, args.classes, kIgnored, args.weight, sums.data());
+    double sum = 0;
+    for (const LossSums& part : sums) sum += part.weight;
+    expect_sum<accum<T>>("target weights", static_cast<accum<T>>(sum), total_weight(0), rows,
+                         total_weight(0));
+  }
+}
+
 template <typename T, TargetKind Kind>
 void cross_entropy(const Layout& layout, const Way& way, const Offsets& offsets,
                    const Options& options) {
+  using A = accum<T>;
   const Problem<T> problem(layout, options, offsets);
-  const auto saved = forward<T, Kind>(problem, way);
-  check_forward(problem, saved);
-  check_backward<T, Kind>(problem, way, offsets, saved);
+  const auto alone = forward<T, Kind>(problem, way, offsets, false, [](auto op) { return op; });
+  check_forward(problem, alone, false);
+  if constexpr (Kind != TargetKind::Probabilities)
+    check_target_weights(problem, alone.total_weight);
+  if constexpr (kKeepsGradient<T>) {
+    Buffer<A> divisor(1);
+    divisor[0] = 3;
+    const A* total_weight = options.per_row ? nullptr : divisor.data();
+    const auto saved = forward<T, Kind>(problem, way, offsets, false, [&](auto op) {
+      return CrossEntropyGradient<T, Kind>{op, A(0.5), total_weight};
+    });
+    check_forward(problem, saved, false);
+    check_gradient(problem, saved.kept, [&](int64_t) { return total_weight ? 0.5 / 3 : 0.5; });
+    for (const bool in_place : {false, true}) {
+      check_scale(problem, way, offsets, saved, in_place);
+    }
+    check_scale_by_one(problem, way);
+  } else {
+    const auto saved = forward<T, Kind>(problem, way, offsets, true,
+                                        [](auto op) { return CrossEntropyCopying<T, Kind>{op}; });
+    check_forward(problem, saved, true);
+    for (int64_t i = 0; i < saved.kept.size(); ++i) {
+      expect(saved.kept(i) == problem.logits(i), "the logits are copied");
+    }
+    for (const bool in_place : {false, true}) {
+      check_backward<T, Kind>(problem, way, offsets, saved, in_place);
+    }
+  }
 }
 
 const Options kOptions[] = {
@@ -221,13 +329,11 @@ const Test bad("cross_entropy: target out of range", [] {
     describe("target %lld", static_cast<long long>(wrong));
     Problem<float> problem(layout, {}, {0, 0, 0});
     problem.target[2] = wrong;
-    Buffer<float> lse(6);
     LossSums sums[3];
     bool ended = false;
     try {
-      run_rows(Op{problem.arguments(), lse.data(), lse.data() + 3, nullptr},
-               plan_of<Op>(layout, {"subwarp"}), layout,
-               {{problem.logits.data(), nullptr}, nullptr}, sums);
+      run_rows(Op{problem.arguments(), nullptr, nullptr, nullptr}, plan_of<Op>(layout, {"subwarp"}),
+               layout, {{problem.logits.data(), nullptr}, nullptr}, sums);
     } catch (const fastnn::cuda_emulation::Fault& fault) {
       ended = std::strstr(fault.what(), "Target is out of bounds") != nullptr;
     }

@@ -69,13 +69,20 @@ void cross_entropy(const Problem& problem) {
                                           -100,
                                           1,
                                           0};
-  problem.run(
-      without::CrossEntropyForward<float, TargetKind::Index>{args, lse.data(), lse.data() + kRows,
-                                                             losses.data()},
-      nullptr, sums.data());
+  const without::CrossEntropyForward<float, TargetKind::Index> forward{
+      args, losses.data(), lse.data(), lse.data() + kRows};
+  problem.run(forward, nullptr, sums.data());
   for (int64_t row = 0; row < kRows; ++row) {
     expect((losses(row) > 0) == Problem::counts(row), "a loss of a target out of range is zero");
   }
+  Buffer<float> kept(kRows * kClasses);
+  problem.run(without::CrossEntropyGradient<float, TargetKind::Index>{forward, 1, nullptr},
+              kept.data(), sums.data());
+  problem.expect_zero_rows(kept);
+  FASTNN_LAUNCH((without::sum_target_weights<float>), 1, 64, 0, nullptr, args.target, kRows,
+                kClasses, -100, args.weight, sums.data());
+  expect(sums[0].weight == problem.weight(0) + problem.weight(4),
+         "a target out of range has no weight");
   one[0] = 1;
   problem.run(
       without::CrossEntropyBackward<float, TargetKind::Index>{
