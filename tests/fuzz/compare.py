@@ -14,9 +14,8 @@ from torch import Tensor
 from .expected import is_expected
 from .program import Program
 
-# Units in the last place, of a number or of 1. A program rounds a number a few dozen times. In
-# float64 it may divide by small deviations, too, as LayerNorm does, time and again: there only the
-# first digits say that a program is wrong. Modules of other dtypes hold integers, which are exact.
+# Units in the last place, of a number or of 1. A program rounds a few dozen times, one in float64
+# hundreds of times, and larger numbers than are seen. Models of other dtypes hold integers.
 ROUNDINGS = {torch.float64: 1e6, torch.float32: 64, torch.bfloat16: 16, torch.float16: 16}
 
 

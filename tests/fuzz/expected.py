@@ -7,9 +7,19 @@ import re
 # What the program has, what is seen, and why; docs/numerics.md has those on purpose.
 EXPECTED = [
     (
+        r"prune",
+        "TypeError 'model: can't be copied",
+        "fuse copies, which torch can't do with such a model either",
+    ),
+    (
         r"uint8\)",
         "^error: (?!RuntimeError)",
         "uint8 targets are taken for every shape and under transforms; torch refuses some",
+    ),
+    (
+        r"int32\)(?s:.*)torch\.func",
+        "expected target dtype .*, not",
+        "torch's transforms don't look at the dtype of targets",
     ),
     (
         r"label_smoothing=(-0.1|float\('nan'\))",
@@ -33,7 +43,7 @@ EXPECTED = [
     ),
     (
         "fused=True",
-        "error: RuntimeError .* floating point Tensors.*, not NotImplementedError",
+        "error: RuntimeError .* floating point.*, not NotImplementedError",
         "torch notices the complex parameter when others have been stepped",
     ),
     (

@@ -67,7 +67,7 @@ class Program:
         )
         main = f"{self.body}\n\n\n{runs}\n{FOOTER}"
         text = "\n\n".join([*_helpers_of(main), main])
-        imports = [line for line in IMPORTS.splitlines() if has_word(text, line.split()[-1])]
+        imports = [line for line in IMPORTS.splitlines() if line.split()[-1] in words_of(text)]
         return "\n".join(["from __future__ import annotations", *imports, "\n", text])
 
     def run(self) -> dict[str, parts.Seen]:
@@ -81,14 +81,14 @@ class Program:
 def _helpers_of(text: str) -> list[str]:
     """The sources of what the text names, and of what these name, in the order of the files."""
     needed: set[str] = set()
-    while found := {name for name in _HELPERS if has_word(text, name)} - needed:
+    while found := (words_of(text) & _HELPERS.keys()) - needed:
         needed |= found
         text = "\n".join(_HELPERS[name] for name in found)
     return [source for name, source in _HELPERS.items() if name in needed]
 
 
-def has_word(text: str, word: str) -> bool:
-    return re.search(rf"\b{word}\b", text) is not None
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
 
 
 def indented(*lines: str, by: int = 1) -> str:
