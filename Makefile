@@ -22,7 +22,7 @@ CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
 .PHONY: help demo bench gpu-check build check test test-emulated lint format sanitize sanitize-cuda \
-    mutants emulate cuda-check test-large test-matrix test-integrations docs capabilities dist clean
+    mutants emulate cuda-check fuzz test-large test-matrix test-integrations docs capabilities dist clean
 
 help:
 	@awk -F ':.*## |##@ ' ' \
@@ -95,6 +95,9 @@ emulate: build ## run the CPU kernels on emulated processors: no AVX, AVX-512, A
 cuda-check: ## build the CUDA part with nvcc and run its PTX, without a GPU: 30 minutes
 	$(MAKE) VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)" $(CUDA_VENV)/.cuda_tools
 	$(CUDA_VENV)/bin/python tests/cuda_build.py $(ARGS)
+
+fuzz: build ## run random programs with fastnn and with PyTorch, and compare (ARGS="--minutes 5")
+	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)
 
 # -x: a failed test keeps its tensors, which leaves the next one no memory.
 test-large: build ## test tensors of more than 2^31 elements: hours, 24 GiB of memory
