@@ -80,10 +80,11 @@ struct Kept {
                          at::Reduction::Reduction reduction) const {
     if (!tensor.defined()) return {};
     if constexpr (simd::kKeepsGradient<T>) {
-      return {.grad = data<T>(tensor), .scale = reciprocal(divisor_of_rows(args, reduction))};
+      const double scale = reciprocal(divisor_of_rows(args, reduction));
+      return {.grad = data<T>(tensor), .scale = scale, .max = nullptr, .log_sum = nullptr};
     } else {
       auto* max = data<simd::accum<T>>(lse);
-      return {.max = max, .log_sum = max + args.layout.rows()};
+      return {.grad = nullptr, .scale = 1, .max = max, .log_sum = max + args.layout.rows()};
     }
   }
   // While they are in the cache.
