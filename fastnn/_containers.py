@@ -116,16 +116,24 @@ def why_apart(linear: Module, follower: object) -> str:
         return "hooks or a forward of its own on it"
     if isinstance(follower, Module) and _torch.is_observed(follower):
         return "hooks or a forward of its own on the ReLU behind it"
-    if _torch.has_global_hooks():
-        return "hooks on all modules"
-    if is_compiling():  # the compiler sees what is called, and exports tensors of its own classes
-        return ""
-    if _in_use() != _STOCK:
-        return "PyTorch's functions are replaced, as by torch.fx"
     parameters = _torch.parameters(linear)
     for name in ("weight", "bias"):
-        if type(parameters.get(name, "")) not in (Parameter, Tensor, type(None)):
+        if type(parameters.get(name, "")) not in _PLAIN and not is_compiling():
+            # The compiler exports tensors of its own classes.
             return f"its {name} is no plain parameter"
+    return ""
+
+
+_PLAIN = (Parameter, Tensor, type(None))
+
+
+def why_all_apart() -> str:
+    """Why no container may run anything fused now, nor the modules of another by themselves."""
+    if _torch.has_global_hooks():
+        return "hooks on all modules"
+    # The compiler, which can't trace the comparison, sees what is called.
+    if not is_compiling() and _in_use() != _STOCK:
+        return "PyTorch's functions are replaced, as by torch.fx"
     return ""
 
 
@@ -140,6 +148,8 @@ _STOCK = _in_use()
 
 
 def _run_row(self: Sequential, input: Any) -> Any:
+    if why_all_apart():
+        return Sequential.forward(self, input)
     linear = None  # waits for what is run next
     for _, module in _row(self):
         if linear is not None:
@@ -174,7 +184,8 @@ class _WithoutReLU:
 def _run_block(method: Callable[..., Any], block: Block) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(self: Module, *args: Any, **kwargs: Any) -> Any:
-        apart = why_apart(getattr(self, block.linear), getattr(self, block.activation))
+        linear, activation = getattr(self, block.linear), getattr(self, block.activation)
+        apart = why_apart(linear, activation) or why_all_apart()
         return method(self if apart else _WithoutReLU(self, block), *args, **kwargs)
 
     return run

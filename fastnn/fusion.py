@@ -267,7 +267,7 @@ def _linear_entries(model: Module) -> Iterator[FusionEntry]:
     for path, module in model.named_modules():
         state = FUSED if isinstance(module, _containers.Fused) else FUSIBLE
         entries = [
-            _entry(_join(path, name), linear, state, _containers.why_apart(linear, follower), path)
+            _entry(_join(path, name), linear, state, _why_apart(linear, follower), path)
             for name, linear, follower in _containers.linears_run_by(module)
         ]
         if isinstance(module, Linear):
@@ -275,6 +275,10 @@ def _linear_entries(model: Module) -> Iterator[FusionEntry]:
         # An outer Sequential has looked through the inner ones.
         yield from (entry for entry in entries if entry.path not in seen)
         seen.update(entry.path for entry in entries)
+
+
+def _why_apart(linear: Module, follower: object) -> str:
+    return _containers.why_apart(linear, follower) or _containers.why_all_apart()
 
 
 def _entry(

@@ -575,6 +575,19 @@ def test_fx_sees_the_modules_of_the_stock_model():
     assert torch.equal(ours(x), stock(x))
 
 
+def test_hooks_on_all_modules_see_the_inner_containers():
+    stock = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    x, seen = input_of(stock), []
+    fused = fastnn.fuse(stock)
+    register = nn.modules.module.register_module_full_backward_hook
+    with register(lambda module, grads, outputs: seen.append(grads[0])):
+        for model in (fused, stock):
+            model(x.clone().requires_grad_()).sum().backward()
+    ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(theirs) == 6
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("owner", "name"), [(F, "linear"), (F, "relu"), (nn.Linear, "forward"), (nn.ReLU, "forward")]
 )
