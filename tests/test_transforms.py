@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import perceptron
 import pytest
@@ -336,25 +335,42 @@ def test_vmap_of_a_backward_takes_the_whole_batch_at_once(no_loops, op):
     weight = normal(3, 3)
     if op == "linear_relu":
         output = operators.linear_relu(rows, weight)
-        calls = [lambda g, x, y: operators.linear_relu_backward(g, x, weight, y, [True] * 3)]
-        arguments = (normal(5, 4, 3), rows, output)
+        call = lambda g, x, y: operators.linear_relu_backward(g, x, weight, y, [True] * 3)  # noqa: E731
+        cases = [(call, (normal(5, 4, 3), rows, output))]
     elif op == "log_softmax":
-        calls = [lambda g, y: operators.log_softmax_backward(g, y, 1)]
-        arguments = (normal(5, 4, 3), operators.log_softmax(rows, 2))
+        call = lambda g, y: operators.log_softmax_backward(g, y, 1)  # noqa: E731
+        cases = [(call, (normal(5, 4, 3), operators.log_softmax(rows, 2)))]
     else:
-        smoothing = (0.1,) if op == "cross_entropy" else ()
-        forward, backward = (getattr(operators, f"{op}_{way}") for way in ("forward", "backward"))
-
-        def loss_backward(g: Tensor, x: Tensor, *saved: Tensor, reduction: str) -> Tensor:
-            return backward(g, x, target, None, *saved, -100, reduction, *smoothing)
-
-        calls = [partial(loss_backward, reduction=name) for name in ("mean", "sum")]
-        saved = [forward(x, target, None, -100, "mean", *smoothing)[1:] for x in rows]
-        arguments = (normal(5), rows, *map(torch.stack, zip(*saved, strict=True)))
-    for call in calls:
+        backward_case = {"nll_loss": nll_loss_backward_case, "cross_entropy": kept_backward_case}[
+            op
+        ]
+        cases = [backward_case(rows, target, reduction) for reduction in ("mean", "sum")]
+    for call, arguments in cases:
         each = [call(*sample) for sample in zip(*arguments, strict=True)]
         together = vmap(call)(*arguments)
         assert_close(together, tree_map(lambda *parts: torch.stack(parts), *each))
+
+
+def nll_loss_backward_case(rows: Tensor, target: Tensor, reduction: str):
+    operators = torch.ops.fastnn
+
+    def call(g: Tensor, x: Tensor, total: Tensor) -> Tensor:
+        return operators.nll_loss_backward(g, x, target, None, total, -100, reduction)
+
+    totals = [operators.nll_loss_forward(x, target, None, -100, reduction)[1] for x in rows]
+    return call, (normal(5), rows, torch.stack(totals))
+
+
+def kept_backward_case(rows: Tensor, target: Tensor, reduction: str):
+    options = (-100, reduction, 0.1)
+    operators = torch.ops.fastnn
+
+    def call(g: Tensor, kept: Tensor, total: Tensor) -> Tensor:
+        return operators.cross_entropy_backward(g, kept, target, None, None, total, *options)
+
+    forwards = [operators.cross_entropy_forward(x, target, None, *options, True) for x in rows]
+    _, kept, _, totals = zip(*forwards, strict=True)
+    return call, (normal(5), torch.stack(kept), torch.stack(totals))
 
 
 def graph_sizes(function: Function, arguments: tuple[Tensor, ...]) -> list[int]:
