@@ -43,13 +43,23 @@ EXPECTED = [
     ),
     (
         "fused=True",
-        "error: RuntimeError .* floating point.*, not NotImplementedError",
-        "torch notices the complex parameter when others have been stepped",
+        "error: RuntimeError .*, not NotImplementedError '\"fused_sgd_kernel",
+        "torch refuses a complex parameter when it has stepped those before it",
     ),
     (
         r"(?s)^(?=.*fused=True)(?=.*(::2|imag|expand|\.t\(\)|channels_last|_neg_view))",
-        "values$|is written",
+        "values$|expected each element",
         "torch's fused step takes tensors for contiguous",
+    ),
+    (
+        r"foreach=True(?s:.*)(imag|_neg_view)|(imag|_neg_view)(?s:.*)foreach=True",
+        "not RuntimeError ' fallback doesn't currently support mutable TensorLists",
+        "torch's foreach step refuses negated tensors",
+    ),
+    (
+        r"laid_out(?s:.*)operator\(input, weight(?s:.*)logits",
+        "gradients.*(values$|RuntimeError 'one of the variables)",
+        "torch multiplies a copy of such an input, and keeps that",
     ),
 ]
 

@@ -96,16 +96,15 @@ def programs(draw: st.DrawFn) -> Program:
     made = draw(st.lists(st.sampled_from(PARAMETERS), min_size=1, max_size=4))
     names = [f"p{i}" for i in range(len(made))]
     cut = draw(st.integers(0, len(names)))
-    groups = [options(draw, names[:cut], IN_GROUPS), options(draw, names[cut:], IN_GROUPS)]
-    arguments = ", ".join(f"{n}={v}" for n, v in drawn(draw, OPTIONS).items())
-    groups = ", ".join(group for group in groups if "[]" not in group)
+    groups = ", ".join(group(draw, part) for part in (names[:cut], names[cut:]) if part)
+    arguments = [f"[{groups}]", *(f"{n}={v}" for n, v in drawn(draw, OPTIONS).items())]
     class_ = draw(st.sampled_from(["SGD", "SGD", "SGD", "take_over(torch.optim.SGD"]))
     steps = [step(draw, len(names)) for _ in range(draw(st.integers(1, 6)))]
     body = [
         "torch.manual_seed(0)",
         *(f"{n} = nn.Parameter({tensor})" for n, tensor in zip(names, made, strict=True)),
         f"parameters = [{', '.join(names)}]",
-        f"optimizer = {class_}([{groups}], {arguments}){')' * class_.count('(')}",
+        f"optimizer = {class_}({', '.join(arguments)}){')' * class_.count('(')}",
     ]
     text = "\n".join(steps)
     if "closure" in text:
@@ -131,8 +130,9 @@ def drawn(draw: st.DrawFn, table: dict[str, list]) -> dict[str, object]:
     return {name: draw(st.sampled_from(table[name])) for name in names}
 
 
-def options(draw: st.DrawFn, names: list[str], allowed: tuple[str, ...]) -> str:
-    chosen = drawn(draw, {name: OPTIONS[name] for name in allowed}) if draw(st.booleans()) else {}
+def group(draw: st.DrawFn, names: list[str]) -> str:
+    table = {name: OPTIONS[name] for name in IN_GROUPS}
+    chosen = drawn(draw, table) if draw(st.booleans()) else {}
     pairs = "".join(f", '{name}': {value}" for name, value in chosen.items())
     return f"{{'params': [{', '.join(names)}]{pairs}}}"
 
