@@ -584,3 +584,15 @@ def test_away_from_kink_helper_drops_the_doubtful_only():
     kept = away_from_kink(sample, grad_output)
     assert kept[0, 0] == 0
     assert kept.sum() == 62
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)], ids=str)
+def test_nll_losss_second_derivative_is_zero_rather_than_missing(shape):
+    """As torch's: the gradient counts as a function of the input."""
+    input = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    target = torch.ones(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
+    loss = fastnn.functional.nll_loss(input, target)
+    (first,) = torch.autograd.grad(loss, input, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), input)
+    assert torch.equal(second, torch.zeros_like(input))

@@ -1,6 +1,8 @@
 #include "ops/nll_loss.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "autograd/backward_node.h"
@@ -19,7 +21,9 @@ at::Tensor nll_loss_backward_composite(const at::Tensor& grad, const at::Tensor&
   const at::Tensor q =
       index_distribution(input, target, weight, ignore_index, /*label_smoothing=*/0);
   const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, reduction);
-  return zero_ignored_rows(grad_input, target, ignore_index);
+  const at::Tensor result = zero_ignored_rows(grad_input, target, ignore_index);
+  // As in torch a function of the input, although it doesn't depend on it: its gradient is zero.
+  return at::where(at::zeros_like(result, at::kBool), input, result);
 }
 
 struct NLLLossBackward {
