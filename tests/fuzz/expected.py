@@ -57,6 +57,11 @@ EXPECTED = [
         "torch's foreach step refuses negated tensors",
     ),
     (
+        r"(?s)^(?=.*foreach=True)(?=.*(nesterov=|nesterov': )True)",
+        "values$",
+        "torch's foreach step with Nesterov momentum changes the gradients",
+    ),
+    (
         r"laid_out(?s:.*)operator\(input, weight(?s:.*)logits",
         "gradients.*(values$|RuntimeError 'one of the variables)",
         "torch multiplies a copy of such an input, and keeps that",
