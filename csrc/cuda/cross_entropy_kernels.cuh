@@ -12,7 +12,7 @@
 // sizeof(T) bytes, at B bytes/s, the bound is n * sizeof(T) / B seconds, twice that with a
 // gradient; with probabilities 2 and 3 times n * sizeof(T) / B. What there is of each row counts
 // where rows are short. Class weights are read for each element where there is smoothing or
-// probabilities, but from a cache. rows.cuh says where the bounds hold, rows_plan.h why the
+// probabilities, but from a cache. rows/kernels.cuh says where the bounds hold, rows/plan.h why the
 // launches should reach them.
 //
 // The backward over the gradient reads one number and ends where that is 1; else it reads and

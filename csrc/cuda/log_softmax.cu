@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "cuda/log_softmax_kernels.cuh"
-#include "cuda/run_rows.cuh"
+#include "cuda/rows/run.cuh"
 
 namespace fastnn::cuda {
 namespace {

@@ -3,11 +3,11 @@
 // Either moves each operand and its result through memory once: of n elements 2 * n * sizeof(T)
 // bytes forward and 3 * n * sizeof(T) backward, at one exponential and five operations to an
 // element forward, three backward. At B bytes/s the bounds are 2 * n * sizeof(T) / B and 3 * n *
-// sizeof(T) / B seconds. rows.cuh says where they hold (what is read twice must be found in a cache
-// the second time), rows_plan.h why the launches should reach them.
+// sizeof(T) / B seconds. rows/kernels.cuh says where they hold (what is read twice must be found in
+// a cache the second time), rows/plan.h why the launches should reach them.
 #pragma once
 
-#include "cuda/rows.cuh"
+#include "cuda/rows/kernels.cuh"
 
 namespace fastnn::cuda {
 

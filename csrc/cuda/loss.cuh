@@ -3,7 +3,7 @@
 
 #include <c10/macros/Macros.h>
 
-#include "cuda/rows.cuh"
+#include "cuda/rows/kernels.cuh"
 
 namespace fastnn::cuda {
 

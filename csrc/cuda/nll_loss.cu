@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "cuda/nll_loss_kernels.cuh"
-#include "cuda/run_rows.cuh"
+#include "cuda/rows/run.cuh"
 
 namespace fastnn::cuda {
 namespace {

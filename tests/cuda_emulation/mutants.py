@@ -40,7 +40,7 @@ MUTANTS = [
     # --- rows
     Mutant(
         "reduce_block",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "no barrier before the warps' states are read",
         "  if (lane == 0) of_warp[warp] = state;\n  __syncthreads();",
         "  if (lane == 0) of_warp[warp] = state;",
@@ -48,7 +48,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_block",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "no barrier before the next row's states replace them",
         "  // Before the next row's results replace these, which a slower warp may not have read.\n"
         "  __syncthreads();",
@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_block",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "one warp's state is left out",
         "lane < warps ? of_warp[lane]",
         "lane < warps - 1 ? of_warp[lane]",
@@ -65,7 +65,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_lanes",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "the mask of all lanes for a part of them",
         "(lanes == 32 ? ~0u : (1u << lanes) - 1) << first",
         "~0u",
@@ -73,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_lanes",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "the result of lane 0, of another row",
         "__shfl_sync(mask, value, first)",
         "__shfl_sync(mask, value, 0)",
@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_lanes",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "one step of the reduction too few",
         "distance = lanes / 2; distance > 0;",
         "distance = lanes / 2; distance > 1;",
@@ -89,7 +89,7 @@ MUTANTS = [
     ),
     Mutant(
         "team_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "vectors up to one past the last",
         "for (; v < peel.vecs; v += team.size) vecs(",
         "for (; v <= peel.vecs; v += team.size) vecs(",
@@ -97,7 +97,7 @@ MUTANTS = [
     ),
     Mutant(
         "team_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "teams' caches overlap",
         "caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>)",
         "caches + team_index * (classes / kVecSize<T> / 2)",
@@ -121,7 +121,7 @@ MUTANTS = [
     ),
     Mutant(
         "split_reduce",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "the last slice as long as the others",
         "    const int64_t row = i / slices, first = i % slices * slice_size;\n"
         "    const int64_t n = classes - first < slice_size ? classes - first : slice_size;",
@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     Mutant(
         "team_rows",
-        "rows_plan.h",
+        "rows/plan.h",
         "a row's cache takes all shared memory",
         "inline constexpr int64_t kSharedBytes = 48 * 1024 - kReductionBytes;",
         "inline constexpr int64_t kSharedBytes = 48 * 1024;",
@@ -139,7 +139,7 @@ MUTANTS = [
     ),
     Mutant(
         "split_reduce",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "a thread's state instead of the block's",
         "reduce_block(reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr));",
         "reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr);",
@@ -147,7 +147,7 @@ MUTANTS = [
     ),
     Mutant(
         "split_finish",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "merges the states of the row before",
         "state.merge(states[row * slices + s])",
         "state.merge(states[(row > 0 ? row - 1 : 0) * slices + s])",
@@ -155,7 +155,7 @@ MUTANTS = [
     ),
     Mutant(
         "split_finish",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "stops at the 32nd slice",
         "for (int64_t s = threadIdx.x % 32; s < slices; s += 32)",
         "for (int64_t s = threadIdx.x % 32; s < slices && s < 32; s += 32)",
@@ -163,7 +163,7 @@ MUTANTS = [
     ),
     Mutant(
         "subwarp_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "no barrier after the rows are loaded",
         "    __syncthreads();  // rows are read by other threads than those that loaded them\n",
         "",
@@ -171,7 +171,7 @@ MUTANTS = [
     ),
     Mutant(
         "subwarp_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "no barrier before the results are stored",
         "    __syncthreads();  // all results are there; and nobody reads what the next tile "
         "replaces\n",
@@ -180,7 +180,7 @@ MUTANTS = [
     ),
     Mutant(
         "subwarp_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "no barrier before the next tile",
         "      __syncthreads();  // before the next tile replaces results that another thread "
         "stores\n",
@@ -189,7 +189,7 @@ MUTANTS = [
     ),
     Mutant(
         "subwarp_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "the last tile has as many rows as the others",
         "const int64_t count = rows - first < tile_rows ? rows - first : tile_rows;",
         "const int64_t count = tile_rows;",
@@ -197,7 +197,7 @@ MUTANTS = [
     ),
     Mutant(
         "strided_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "threads without a row run too",
         "const bool active = row < rows;",
         "const bool active = row < rows + 1;",
@@ -205,7 +205,7 @@ MUTANTS = [
     ),
     Mutant(
         "strided_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "no barrier before the slices' states are merged",
         "        states[threadIdx.x] = state;\n        __syncthreads();",
         "        states[threadIdx.x] = state;",
@@ -213,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "strided_rows",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "no barrier before the next rows' states",
         "        __syncthreads();  // before the next rows' states replace these\n",
         "",
@@ -222,7 +222,7 @@ MUTANTS = [
     # --- log_softmax
     Mutant(
         "log_softmax",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "the sum is not made relative to a new maximum",
         "      sum *= std::exp(max - m);\n",
         "",
@@ -416,7 +416,7 @@ MUTANTS = [
     ),
     Mutant(
         "finish_loss",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "the sums of the first blocks only",
         "for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);",
         "if (threadIdx.x < blocks && threadIdx.x < 1) sums.merge(of_block[threadIdx.x]);",
@@ -424,7 +424,7 @@ MUTANTS = [
     ),
     Mutant(
         "finish_loss",
-        "rows.cuh",
+        "rows/kernels.cuh",
         "the mean of nothing is 0",
         "sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN()",
         "sums.weight == 0 ? 0.0",

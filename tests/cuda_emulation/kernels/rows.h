@@ -2,7 +2,7 @@
 // how they round.
 #pragma once
 
-#include "cuda/rows_launch.cuh"
+#include "cuda/rows/launch.cuh"
 #include "harness.h"
 #include "kernels/row_math.h"
 

@@ -4,7 +4,7 @@
 
 #include <c10/cuda/CUDAException.h>
 
-#include "cuda/rows_plan.h"
+#include "cuda/rows/plan.h"
 #include "harness.h"
 
 #undef CUDA_KERNEL_ASSERT
@@ -15,7 +15,7 @@ using namespace fastnn::cuda;  // what harness.h has included
 #define cuda cuda_without_asserts
 #include "cuda/cross_entropy_kernels.cuh"
 #include "cuda/nll_loss_kernels.cuh"
-#include "cuda/rows_launch.cuh"
+#include "cuda/rows/launch.cuh"
 #undef cuda
 
 namespace fastnn::cuda::tests {

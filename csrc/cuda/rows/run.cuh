@@ -8,7 +8,7 @@
 #include <string_view>
 
 #include "cuda/launch.cuh"
-#include "cuda/rows_launch.cuh"
+#include "cuda/rows/launch.cuh"
 #include "ops/checks.h"
 #include "ops/operands.h"
 

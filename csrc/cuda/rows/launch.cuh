@@ -1,9 +1,9 @@
-// From a plan to launches of the kernels in rows.cuh.
+// From a plan to launches of the kernels in rows/kernels.cuh.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
 
-#include "cuda/rows.cuh"
+#include "cuda/rows/kernels.cuh"
 
 namespace fastnn::cuda {
 

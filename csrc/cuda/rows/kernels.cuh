@@ -24,7 +24,7 @@
 // instructions for each float it can read. It is level with that in cross_entropy's forward over
 // bfloat16 (about a dozen instructions to 2 bytes, in whose time an A100 does 10 to 13), and above
 // it in float64 on GPUs that do a 64th as many of its operations. Why the launches should reach B:
-// see rows_plan.h.
+// see rows/plan.h.
 //
 // A second reading (log_softmax both ways, cross_entropy's backward with probabilities: the first
 // operand) isn't counted. It finds rows of up to 46 KiB in shared memory. Longer ones, those of
@@ -42,7 +42,7 @@
 
 #include <type_traits>
 
-#include "cuda/rows_plan.h"
+#include "cuda/rows/plan.h"
 #include "cuda/vec.cuh"
 
 namespace fastnn::cuda {
