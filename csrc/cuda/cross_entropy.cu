@@ -6,6 +6,7 @@
 
 #include "cuda/cross_entropy_kernels.cuh"
 #include "cuda/rows/run.cuh"
+#include "cuda/run_loss.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -75,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     const BlockSums sums(plan.last_blocks, input.options());
     const Tensors<T> tensors{{op.args.logits, op.args.target_probs},
                              Op::kMaps ? data<T>(kept) : nullptr};
-    run_rows(op, plan, layout, tensors, input.options(), &sums);
+    run_rows(op, plan, layout, tensors, input.options(), sums.data());
     // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
     run_finish_loss<T>(sums, /*empty=*/input.numel() == 0, reduction,
                        per_row ? nullptr : data<T>(loss), total_weight);

@@ -30,7 +30,11 @@
 // or more.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/loss.cuh"
+#include "cuda/rows/operator.cuh"
+#include "cuda/rows/plan.h"
 
 namespace fastnn::cuda {
 

@@ -7,7 +7,7 @@
 // a cache the second time), rows/plan.h why the launches should reach them.
 #pragma once
 
-#include "cuda/rows/kernels.cuh"
+#include "cuda/rows/operator.cuh"
 
 namespace fastnn::cuda {
 

@@ -6,6 +6,7 @@
 
 #include "cuda/nll_loss_kernels.cuh"
 #include "cuda/rows/run.cuh"
+#include "cuda/run_loss.cuh"
 
 namespace fastnn::cuda {
 namespace {

@@ -8,7 +8,7 @@
 // in no order may come slower than B. A thread has 4 of them on their way, a block 32 KiB: as
 // much as a multiprocessor needs (see rows/plan.h). That takes 1024 rows to each
 // multiprocessor: with fewer rows the time is that of two readings, one after the other, and of
-// two launches (the other is finish_loss, see rows/kernels.cuh).
+// two launches (the other is finish_loss, see loss.cuh).
 //
 // The backward writes rows * classes elements, zero but for one of each row, and reads 8 bytes a
 // row (8 + sizeof(T) with 'none', and a sector for a far weight), at one comparison to an element:
@@ -16,6 +16,8 @@
 #pragma once
 
 #include "cuda/loss.cuh"
+#include "cuda/rows/operator.cuh"
+#include "ops/layout.h"
 
 namespace fastnn::cuda {
 

@@ -40,7 +40,7 @@ MUTANTS = [
     # --- rows
     Mutant(
         "reduce_block",
-        "rows/kernels.cuh",
+        "rows/reduce.cuh",
         "no barrier before the warps' states are read",
         "  if (lane == 0) of_warp[warp] = state;\n  __syncthreads();",
         "  if (lane == 0) of_warp[warp] = state;",
@@ -48,7 +48,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_block",
-        "rows/kernels.cuh",
+        "rows/reduce.cuh",
         "no barrier before the next row's states replace them",
         "  // Before the next row's results replace these, which a slower warp may not have read.\n"
         "  __syncthreads();",
@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_block",
-        "rows/kernels.cuh",
+        "rows/reduce.cuh",
         "one warp's state is left out",
         "lane < warps ? of_warp[lane]",
         "lane < warps - 1 ? of_warp[lane]",
@@ -65,7 +65,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_lanes",
-        "rows/kernels.cuh",
+        "rows/reduce.cuh",
         "the mask of all lanes for a part of them",
         "(lanes == 32 ? ~0u : (1u << lanes) - 1) << first",
         "~0u",
@@ -73,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_lanes",
-        "rows/kernels.cuh",
+        "rows/reduce.cuh",
         "the result of lane 0, of another row",
         "__shfl_sync(mask, value, first)",
         "__shfl_sync(mask, value, 0)",
@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         "reduce_lanes",
-        "rows/kernels.cuh",
+        "rows/reduce.cuh",
         "one step of the reduction too few",
         "distance = lanes / 2; distance > 0;",
         "distance = lanes / 2; distance > 1;",
@@ -222,7 +222,7 @@ MUTANTS = [
     # --- log_softmax
     Mutant(
         "log_softmax",
-        "rows/kernels.cuh",
+        "rows/states.cuh",
         "the sum is not made relative to a new maximum",
         "      sum *= std::exp(max - m);\n",
         "",
@@ -416,7 +416,7 @@ MUTANTS = [
     ),
     Mutant(
         "finish_loss",
-        "rows/kernels.cuh",
+        "loss.cuh",
         "the sums of the first blocks only",
         "for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);",
         "if (threadIdx.x < blocks && threadIdx.x < 1) sums.merge(of_block[threadIdx.x]);",
@@ -424,7 +424,7 @@ MUTANTS = [
     ),
     Mutant(
         "finish_loss",
-        "rows/kernels.cuh",
+        "loss.cuh",
         "the mean of nothing is 0",
         "sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN()",
         "sums.weight == 0 ? 0.0",

@@ -1,4 +1,4 @@
-// From a plan to launches of the kernels in rows/kernels.cuh.
+// From a plan to launches of the kernels over rows.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
