@@ -85,9 +85,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     with_kind(operands, [&]<TargetKind Kind>() {
       using A = accum<T>;
       A* max = lse.defined() ? data<A>(lse) : nullptr;
-      const CrossEntropyForward<T, Kind> forward{operands.as<T>(),
-                                                 per_row ? data<T>(loss) : nullptr, max,
-                                                 max ? max + layout.rows() : nullptr};
+      const CrossEntropyForward<T, Kind> forward{.args = operands.as<T>(),
+                                                 .losses = per_row ? data<T>(loss) : nullptr,
+                                                 .max = max,
+                                                 .log_sum = max ? max + layout.rows() : nullptr};
       if (!keep) {
         run(forward);
       } else if constexpr (!kKeepsGradient<T>) {

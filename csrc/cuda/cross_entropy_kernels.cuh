@@ -117,7 +117,7 @@ struct CrossEntropy {
 
 // Operands: logits, probabilities.
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyForward {
+struct CrossEntropyForward : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
@@ -128,7 +128,7 @@ struct CrossEntropyForward {
     A log_sum;
     A spread_loss;
   };
-  static constexpr int kReduceInputs = kIndices ? 1 : 2, kMapInputs = 0;
+  static constexpr int kReduceInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = false, kSums = true;
 
   CrossEntropy<T> args;
@@ -136,9 +136,6 @@ struct CrossEntropyForward {
   A* max;      // where a copy of the logits is kept, or null
   A* log_sum;  // likewise
 
-  __device__ Row begin(int64_t) const {
-    return {};
-  }
   template <int N>
   __device__ void reduce(State& state, const Row&, Classes c,
                          const A (&x)[kReduceInputs][N]) const {
@@ -215,9 +212,6 @@ struct CrossEntropyCopying : CrossEntropyForward<Storage, Kind> {
   static constexpr int kMapInputs = 1;
   static constexpr bool kMaps = true;
 
-  __device__ bool skips(const Row&) const {
-    return false;
-  }
   template <int N>
   __device__ void map(const Row&, Classes, const A (&x)[1][N], A (&out)[N]) const {
 #pragma unroll
@@ -241,9 +235,6 @@ struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
   A scale;
   const A* total_weight;
 
-  __device__ Row begin(int64_t) const {
-    return {};
-  }
   __device__ void finish(Row& row, const State& state, int64_t position) const {
     Forward::finish(row, state, position);
     const A grad = total_weight ? scale * reciprocal(*total_weight) : scale;
@@ -266,14 +257,13 @@ struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
 
 // Operands: a copy of the logits; or probabilities, the copy (the former are summed first).
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyBackward {
+struct CrossEntropyBackward : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
   using State = std::conditional_t<kIndices, NoState, SumState<A>>;
   using Row = GradientRow<A>;
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
-  static constexpr bool kMaps = true, kSums = false;
 
   CrossEntropy<T> args;
   const A* max;
@@ -283,8 +273,8 @@ struct CrossEntropyBackward {
   A uniform_sum;
   const A* weighted_uniform_sum;
 
-  __device__ Row begin(int64_t position) const {
-    Row row{max[position], log_sum[position], grad.of(position), A(0), 0, A(0)};
+  __device__ void begin(Row& row, int64_t position) const {
+    row = {max[position], log_sum[position], grad.of(position), A(0), 0, A(0)};
     if constexpr (kIndices) {
       A total = args.set_target(row, position);
       if constexpr (Kind == TargetKind::SmoothedIndex) {
@@ -292,23 +282,18 @@ struct CrossEntropyBackward {
       }
       row.grad_times_total = row.grad * total;
     }
-    return row;
   }
   __device__ bool skips(const Row& row) const {
     return row.target < 0;
   }
   template <int N>
   __device__ void reduce(State& state, const Row&, Classes c, const A (&p)[1][N]) const {
-    if constexpr (!kIndices) {
-      A q[N];
-      args.spread(c, p[0], q);
-      state.add(q);
-    }
+    A q[N];
+    args.spread(c, p[0], q);
+    state.add(q);
   }
   __device__ void finish(Row& row, const State& state, int64_t) const {
-    if constexpr (!kIndices) row.grad_times_total = row.grad * state.sum;
-  }
-  __device__ void report(const Row&, int64_t, LossSums&) const {
+    row.grad_times_total = row.grad * state.sum;
   }
   template <int N>
   __device__ void map(const Row& row, Classes c, const A (&x)[kMapInputs][N], A (&out)[N]) const {
@@ -318,16 +303,14 @@ struct CrossEntropyBackward {
 
 // The gradient that the forward kept, times the incoming one. Operands: that gradient.
 template <typename Storage>
-struct ScaleGradient {
+struct ScaleGradient : RowDefaults {
   using T = Storage;
   using A = accum<T>;
-  using State = NoState;
   struct Row {
     A grad;
     bool ignored;
   };
-  static constexpr int kReduceInputs = 0, kMapInputs = 1;
-  static constexpr bool kMaps = true, kSums = false;
+  static constexpr int kMapInputs = 1;
 
   const int64_t* target;  // null with probabilities
   int64_t ignore_index;
@@ -337,14 +320,12 @@ struct ScaleGradient {
   __device__ bool is_done() const {
     return in_place && !grad.per_row && grad.of(0) == A(1);
   }
-  __device__ Row begin(int64_t position) const {
-    return {grad.of(position), target && target[position] == ignore_index};
+  __device__ void begin(Row& row, int64_t position) const {
+    row = {grad.of(position), target && target[position] == ignore_index};
   }
   // Zero whatever its factor.
   __device__ bool skips(const Row& row) const {
     return row.ignored;
-  }
-  __device__ void report(const Row&, int64_t, LossSums&) const {
   }
   template <int N>
   __device__ void map(const Row& row, Classes, const A (&x)[1][N], A (&out)[N]) const {

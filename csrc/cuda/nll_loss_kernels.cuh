@@ -74,16 +74,13 @@ __global__ void __launch_bounds__(kNLLThreads)
 // No operand is read: the rows' kernels write the zeros too, which a memory set and a scatter would
 // move twice where rows are short.
 template <typename Storage>
-struct NLLLossBackward {
+struct NLLLossBackward : RowDefaults {
   using T = Storage;
   using A = accum<T>;
-  using State = NoState;
   struct Row {
     int64_t target;
     A at_target;
   };
-  static constexpr int kReduceInputs = 0, kMapInputs = 0;
-  static constexpr bool kMaps = true, kSums = false;
 
   const int64_t* target;
   int64_t classes;
@@ -91,14 +88,9 @@ struct NLLLossBackward {
   const T* weight;
   IncomingGrad<T> grad;
 
-  __device__ Row begin(int64_t row) const {
-    const int64_t t = class_of_row(target, row, classes, ignore_index);
-    return {t, t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(row)};
-  }
-  __device__ bool skips(const Row&) const {
-    return false;
-  }
-  __device__ void report(const Row&, int64_t, LossSums&) const {
+  __device__ void begin(Row& row, int64_t position) const {
+    const int64_t t = class_of_row(target, position, classes, ignore_index);
+    row = {t, t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(position)};
   }
   template <int N>
   __device__ void map(const Row& row, Classes classes, const A (&)[1][N], A (&out)[N]) const {

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
               LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
-  if (is_done(op)) return;
+  if (op.is_done()) return;
   constexpr int kTeamWarps = kWarpThreads / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t teams = kWarp ? kTeamWarps : 1;
@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
   LossSums sums = LossSums::none();
   for (int64_t row = blockIdx.x * teams + team_index; row < rows; row += gridDim.x * teams) {
     const Tensors<T> at = tensors + row * classes;
-    typename Op::Row known = op.begin(row);
+    typename Op::Row known{};
+    op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
       auto state = reduce_part(op, known, at, 0, classes, team, cache);
       state = kWarp ? reduce_lanes(state, 32) : reduce_block(state);
@@ -227,7 +228,8 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
     const int64_t row = i / slices, first = i % slices * slice_size;
     const int64_t n = classes - first < slice_size ? classes - first : slice_size;
     const auto at = tensors + (row * classes + first);
-    const auto known = op.begin(row);
+    typename Op::Row known{};
+    op.begin(known, row);
     const auto state =
         reduce_block(reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr));
     if (threadIdx.x == 0) states[i] = state;
@@ -241,13 +243,14 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
     split_finish(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
                  int64_t slices, int64_t slice_size, const typename Op::State* states,
                  LossSums* sums_of_block) {
-  if (is_done(op)) return;
+  if (op.is_done()) return;
   const Team team{threadIdx.x, blockDim.x};
   const int64_t blocks_per_row = Op::kMaps ? slices : 1;
   LossSums sums = LossSums::none();
   for (int64_t i = blockIdx.x; i < rows * blocks_per_row; i += gridDim.x) {
     const int64_t row = i / blocks_per_row, slice = i % blocks_per_row;
-    auto known = op.begin(row);
+    typename Op::Row known{};
+    op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
       auto state = Op::State::none();
       for (int64_t s = threadIdx.x % 32; s < slices; s += 32) state.merge(states[row * slices + s]);
@@ -327,7 +330,7 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
                  int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
-  if (is_done(op)) return;
+  if (op.is_done()) return;
   constexpr int kInputs = Op::kMapInputs > Op::kReduceInputs ? Op::kMapInputs : Op::kReduceInputs;
   T* const memory = reinterpret_cast<T*>(shared);
   const int64_t tile_stride =
@@ -348,7 +351,8 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
 
     for (int64_t r = team; r < count; r += teams) {
       T* const row[2] = {tiles[0] + r * classes, tiles[1] + (kInputs > 1 ? r * classes : 0)};
-      typename Op::Row known = op.begin(first + r);
+      typename Op::Row known{};
+      op.begin(known, first + r);
       if constexpr (Op::kReduceInputs > 0) {
         auto state = Op::State::none();
         for_each_class_in_tile<Op::kReduceInputs>(
@@ -413,7 +417,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
   using T = typename Op::T;
   using State = typename Op::State;
   FASTNN_DYNAMIC_SHARED(State, states);
-  if (is_done(op)) return;
+  if (op.is_done()) return;
   const int rows_at_once = static_cast<int>(blockDim.x) / slices;
   const int column = static_cast<int>(threadIdx.x) % rows_at_once;
   const int slice = static_cast<int>(threadIdx.x) / rows_at_once;
@@ -428,7 +432,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     const bool active = row < rows;
     const Tensors<T> at = tensors + (active ? row / inner * classes * inner + row % inner : 0);
     typename Op::Row known{};
-    if (active) known = op.begin(row);
+    if (active) op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
       State state = State::none();
       if (active) {

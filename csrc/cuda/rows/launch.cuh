@@ -7,7 +7,7 @@
 
 namespace fastnn::cuda {
 
-template <typename Op>
+template <RowOperator Op>
 constexpr RowTraits row_traits() {
   const int inputs = std::max(Op::kReduceInputs, Op::kMapInputs);
   return {.element_bytes = sizeof(typename Op::T),
@@ -19,13 +19,13 @@ constexpr RowTraits row_traits() {
 }
 
 // Bytes of the states that the first launch of a split plan leaves for the second.
-template <typename Op>
+template <RowOperator Op>
 int64_t states_bytes(const Plan& plan, int64_t rows) {
   return plan.path == Path::Split ? rows * plan.slices * row_traits<Op>().state_bytes : 0;
 }
 
 // `states` is of states_bytes; `sums` of plan.last_blocks, or null where the operator has none.
-template <typename Op>
+template <RowOperator Op>
 void launch_rows(const Op& op, const Plan& plan, const Layout& layout,
                  const Tensors<typename Op::T>& tensors, void* states, LossSums* sums,
                  cudaStream_t stream) {

@@ -28,7 +28,7 @@ inline std::optional<Path> forced_path() {
 // Launches the operator; `sums` has room for those of plan.last_blocks, or is null where the
 // operator has none. On the current stream, whose order also keeps the memory between the launches
 // safe to reuse.
-template <typename Op>
+template <RowOperator Op>
 void run_rows(const Op& op, const Plan& plan, const Layout& layout,
               const Tensors<typename Op::T>& tensors, const at::TensorOptions& options,
               LossSums* sums = nullptr) {
@@ -38,7 +38,7 @@ void run_rows(const Op& op, const Plan& plan, const Layout& layout,
               c10::cuda::getCurrentCUDAStream());
 }
 
-template <typename Op>
+template <RowOperator Op>
 Plan plan_of(const Layout& layout) {
   return plan_rows(layout, row_traits<Op>(), forced_path());
 }

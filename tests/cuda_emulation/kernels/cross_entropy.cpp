@@ -81,8 +81,10 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
   Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows),
                  Buffer<T>(rows),        Buffer<T>(1),
                  Buffer<accum<T>>(1),    Buffer<T>(elements(layout), offsets.output)};
-  const auto op = make(CrossEntropyForward<T, Kind>{
-      problem.arguments(), out.losses.data(), lse ? out.max.data() : nullptr, out.log_sum.data()});
+  const auto op = make(CrossEntropyForward<T, Kind>{.args = problem.arguments(),
+                                                    .losses = out.losses.data(),
+                                                    .max = lse ? out.max.data() : nullptr,
+                                                    .log_sum = out.log_sum.data()});
   using Op = std::remove_const_t<decltype(op)>;
   const Plan plan = plan_of<Op>(layout, way);
   std::vector<LossSums> sums(plan.last_blocks);
@@ -178,10 +180,12 @@ void check_backward(const Problem<T>& problem, const Way& way, const Offsets& of
                 options.label_smoothing / std::max<double>(layout.classes, 1),
                 weighted_uniform_sum.data());
   using Op = CrossEntropyBackward<T, Kind>;
-  const Op op{
-      problem.arguments(),        saved.max.data(),
-      saved.log_sum.data(),       {grad.data(), per_row, per_row ? nullptr : total_weight.data()},
-      A(options.label_smoothing), options.weighted ? weighted_uniform_sum.data() : nullptr};
+  const Op op{.args = problem.arguments(),
+              .max = saved.max.data(),
+              .log_sum = saved.log_sum.data(),
+              .grad = {grad.data(), per_row, per_row ? nullptr : total_weight.data()},
+              .uniform_sum = A(options.label_smoothing),
+              .weighted_uniform_sum = options.weighted ? weighted_uniform_sum.data() : nullptr};
   Buffer<T> grad_input = in_place ? saved.kept : Buffer<T>(elements(layout), offsets.output);
   const T* logits = in_place ? grad_input.data() : saved.kept.data();
   Tensors<T> tensors{{logits, nullptr}, grad_input.data()};
@@ -204,7 +208,10 @@ void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offse
   Buffer<T> grad_input =
       in_place ? saved.kept : Buffer<T>(elements(problem.layout), offsets.output);
   using Op = ScaleGradient<T>;
-  const Op op{problem.arguments().target, kIgnored, {grad.data(), per_row, nullptr}, in_place};
+  const Op op{.target = problem.arguments().target,
+              .ignore_index = kIgnored,
+              .grad = {grad.data(), per_row, nullptr},
+              .in_place = in_place};
   const T* kept = in_place ? grad_input.data() : saved.kept.data();
   run_rows(op, plan_of<Op>(problem.layout, way), problem.layout,
            Tensors<T>{{kept, nullptr}, grad_input.data()});
@@ -224,7 +231,10 @@ void check_scale_by_one(const Problem<T>& problem, const Way& way) {
   Buffer<T> kept(elements(problem.layout)), one(1);  // NaN
   one[0] = static_cast<T>(1);
   using Op = ScaleGradient<T>;
-  const Op op{problem.arguments().target, kIgnored, {one.data(), false, nullptr}, true};
+  const Op op{.target = problem.arguments().target,
+              .ignore_index = kIgnored,
+              .grad = {one.data(), false, nullptr},
+              .in_place = true};
   run_rows(op, plan_of<Op>(problem.layout, way), problem.layout,
            Tensors<T>{{kept.data(), nullptr}, kept.data()});
   for (int64_t i = 0; i < kept.size(); ++i) expect(std::isnan(kept(i)), "nothing is written");
@@ -332,8 +342,10 @@ const Test bad("cross_entropy: target out of range", [] {
     LossSums sums[3];
     bool ended = false;
     try {
-      run_rows(Op{problem.arguments(), nullptr, nullptr, nullptr}, plan_of<Op>(layout, {"subwarp"}),
-               layout, {{problem.logits.data(), nullptr}, nullptr}, sums);
+      run_rows(
+          Op{.args = problem.arguments(), .losses = nullptr, .max = nullptr, .log_sum = nullptr},
+          plan_of<Op>(layout, {"subwarp"}), layout, {{problem.logits.data(), nullptr}, nullptr},
+          sums);
     } catch (const fastnn::cuda_emulation::Fault& fault) {
       ended = std::strstr(fault.what(), "Target is out of bounds") != nullptr;
     }

@@ -79,11 +79,11 @@ void nll_loss_backward(const Problem<T>& problem, const Way& way, const Offsets&
   const auto grad = random_buffer<T>(per_row ? layout.rows() : 1, offsets.first);
   const accum<T> total_weight = 3;
   using Op = NLLLossBackward<T>;
-  const Op op{problem.target.data(),
-              layout.classes,
-              kIgnored,
-              problem.weighted ? problem.weight.data() : nullptr,
-              {grad.data(), per_row, per_row ? nullptr : &total_weight}};
+  const Op op{.target = problem.target.data(),
+              .classes = layout.classes,
+              .ignore_index = kIgnored,
+              .weight = problem.weighted ? problem.weight.data() : nullptr,
+              .grad = {grad.data(), per_row, per_row ? nullptr : &total_weight}};
   const Plan plan = plan_of<Op>(layout, way);
   Buffer<T> grad_input(elements(layout), offsets.output);
   run_rows(op, plan, layout, {{nullptr, nullptr}, grad_input.data()});

@@ -70,7 +70,7 @@ void cross_entropy(const Problem& problem) {
                                           1,
                                           0};
   const without::CrossEntropyForward<float, TargetKind::Index> forward{
-      args, losses.data(), lse.data(), lse.data() + kRows};
+      .args = args, .losses = losses.data(), .max = lse.data(), .log_sum = lse.data() + kRows};
   problem.run(forward, nullptr, sums.data());
   for (int64_t row = 0; row < kRows; ++row) {
     expect((losses(row) > 0) == Problem::counts(row), "a loss of a target out of range is zero");
@@ -85,8 +85,12 @@ void cross_entropy(const Problem& problem) {
          "a target out of range has no weight");
   one[0] = 1;
   problem.run(
-      without::CrossEntropyBackward<float, TargetKind::Index>{
-          args, lse.data(), lse.data() + kRows, {one.data(), false, nullptr}, 0, nullptr},
+      without::CrossEntropyBackward<float, TargetKind::Index>{.args = args,
+                                                              .max = lse.data(),
+                                                              .log_sum = lse.data() + kRows,
+                                                              .grad = {one.data(), false, nullptr},
+                                                              .uniform_sum = 0,
+                                                              .weighted_uniform_sum = nullptr},
       grad.data(), nullptr);
   problem.expect_zero_rows(grad);
 }
@@ -108,11 +112,11 @@ void nll_loss(const Problem& problem) {
     expect((losses(row) != 0) == Problem::counts(row), "a loss of a target out of range is zero");
   }
   one[0] = 1;
-  problem.run(without::NLLLossBackward<float>{problem.target.data(),
-                                              kClasses,
-                                              -100,
-                                              problem.weight.data(),
-                                              {one.data(), false, nullptr}},
+  problem.run(without::NLLLossBackward<float>{.target = problem.target.data(),
+                                              .classes = kClasses,
+                                              .ignore_index = -100,
+                                              .weight = problem.weight.data(),
+                                              .grad = {one.data(), false, nullptr}},
               grad.data(), nullptr);
   problem.expect_zero_rows(grad);
 }
