@@ -73,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   const auto run = [&]<typename Op>(const Op& op) {
     using T = typename Op::T;
     const Plan plan = plan_of<Op>(layout);
-    const BlockSums sums(plan.last_blocks, input.options());
+    const BlockSums sums(summing_blocks(plan), input.options());
     const Tensors<T> tensors{{op.args.logits, op.args.target_probs},
                              Op::kMaps ? data<T>(kept) : nullptr};
     run_rows(op, plan, layout, tensors, input.options(), sums.data());

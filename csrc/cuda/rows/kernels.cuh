@@ -191,9 +191,8 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
   if (op.is_done()) return;
-  constexpr int kTeamWarps = kWarpThreads / 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t teams = kWarp ? kTeamWarps : 1;
+  const int64_t teams = kWarp ? kWarpTeams : 1;
   const int64_t team_index = kWarp ? warp : 0;
   const Team team{kWarp ? threadIdx.x % 32 : threadIdx.x, kWarp ? 32 : blockDim.x};
   Vec<T>* cache = kRereads<Op> && cached

@@ -3,6 +3,8 @@
 
 #include <c10/cuda/CUDAException.h>
 
+#include <variant>
+
 #include "cuda/rows/kernels.cuh"
 
 namespace fastnn::cuda {
@@ -21,49 +23,68 @@ constexpr RowTraits row_traits() {
 // Bytes of the states that the first launch of a split plan leaves for the second.
 template <RowOperator Op>
 int64_t states_bytes(const Plan& plan, int64_t rows) {
-  return plan.path == Path::Split ? rows * plan.slices * row_traits<Op>().state_bytes : 0;
+  const auto* split = std::get_if<SplitPlan>(&plan);
+  return split ? rows * split->slices * row_traits<Op>().state_bytes : 0;
 }
 
-// `states` is of states_bytes; `sums` of plan.last_blocks, or null where the operator has none.
+// The launches of a plan of each path.
+template <RowOperator Op>
+struct RowsLauncher {
+  const Op& op;
+  const Layout& layout;
+  const Tensors<typename Op::T>& tensors;
+  typename Op::State* states;
+  LossSums* sums;
+  cudaStream_t stream;
+
+  void operator()(const SubwarpPlan& plan) const {
+    FASTNN_LAUNCH((subwarp_rows<Op>), unsigned(plan.blocks), kSubwarpThreads,
+                  size_t(plan.shared_bytes), stream, op, tensors, layout.rows(), layout.classes,
+                  plan.lanes, plan.tile_rows, sums);
+  }
+  void operator()(const WarpPlan& plan) const {
+    FASTNN_LAUNCH((team_rows<Op, true>), unsigned(plan.blocks), kWarpThreads,
+                  size_t(plan.cache_bytes), stream, op, tensors, layout.rows(), layout.classes,
+                  plan.cache_bytes > 0, sums);
+  }
+  void operator()(const BlockPlan& plan) const {
+    FASTNN_LAUNCH((team_rows<Op, false>), unsigned(plan.blocks), unsigned(plan.threads),
+                  size_t(plan.cache_bytes), stream, op, tensors, layout.rows(), layout.classes,
+                  plan.cache_bytes > 0, sums);
+  }
+  void operator()(const SplitPlan& plan) const {
+    const unsigned threads(plan.threads);
+    if constexpr (Op::kReduceInputs > 0) {
+      FASTNN_LAUNCH((split_reduce<Op>), unsigned(plan.reduce_blocks), threads, 0, stream, op,
+                    tensors, layout.rows(), layout.classes, plan.slices, plan.slice_size, states);
+    }
+    FASTNN_LAUNCH((split_finish<Op>), unsigned(plan.blocks), Op::kMaps ? threads : 32, 0, stream,
+                  op, tensors, layout.rows(), layout.classes, plan.slices, plan.slice_size, states,
+                  sums);
+  }
+  void operator()(const StridedPlan& plan) const {
+    FASTNN_LAUNCH((strided_rows<Op>), unsigned(plan.blocks),
+                  unsigned(plan.rows_at_once * plan.slices), size_t(plan.shared_bytes), stream, op,
+                  tensors, layout.rows(), layout.classes, layout.inner, plan.slices,
+                  plan.slice_size, sums);
+  }
+};
+
+// `states` is of states_bytes; `sums` of summing_blocks, or null where the operator has none.
 template <RowOperator Op>
 void launch_rows(const Op& op, const Plan& plan, const Layout& layout,
                  const Tensors<typename Op::T>& tensors, void* states, LossSums* sums,
                  cudaStream_t stream) {
-  static_assert(32 * (sizeof(typename Op::State) + sizeof(LossSums)) <= kReductionBytes);
-  const int64_t rows = layout.rows(), classes = layout.classes;
-  if (rows == 0) return;
-  const auto blocks = static_cast<unsigned>(plan.blocks);
-  const auto last_blocks = static_cast<unsigned>(plan.last_blocks);
-  const auto threads = static_cast<unsigned>(plan.threads);
-  const auto shared = static_cast<size_t>(plan.shared_bytes);
-  switch (plan.path) {
-    case Path::Subwarp:
-      FASTNN_LAUNCH((subwarp_rows<Op>), blocks, threads, shared, stream, op, tensors, rows, classes,
-                    plan.lanes, plan.tile_rows, sums);
-      return;
-    case Path::Warp:
-      FASTNN_LAUNCH((team_rows<Op, true>), blocks, threads, shared, stream, op, tensors, rows,
-                    classes, plan.cached, sums);
-      return;
-    case Path::Block:
-      FASTNN_LAUNCH((team_rows<Op, false>), blocks, threads, shared, stream, op, tensors, rows,
-                    classes, plan.cached, sums);
-      return;
-    case Path::Split: {
-      auto* state_of_slice = static_cast<typename Op::State*>(states);
-      if constexpr (Op::kReduceInputs > 0) {
-        FASTNN_LAUNCH((split_reduce<Op>), blocks, threads, 0, stream, op, tensors, rows, classes,
-                      plan.slices, plan.slice_size, state_of_slice);
-      }
-      FASTNN_LAUNCH((split_finish<Op>), last_blocks, Op::kMaps ? threads : 32, 0, stream, op,
-                    tensors, rows, classes, plan.slices, plan.slice_size, state_of_slice, sums);
-      return;
-    }
-    case Path::Strided:
-      FASTNN_LAUNCH((strided_rows<Op>), blocks, threads, shared, stream, op, tensors, rows, classes,
-                    layout.inner, static_cast<int>(plan.slices), plan.slice_size, sums);
-      return;
-  }
+  using State = typename Op::State;
+  static_assert(32 * (sizeof(State) + sizeof(LossSums)) <= kReductionBytes);
+  if (layout.rows() == 0) return;
+  std::visit(RowsLauncher<Op>{.op = op,
+                              .layout = layout,
+                              .tensors = tensors,
+                              .states = static_cast<State*>(states),
+                              .sums = sums,
+                              .stream = stream},
+             plan);
 }
 
 }  // namespace fastnn::cuda

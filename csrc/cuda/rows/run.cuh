@@ -25,7 +25,7 @@ inline std::optional<Path> forced_path() {
                     "'");
 }
 
-// Launches the operator; `sums` has room for those of plan.last_blocks, or is null where the
+// Launches the operator; `sums` has room for those of summing_blocks(plan), or is null where the
 // operator has none. On the current stream, whose order also keeps the memory between the launches
 // safe to reuse.
 template <RowOperator Op>

@@ -87,11 +87,11 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
                                                     .log_sum = out.log_sum.data()});
   using Op = std::remove_const_t<decltype(op)>;
   const Plan plan = plan_of<Op>(layout, way);
-  std::vector<LossSums> sums(plan.last_blocks);
+  std::vector<LossSums> sums(summing_blocks(plan));
   run_rows(op, plan, layout, operands(problem, Op::kMaps ? out.kept.data() : nullptr), sums.data());
   // Of no rows nothing is launched, and no sums are left.
   FASTNN_LAUNCH((finish_loss<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
-                rows == 0 ? 0 : plan.last_blocks, /*mean=*/problem.options.weighted,
+                rows == 0 ? 0 : summing_blocks(plan), /*mean=*/problem.options.weighted,
                 out.loss.data(), out.total_weight.data());
   if (lse) expect_same_in_every_order(out.log_sum);
   if (Op::kMaps) expect_same_in_every_order(out.kept);
