@@ -3,31 +3,7 @@
 // A class index t gives q = (1 - s) * w_t at t plus the spread part s / C * w_c at every class c;
 // probabilities p give the spread part w_c * ((1 - s) * p_c + s / C) alone (s: label smoothing,
 // w: class weights).
-//
-// The forward reads the logits (and probabilities) once; of each row it reads 8 bytes of target and
-// with reduction 'none' writes the loss. Where a gradient is wanted it writes one tensor more, of
-// the logits' size: of float32 and float64 the gradient, of narrower types a copy of the logits,
-// with the maximum and the log of the sum of each row. An element costs one exponential (two with a
-// gradient) and three operations (class indices) to about ten (probabilities). So with n logits of
-// sizeof(T) bytes, at B bytes/s, the bound is n * sizeof(T) / B seconds, twice that with a
-// gradient; with probabilities 2 and 3 times n * sizeof(T) / B. What there is of each row counts
-// where rows are short. Class weights are read for each element where there is smoothing or
-// probabilities, but from a cache. rows/kernels.cuh says where the bounds hold, rows/plan.h why the
-// launches should reach them.
-//
-// The backward over the gradient reads one number and ends where that is 1; else it reads and
-// writes the gradient, 2 * n * sizeof(T) / B seconds. Over a copy of the logits it reads that and
-// what was left of each row, and writes the gradient in as long (half as much again with
-// probabilities).
-//
-// 'mean' over class indices divides by the weight of the targets, which a gradient needs before the
-// logits are read: sum_target_weights reads 8 bytes a row, and one block adds up what its blocks
-// leave. Two short launches, where the backward would have to read and write the gradient.
-//
-// sum_class_weights runs before a backward over a copy, with class weights and smoothing: one block
-// reads classes * sizeof(T) bytes, 512 classes a turn. That is one turn for most losses; for 32000
-// classes it is 63, an estimated 10 to 40 us, less than the pass itself takes over a thousand rows
-// or more.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <type_traits>

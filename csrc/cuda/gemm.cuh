@@ -5,22 +5,7 @@
 // next tiles travel from global memory to registers while the current ones, in shared memory and
 // already in the type that is summed in, are multiplied. There are two buffers of shared memory, so
 // that one barrier to a step suffices.
-//
-// Work: 2 * rows * cols * depth flop; at least (rows + cols) * depth + rows * cols elements moved.
-// On a GPU of F flop/s (without tensor cores) and B bytes/s the bound is the greater of
-// 2 * rows * cols * depth / F seconds, which it is unless a matrix is narrow, and of these
-// elements' bytes / B.
-//
-// Each element of `a` is loaded once for every column of tiles and each of `b` once for every row
-// of them. With a tile of 128 x 64 that is 43 multiply-adds for an element loaded, 21 flop to a
-// byte of float32. A GPU with HBM asks for about that or less (F / B is 10 to 25): it reaches F
-// with hardly a load from a cache. One with GDDR asks for 20 to 100: there the second-level cache
-// must serve most of the loads (four fifths at 100), at F / 21 bytes/s. It holds them: the tiles of
-// a row of tiles are computed side by side and at about the same steps, so that all but the first
-// find their part of `a` in it, and so with `b` and the rows of tiles under way. Whether it is fast
-// enough, at up to 5 * B, isn't known. Of shared memory a warp takes
-// 4 turns for every 32 multiply-adds, which take 8 turns or more of the arithmetic units; while one
-// block waits at its barrier, another multiplies.
+// What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <type_traits>

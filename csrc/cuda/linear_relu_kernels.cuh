@@ -1,13 +1,6 @@
 // The backward of ReLU and of the bias in one pass: the mask over the gradient, and the columns'
 // sums.
-//
-// Moves 3 * rows * cols elements (gradient and output read, the masked gradient written) or 2 where
-// only the bias gradient is wanted, and does two operations for each: on a GPU with B bytes/s the
-// bound is 3 * rows * cols * sizeof(T) / B seconds. To reach it there must be B * 600 ns or so of
-// bytes on their way, 15 KiB for each multiprocessor of an H100 and 32 of a B200: the 2048 threads
-// that fit one ask for 32 bytes each, 64 KiB. The partial sums, one to 64 rows of a column and at
-// most 512 of it, add one part in 32 to the bytes at the most. column_sums_kernel reads them: a
-// block for 32 columns, whose 1024 threads take at most 16 readings each, one after the other.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include "cuda/integers.cuh"

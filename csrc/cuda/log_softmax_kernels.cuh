@@ -1,10 +1,5 @@
 // log_softmax over the classes of each row, and its backward: grad - softmax * sum(grad).
-//
-// Either moves each operand and its result through memory once: of n elements 2 * n * sizeof(T)
-// bytes forward and 3 * n * sizeof(T) backward, at one exponential and five operations to an
-// element forward, three backward. At B bytes/s the bounds are 2 * n * sizeof(T) / B and 3 * n *
-// sizeof(T) / B seconds. rows/kernels.cuh says where they hold (what is read twice must be found in
-// a cache the second time), rows/plan.h why the launches should reach them.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include "cuda/rows/operator.cuh"

@@ -1,18 +1,5 @@
 // nll_loss, and its backward.
-//
-// The forward reads for each row 8 bytes of target, side by side, and from anywhere in memory one
-// element, which costs a sector of 32 bytes (or the whole row, where that is shorter); another such
-// for the class weight, where there are more of these than a cache holds. With reduction 'none' it
-// writes sizeof(T) bytes a row. It multiplies once and adds twice, in double. So at B bytes/s the
-// bound is 40 * rows / B seconds, (72 + sizeof(T)) * rows / B with far weights and 'none'; sectors
-// in no order may come slower than B. A thread has 4 of them on their way, a block 32 KiB: as
-// much as a multiprocessor needs (see rows/plan.h). That takes 1024 rows to each
-// multiprocessor: with fewer rows the time is that of two readings, one after the other, and of
-// two launches (the other is finish_loss, see loss.cuh).
-//
-// The backward writes rows * classes elements, zero but for one of each row, and reads 8 bytes a
-// row (8 + sizeof(T) with 'none', and a sector for a far weight), at one comparison to an element:
-// the bound is rows * (classes * sizeof(T) + 8) / B seconds. rows/plan.h has its launch.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include "cuda/loss.cuh"

@@ -1,21 +1,5 @@
 // Kernels that walk the rows (over classes) of a tensor, written once for all operators that do.
-//
-// The bound: each operand is read once and the output written once, which at B bytes/s takes
-// (operands + output) / B seconds. The arithmetic, one exponential (some seven instructions) and
-// three to ten operations to an element, is below what a GPU does meanwhile: an H100 34
-// instructions for each float it can read. It is level with that in cross_entropy's forward over
-// bfloat16 (about a dozen instructions to 2 bytes, in whose time an A100 does 10 to 13), and above
-// it in float64 on GPUs that do a 64th as many of its operations. Why the launches should reach B:
-// see rows/plan.h.
-//
-// A second reading (log_softmax both ways, cross_entropy's backward with probabilities: the first
-// operand) isn't counted. It finds rows of up to 46 KiB in shared memory. Longer ones, those of
-// several blocks and those whose classes lie apart must still be in the second-level cache, which
-// holds while the rows under way fit it: of 125 KiB, two to a multiprocessor, an H100 has 32 MiB
-// under way and 50 in the cache, but an RTX 3090 20 MiB and 6. (All rows are under way where
-// several blocks share each: between their two launches.) Where they don't fit, the second reading
-// comes from memory, and the time is up to 1.5 times the bound (log_softmax, which then moves three
-// tensors in place of two), 1.33 times in the backwards.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <type_traits>

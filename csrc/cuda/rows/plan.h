@@ -1,24 +1,5 @@
 // How the rows of a tensor are handed to threads: the choice, which the host makes.
-//
-// To move B bytes/s there must be B * 600 ns or so of bytes on their way: 15 KiB for each
-// multiprocessor of an H100, 32 of a B200, less for most. A GPU is kept busy by some 10^5 threads
-// with a few vectors in flight each:
-// - Up to 256 classes a warp alone would have lanes idle and rows start at any alignment; a block
-//   that copies whole tiles of rows uses all lanes and 128-bit accesses throughout. Tiles are of
-//   8 KiB or so, and some of a multiprocessor's blocks load theirs while others compute.
-// - Up to 4 KiB a row gives each lane of a warp at most eight vectors, and the reduction needs no
-//   barrier. 768 threads to a multiprocessor have up to 48 KiB on their way, but 12 KiB in rows of
-//   less than 2 KiB, a vector each: these may stay a fifth below B on an H100, more on a B200.
-// - Longer rows, or too few of them to fill the GPU with warps, have a block each. 1024 threads to
-//   a multiprocessor have 64 bytes each on their way where rows have 32 KiB or more, 16 to 64 in
-//   shorter ones. Several blocks share a multiprocessor, one to load while another reduces.
-// - Few rows of a size that takes a block long (8 x 1M) would leave most of the GPU idle: several
-//   blocks share one, 768 threads to a multiprocessor with 64 bytes each.
-// - Where the classes lie apart neighbouring threads have neighbouring rows, and a warp's loads
-//   fill whole sectors: 1024 threads to a multiprocessor, 8 elements each on their way
-//   (of float64 four).
-// Of float64 half to two thirds as many threads fit. Fewer rows than this takes, as (64, 1000),
-// can't reach B: their time is that of a launch and of a few readings one after the other.
+// Its reasons: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <algorithm>
@@ -112,7 +93,6 @@ inline int64_t power_of_two(int64_t n) {
   return p;
 }
 
-// The choice, whose reasons stand at the top.
 inline Path choose_path(const Layout& layout, int64_t element_bytes) {
   if (layout.inner != 1) return Path::Strided;
   const int64_t row_bytes = layout.classes * element_bytes;
