@@ -29,7 +29,7 @@ struct GradientRow {
 
 // What both directions know. `weight` may be null; so is `target` or `target_probs`, the other one.
 template <typename T>
-struct CrossEntropy {
+struct CrossEntropyArgs {
   using A = accum<T>;
 
   const T* logits;
@@ -93,7 +93,7 @@ struct CrossEntropy {
 
 // Operands: logits, probabilities.
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyForward : RowDefaults {
+struct CrossEntropyForwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
@@ -107,7 +107,7 @@ struct CrossEntropyForward : RowDefaults {
   static constexpr int kReduceInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = false, kSums = true;
 
-  CrossEntropy<T> args;
+  CrossEntropyArgs<T> args;
   T* losses;   // may be null
   A* max;      // where a copy of the logits is kept, or null
   A* log_sum;  // likewise
@@ -182,9 +182,9 @@ struct CrossEntropyForward : RowDefaults {
 
 // The forward that also writes a copy of the logits.
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyCopying : CrossEntropyForward<Storage, Kind> {
+struct CrossEntropyCopyingRows : CrossEntropyForwardRows<Storage, Kind> {
   using A = accum<Storage>;
-  using Row = typename CrossEntropyForward<Storage, Kind>::Row;
+  using Row = typename CrossEntropyForwardRows<Storage, Kind>::Row;
   static constexpr int kMapInputs = 1;
   static constexpr bool kMaps = true;
 
@@ -198,9 +198,9 @@ struct CrossEntropyCopying : CrossEntropyForward<Storage, Kind> {
 // The forward that also writes the gradient times `scale`, divided by the total weight where that
 // isn't null.
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
+struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
   using A = accum<Storage>;
-  using Forward = CrossEntropyForward<Storage, Kind>;
+  using Forward = CrossEntropyForwardRows<Storage, Kind>;
   using State = typename Forward::State;
   struct Row : Forward::Row {
     GradientRow<A> gradient;
@@ -233,7 +233,7 @@ struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
 
 // Operands: a copy of the logits; or probabilities, the copy (the former are summed first).
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyBackward : RowDefaults {
+struct CrossEntropyBackwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
@@ -241,7 +241,7 @@ struct CrossEntropyBackward : RowDefaults {
   using Row = GradientRow<A>;
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
 
-  CrossEntropy<T> args;
+  CrossEntropyArgs<T> args;
   const A* max;
   const A* log_sum;
   IncomingGrad<T> grad;
@@ -279,7 +279,7 @@ struct CrossEntropyBackward : RowDefaults {
 
 // The gradient that the forward kept, times the incoming one. Operands: that gradient.
 template <typename Storage>
-struct ScaleGradient : RowDefaults {
+struct ScaleGradientRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   struct Row {
@@ -313,8 +313,8 @@ struct ScaleGradient : RowDefaults {
 // Each block's part of what 'mean' divides by.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    sum_target_weights(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index,
-                       const T* weight, LossSums* sums_of_block) {
+    sum_target_weights_kernel(const int64_t* target, int64_t rows, int64_t classes,
+                              int64_t ignore_index, const T* weight, LossSums* sums_of_block) {
   LossSums sums = LossSums::none();
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
 #pragma unroll 4
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 // block.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    sum_class_weights(const T* weight, int64_t classes, double factor, accum<T>* result) {
+    sum_class_weights_kernel(const T* weight, int64_t classes, double factor, accum<T>* result) {
   SumState<double> state = SumState<double>::none();
   for (int64_t c = threadIdx.x; c < classes; c += blockDim.x) {
     state.sum += static_cast<double>(class_weight_at(weight, c));

@@ -11,7 +11,7 @@ namespace fastnn::cuda {
 constexpr int kReluThreads = 256;
 
 template <typename T>
-struct ReluBackward {
+struct ReluBackwardArgs {
   int64_t rows;
   int64_t cols;
   const T* grad;
@@ -28,7 +28,7 @@ struct ReluBackward {
 // columns throughout, whatever their alignment. With a kWidth of a vector's, grad, output and
 // grad_linear are equally far from a 16-byte boundary.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackward<T> args) {
+__global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwardArgs<T> args) {
   using A = accum<T>;
   static_assert(kWidth == 1 || kWidth == kVecSize<T>);
   const T* __restrict__ grad = args.grad;
@@ -140,7 +140,7 @@ struct ReluBackwardPlan {
 };
 
 template <typename T>
-ReluBackwardPlan plan_relu_backward(const ReluBackward<T>& args) {
+ReluBackwardPlan plan_relu_backward(const ReluBackwardArgs<T>& args) {
   constexpr int64_t kWidth = kVecSize<T>;
   // Enough to occupy the largest GPU with blocks of 256 threads.
   constexpr int64_t kBlocks = 1024;
@@ -176,7 +176,8 @@ ReluBackwardPlan plan_relu_backward(const ReluBackward<T>& args) {
 }
 
 template <typename T>
-void launch_relu_backward(ReluBackward<T> args, const ReluBackwardPlan& plan, cudaStream_t stream) {
+void launch_relu_backward(ReluBackwardArgs<T> args, const ReluBackwardPlan& plan,
+                          cudaStream_t stream) {
   args.phases = plan.phases;
   if (plan.vectors) {
     FASTNN_LAUNCH((relu_backward_kernel<T, kVecSize<T>>), plan.grid, plan.block, 0, stream, args);

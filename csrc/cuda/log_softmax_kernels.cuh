@@ -7,7 +7,7 @@
 namespace fastnn::cuda {
 
 template <typename Storage>
-struct LogSoftmax : RowDefaults {
+struct LogSoftmaxRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   using State = SoftmaxState<T>;
@@ -30,7 +30,7 @@ struct LogSoftmax : RowDefaults {
 
 // Operands: grad, output. A row's sum is all that its threads know.
 template <typename Storage>
-struct LogSoftmaxBackward : RowDefaults {
+struct LogSoftmaxBackwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   using State = SumState<A>;

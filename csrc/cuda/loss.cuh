@@ -53,8 +53,8 @@ struct IncomingGrad {
 inline constexpr int kFinishThreads = 512;
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_loss(const LossSums* of_block, int64_t blocks, bool mean, T* loss,
-                accum<T>* total_weight) {
+    finish_loss_kernel(const LossSums* of_block, int64_t blocks, bool mean, T* loss,
+                       accum<T>* total_weight) {
   LossSums sums = LossSums::none();
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);

@@ -10,7 +10,7 @@ namespace fastnn::cuda {
 
 // `weight` and `losses` may be null.
 template <typename T>
-struct NLLLoss {
+struct NLLLossArgs {
   const T* log_probs;
   RowStrides strides;
   const int64_t* target;
@@ -27,7 +27,7 @@ inline constexpr int kNLLUnroll = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kNLLThreads)
-    nll_loss_rows(NLLLoss<T> args, LossSums* sums_of_block) {
+    nll_loss_kernel(NLLLossArgs<T> args, LossSums* sums_of_block) {
   using A = accum<T>;
   LossSums sums = LossSums::none();
   constexpr int64_t kRowsAtOnce = kNLLThreads * kNLLUnroll;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kNLLThreads)
 // No operand is read: the rows' kernels write the zeros too, which a memory set and a scatter would
 // move twice where rows are short.
 template <typename Storage>
-struct NLLLossBackward : RowDefaults {
+struct NLLLossBackwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   struct Row {

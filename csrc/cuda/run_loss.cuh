@@ -29,7 +29,7 @@ struct BlockSums {
 template <typename T>
 void run_finish_loss(const BlockSums& sums, bool empty, at::Reduction::Reduction reduction, T* loss,
                      const at::Tensor& total_weight) {
-  FASTNN_LAUNCH((finish_loss<T>), 1, kFinishThreads, 0, c10::cuda::getCurrentCUDAStream(),
+  FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, c10::cuda::getCurrentCUDAStream(),
                 sums.data(), empty ? 0 : sums.blocks, reduction == at::Reduction::Mean, loss,
                 data<accum<T>>(total_weight));
 }

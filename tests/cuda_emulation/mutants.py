@@ -88,7 +88,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "team_rows",
+        "team_rows_kernel",
         "rows/kernels.cuh",
         "vectors up to one past the last",
         "for (; v < peel.vecs; v += team.size) vecs(",
@@ -96,7 +96,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "team_rows",
+        "team_rows_kernel",
         "rows/kernels.cuh",
         "teams' caches overlap",
         "caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>)",
@@ -120,7 +120,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "split_reduce",
+        "split_reduce_kernel",
         "rows/kernels.cuh",
         "the last slice as long as the others",
         "    const int64_t row = i / slices, first = i % slices * slice_size;\n"
@@ -130,7 +130,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "team_rows",
+        "team_rows_kernel",
         "rows/plan.h",
         "a row's cache takes all shared memory",
         "inline constexpr int64_t kSharedBytes = 48 * 1024 - kReductionBytes;",
@@ -138,7 +138,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "split_reduce",
+        "split_reduce_kernel",
         "rows/kernels.cuh",
         "a thread's state instead of the block's",
         "reduce_block(reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr));",
@@ -146,7 +146,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "split_finish",
+        "split_finish_kernel",
         "rows/kernels.cuh",
         "merges the states of the row before",
         "state.merge(states[row * slices + s])",
@@ -154,7 +154,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "split_finish",
+        "split_finish_kernel",
         "rows/kernels.cuh",
         "stops at the 32nd slice",
         "for (int64_t s = threadIdx.x % 32; s < slices; s += 32)",
@@ -162,7 +162,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "subwarp_rows",
+        "subwarp_rows_kernel",
         "rows/kernels.cuh",
         "no barrier after the rows are loaded",
         "    __syncthreads();  // rows are read by other threads than those that loaded them\n",
@@ -170,7 +170,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "subwarp_rows",
+        "subwarp_rows_kernel",
         "rows/kernels.cuh",
         "no barrier before the results are stored",
         "    __syncthreads();  // all results are there; and nobody reads what the next tile "
@@ -179,7 +179,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "subwarp_rows",
+        "subwarp_rows_kernel",
         "rows/kernels.cuh",
         "no barrier before the next tile",
         "      __syncthreads();  // before the next tile replaces results that another thread "
@@ -188,7 +188,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "subwarp_rows",
+        "subwarp_rows_kernel",
         "rows/kernels.cuh",
         "the last tile has as many rows as the others",
         "const int64_t count = rows - first < tile_rows ? rows - first : tile_rows;",
@@ -196,7 +196,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "strided_rows",
+        "strided_rows_kernel",
         "rows/kernels.cuh",
         "threads without a row run too",
         "const bool active = row < rows;",
@@ -204,7 +204,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "strided_rows",
+        "strided_rows_kernel",
         "rows/kernels.cuh",
         "no barrier before the slices' states are merged",
         "        states[threadIdx.x] = state;\n        __syncthreads();",
@@ -212,7 +212,7 @@ MUTANTS = [
         "log_softmax",
     ),
     Mutant(
-        "strided_rows",
+        "strided_rows_kernel",
         "rows/kernels.cuh",
         "no barrier before the next rows' states",
         "        __syncthreads();  // before the next rows' states replace these\n",
@@ -351,7 +351,7 @@ MUTANTS = [
         "cross_entropy",
     ),
     Mutant(
-        "sum_target_weights",
+        "sum_target_weights_kernel",
         "cross_entropy_kernels.cuh",
         "one thread's sum instead of the block's",
         "  sums = reduce_block(sums);\n  if (threadIdx.x == 0) sums_of_block[blockIdx.x] = sums;",
@@ -359,7 +359,7 @@ MUTANTS = [
         "cross_entropy",
     ),
     Mutant(
-        "sum_target_weights",
+        "sum_target_weights_kernel",
         "cross_entropy_kernels.cuh",
         "each block sums all rows",
         "static_cast<int64_t>(gridDim.x) * blockDim.x;\n#pragma unroll 4",
@@ -367,7 +367,7 @@ MUTANTS = [
         "cross_entropy",
     ),
     Mutant(
-        "sum_class_weights",
+        "sum_class_weights_kernel",
         "cross_entropy_kernels.cuh",
         "every class but the first of each thread",
         "for (int64_t c = threadIdx.x; c < classes; c += blockDim.x) {\n    state.sum",
@@ -375,7 +375,7 @@ MUTANTS = [
         "cross_entropy",
     ),
     Mutant(
-        "sum_class_weights",
+        "sum_class_weights_kernel",
         "cross_entropy_kernels.cuh",
         "one thread's sum instead of the block's",
         "  state = reduce_block(state);\n  if (threadIdx.x == 0) *result",
@@ -383,7 +383,7 @@ MUTANTS = [
         "cross_entropy",
     ),
     Mutant(
-        "nll_loss_rows",
+        "nll_loss_kernel",
         "nll_loss_kernels.cuh",
         "rows beyond the last",
         "t[u] = row < args.rows ? class_of_row",
@@ -391,7 +391,7 @@ MUTANTS = [
         "nll_loss",
     ),
     Mutant(
-        "nll_loss_rows",
+        "nll_loss_kernel",
         "nll_loss_kernels.cuh",
         "each block starts at the first row",
         "for (int64_t base = blockIdx.x * kRowsAtOnce; base",
@@ -415,7 +415,7 @@ MUTANTS = [
         "nll_loss",
     ),
     Mutant(
-        "finish_loss",
+        "finish_loss_kernel",
         "loss.cuh",
         "the sums of the first blocks only",
         "for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);",
@@ -423,7 +423,7 @@ MUTANTS = [
         "nll_loss",
     ),
     Mutant(
-        "finish_loss",
+        "finish_loss_kernel",
         "loss.cuh",
         "the mean of nothing is 0",
         "sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN()",

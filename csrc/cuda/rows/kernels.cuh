@@ -35,7 +35,7 @@ struct Tensors {
   }
 };
 
-// Each block's sums go to memory; finish_loss adds them up.
+// Each block's sums go to memory; finish_loss_kernel adds them up.
 template <typename Op>
 __device__ void store_sums(const LossSums& sums, LossSums* of_block) {
   if constexpr (Op::kSums) {
@@ -170,8 +170,8 @@ __device__ void map_part(const Op& op, const typename Op::Row& row, const Tensor
 template <typename Op, bool kWarp>
 __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
                                   kWarp ? kWarpBlocks<typename Op::T> : kRowBlocks<typename Op::T>)
-    team_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes, bool cached,
-              LossSums* sums_of_block) {
+    team_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                     bool cached, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
   if (op.is_done()) return;
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
 // Block b has slice b % slices of row b / slices, of which it leaves the state.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
-    split_reduce(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                 int64_t slices, int64_t slice_size, typename Op::State* states) {
+    split_reduce_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int64_t slices, int64_t slice_size, typename Op::State* states) {
   const Team team{threadIdx.x, blockDim.x};
   for (int64_t i = blockIdx.x; i < rows * slices; i += gridDim.x) {
     const int64_t row = i / slices, first = i % slices * slice_size;
@@ -223,9 +223,9 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
 // An operator without an output has one warp to a row instead.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
-    split_finish(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                 int64_t slices, int64_t slice_size, const typename Op::State* states,
-                 LossSums* sums_of_block) {
+    split_finish_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int64_t slices, int64_t slice_size, const typename Op::State* states,
+                        LossSums* sums_of_block) {
   if (op.is_done()) return;
   const Team team{threadIdx.x, blockDim.x};
   const int64_t blocks_per_row = Op::kMaps ? slices : 1;
@@ -309,8 +309,8 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
 // output where there is none.
 template <typename Op>
 __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T>)
-    subwarp_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes, int lanes,
-                 int64_t tile_rows, LossSums* sums_of_block) {
+    subwarp_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int lanes, int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
   if (op.is_done()) return;
@@ -395,8 +395,8 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
 // neighbouring rows, whose elements of one class are neighbours (but at the end of an inner run).
 template <typename Op>
 __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
-    strided_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                 int64_t inner, int slices, int64_t slice_size, LossSums* sums_of_block) {
+    strided_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int64_t inner, int slices, int64_t slice_size, LossSums* sums_of_block) {
   using T = typename Op::T;
   using State = typename Op::State;
   FASTNN_DYNAMIC_SHARED(State, states);

@@ -38,32 +38,32 @@ struct RowsLauncher {
   cudaStream_t stream;
 
   void operator()(const SubwarpPlan& plan) const {
-    FASTNN_LAUNCH((subwarp_rows<Op>), unsigned(plan.blocks), kSubwarpThreads,
+    FASTNN_LAUNCH((subwarp_rows_kernel<Op>), unsigned(plan.blocks), kSubwarpThreads,
                   size_t(plan.shared_bytes), stream, op, tensors, layout.rows(), layout.classes,
                   plan.lanes, plan.tile_rows, sums);
   }
   void operator()(const WarpPlan& plan) const {
-    FASTNN_LAUNCH((team_rows<Op, true>), unsigned(plan.blocks), kWarpThreads,
+    FASTNN_LAUNCH((team_rows_kernel<Op, true>), unsigned(plan.blocks), kWarpThreads,
                   size_t(plan.cache_bytes), stream, op, tensors, layout.rows(), layout.classes,
                   plan.cache_bytes > 0, sums);
   }
   void operator()(const BlockPlan& plan) const {
-    FASTNN_LAUNCH((team_rows<Op, false>), unsigned(plan.blocks), unsigned(plan.threads),
+    FASTNN_LAUNCH((team_rows_kernel<Op, false>), unsigned(plan.blocks), unsigned(plan.threads),
                   size_t(plan.cache_bytes), stream, op, tensors, layout.rows(), layout.classes,
                   plan.cache_bytes > 0, sums);
   }
   void operator()(const SplitPlan& plan) const {
     const unsigned threads(plan.threads);
     if constexpr (Op::kReduceInputs > 0) {
-      FASTNN_LAUNCH((split_reduce<Op>), unsigned(plan.reduce_blocks), threads, 0, stream, op,
+      FASTNN_LAUNCH((split_reduce_kernel<Op>), unsigned(plan.reduce_blocks), threads, 0, stream, op,
                     tensors, layout.rows(), layout.classes, plan.slices, plan.slice_size, states);
     }
-    FASTNN_LAUNCH((split_finish<Op>), unsigned(plan.blocks), Op::kMaps ? threads : 32, 0, stream,
-                  op, tensors, layout.rows(), layout.classes, plan.slices, plan.slice_size, states,
-                  sums);
+    FASTNN_LAUNCH((split_finish_kernel<Op>), unsigned(plan.blocks), Op::kMaps ? threads : 32, 0,
+                  stream, op, tensors, layout.rows(), layout.classes, plan.slices, plan.slice_size,
+                  states, sums);
   }
   void operator()(const StridedPlan& plan) const {
-    FASTNN_LAUNCH((strided_rows<Op>), unsigned(plan.blocks),
+    FASTNN_LAUNCH((strided_rows_kernel<Op>), unsigned(plan.blocks),
                   unsigned(plan.rows_at_once * plan.slices), size_t(plan.shared_bytes), stream, op,
                   tensors, layout.rows(), layout.classes, layout.inner, plan.slices,
                   plan.slice_size, sums);

@@ -38,7 +38,7 @@ struct Problem : TargetDistribution<Problem<T>> {
     }
   }
 
-  CrossEntropy<T> arguments() const {
+  CrossEntropyArgs<T> arguments() const {
     const double s = options.label_smoothing;
     return {logits.data(),
             layout.classes,
@@ -81,16 +81,16 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
   Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows),
                  Buffer<T>(rows),        Buffer<T>(1),
                  Buffer<accum<T>>(1),    Buffer<T>(elements(layout), offsets.output)};
-  const auto op = make(CrossEntropyForward<T, Kind>{.args = problem.arguments(),
-                                                    .losses = out.losses.data(),
-                                                    .max = lse ? out.max.data() : nullptr,
-                                                    .log_sum = out.log_sum.data()});
+  const auto op = make(CrossEntropyForwardRows<T, Kind>{.args = problem.arguments(),
+                                                        .losses = out.losses.data(),
+                                                        .max = lse ? out.max.data() : nullptr,
+                                                        .log_sum = out.log_sum.data()});
   using Op = std::remove_const_t<decltype(op)>;
   const Plan plan = plan_of<Op>(layout, way);
   std::vector<LossSums> sums(summing_blocks(plan));
   run_rows(op, plan, layout, operands(problem, Op::kMaps ? out.kept.data() : nullptr), sums.data());
   // Of no rows nothing is launched, and no sums are left.
-  FASTNN_LAUNCH((finish_loss<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
+  FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
                 rows == 0 ? 0 : summing_blocks(plan), /*mean=*/problem.options.weighted,
                 out.loss.data(), out.total_weight.data());
   if (lse) expect_same_in_every_order(out.log_sum);
@@ -176,10 +176,10 @@ void check_backward(const Problem<T>& problem, const Way& way, const Offsets& of
   const Buffer<T> grad = incoming_grad(problem);
   Buffer<A> total_weight(1), weighted_uniform_sum(1);
   total_weight[0] = 3;
-  FASTNN_LAUNCH((sum_class_weights<T>), 1, 64, 0, nullptr, problem.weight.data(), layout.classes,
-                options.label_smoothing / std::max<double>(layout.classes, 1),
+  FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, 64, 0, nullptr, problem.weight.data(),
+                layout.classes, options.label_smoothing / std::max<double>(layout.classes, 1),
                 weighted_uniform_sum.data());
-  using Op = CrossEntropyBackward<T, Kind>;
+  using Op = CrossEntropyBackwardRows<T, Kind>;
   const Op op{.args = problem.arguments(),
               .max = saved.max.data(),
               .log_sum = saved.log_sum.data(),
@@ -207,7 +207,7 @@ void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offse
   const Buffer<T> grad = incoming_grad(problem);
   Buffer<T> grad_input =
       in_place ? saved.kept : Buffer<T>(elements(problem.layout), offsets.output);
-  using Op = ScaleGradient<T>;
+  using Op = ScaleGradientRows<T>;
   const Op op{.target = problem.arguments().target,
               .ignore_index = kIgnored,
               .grad = {grad.data(), per_row, nullptr},
@@ -230,7 +230,7 @@ template <typename T>
 void check_scale_by_one(const Problem<T>& problem, const Way& way) {
   Buffer<T> kept(elements(problem.layout)), one(1);  // NaN
   one[0] = static_cast<T>(1);
-  using Op = ScaleGradient<T>;
+  using Op = ScaleGradientRows<T>;
   const Op op{.target = problem.arguments().target,
               .ignore_index = kIgnored,
               .grad = {one.data(), false, nullptr},
@@ -243,11 +243,11 @@ void check_scale_by_one(const Problem<T>& problem, const Way& way) {
 // What 'mean' divides by, from the targets alone: on one block and on several.
 template <typename T>
 void check_target_weights(const Problem<T>& problem, const Buffer<accum<T>>& total_weight) {
-  const CrossEntropy<T> args = problem.arguments();
+  const CrossEntropyArgs<T> args = problem.arguments();
   const int64_t rows = problem.layout.rows();
   for (const int blocks : {1, 3}) {
     std::vector<LossSums> sums(blocks);
-    FASTNN_LAUNCH((sum_target_weights<T>), static_cast<unsigned>(blocks), 64, 0, nullptr,
+    FASTNN_LAUNCH((sum_target_weights_kernel<T>), static_cast<unsigned>(blocks), 64, 0, nullptr,
                   args.target, rows, args.classes, kIgnored, args.weight, sums.data());
     double sum = 0;
     for (const LossSums& part : sums) sum += part.weight;
@@ -270,7 +270,7 @@ void cross_entropy(const Layout& layout, const Way& way, const Offsets& offsets,
     divisor[0] = 3;
     const A* total_weight = options.per_row ? nullptr : divisor.data();
     const auto saved = forward<T, Kind>(problem, way, offsets, false, [&](auto op) {
-      return CrossEntropyGradient<T, Kind>{op, A(0.5), total_weight};
+      return CrossEntropyGradientRows<T, Kind>{op, A(0.5), total_weight};
     });
     check_forward(problem, saved, false);
     check_gradient(problem, saved.kept, [&](int64_t) { return total_weight ? 0.5 / 3 : 0.5; });
@@ -279,8 +279,8 @@ void cross_entropy(const Layout& layout, const Way& way, const Offsets& offsets,
     }
     check_scale_by_one(problem, way);
   } else {
-    const auto saved = forward<T, Kind>(problem, way, offsets, true,
-                                        [](auto op) { return CrossEntropyCopying<T, Kind>{op}; });
+    const auto saved = forward<T, Kind>(
+        problem, way, offsets, true, [](auto op) { return CrossEntropyCopyingRows<T, Kind>{op}; });
     check_forward(problem, saved, true);
     for (int64_t i = 0; i < saved.kept.size(); ++i) {
       expect(saved.kept(i) == problem.logits(i), "the logits are copied");
@@ -333,7 +333,7 @@ const Test test("cross_entropy", [] {
 
 // What stands out of range ends the launch.
 const Test bad("cross_entropy: target out of range", [] {
-  using Op = CrossEntropyForward<float, TargetKind::Index>;
+  using Op = CrossEntropyForwardRows<float, TargetKind::Index>;
   for (const int64_t wrong : {int64_t{5}, int64_t{-1}, INT64_MAX, INT64_MIN}) {
     const Layout layout{3, 5, 1};
     describe("target %lld", static_cast<long long>(wrong));
