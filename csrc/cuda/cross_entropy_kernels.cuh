@@ -155,7 +155,7 @@ struct CrossEntropyForwardRows : RowDefaults {
       max[position] = row.max;
       log_sum[position] = row.log_sum;
     }
-    if (losses) losses[position] = static_cast<T>(loss);
+    if (losses) losses[position] = T(loss);
     sums.loss += loss;
     sums.weight += weight;
   }
@@ -316,10 +316,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     sum_target_weights_kernel(const int64_t* target, int64_t rows, int64_t classes,
                               int64_t ignore_index, const T* weight, LossSums* sums_of_block) {
   LossSums sums = LossSums::none();
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
 #pragma unroll 4
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows;
-       row += step) {
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += step) {
     const int64_t t = class_of_row(target, row, classes, ignore_index);
     sums.weight += t < 0 ? accum<T>(0) : class_weight_at(weight, t);
   }
@@ -334,10 +333,10 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     sum_class_weights_kernel(const T* weight, int64_t classes, double factor, accum<T>* result) {
   SumState<double> state = SumState<double>::none();
   for (int64_t c = threadIdx.x; c < classes; c += blockDim.x) {
-    state.sum += static_cast<double>(class_weight_at(weight, c));
+    state.sum += double(class_weight_at(weight, c));
   }
   state = reduce_block(state);
-  if (threadIdx.x == 0) *result = static_cast<accum<T>>(factor * state.sum);
+  if (threadIdx.x == 0) *result = accum<T>(factor * state.sum);
 }
 
 }  // namespace fastnn::cuda

@@ -60,13 +60,13 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);
   sums = reduce_block(sums);
   if (threadIdx.x != 0) return;
-  *total_weight = static_cast<accum<T>>(sums.weight);
+  *total_weight = accum<T>(sums.weight);
   if (loss == nullptr) return;
   double result = sums.loss;
   if (mean) {
     result = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : result / sums.weight;
   }
-  *loss = static_cast<T>(static_cast<accum<T>>(result));
+  *loss = T(accum<T>(result));
 }
 
 }  // namespace fastnn::cuda

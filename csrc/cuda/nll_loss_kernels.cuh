@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kNLLThreads)
       const int64_t row = base + u * kNLLThreads + threadIdx.x;
       const A weight = t[u] < 0 ? A(0) : class_weight_at(args.weight, t[u]);
       const A loss = t[u] < 0 ? A(0) : -weight * log_p[u];
-      if (args.losses && row < args.rows) args.losses[row] = static_cast<T>(loss);
+      if (args.losses && row < args.rows) args.losses[row] = T(loss);
       sums.loss += loss;
       sums.weight += weight;
     }

@@ -99,7 +99,7 @@ MUTANTS = [
         "team_rows_kernel",
         "rows/kernels.cuh",
         "teams' caches overlap",
-        "caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>)",
+        "caches + team_index * ceil_div<int64_t>(classes, kVecSize<T>)",
         "caches + team_index * (classes / kVecSize<T> / 2)",
         "log_softmax",
     ),
@@ -124,7 +124,7 @@ MUTANTS = [
         "rows/kernels.cuh",
         "the last slice as long as the others",
         "    const int64_t row = i / slices, first = i % slices * slice_size;\n"
-        "    const int64_t n = classes - first < slice_size ? classes - first : slice_size;",
+        "    const int64_t n = min_of(classes - first, slice_size);",
         "    const int64_t row = i / slices, first = i % slices * slice_size;\n"
         "    const int64_t n = slice_size;",
         "log_softmax",
@@ -191,7 +191,7 @@ MUTANTS = [
         "subwarp_rows_kernel",
         "rows/kernels.cuh",
         "the last tile has as many rows as the others",
-        "const int64_t count = rows - first < tile_rows ? rows - first : tile_rows;",
+        "const int64_t count = min_of(rows - first, tile_rows);",
         "const int64_t count = tile_rows;",
         "log_softmax",
     ),
@@ -362,8 +362,8 @@ MUTANTS = [
         "sum_target_weights_kernel",
         "cross_entropy_kernels.cuh",
         "each block sums all rows",
-        "static_cast<int64_t>(gridDim.x) * blockDim.x;\n#pragma unroll 4",
-        "static_cast<int64_t>(blockDim.x);\n#pragma unroll 4",
+        "int64_t(gridDim.x) * blockDim.x;\n#pragma unroll 4",
+        "int64_t(blockDim.x);\n#pragma unroll 4",
         "cross_entropy",
     ),
     Mutant(

@@ -117,8 +117,7 @@ __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const 
     A x[kOperands][1];
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) x[k][0] = to_accum(at.in[k][c]);
-    f(Classes{first_class + c, 1}, x,
-      [&](const A(&results)[1]) { at.out[c] = static_cast<T>(results[0]); });
+    f(Classes{first_class + c, 1}, x, [&](const A(&results)[1]) { at.out[c] = T(results[0]); });
   }
 }
 
@@ -175,12 +174,12 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
   if (op.is_done()) return;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp = int(threadIdx.x) / 32;
   const int64_t teams = kWarp ? kWarpTeams : 1;
   const int64_t team_index = kWarp ? warp : 0;
   const Team team{kWarp ? threadIdx.x % 32 : threadIdx.x, kWarp ? 32 : blockDim.x};
   Vec<T>* cache = kRereads<Op> && cached
-                      ? caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>)
+                      ? caches + team_index * ceil_div<int64_t>(classes, kVecSize<T>)
                       : nullptr;
 
   LossSums sums = LossSums::none();
@@ -209,7 +208,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
   const Team team{threadIdx.x, blockDim.x};
   for (int64_t i = blockIdx.x; i < rows * slices; i += gridDim.x) {
     const int64_t row = i / slices, first = i % slices * slice_size;
-    const int64_t n = classes - first < slice_size ? classes - first : slice_size;
+    const int64_t n = min_of(classes - first, slice_size);
     const auto at = tensors + (row * classes + first);
     typename Op::Row known{};
     op.begin(known, row);
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
     }
     if (slice == 0 && threadIdx.x == 0) op.report(known, row, sums);
     const int64_t first = slice * slice_size;
-    const int64_t n = classes - first < slice_size ? classes - first : slice_size;
+    const int64_t n = min_of(classes - first, slice_size);
     map_part<Op, typename Op::T>(op, known, tensors + (row * classes + first), first, n, team,
                                  nullptr);
   }
@@ -297,7 +296,7 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
     }
     f(Classes{c, lanes}, x, [&](const A(&results)[kCount]) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) row[0][c + j * lanes] = static_cast<T>(results[j]);
+      for (int j = 0; j < kCount; ++j) row[0][c + j * lanes] = T(results[j]);
     });
   };
   int64_t c = lane;
@@ -317,13 +316,13 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
   constexpr int kInputs = Op::kMapInputs > Op::kReduceInputs ? Op::kMapInputs : Op::kReduceInputs;
   T* const memory = reinterpret_cast<T*>(shared);
   const int64_t tile_stride =
-      ((tile_rows * classes + kVecSize<T> - 1) / kVecSize<T> + 1) * kVecSize<T>;
-  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const int64_t team = static_cast<int>(threadIdx.x) / lanes, teams = kSubwarpThreads / lanes;
+      (ceil_div<int64_t>(tile_rows * classes, kVecSize<T>) + 1) * kVecSize<T>;
+  const int lane = int(threadIdx.x) & (lanes - 1);
+  const int64_t team = int(threadIdx.x) / lanes, teams = kSubwarpThreads / lanes;
 
   LossSums sums = LossSums::none();
   for (int64_t first = blockIdx.x * tile_rows; first < rows; first += gridDim.x * tile_rows) {
-    const int64_t count = rows - first < tile_rows ? rows - first : tile_rows;
+    const int64_t count = min_of(rows - first, tile_rows);
     const int64_t n = count * classes;
     const Tensors<T> at = tensors + first * classes;
     T* tiles[2] = {nullptr, nullptr};
@@ -383,7 +382,7 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
     }
     f(Classes{c, 1}, x, [&](const A(&results)[kCount]) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = static_cast<T>(results[j]);
+      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = T(results[j]);
     });
   };
   int64_t c = begin;
@@ -401,16 +400,16 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
   using State = typename Op::State;
   FASTNN_DYNAMIC_SHARED(State, states);
   if (op.is_done()) return;
-  const int rows_at_once = static_cast<int>(blockDim.x) / slices;
-  const int column = static_cast<int>(threadIdx.x) % rows_at_once;
-  const int slice = static_cast<int>(threadIdx.x) / rows_at_once;
-  const int64_t begin = slice * slice_size < classes ? slice * slice_size : classes;
-  const int64_t end = classes - begin < slice_size ? classes : begin + slice_size;
+  const int rows_at_once = int(blockDim.x) / slices;
+  const int column = int(threadIdx.x) % rows_at_once;
+  const int slice = int(threadIdx.x) / rows_at_once;
+  const int64_t begin = min_of(slice * slice_size, classes);
+  const int64_t end = min_of(classes, begin + slice_size);
 
   LossSums sums = LossSums::none();
   // The block's threads go round together, with or without a row: there are barriers inside.
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * rows_at_once; base < rows;
-       base += static_cast<int64_t>(gridDim.x) * rows_at_once) {
+  for (int64_t base = int64_t(blockIdx.x) * rows_at_once; base < rows;
+       base += int64_t(gridDim.x) * rows_at_once) {
     const int64_t row = base + column;
     const bool active = row < rows;
     const Tensors<T> at = tensors + (active ? row / inner * classes * inner + row % inner : 0);

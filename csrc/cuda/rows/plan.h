@@ -111,8 +111,7 @@ inline int64_t blocks_for(int64_t wanted, const RowTraits& traits) {
 // Four classes to a lane at most, unless there are more than 128. Tiles of some 8 KiB hide the
 // latency of their loads; of few rows they are smaller, for more blocks to work.
 inline SubwarpPlan subwarp(const Layout& layout, const RowTraits& traits) {
-  const int lanes =
-      static_cast<int>(clamp(power_of_two(ceil_div<int64_t>(layout.classes, 4)), 1, 32));
+  const int lanes = int(clamp(power_of_two(ceil_div<int64_t>(layout.classes, 4)), 1, 32));
   const int64_t row_bytes = std::max<int64_t>(layout.classes * traits.element_bytes, 1);
   const int64_t rows_at_once = kSubwarpThreads / lanes;
   const int64_t by_size = std::max<int64_t>(8192 / row_bytes / rows_at_once, 1) * rows_at_once;
@@ -140,8 +139,7 @@ inline WarpPlan warp(const Layout& layout, const RowTraits& traits) {
 
 // About four vectors to a thread.
 inline int row_threads(int64_t classes, int64_t element_bytes) {
-  return static_cast<int>(
-      clamp(power_of_two(classes * element_bytes / 16 / 4), 128, kMaxRowThreads));
+  return int(clamp(power_of_two(classes * element_bytes / 16 / 4), 128, kMaxRowThreads));
 }
 
 inline BlockPlan block(const Layout& layout, const RowTraits& traits) {

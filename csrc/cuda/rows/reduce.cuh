@@ -10,7 +10,7 @@ namespace fastnn::cuda {
 // of a row must agree. The mask names these lanes alone, for the warp's other rows may have ended.
 template <typename State>
 __device__ State reduce_lanes(State state, int lanes) {
-  const int first = static_cast<int>(threadIdx.x) % 32 & ~(lanes - 1);
+  const int first = int(threadIdx.x) % 32 & ~(lanes - 1);
   const unsigned mask = (lanes == 32 ? ~0u : (1u << lanes) - 1) << first;
   for (int distance = lanes / 2; distance > 0; distance /= 2) {
     state.merge(state.each([&](auto value) { return __shfl_xor_sync(mask, value, distance); }));
@@ -23,8 +23,8 @@ __device__ State reduce_lanes(State state, int lanes) {
 template <typename State>
 __device__ State reduce_block(State state) {
   FASTNN_SHARED(State, of_warp, [32]);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int warps = static_cast<int>(blockDim.x) / 32;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int warps = int(blockDim.x) / 32;
   state = reduce_lanes(state, 32);
   if (lane == 0) of_warp[warp] = state;
   __syncthreads();
