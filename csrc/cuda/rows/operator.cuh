@@ -83,12 +83,13 @@ concept MapsRows =
 
 template <typename Op>
 concept RowOperator =
-    std::derived_from<Op, RowDefaults> && RowState<typename Op::State> &&
+    RowState<typename Op::State> &&
     requires(const Op op, typename Op::Row row, int64_t position, LossSums sums) {
       op.begin(row, position);
       op.report(row, position, sums);
       { op.skips(row) } -> std::same_as<bool>;
       { op.is_done() } -> std::same_as<bool>;
+      { Op::kSums } -> std::convertible_to<bool>;
     } && (Op::kReduceInputs == 0 || ReducesRows<Op>) && (!Op::kMaps || MapsRows<Op>);
 
 // Whether a row's first operand is read twice.

@@ -45,7 +45,7 @@ struct Sums : HasNoFinish {
 };
 static_assert(RowOperator<Sums>);
 
-struct HasNoState : Sums {
+struct HasNoState : WritesOnes {
   using State = float;
 };
 static_assert(!RowOperator<HasNoState>);
@@ -63,11 +63,17 @@ struct BeginsAsBefore : WritesOnes {
 };
 static_assert(!RowOperator<BeginsAsBefore>);
 
-struct HasNoDefaults {
-  using T = float;
-  struct Row {};
+struct SkipsWithoutAnAnswer : WritesOnes {
+  void skips(const Row&) const {
+  }
 };
-static_assert(!RowOperator<HasNoDefaults>);
+static_assert(!RowOperator<SkipsWithoutAnAnswer>);
+
+struct ReportsToNothing : WritesOnes {
+  void report(const Row&, int64_t) const {
+  }
+};
+static_assert(!RowOperator<ReportsToNothing>);
 
 const Test test("what RowDefaults says", [] {
   WritesOnes::Row row;
