@@ -25,27 +25,27 @@ ARCHITECTURES = "8.0+PTX"
 
 # The kernels that have 128-bit loads or stores of global memory, by their names and, where a kernel
 # is compiled in several widths, its template arguments. Each of the names must be met. Strided rows
-# (`strided_rows`) and the targets' elements (`nll_loss_rows`) have nothing that wide.
+# (`strided_rows_kernel`) and the targets' elements (`nll_loss_kernel`) have nothing that wide.
 WIDTH = r"(\(int\))?[248]"  # some versions of c++filt name an argument's type
-WHOLE_ROWS = r"(subwarp_rows|team_rows|split_finish)<.*::"
+WHOLE_ROWS = r"(subwarp_rows|team_rows|split_finish)_kernel<.*::"
 WIDE_LOADS = [
     rf"gemm_kernel<[^,]+, {WIDTH}, ",
     rf"relu_backward_kernel<.*, {WIDTH}>",
     r"sgd_step_kernel<",
-    r"(subwarp_rows|team_rows|split_reduce)<.*::CrossEntropyForward<",
-    rf"{WHOLE_ROWS}CrossEntropyBackward<",
-    rf"{WHOLE_ROWS}LogSoftmax<",
-    rf"{WHOLE_ROWS}LogSoftmaxBackward<",
-    r"split_reduce<",
+    r"(subwarp_rows|team_rows|split_reduce)_kernel<.*::CrossEntropyForwardRows<",
+    rf"{WHOLE_ROWS}CrossEntropyBackwardRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxBackwardRows<",
+    r"split_reduce_kernel<",
 ]
 WIDE_STORES = [
     r"gemm_kernel<(float|double), ",  # four columns to a store: those of two bytes take half of it
     rf"relu_backward_kernel<.*, {WIDTH}>",
     r"sgd_step_kernel<",
-    rf"{WHOLE_ROWS}CrossEntropyBackward<",
-    rf"{WHOLE_ROWS}LogSoftmax<",
-    rf"{WHOLE_ROWS}LogSoftmaxBackward<",
-    rf"{WHOLE_ROWS}NLLLossBackward<",
+    rf"{WHOLE_ROWS}CrossEntropyBackwardRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxBackwardRows<",
+    rf"{WHOLE_ROWS}NLLLossBackwardRows<",
 ]
 
 

@@ -5,7 +5,8 @@
 #include <torch/library.h>
 
 #include "cuda/cross_entropy_kernels.cuh"
-#include "cuda/run_rows.cuh"
+#include "cuda/rows/run.cuh"
+#include "cuda/run_loss.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -17,7 +18,7 @@ struct Operands : CrossEntropyOperands {
     return label_smoothing / static_cast<double>(std::max<int64_t>(layout.classes, 1));
   }
   template <typename T>
-  CrossEntropy<T> as() const {
+  CrossEntropyArgs<T> as() const {
     return {.logits = const_data<T>(logits),
             .classes = layout.classes,
             .inner = layout.inner,
@@ -45,7 +46,7 @@ void run_target_weights(const Operands& operands, const at::Tensor& total_weight
   const int64_t rows = operands.layout.rows();
   const int64_t blocks = clamp(ceil_div<int64_t>(rows, kRowsOfBlock), 1, kMaxSummingBlocks);
   const BlockSums sums(blocks, total_weight.options());
-  FASTNN_LAUNCH((sum_target_weights<T>), static_cast<unsigned>(blocks), kMaxRowThreads, 0,
+  FASTNN_LAUNCH((sum_target_weights_kernel<T>), static_cast<unsigned>(blocks), kMaxRowThreads, 0,
                 c10::cuda::getCurrentCUDAStream(), operands.indices(), rows,
                 operands.layout.classes, operands.ignore_index,
                 const_data_or_null<T>(operands.weight), sums.data());
@@ -72,10 +73,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   const auto run = [&]<typename Op>(const Op& op) {
     using T = typename Op::T;
     const Plan plan = plan_of<Op>(layout);
-    const BlockSums sums(plan.last_blocks, input.options());
+    const BlockSums sums(summing_blocks(plan), input.options());
     const Tensors<T> tensors{{op.args.logits, op.args.target_probs},
                              Op::kMaps ? data<T>(kept) : nullptr};
-    run_rows(op, plan, layout, tensors, input.options(), &sums);
+    run_rows(op, plan, layout, tensors, input.options(), sums.data());
     // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
     run_finish_loss<T>(sums, /*empty=*/input.numel() == 0, reduction,
                        per_row ? nullptr : data<T>(loss), total_weight);
@@ -84,21 +85,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     with_kind(operands, [&]<TargetKind Kind>() {
       using A = accum<T>;
       A* max = lse.defined() ? data<A>(lse) : nullptr;
-      const CrossEntropyForward<T, Kind> forward{operands.as<T>(),
-                                                 per_row ? data<T>(loss) : nullptr, max,
-                                                 max ? max + layout.rows() : nullptr};
+      const CrossEntropyForwardRows<T, Kind> forward{
+          .args = operands.as<T>(),
+          .losses = per_row ? data<T>(loss) : nullptr,
+          .max = max,
+          .log_sum = max ? max + layout.rows() : nullptr};
       if (!keep) {
         run(forward);
       } else if constexpr (!kKeepsGradient<T>) {
-        run(CrossEntropyCopying<T, Kind>{forward});
+        run(CrossEntropyCopyingRows<T, Kind>{forward});
       } else if (reduction != at::Reduction::Mean) {
-        run(CrossEntropyGradient<T, Kind>{forward, A(1), nullptr});
+        run(CrossEntropyGradientRows<T, Kind>{forward, A(1), nullptr});
       } else if (operands.probabilities) {
         const A rows = static_cast<A>(std::max<int64_t>(layout.rows(), 1));
-        run(CrossEntropyGradient<T, Kind>{forward, A(1) / rows, nullptr});
+        run(CrossEntropyGradientRows<T, Kind>{forward, A(1) / rows, nullptr});
       } else {
         run_target_weights<T>(operands, total_weight);
-        run(CrossEntropyGradient<T, Kind>{forward, A(1), data<A>(total_weight)});
+        run(CrossEntropyGradientRows<T, Kind>{forward, A(1), data<A>(total_weight)});
       }
     });
   });
@@ -109,9 +112,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
 template <typename T>
 at::Tensor weighted_uniform_sum(const Operands& operands, const at::TensorOptions& options) {
   const at::Tensor sum = at::empty({}, options);
-  FASTNN_LAUNCH((sum_class_weights<T>), 1, kMaxRowThreads, 0, c10::cuda::getCurrentCUDAStream(),
-                const_data<T>(*operands.weight), operands.layout.classes, operands.uniform(),
-                data<accum<T>>(sum));
+  FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, kMaxRowThreads, 0,
+                c10::cuda::getCurrentCUDAStream(), const_data<T>(*operands.weight),
+                operands.layout.classes, operands.uniform(), data<accum<T>>(sum));
   return sum;
 }
 
@@ -120,7 +123,7 @@ template <typename T, TargetKind Kind>
 void run_backward(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
                   const at::Tensor& lse, const at::Tensor& total_weight,
                   at::Reduction::Reduction reduction) {
-  using Op = CrossEntropyBackward<T, Kind>;
+  using Op = CrossEntropyBackwardRows<T, Kind>;
   using A = accum<T>;
   const Layout& layout = operands.layout;
   at::Tensor weighted_sum;
@@ -150,7 +153,7 @@ void run_backward(const at::Tensor& grad_logits, const Operands& operands, const
 template <typename T>
 void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
                at::Reduction::Reduction reduction) {
-  using Op = ScaleGradient<T>;
+  using Op = ScaleGradientRows<T>;
   const T* kept = const_data<T>(operands.logits);
   const Op op{.target = operands.indices(),
               .ignore_index = operands.ignore_index,

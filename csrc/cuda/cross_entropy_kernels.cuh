@@ -3,34 +3,14 @@
 // A class index t gives q = (1 - s) * w_t at t plus the spread part s / C * w_c at every class c;
 // probabilities p give the spread part w_c * ((1 - s) * p_c + s / C) alone (s: label smoothing,
 // w: class weights).
-//
-// The forward reads the logits (and probabilities) once; of each row it reads 8 bytes of target and
-// with reduction 'none' writes the loss. Where a gradient is wanted it writes one tensor more, of
-// the logits' size: of float32 and float64 the gradient, of narrower types a copy of the logits,
-// with the maximum and the log of the sum of each row. An element costs one exponential (two with a
-// gradient) and three operations (class indices) to about ten (probabilities). So with n logits of
-// sizeof(T) bytes, at B bytes/s, the bound is n * sizeof(T) / B seconds, twice that with a
-// gradient; with probabilities 2 and 3 times n * sizeof(T) / B. What there is of each row counts
-// where rows are short. Class weights are read for each element where there is smoothing or
-// probabilities, but from a cache. rows.cuh says where the bounds hold, rows_plan.h why the
-// launches should reach them.
-//
-// The backward over the gradient reads one number and ends where that is 1; else it reads and
-// writes the gradient, 2 * n * sizeof(T) / B seconds. Over a copy of the logits it reads that and
-// what was left of each row, and writes the gradient in as long (half as much again with
-// probabilities).
-//
-// 'mean' over class indices divides by the weight of the targets, which a gradient needs before the
-// logits are read: sum_target_weights reads 8 bytes a row, and one block adds up what its blocks
-// leave. Two short launches, where the backward would have to read and write the gradient.
-//
-// sum_class_weights runs before a backward over a copy, with class weights and smoothing: one block
-// reads classes * sizeof(T) bytes, 512 classes a turn. That is one turn for most losses; for 32000
-// classes it is 63, an estimated 10 to 40 us, less than the pass itself takes over a thousand rows
-// or more.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/loss.cuh"
+#include "cuda/rows/operator.cuh"
+#include "cuda/rows/plan.h"
 
 namespace fastnn::cuda {
 
@@ -49,7 +29,7 @@ struct GradientRow {
 
 // What both directions know. `weight` may be null; so is `target` or `target_probs`, the other one.
 template <typename T>
-struct CrossEntropy {
+struct CrossEntropyArgs {
   using A = accum<T>;
 
   const T* logits;
@@ -113,7 +93,7 @@ struct CrossEntropy {
 
 // Operands: logits, probabilities.
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyForward {
+struct CrossEntropyForwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
@@ -124,17 +104,14 @@ struct CrossEntropyForward {
     A log_sum;
     A spread_loss;
   };
-  static constexpr int kReduceInputs = kIndices ? 1 : 2, kMapInputs = 0;
+  static constexpr int kReduceInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = false, kSums = true;
 
-  CrossEntropy<T> args;
+  CrossEntropyArgs<T> args;
   T* losses;   // may be null
   A* max;      // where a copy of the logits is kept, or null
   A* log_sum;  // likewise
 
-  __device__ Row begin(int64_t) const {
-    return {};
-  }
   template <int N>
   __device__ void reduce(State& state, const Row&, Classes c,
                          const A (&x)[kReduceInputs][N]) const {
@@ -178,7 +155,7 @@ struct CrossEntropyForward {
       max[position] = row.max;
       log_sum[position] = row.log_sum;
     }
-    if (losses) losses[position] = static_cast<T>(loss);
+    if (losses) losses[position] = T(loss);
     sums.loss += loss;
     sums.weight += weight;
   }
@@ -205,15 +182,12 @@ struct CrossEntropyForward {
 
 // The forward that also writes a copy of the logits.
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyCopying : CrossEntropyForward<Storage, Kind> {
+struct CrossEntropyCopyingRows : CrossEntropyForwardRows<Storage, Kind> {
   using A = accum<Storage>;
-  using Row = typename CrossEntropyForward<Storage, Kind>::Row;
+  using Row = typename CrossEntropyForwardRows<Storage, Kind>::Row;
   static constexpr int kMapInputs = 1;
   static constexpr bool kMaps = true;
 
-  __device__ bool skips(const Row&) const {
-    return false;
-  }
   template <int N>
   __device__ void map(const Row&, Classes, const A (&x)[1][N], A (&out)[N]) const {
 #pragma unroll
@@ -224,9 +198,9 @@ struct CrossEntropyCopying : CrossEntropyForward<Storage, Kind> {
 // The forward that also writes the gradient times `scale`, divided by the total weight where that
 // isn't null.
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
+struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
   using A = accum<Storage>;
-  using Forward = CrossEntropyForward<Storage, Kind>;
+  using Forward = CrossEntropyForwardRows<Storage, Kind>;
   using State = typename Forward::State;
   struct Row : Forward::Row {
     GradientRow<A> gradient;
@@ -237,9 +211,6 @@ struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
   A scale;
   const A* total_weight;
 
-  __device__ Row begin(int64_t) const {
-    return {};
-  }
   __device__ void finish(Row& row, const State& state, int64_t position) const {
     Forward::finish(row, state, position);
     const A grad = total_weight ? scale * reciprocal(*total_weight) : scale;
@@ -262,16 +233,15 @@ struct CrossEntropyGradient : CrossEntropyForward<Storage, Kind> {
 
 // Operands: a copy of the logits; or probabilities, the copy (the former are summed first).
 template <typename Storage, TargetKind Kind>
-struct CrossEntropyBackward {
+struct CrossEntropyBackwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
   using State = std::conditional_t<kIndices, NoState, SumState<A>>;
   using Row = GradientRow<A>;
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
-  static constexpr bool kMaps = true, kSums = false;
 
-  CrossEntropy<T> args;
+  CrossEntropyArgs<T> args;
   const A* max;
   const A* log_sum;
   IncomingGrad<T> grad;
@@ -279,8 +249,8 @@ struct CrossEntropyBackward {
   A uniform_sum;
   const A* weighted_uniform_sum;
 
-  __device__ Row begin(int64_t position) const {
-    Row row{max[position], log_sum[position], grad.of(position), A(0), 0, A(0)};
+  __device__ void begin(Row& row, int64_t position) const {
+    row = {max[position], log_sum[position], grad.of(position), A(0), 0, A(0)};
     if constexpr (kIndices) {
       A total = args.set_target(row, position);
       if constexpr (Kind == TargetKind::SmoothedIndex) {
@@ -288,23 +258,18 @@ struct CrossEntropyBackward {
       }
       row.grad_times_total = row.grad * total;
     }
-    return row;
   }
   __device__ bool skips(const Row& row) const {
     return row.target < 0;
   }
   template <int N>
   __device__ void reduce(State& state, const Row&, Classes c, const A (&p)[1][N]) const {
-    if constexpr (!kIndices) {
-      A q[N];
-      args.spread(c, p[0], q);
-      state.add(q);
-    }
+    A q[N];
+    args.spread(c, p[0], q);
+    state.add(q);
   }
   __device__ void finish(Row& row, const State& state, int64_t) const {
-    if constexpr (!kIndices) row.grad_times_total = row.grad * state.sum;
-  }
-  __device__ void report(const Row&, int64_t, LossSums&) const {
+    row.grad_times_total = row.grad * state.sum;
   }
   template <int N>
   __device__ void map(const Row& row, Classes c, const A (&x)[kMapInputs][N], A (&out)[N]) const {
@@ -314,16 +279,14 @@ struct CrossEntropyBackward {
 
 // The gradient that the forward kept, times the incoming one. Operands: that gradient.
 template <typename Storage>
-struct ScaleGradient {
+struct ScaleGradientRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
-  using State = NoState;
   struct Row {
     A grad;
     bool ignored;
   };
-  static constexpr int kReduceInputs = 0, kMapInputs = 1;
-  static constexpr bool kMaps = true, kSums = false;
+  static constexpr int kMapInputs = 1;
 
   const int64_t* target;  // null with probabilities
   int64_t ignore_index;
@@ -333,14 +296,12 @@ struct ScaleGradient {
   __device__ bool is_done() const {
     return in_place && !grad.per_row && grad.of(0) == A(1);
   }
-  __device__ Row begin(int64_t position) const {
-    return {grad.of(position), target && target[position] == ignore_index};
+  __device__ void begin(Row& row, int64_t position) const {
+    row = {grad.of(position), target && target[position] == ignore_index};
   }
   // Zero whatever its factor.
   __device__ bool skips(const Row& row) const {
     return row.ignored;
-  }
-  __device__ void report(const Row&, int64_t, LossSums&) const {
   }
   template <int N>
   __device__ void map(const Row& row, Classes, const A (&x)[1][N], A (&out)[N]) const {
@@ -352,13 +313,12 @@ struct ScaleGradient {
 // Each block's part of what 'mean' divides by.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    sum_target_weights(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index,
-                       const T* weight, LossSums* sums_of_block) {
+    sum_target_weights_kernel(const int64_t* target, int64_t rows, int64_t classes,
+                              int64_t ignore_index, const T* weight, LossSums* sums_of_block) {
   LossSums sums = LossSums::none();
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
 #pragma unroll 4
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows;
-       row += step) {
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += step) {
     const int64_t t = class_of_row(target, row, classes, ignore_index);
     sums.weight += t < 0 ? accum<T>(0) : class_weight_at(weight, t);
   }
@@ -370,13 +330,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 // block.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    sum_class_weights(const T* weight, int64_t classes, double factor, accum<T>* result) {
+    sum_class_weights_kernel(const T* weight, int64_t classes, double factor, accum<T>* result) {
   SumState<double> state = SumState<double>::none();
   for (int64_t c = threadIdx.x; c < classes; c += blockDim.x) {
-    state.sum += static_cast<double>(class_weight_at(weight, c));
+    state.sum += double(class_weight_at(weight, c));
   }
   state = reduce_block(state);
-  if (threadIdx.x == 0) *result = static_cast<accum<T>>(factor * state.sum);
+  if (threadIdx.x == 0) *result = accum<T>(factor * state.sum);
 }
 
 }  // namespace fastnn::cuda

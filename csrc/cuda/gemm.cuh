@@ -5,22 +5,7 @@
 // next tiles travel from global memory to registers while the current ones, in shared memory and
 // already in the type that is summed in, are multiplied. There are two buffers of shared memory, so
 // that one barrier to a step suffices.
-//
-// Work: 2 * rows * cols * depth flop; at least (rows + cols) * depth + rows * cols elements moved.
-// On a GPU of F flop/s (without tensor cores) and B bytes/s the bound is the greater of
-// 2 * rows * cols * depth / F seconds, which it is unless a matrix is narrow, and of these
-// elements' bytes / B.
-//
-// Each element of `a` is loaded once for every column of tiles and each of `b` once for every row
-// of them. With a tile of 128 x 64 that is 43 multiply-adds for an element loaded, 21 flop to a
-// byte of float32. A GPU with HBM asks for about that or less (F / B is 10 to 25): it reaches F
-// with hardly a load from a cache. One with GDDR asks for 20 to 100: there the second-level cache
-// must serve most of the loads (four fifths at 100), at F / 21 bytes/s. It holds them: the tiles of
-// a row of tiles are computed side by side and at about the same steps, so that all but the first
-// find their part of `a` in it, and so with `b` and the rows of tiles under way. Whether it is fast
-// enough, at up to 5 * B, isn't known. Of shared memory a warp takes
-// 4 turns for every 32 multiply-adds, which take 8 turns or more of the arithmetic units; while one
-// block waits at its barrier, another multiplies.
+// What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <type_traits>
@@ -34,7 +19,7 @@ namespace fastnn::cuda {
 // An operand as its lines (the rows of `a`, the columns of `b`): element p of line l is
 // data[l * line_stride + p * depth_stride].
 template <typename T>
-struct Operand {
+struct GemmOperand {
   const T* data;
   int64_t line_stride;
   int64_t depth_stride;
@@ -42,12 +27,12 @@ struct Operand {
 };
 
 template <typename T>
-struct Gemm {
+struct GemmArgs {
   int64_t rows;
   int64_t cols;
   int64_t depth;
-  Operand<T> a;
-  Operand<T> b;
+  GemmOperand<T> a;
+  GemmOperand<T> b;
   const T* bias;  // one value for each column, or null
   bool relu;
   bool whole_groups;  // whether groups of columns are aligned in `out`, none sticking out
@@ -132,7 +117,7 @@ class TileLoader {
  public:
   using A = accum<T>;
 
-  __device__ TileLoader(const Operand<T>& from, int64_t lines, int64_t first_line)
+  __device__ TileLoader(const GemmOperand<T>& from, int64_t lines, int64_t first_line)
       : lines_(int(min_of<int64_t>(lines - first_line, kLines))) {
     const int thread = int(threadIdx.x);
     if (from.along_depth) {
@@ -241,7 +226,7 @@ class ThreadSums {
   }
 
   // Bias, ReLU and the rounding to T, of the tile that starts at a row and a column.
-  __device__ void write(const Gemm<T>& args, int64_t first_row, int64_t first_col) const {
+  __device__ void write(const GemmArgs<T>& args, int64_t first_row, int64_t first_col) const {
 #pragma unroll
     for (int j = 0; j < Shape::kThreadCols; j += kGroup) {
       const int64_t c = first_col + col(j);
@@ -285,7 +270,7 @@ class ThreadSums {
     return T(relu && x <= 0 ? A(0) : x);
   }
 
-  static __device__ void write_group(const Gemm<T>& args, int64_t r, int64_t c,
+  static __device__ void write_group(const GemmArgs<T>& args, int64_t r, int64_t c,
                                      const Neighbours<T, kGroup>& values) {
     T* to = args.out + r * args.cols + c;
     if (args.whole_groups) {
@@ -306,7 +291,7 @@ class ThreadSums {
 // 1 (a vector's) the pieces of both operands are aligned, and none sticks out.
 template <typename T, int kWidth, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::min_blocks(sizeof(accum<T>)))
-    gemm_kernel(Gemm<T> args) {
+    gemm_kernel(GemmArgs<T> args) {
   using ATile = Tile<accum<T>, Shape::kRows>;
   using BTile = Tile<accum<T>, Shape::kCols>;
   FASTNN_SHARED(ATile, a_tiles, [2]);
@@ -365,13 +350,13 @@ bool is_aligned(const T* pointer) {
 }
 
 template <typename T>
-Operand<T> operand(const T* data, int64_t line_stride, int64_t depth_stride) {
+GemmOperand<T> operand(const T* data, int64_t line_stride, int64_t depth_stride) {
   return {data, line_stride, depth_stride, depth_stride <= line_stride};
 }
 
 // Whether an operand consists of aligned vectors. The stride of what there is one of means nothing.
 template <typename T>
-bool has_vectors(const Operand<T>& from, int64_t lines, int64_t depth) {
+bool has_vectors(const GemmOperand<T>& from, int64_t lines, int64_t depth) {
   constexpr int64_t kWidth = kVecSize<T>;
   const bool along = from.along_depth;
   const int64_t inner = along ? depth : lines,
@@ -383,7 +368,7 @@ bool has_vectors(const Operand<T>& from, int64_t lines, int64_t depth) {
 }
 
 template <typename T, int kWidth, typename Shape>
-void launch_gemm_shape(const Gemm<T>& args, cudaStream_t stream) {
+void launch_gemm_shape(const GemmArgs<T>& args, cudaStream_t stream) {
   const int64_t tiles =
       ceil_div<int64_t>(args.rows, Shape::kRows) * ceil_div<int64_t>(args.cols, Shape::kCols);
   FASTNN_LAUNCH((gemm_kernel<T, kWidth, Shape>), dim3(unsigned(tiles)), dim3(Shape::kThreads), 0,
@@ -391,7 +376,7 @@ void launch_gemm_shape(const Gemm<T>& args, cudaStream_t stream) {
 }
 
 template <typename T, typename Shape>
-void launch_gemm_shape(const Gemm<T>& args, cudaStream_t stream) {
+void launch_gemm_shape(const GemmArgs<T>& args, cudaStream_t stream) {
   if (has_vectors(args.a, args.rows, args.depth) && has_vectors(args.b, args.cols, args.depth)) {
     launch_gemm_shape<T, kVecSize<T>, Shape>(args, stream);
   } else {
@@ -401,7 +386,7 @@ void launch_gemm_shape(const Gemm<T>& args, cudaStream_t stream) {
 
 // Large tiles move the fewest bytes, but only where they are enough to occupy every multiprocessor.
 template <typename T>
-void launch_gemm(Gemm<T> args, int multiprocessors, cudaStream_t stream) {
+void launch_gemm(GemmArgs<T> args, int multiprocessors, cudaStream_t stream) {
   if (args.rows == 0 || args.cols == 0) return;
   using Large = std::conditional_t<std::is_same_v<T, double>, LargeDoubleShape, LargeShape>;
   args.whole_groups = args.cols % kGroup == 0 && is_aligned(args.out);

@@ -92,15 +92,15 @@ at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
     const auto lines = [](const at::Tensor& matrix) {
       return operand(matrix.const_data_ptr<T>(), matrix.stride(0), matrix.stride(1));
     };
-    const Gemm<T> args{.rows = input.size(0),
-                       .cols = weight.size(0),
-                       .depth = weight.size(1),
-                       .a = lines(input),
-                       .b = lines(weight),
-                       .bias = const_data_or_null<T>(contiguous_bias),
-                       .relu = true,
-                       .whole_groups = false,
-                       .out = output.data_ptr<T>()};
+    const GemmArgs<T> args{.rows = input.size(0),
+                           .cols = weight.size(0),
+                           .depth = weight.size(1),
+                           .a = lines(input),
+                           .b = lines(weight),
+                           .bias = const_data_or_null<T>(contiguous_bias),
+                           .relu = true,
+                           .whole_groups = false,
+                           .out = output.data_ptr<T>()};
     launch_gemm(args, multiprocessors(), c10::cuda::getCurrentCUDAStream());
   });
   return output;
@@ -128,13 +128,14 @@ void relu_backward(const at::Tensor& grad, const at::Tensor& output, const at::T
   if (grad.numel() == 0) return;
   dispatch(grad.scalar_type(), "linear_relu_backward", [&]<typename T>() {
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-    ReluBackward<T> args{.rows = grad.size(0),
-                         .cols = grad.size(1),
-                         .grad = grad.const_data_ptr<T>(),
-                         .output = output.const_data_ptr<T>(),
-                         .grad_linear = grad_linear.defined() ? grad_linear.data_ptr<T>() : nullptr,
-                         .partials = nullptr,
-                         .grad_bias = nullptr};
+    ReluBackwardArgs<T> args{
+        .rows = grad.size(0),
+        .cols = grad.size(1),
+        .grad = grad.const_data_ptr<T>(),
+        .output = output.const_data_ptr<T>(),
+        .grad_linear = grad_linear.defined() ? grad_linear.data_ptr<T>() : nullptr,
+        .partials = nullptr,
+        .grad_bias = nullptr};
     if (!grad_bias.defined()) {
       // Columns mean nothing then: one long row has the fewest ends.
       args.cols = grad.numel();

@@ -1,13 +1,6 @@
 // The backward of ReLU and of the bias in one pass: the mask over the gradient, and the columns'
 // sums.
-//
-// Moves 3 * rows * cols elements (gradient and output read, the masked gradient written) or 2 where
-// only the bias gradient is wanted, and does two operations for each: on a GPU with B bytes/s the
-// bound is 3 * rows * cols * sizeof(T) / B seconds. To reach it there must be B * 600 ns or so of
-// bytes on their way, 15 KiB for each multiprocessor of an H100 and 32 of a B200: the 2048 threads
-// that fit one ask for 32 bytes each, 64 KiB. The partial sums, one to 64 rows of a column and at
-// most 512 of it, add one part in 32 to the bytes at the most. column_sums_kernel reads them: a
-// block for 32 columns, whose 1024 threads take at most 16 readings each, one after the other.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include "cuda/integers.cuh"
@@ -18,7 +11,7 @@ namespace fastnn::cuda {
 constexpr int kReluThreads = 256;
 
 template <typename T>
-struct ReluBackward {
+struct ReluBackwardArgs {
   int64_t rows;
   int64_t cols;
   const T* grad;
@@ -35,7 +28,7 @@ struct ReluBackward {
 // columns throughout, whatever their alignment. With a kWidth of a vector's, grad, output and
 // grad_linear are equally far from a 16-byte boundary.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackward<T> args) {
+__global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwardArgs<T> args) {
   using A = accum<T>;
   static_assert(kWidth == 1 || kWidth == kVecSize<T>);
   const T* __restrict__ grad = args.grad;
@@ -147,7 +140,7 @@ struct ReluBackwardPlan {
 };
 
 template <typename T>
-ReluBackwardPlan plan_relu_backward(const ReluBackward<T>& args) {
+ReluBackwardPlan plan_relu_backward(const ReluBackwardArgs<T>& args) {
   constexpr int64_t kWidth = kVecSize<T>;
   // Enough to occupy the largest GPU with blocks of 256 threads.
   constexpr int64_t kBlocks = 1024;
@@ -183,7 +176,8 @@ ReluBackwardPlan plan_relu_backward(const ReluBackward<T>& args) {
 }
 
 template <typename T>
-void launch_relu_backward(ReluBackward<T> args, const ReluBackwardPlan& plan, cudaStream_t stream) {
+void launch_relu_backward(ReluBackwardArgs<T> args, const ReluBackwardPlan& plan,
+                          cudaStream_t stream) {
   args.phases = plan.phases;
   if (plan.vectors) {
     FASTNN_LAUNCH((relu_backward_kernel<T, kVecSize<T>>), plan.grid, plan.block, 0, stream, args);

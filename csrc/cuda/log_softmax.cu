@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "cuda/log_softmax_kernels.cuh"
-#include "cuda/run_rows.cuh"
+#include "cuda/rows/run.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -21,7 +21,7 @@ at::Tensor log_softmax_cuda(const at::Tensor& input, int64_t dim) {
 
   const Layout layout = log_softmax_layout(x, dim);
   dispatch(x.scalar_type(), "log_softmax", [&]<typename T>() {
-    using Op = LogSoftmax<T>;
+    using Op = LogSoftmaxRows<T>;
     const Tensors<T> tensors{{const_data<T>(x), nullptr}, data<T>(output)};
     run_rows(Op{}, plan_of<Op>(layout), layout, tensors, x.options());
   });
@@ -40,7 +40,7 @@ at::Tensor log_softmax_backward_cuda(const at::Tensor& grad_output, const at::Te
 
   const Layout layout = log_softmax_layout(out, dim);
   dispatch(out.scalar_type(), "log_softmax_backward", [&]<typename T>() {
-    using Op = LogSoftmaxBackward<T>;
+    using Op = LogSoftmaxBackwardRows<T>;
     const Tensors<T> tensors{{const_data<T>(grad), const_data<T>(out)}, data<T>(grad_input)};
     run_rows(Op{}, plan_of<Op>(layout), layout, tensors, out.options());
   });

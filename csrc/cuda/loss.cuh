@@ -1,9 +1,13 @@
-// What the kernels of nll_loss and cross_entropy share: class indices and incoming gradients.
+// What the kernels of nll_loss and cross_entropy share: class indices, incoming gradients, sums.
 #pragma once
 
 #include <c10/macros/Macros.h>
 
-#include "cuda/rows.cuh"
+#include <limits>
+
+#include "cuda/rows/reduce.cuh"
+#include "cuda/rows/states.cuh"
+#include "cuda/vec.cuh"
 
 namespace fastnn::cuda {
 
@@ -43,5 +47,26 @@ struct IncomingGrad {
     return total_weight ? g * reciprocal(*total_weight) : g;
   }
 };
+
+// One block adds up what the others have left, in a fixed order; loss may be null. Over no weight
+// 'mean' is NaN, also where label smoothing's share of the loss did not vanish with the weights.
+inline constexpr int kFinishThreads = 512;
+template <typename T>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_loss_kernel(const LossSums* of_block, int64_t blocks, bool mean, T* loss,
+                       accum<T>* total_weight) {
+  LossSums sums = LossSums::none();
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);
+  sums = reduce_block(sums);
+  if (threadIdx.x != 0) return;
+  *total_weight = accum<T>(sums.weight);
+  if (loss == nullptr) return;
+  double result = sums.loss;
+  if (mean) {
+    result = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : result / sums.weight;
+  }
+  *loss = T(accum<T>(result));
+}
 
 }  // namespace fastnn::cuda

@@ -5,7 +5,8 @@
 #include <torch/library.h>
 
 #include "cuda/nll_loss_kernels.cuh"
-#include "cuda/run_rows.cuh"
+#include "cuda/rows/run.cuh"
+#include "cuda/run_loss.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -30,16 +31,16 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input
       clamp(ceil_div<int64_t>(indices.numel(), kNLLThreads * kNLLUnroll), 0, kMaxSummingBlocks);
   const BlockSums sums(blocks, input.options());
   dispatch(input.scalar_type(), "nll_loss", [&]<typename T>() {
-    const NLLLoss<T> args{.log_probs = const_data<T>(rows),
-                          .strides = row_strides(rows),
-                          .target = const_data<int64_t>(indices),
-                          .rows = indices.numel(),
-                          .classes = input.size(class_dim(input)),
-                          .ignore_index = ignore_index,
-                          .weight = const_data_or_null<T>(class_weight),
-                          .losses = per_row ? data<T>(loss) : nullptr};
+    const NLLLossArgs<T> args{.log_probs = const_data<T>(rows),
+                              .strides = row_strides(rows),
+                              .target = const_data<int64_t>(indices),
+                              .rows = indices.numel(),
+                              .classes = input.size(class_dim(input)),
+                              .ignore_index = ignore_index,
+                              .weight = const_data_or_null<T>(class_weight),
+                              .losses = per_row ? data<T>(loss) : nullptr};
     if (blocks > 0) {
-      FASTNN_LAUNCH((nll_loss_rows<T>), static_cast<unsigned>(blocks), kNLLThreads, 0,
+      FASTNN_LAUNCH((nll_loss_kernel<T>), static_cast<unsigned>(blocks), kNLLThreads, 0,
                     c10::cuda::getCurrentCUDAStream(), args, sums.data());
     }
     run_finish_loss<T>(sums, /*empty=*/false, reduction, per_row ? nullptr : data<T>(loss),
@@ -63,7 +64,7 @@ at::Tensor nll_loss_backward_cuda(const at::Tensor& grad_output, const at::Tenso
 
   const Layout layout = layout_around(input.sizes(), class_dim(input));
   dispatch(input.scalar_type(), "nll_loss_backward", [&]<typename T>() {
-    using Op = NLLLossBackward<T>;
+    using Op = NLLLossBackwardRows<T>;
     const bool mean = reduction == at::Reduction::Mean;
     const Op op{.target = const_data<int64_t>(indices),
                 .classes = layout.classes,

@@ -1,27 +1,16 @@
 // nll_loss, and its backward.
-//
-// The forward reads for each row 8 bytes of target, side by side, and from anywhere in memory one
-// element, which costs a sector of 32 bytes (or the whole row, where that is shorter); another such
-// for the class weight, where there are more of these than a cache holds. With reduction 'none' it
-// writes sizeof(T) bytes a row. It multiplies once and adds twice, in double. So at B bytes/s the
-// bound is 40 * rows / B seconds, (72 + sizeof(T)) * rows / B with far weights and 'none'; sectors
-// in no order may come slower than B. A thread has 4 of them on their way, a block 32 KiB: as
-// much as a multiprocessor needs (see rows_plan.h). That takes 1024 rows to each
-// multiprocessor: with fewer rows the time is that of two readings, one after the other, and of
-// two launches (the other is finish_loss, see rows.cuh).
-//
-// The backward writes rows * classes elements, zero but for one of each row, and reads 8 bytes a
-// row (8 + sizeof(T) with 'none', and a sector for a far weight), at one comparison to an element:
-// the bound is rows * (classes * sizeof(T) + 8) / B seconds. rows_plan.h has its launch.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include "cuda/loss.cuh"
+#include "cuda/rows/operator.cuh"
+#include "ops/layout.h"
 
 namespace fastnn::cuda {
 
 // `weight` and `losses` may be null.
 template <typename T>
-struct NLLLoss {
+struct NLLLossArgs {
   const T* log_probs;
   RowStrides strides;
   const int64_t* target;
@@ -38,7 +27,7 @@ inline constexpr int kNLLUnroll = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kNLLThreads)
-    nll_loss_rows(NLLLoss<T> args, LossSums* sums_of_block) {
+    nll_loss_kernel(NLLLossArgs<T> args, LossSums* sums_of_block) {
   using A = accum<T>;
   LossSums sums = LossSums::none();
   constexpr int64_t kRowsAtOnce = kNLLThreads * kNLLUnroll;
@@ -60,7 +49,7 @@ __global__ void __launch_bounds__(kNLLThreads)
       const int64_t row = base + u * kNLLThreads + threadIdx.x;
       const A weight = t[u] < 0 ? A(0) : class_weight_at(args.weight, t[u]);
       const A loss = t[u] < 0 ? A(0) : -weight * log_p[u];
-      if (args.losses && row < args.rows) args.losses[row] = static_cast<T>(loss);
+      if (args.losses && row < args.rows) args.losses[row] = T(loss);
       sums.loss += loss;
       sums.weight += weight;
     }
@@ -72,16 +61,13 @@ __global__ void __launch_bounds__(kNLLThreads)
 // No operand is read: the rows' kernels write the zeros too, which a memory set and a scatter would
 // move twice where rows are short.
 template <typename Storage>
-struct NLLLossBackward {
+struct NLLLossBackwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
-  using State = NoState;
   struct Row {
     int64_t target;
     A at_target;
   };
-  static constexpr int kReduceInputs = 0, kMapInputs = 0;
-  static constexpr bool kMaps = true, kSums = false;
 
   const int64_t* target;
   int64_t classes;
@@ -89,14 +75,9 @@ struct NLLLossBackward {
   const T* weight;
   IncomingGrad<T> grad;
 
-  __device__ Row begin(int64_t row) const {
-    const int64_t t = class_of_row(target, row, classes, ignore_index);
-    return {t, t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(row)};
-  }
-  __device__ bool skips(const Row&) const {
-    return false;
-  }
-  __device__ void report(const Row&, int64_t, LossSums&) const {
+  __device__ void begin(Row& row, int64_t position) const {
+    const int64_t t = class_of_row(target, position, classes, ignore_index);
+    row = {t, t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(position)};
   }
   template <int N>
   __device__ void map(const Row& row, Classes classes, const A (&)[1][N], A (&out)[N]) const {

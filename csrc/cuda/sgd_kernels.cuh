@@ -1,13 +1,6 @@
 // SGD with momentum over many tensors in one launch: weight decay, momentum and the step in one
 // pass.
-//
-// Moves for each element 5 numbers with momentum (parameter and buffer read and written, the
-// gradient read), 4 at a first step, 3 without momentum, and one more where gradients are unscaled:
-// on a GPU with B bytes/s the bound is 5 * n * sizeof(T) / B seconds, or 14 * n / B where two-byte
-// parameters have four-byte buffers; ten flop to an element at the most are far below what it does
-// meanwhile. To reach it there must be B * 600 ns or so of bytes on their way, 15 KiB for each
-// multiprocessor of an H100 and 32 of a B200: the threads that fit one ask for 48 bytes each (64 of
-// wider buffers), 1024 of them for 48 KiB.
+// What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include "cuda/integers.cuh"

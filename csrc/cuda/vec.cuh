@@ -18,7 +18,7 @@ namespace fastnn::cuda {
 // What one thread loads or stores in one instruction, at an address that is a multiple of it.
 inline constexpr int kVecBytes = 16;
 template <typename T>
-inline constexpr int kVecSize = kVecBytes / static_cast<int>(sizeof(T));
+inline constexpr int kVecSize = kVecBytes / int(sizeof(T));
 
 template <typename T>
 struct alignas(kVecBytes) Vec {
@@ -28,7 +28,7 @@ struct alignas(kVecBytes) Vec {
 // How many elements past a 16-byte boundary a pointer is.
 template <typename T>
 __device__ inline int elements_past_boundary(const T* p) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % kVecBytes / sizeof(T));
+  return int(reinterpret_cast<uintptr_t>(p) % kVecBytes / sizeof(T));
 }
 
 // Elements [0, n) from `start` on, split for vector access: `head` single ones up to the first
@@ -100,7 +100,7 @@ __device__ inline void store_vec(T* p, bool aligned, const Vec<T>& vec) {
 
 template <typename T>
 __device__ inline accum<T> to_accum(T value) {
-  return static_cast<accum<T>>(value);
+  return accum<T>(value);
 }
 
 template <typename T>
@@ -113,7 +113,7 @@ template <typename T>
 __device__ inline Vec<T> from_accum(const accum<T> (&values)[kVecSize<T>]) {
   Vec<T> vec;
 #pragma unroll
-  for (int i = 0; i < kVecSize<T>; ++i) vec.values[i] = static_cast<T>(values[i]);
+  for (int i = 0; i < kVecSize<T>; ++i) vec.values[i] = T(values[i]);
   return vec;
 }
 

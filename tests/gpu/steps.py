@@ -92,9 +92,10 @@ METRICS = [
     "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
 ]
 KERNELS = [
-    "team_rows", "subwarp_rows", "split_reduce", "split_finish", "strided_rows", "finish_loss",
-    "nll_loss_rows", "sum_class_weights", "sum_target_weights", "relu_backward_kernel",
-    "column_sums_kernel", "gemm_kernel", "sgd_step_kernel",
+    "team_rows_kernel", "subwarp_rows_kernel", "split_reduce_kernel", "split_finish_kernel",
+    "strided_rows_kernel", "finish_loss_kernel", "nll_loss_kernel", "sum_class_weights_kernel",
+    "sum_target_weights_kernel", "relu_backward_kernel", "column_sums_kernel", "gemm_kernel",
+    "sgd_step_kernel",
 ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ struct Problem : TargetDistribution<Problem<T>> {
     }
   }
 
-  CrossEntropy<T> arguments() const {
+  CrossEntropyArgs<T> arguments() const {
     const double s = options.label_smoothing;
     return {logits.data(),
             layout.classes,
@@ -81,15 +81,17 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
   Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows),
                  Buffer<T>(rows),        Buffer<T>(1),
                  Buffer<accum<T>>(1),    Buffer<T>(elements(layout), offsets.output)};
-  const auto op = make(CrossEntropyForward<T, Kind>{
-      problem.arguments(), out.losses.data(), lse ? out.max.data() : nullptr, out.log_sum.data()});
+  const auto op = make(CrossEntropyForwardRows<T, Kind>{.args = problem.arguments(),
+                                                        .losses = out.losses.data(),
+                                                        .max = lse ? out.max.data() : nullptr,
+                                                        .log_sum = out.log_sum.data()});
   using Op = std::remove_const_t<decltype(op)>;
   const Plan plan = plan_of<Op>(layout, way);
-  std::vector<LossSums> sums(plan.last_blocks);
+  std::vector<LossSums> sums(summing_blocks(plan));
   run_rows(op, plan, layout, operands(problem, Op::kMaps ? out.kept.data() : nullptr), sums.data());
   // Of no rows nothing is launched, and no sums are left.
-  FASTNN_LAUNCH((finish_loss<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
-                rows == 0 ? 0 : plan.last_blocks, /*mean=*/problem.options.weighted,
+  FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
+                rows == 0 ? 0 : summing_blocks(plan), /*mean=*/problem.options.weighted,
                 out.loss.data(), out.total_weight.data());
   if (lse) expect_same_in_every_order(out.log_sum);
   if (Op::kMaps) expect_same_in_every_order(out.kept);
@@ -174,14 +176,16 @@ void check_backward(const Problem<T>& problem, const Way& way, const Offsets& of
   const Buffer<T> grad = incoming_grad(problem);
   Buffer<A> total_weight(1), weighted_uniform_sum(1);
   total_weight[0] = 3;
-  FASTNN_LAUNCH((sum_class_weights<T>), 1, 64, 0, nullptr, problem.weight.data(), layout.classes,
-                options.label_smoothing / std::max<double>(layout.classes, 1),
+  FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, 64, 0, nullptr, problem.weight.data(),
+                layout.classes, options.label_smoothing / std::max<double>(layout.classes, 1),
                 weighted_uniform_sum.data());
-  using Op = CrossEntropyBackward<T, Kind>;
-  const Op op{
-      problem.arguments(),        saved.max.data(),
-      saved.log_sum.data(),       {grad.data(), per_row, per_row ? nullptr : total_weight.data()},
-      A(options.label_smoothing), options.weighted ? weighted_uniform_sum.data() : nullptr};
+  using Op = CrossEntropyBackwardRows<T, Kind>;
+  const Op op{.args = problem.arguments(),
+              .max = saved.max.data(),
+              .log_sum = saved.log_sum.data(),
+              .grad = {grad.data(), per_row, per_row ? nullptr : total_weight.data()},
+              .uniform_sum = A(options.label_smoothing),
+              .weighted_uniform_sum = options.weighted ? weighted_uniform_sum.data() : nullptr};
   Buffer<T> grad_input = in_place ? saved.kept : Buffer<T>(elements(layout), offsets.output);
   const T* logits = in_place ? grad_input.data() : saved.kept.data();
   Tensors<T> tensors{{logits, nullptr}, grad_input.data()};
@@ -203,8 +207,11 @@ void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offse
   const Buffer<T> grad = incoming_grad(problem);
   Buffer<T> grad_input =
       in_place ? saved.kept : Buffer<T>(elements(problem.layout), offsets.output);
-  using Op = ScaleGradient<T>;
-  const Op op{problem.arguments().target, kIgnored, {grad.data(), per_row, nullptr}, in_place};
+  using Op = ScaleGradientRows<T>;
+  const Op op{.target = problem.arguments().target,
+              .ignore_index = kIgnored,
+              .grad = {grad.data(), per_row, nullptr},
+              .in_place = in_place};
   const T* kept = in_place ? grad_input.data() : saved.kept.data();
   run_rows(op, plan_of<Op>(problem.layout, way), problem.layout,
            Tensors<T>{{kept, nullptr}, grad_input.data()});
@@ -223,8 +230,11 @@ template <typename T>
 void check_scale_by_one(const Problem<T>& problem, const Way& way) {
   Buffer<T> kept(elements(problem.layout)), one(1);  // NaN
   one[0] = static_cast<T>(1);
-  using Op = ScaleGradient<T>;
-  const Op op{problem.arguments().target, kIgnored, {one.data(), false, nullptr}, true};
+  using Op = ScaleGradientRows<T>;
+  const Op op{.target = problem.arguments().target,
+              .ignore_index = kIgnored,
+              .grad = {one.data(), false, nullptr},
+              .in_place = true};
   run_rows(op, plan_of<Op>(problem.layout, way), problem.layout,
            Tensors<T>{{kept.data(), nullptr}, kept.data()});
   for (int64_t i = 0; i < kept.size(); ++i) expect(std::isnan(kept(i)), "nothing is written");
@@ -233,11 +243,11 @@ void check_scale_by_one(const Problem<T>& problem, const Way& way) {
 // What 'mean' divides by, from the targets alone: on one block and on several.
 template <typename T>
 void check_target_weights(const Problem<T>& problem, const Buffer<accum<T>>& total_weight) {
-  const CrossEntropy<T> args = problem.arguments();
+  const CrossEntropyArgs<T> args = problem.arguments();
   const int64_t rows = problem.layout.rows();
   for (const int blocks : {1, 3}) {
     std::vector<LossSums> sums(blocks);
-    FASTNN_LAUNCH((sum_target_weights<T>), static_cast<unsigned>(blocks), 64, 0, nullptr,
+    FASTNN_LAUNCH((sum_target_weights_kernel<T>), static_cast<unsigned>(blocks), 64, 0, nullptr,
                   args.target, rows, args.classes, kIgnored, args.weight, sums.data());
     double sum = 0;
     for (const LossSums& part : sums) sum += part.weight;
@@ -260,7 +270,7 @@ void cross_entropy(const Layout& layout, const Way& way, const Offsets& offsets,
     divisor[0] = 3;
     const A* total_weight = options.per_row ? nullptr : divisor.data();
     const auto saved = forward<T, Kind>(problem, way, offsets, false, [&](auto op) {
-      return CrossEntropyGradient<T, Kind>{op, A(0.5), total_weight};
+      return CrossEntropyGradientRows<T, Kind>{op, A(0.5), total_weight};
     });
     check_forward(problem, saved, false);
     check_gradient(problem, saved.kept, [&](int64_t) { return total_weight ? 0.5 / 3 : 0.5; });
@@ -269,8 +279,8 @@ void cross_entropy(const Layout& layout, const Way& way, const Offsets& offsets,
     }
     check_scale_by_one(problem, way);
   } else {
-    const auto saved = forward<T, Kind>(problem, way, offsets, true,
-                                        [](auto op) { return CrossEntropyCopying<T, Kind>{op}; });
+    const auto saved = forward<T, Kind>(
+        problem, way, offsets, true, [](auto op) { return CrossEntropyCopyingRows<T, Kind>{op}; });
     check_forward(problem, saved, true);
     for (int64_t i = 0; i < saved.kept.size(); ++i) {
       expect(saved.kept(i) == problem.logits(i), "the logits are copied");
@@ -323,7 +333,7 @@ const Test test("cross_entropy", [] {
 
 // What stands out of range ends the launch.
 const Test bad("cross_entropy: target out of range", [] {
-  using Op = CrossEntropyForward<float, TargetKind::Index>;
+  using Op = CrossEntropyForwardRows<float, TargetKind::Index>;
   for (const int64_t wrong : {int64_t{5}, int64_t{-1}, INT64_MAX, INT64_MIN}) {
     const Layout layout{3, 5, 1};
     describe("target %lld", static_cast<long long>(wrong));
@@ -332,8 +342,10 @@ const Test bad("cross_entropy: target out of range", [] {
     LossSums sums[3];
     bool ended = false;
     try {
-      run_rows(Op{problem.arguments(), nullptr, nullptr, nullptr}, plan_of<Op>(layout, {"subwarp"}),
-               layout, {{problem.logits.data(), nullptr}, nullptr}, sums);
+      run_rows(
+          Op{.args = problem.arguments(), .losses = nullptr, .max = nullptr, .log_sum = nullptr},
+          plan_of<Op>(layout, {"subwarp"}), layout, {{problem.logits.data(), nullptr}, nullptr},
+          sums);
     } catch (const fastnn::cuda_emulation::Fault& fault) {
       ended = std::strstr(fault.what(), "Target is out of bounds") != nullptr;
     }

@@ -44,7 +44,7 @@ struct Stored {
   int64_t at(int64_t line, int64_t p) const {
     return line * line_stride + p * depth_stride;
   }
-  Operand<T> operand() const {
+  GemmOperand<T> operand() const {
     return cuda::operand(memory.data(), line_stride, depth_stride);
   }
 
@@ -87,7 +87,7 @@ struct Problem {
              int(options.padding), int(options.offset), options.has_bias, options.relu);
   }
 
-  Gemm<T> arguments() {
+  GemmArgs<T> arguments() {
     return {.rows = size.rows,
             .cols = size.cols,
             .depth = size.depth,

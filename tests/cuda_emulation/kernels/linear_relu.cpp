@@ -40,13 +40,14 @@ struct Problem {
   }
 
   void run() {
-    ReluBackward<T> args{.rows = rows,
-                         .cols = cols,
-                         .grad = grad.data(),
-                         .output = output.data(),
-                         .grad_linear = options.wants_grad_linear ? grad_linear.data() : nullptr,
-                         .partials = nullptr,
-                         .grad_bias = nullptr};
+    ReluBackwardArgs<T> args{
+        .rows = rows,
+        .cols = cols,
+        .grad = grad.data(),
+        .output = output.data(),
+        .grad_linear = options.wants_grad_linear ? grad_linear.data() : nullptr,
+        .partials = nullptr,
+        .grad_bias = nullptr};
     const ReluBackwardPlan plan = plan_relu_backward(args);
     if (!options.wants_grad_bias) return launch_relu_backward(args, plan, nullptr);
     if (plan.grid.y == 1) {

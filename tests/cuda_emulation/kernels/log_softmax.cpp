@@ -11,7 +11,7 @@ void log_softmax(const Layout& layout, const Way& way, const Offsets& offsets, d
                  bool masked) {
   auto input = random_buffer<T>(elements(layout), offsets.first, center - 20, center + 20);
   if (masked) mask_some(input, layout);
-  using Op = LogSoftmax<T>;
+  using Op = LogSoftmaxRows<T>;
   const Plan plan = plan_of<Op>(layout, way);
   Buffer<T> output(input.size(), offsets.output);
   run_rows(Op{}, plan, layout, {{input.data(), nullptr}, output.data()});
@@ -30,7 +30,7 @@ template <typename T>
 void log_softmax_backward(const Layout& layout, const Way& way, const Offsets& offsets) {
   const auto grad = random_buffer<T>(elements(layout), offsets.first);
   const auto output = random_buffer<T>(elements(layout), offsets.second, -8, 0);
-  using Op = LogSoftmaxBackward<T>;
+  using Op = LogSoftmaxBackwardRows<T>;
   const Plan plan = plan_of<Op>(layout, way);
   Buffer<T> grad_input(grad.size(), offsets.output);
   run_rows(Op{}, plan, layout, {{grad.data(), output.data()}, grad_input.data()});

@@ -38,17 +38,17 @@ void nll_loss(const Problem<T>& problem, int64_t blocks, bool mean) {
   const RowStrides strides{layout.inner, outer_stride, layout.inner, 1};
   Buffer<T> losses(layout.rows()), loss(1);
   Buffer<accum<T>> total_weight(1);
-  const NLLLoss<T> args{.log_probs = log_probs.data(),
-                        .strides = strides,
-                        .target = problem.target.data(),
-                        .rows = layout.rows(),
-                        .classes = layout.classes,
-                        .ignore_index = kIgnored,
-                        .weight = problem.weighted ? problem.weight.data() : nullptr,
-                        .losses = losses.data()};
+  const NLLLossArgs<T> args{.log_probs = log_probs.data(),
+                            .strides = strides,
+                            .target = problem.target.data(),
+                            .rows = layout.rows(),
+                            .classes = layout.classes,
+                            .ignore_index = kIgnored,
+                            .weight = problem.weighted ? problem.weight.data() : nullptr,
+                            .losses = losses.data()};
   std::vector<LossSums> sums(blocks);
-  FASTNN_LAUNCH((nll_loss_rows<T>), blocks, kNLLThreads, 0, nullptr, args, sums.data());
-  FASTNN_LAUNCH((finish_loss<T>), 1, kFinishThreads, 0, nullptr, sums.data(), blocks, mean,
+  FASTNN_LAUNCH((nll_loss_kernel<T>), blocks, kNLLThreads, 0, nullptr, args, sums.data());
+  FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(), blocks, mean,
                 loss.data(), total_weight.data());
   expect_same_in_every_order(losses);
   expect_same_in_every_order(loss);
@@ -78,12 +78,12 @@ void nll_loss_backward(const Problem<T>& problem, const Way& way, const Offsets&
   const Layout& layout = problem.layout;
   const auto grad = random_buffer<T>(per_row ? layout.rows() : 1, offsets.first);
   const accum<T> total_weight = 3;
-  using Op = NLLLossBackward<T>;
-  const Op op{problem.target.data(),
-              layout.classes,
-              kIgnored,
-              problem.weighted ? problem.weight.data() : nullptr,
-              {grad.data(), per_row, per_row ? nullptr : &total_weight}};
+  using Op = NLLLossBackwardRows<T>;
+  const Op op{.target = problem.target.data(),
+              .classes = layout.classes,
+              .ignore_index = kIgnored,
+              .weight = problem.weighted ? problem.weight.data() : nullptr,
+              .grad = {grad.data(), per_row, per_row ? nullptr : &total_weight}};
   const Plan plan = plan_of<Op>(layout, way);
   Buffer<T> grad_input(elements(layout), offsets.output);
   run_rows(op, plan, layout, {{nullptr, nullptr}, grad_input.data()});
@@ -132,7 +132,7 @@ const Test backward("nll_loss_backward", [] {
 
 const Test nothing("a loss of no rows", [] {
   Buffer<float> loss(1), total_weight(1);
-  FASTNN_LAUNCH((finish_loss<float>), 1, kFinishThreads, 0, nullptr, nullptr, 0,
+  FASTNN_LAUNCH((finish_loss_kernel<float>), 1, kFinishThreads, 0, nullptr, nullptr, 0,
                 /*mean=*/true, loss.data(), total_weight.data());
   expect(std::isnan(loss(0)) && total_weight(0) == 0, "the mean of nothing is NaN");
 });

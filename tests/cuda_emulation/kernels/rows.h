@@ -2,7 +2,7 @@
 // how they round.
 #pragma once
 
-#include "cuda/rows_launch.cuh"
+#include "cuda/rows/launch.cuh"
 #include "harness.h"
 #include "kernels/row_math.h"
 
@@ -62,18 +62,22 @@ inline std::vector<Way> ways(const Layout& layout) {
 template <typename Op>
 Plan plan_of(const Layout& layout, const Way& way) {
   Plan plan = plan_rows(layout, row_traits<Op>(), way.path);
-  if (way.slice_size != 0) {
-    plan.slice_size = way.slice_size;
-    plan.slices = (layout.classes + way.slice_size - 1) / way.slice_size;
-    plan.blocks = layout.rows() * plan.slices;
-    plan.last_blocks = layout.rows() * (row_traits<Op>().maps ? plan.slices : 1);
+  if (auto* split = std::get_if<SplitPlan>(&plan); split && way.slice_size != 0) {
+    split->slice_size = way.slice_size;
+    split->slices = ceil_div(layout.classes, way.slice_size);
+    split->reduce_blocks = layout.rows() * split->slices;
+    split->blocks = layout.rows() * (row_traits<Op>().maps ? split->slices : 1);
   }
-  plan.blocks = std::min(plan.blocks, way.max_blocks);
-  plan.last_blocks = std::min(plan.last_blocks, way.max_blocks);
-  if (!way.may_cache) {
-    plan.cached = false;
-    plan.shared_bytes = plan.path == Path::Subwarp ? plan.shared_bytes : 0;
-  }
+  const auto limit = [&](auto& of_path) {
+    of_path.blocks = std::min(of_path.blocks, way.max_blocks);
+    if constexpr (requires { of_path.reduce_blocks; }) {
+      of_path.reduce_blocks = std::min(of_path.reduce_blocks, way.max_blocks);
+    }
+    if constexpr (requires { of_path.cache_bytes; }) {
+      if (!way.may_cache) of_path.cache_bytes = 0;
+    }
+  };
+  std::visit(limit, plan);
   return plan;
 }
 

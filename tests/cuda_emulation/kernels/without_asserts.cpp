@@ -4,7 +4,7 @@
 
 #include <c10/cuda/CUDAException.h>
 
-#include "cuda/rows_plan.h"
+#include "cuda/rows/plan.h"
 #include "harness.h"
 
 #undef CUDA_KERNEL_ASSERT
@@ -15,7 +15,7 @@ using namespace fastnn::cuda;  // what harness.h has included
 #define cuda cuda_without_asserts
 #include "cuda/cross_entropy_kernels.cuh"
 #include "cuda/nll_loss_kernels.cuh"
-#include "cuda/rows_launch.cuh"
+#include "cuda/rows/launch.cuh"
 #undef cuda
 
 namespace fastnn::cuda::tests {
@@ -60,33 +60,38 @@ struct Problem {
 void cross_entropy(const Problem& problem) {
   Buffer<float> lse(2 * kRows), losses(kRows), grad(kRows * kClasses), one(1);
   std::vector<without::LossSums> sums(kRows);
-  const without::CrossEntropy<float> args{problem.logits.data(),
-                                          kClasses,
-                                          problem.layout.inner,
-                                          problem.target.data(),
-                                          nullptr,
-                                          problem.weight.data(),
-                                          -100,
-                                          1,
-                                          0};
-  const without::CrossEntropyForward<float, TargetKind::Index> forward{
-      args, losses.data(), lse.data(), lse.data() + kRows};
+  const without::CrossEntropyArgs<float> args{problem.logits.data(),
+                                              kClasses,
+                                              problem.layout.inner,
+                                              problem.target.data(),
+                                              nullptr,
+                                              problem.weight.data(),
+                                              -100,
+                                              1,
+                                              0};
+  const without::CrossEntropyForwardRows<float, TargetKind::Index> forward{
+      .args = args, .losses = losses.data(), .max = lse.data(), .log_sum = lse.data() + kRows};
   problem.run(forward, nullptr, sums.data());
   for (int64_t row = 0; row < kRows; ++row) {
     expect((losses(row) > 0) == Problem::counts(row), "a loss of a target out of range is zero");
   }
   Buffer<float> kept(kRows * kClasses);
-  problem.run(without::CrossEntropyGradient<float, TargetKind::Index>{forward, 1, nullptr},
+  problem.run(without::CrossEntropyGradientRows<float, TargetKind::Index>{forward, 1, nullptr},
               kept.data(), sums.data());
   problem.expect_zero_rows(kept);
-  FASTNN_LAUNCH((without::sum_target_weights<float>), 1, 64, 0, nullptr, args.target, kRows,
+  FASTNN_LAUNCH((without::sum_target_weights_kernel<float>), 1, 64, 0, nullptr, args.target, kRows,
                 kClasses, -100, args.weight, sums.data());
   expect(sums[0].weight == problem.weight(0) + problem.weight(4),
          "a target out of range has no weight");
   one[0] = 1;
   problem.run(
-      without::CrossEntropyBackward<float, TargetKind::Index>{
-          args, lse.data(), lse.data() + kRows, {one.data(), false, nullptr}, 0, nullptr},
+      without::CrossEntropyBackwardRows<float, TargetKind::Index>{
+          .args = args,
+          .max = lse.data(),
+          .log_sum = lse.data() + kRows,
+          .grad = {one.data(), false, nullptr},
+          .uniform_sum = 0,
+          .weighted_uniform_sum = nullptr},
       grad.data(), nullptr);
   problem.expect_zero_rows(grad);
 }
@@ -95,24 +100,25 @@ void nll_loss(const Problem& problem) {
   Buffer<float> losses(kRows), grad(kRows * kClasses), one(1);
   without::LossSums sums;
   const int64_t inner = problem.layout.inner;
-  const without::NLLLoss<float> args{problem.logits.data(),
-                                     {inner, kClasses * inner, inner, 1},
-                                     problem.target.data(),
-                                     kRows,
-                                     kClasses,
-                                     -100,
-                                     problem.weight.data(),
-                                     losses.data()};
-  FASTNN_LAUNCH((without::nll_loss_rows<float>), 1, without::kNLLThreads, 0, nullptr, args, &sums);
+  const without::NLLLossArgs<float> args{problem.logits.data(),
+                                         {inner, kClasses * inner, inner, 1},
+                                         problem.target.data(),
+                                         kRows,
+                                         kClasses,
+                                         -100,
+                                         problem.weight.data(),
+                                         losses.data()};
+  FASTNN_LAUNCH((without::nll_loss_kernel<float>), 1, without::kNLLThreads, 0, nullptr, args,
+                &sums);
   for (int64_t row = 0; row < kRows; ++row) {
     expect((losses(row) != 0) == Problem::counts(row), "a loss of a target out of range is zero");
   }
   one[0] = 1;
-  problem.run(without::NLLLossBackward<float>{problem.target.data(),
-                                              kClasses,
-                                              -100,
-                                              problem.weight.data(),
-                                              {one.data(), false, nullptr}},
+  problem.run(without::NLLLossBackwardRows<float>{.target = problem.target.data(),
+                                                  .classes = kClasses,
+                                                  .ignore_index = -100,
+                                                  .weight = problem.weight.data(),
+                                                  .grad = {one.data(), false, nullptr}},
               grad.data(), nullptr);
   problem.expect_zero_rows(grad);
 }

@@ -1,48 +1,13 @@
 // Kernels that walk the rows (over classes) of a tensor, written once for all operators that do.
-//
-// clang-format off: a table.
-// An operator is a struct of device functions:
-//   T, State, Row               element; what a thread knows of the classes it has read; what all
-//                               of a row's threads know (its target, say, and later its lse)
-//   kReduceInputs               operands read for the state (the first ones), 0: there is none
-//   kMaps, kMapInputs           whether an output of the input's layout is written, and operands
-//                               read for it
-//   kSums                       whether rows add to a loss and a total weight
-//   begin(row)                  the Row, from what is known before reading
-//   skips(Row)                  whether the output is zero whatever the operands
-//   reduce(state, Row, classes, x)  takes x[operand][j], of class classes.at(j), into the state
-//   finish(Row, state, row)     completes the Row with the state of all its classes
-//   report(Row, row, sums)      writes and adds what there is one of per row
-//   map(Row, classes, x, out)   writes the output's elements
-//   is_done()                   optional: whether the output is right as it is
-// clang-format on
-// Threads that share a row all call begin and finish and get the same bits; one of them reports.
-//
-// The bound: each operand is read once and the output written once, which at B bytes/s takes
-// (operands + output) / B seconds. The arithmetic, one exponential (some seven instructions) and
-// three to ten operations to an element, is below what a GPU does meanwhile: an H100 34
-// instructions for each float it can read. It is level with that in cross_entropy's forward over
-// bfloat16 (about a dozen instructions to 2 bytes, in whose time an A100 does 10 to 13), and above
-// it in float64 on GPUs that do a 64th as many of its operations. Why the launches should reach B:
-// see rows_plan.h.
-//
-// A second reading (log_softmax both ways, cross_entropy's backward with probabilities: the first
-// operand) isn't counted. It finds rows of up to 46 KiB in shared memory. Longer ones, those of
-// several blocks and those whose classes lie apart must still be in the second-level cache, which
-// holds while the rows under way fit it: of 125 KiB, two to a multiprocessor, an H100 has 32 MiB
-// under way and 50 in the cache, but an RTX 3090 20 MiB and 6. (All rows are under way where
-// several blocks share each: between their two launches.) Where they don't fit, the second reading
-// comes from memory, and the time is up to 1.5 times the bound (log_softmax, which then moves three
-// tensors in place of two), 1.33 times in the backwards.
-//
-// finish_loss adds up what the blocks of a loss have left: 16 bytes each, of 4096 blocks at most.
-// One block reads these 64 KiB from the second-level cache, where they have just been written, and
-// is bound by its latency: 8.6 us with 256 threads on an H200. Several would need one more launch.
+// What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <type_traits>
 
-#include "cuda/rows_plan.h"
+#include "cuda/integers.cuh"
+#include "cuda/rows/operator.cuh"
+#include "cuda/rows/plan.h"
+#include "cuda/rows/reduce.cuh"
 #include "cuda/vec.cuh"
 
 namespace fastnn::cuda {
@@ -58,30 +23,6 @@ inline constexpr int kWarpBlocks = sizeof(T) == 8 ? 4 : 6;
 template <typename T>
 inline constexpr int kSubwarpBlocks = sizeof(T) == 8 ? 4 : 0;
 
-// Whether the operator finds nothing to do, which the device alone may know.
-template <typename Op>
-__device__ bool is_done(const Op& op) {
-  if constexpr (requires { op.is_done(); }) {
-    return op.is_done();
-  } else {
-    return false;
-  }
-}
-
-// Whether a row's first operand is read twice.
-template <typename Op>
-inline constexpr bool kRereads = Op::kReduceInputs > 0 && Op::kMapInputs > 0;
-
-// Classes first, first + step, ...
-struct Classes {
-  int64_t first;
-  int64_t step;
-
-  __device__ int64_t at(int j) const {
-    return first + j * step;
-  }
-};
-
 // Operands of the rows' layout; unused ones are null.
 template <typename T>
 struct Tensors {
@@ -94,221 +35,7 @@ struct Tensors {
   }
 };
 
-// ---- states ----
-// A state has none(), merge(other) and each(f), the state of f(member) for every member.
-
-template <typename A>
-__device__ constexpr A lowest() {
-  return -std::numeric_limits<A>::infinity();
-}
-
-struct NoState {
-  __device__ static NoState none() {
-    return {};
-  }
-  __device__ void merge(const NoState&) {
-  }
-  template <typename F>
-  __device__ NoState each(F) const {
-    return {};
-  }
-};
-
-template <typename A>
-struct SumState {
-  A sum;
-
-  __device__ static SumState none() {
-    return {A(0)};
-  }
-  template <int N>
-  __device__ void add(const A (&values)[N]) {
-    // By itself first: shorter chains of additions, and fewer roundings in each.
-    A part = values[0];
-#pragma unroll
-    for (int j = 1; j < N; ++j) part += values[j];
-    sum += part;
-  }
-  __device__ void merge(const SumState& other) {
-    sum += other.sum;
-  }
-  template <typename F>
-  __device__ SumState each(F f) const {
-    return {f(sum)};
-  }
-};
-
-// exp(x) as a term of a sum that is rounded to T. For two bytes it is enough that it has the digits
-// of float32 but the last few, and the sum is 1 at least, so that nothing subnormal counts: three
-// instructions in place of seven, of which the forward over such rows otherwise has too many
-// (H200).
-template <typename T>
-__device__ accum<T> exp_for_sum(accum<T> x) {
-  constexpr float kLog2E = 1.44269504f;
-  if constexpr (sizeof(T) == 2) {
-    return FASTNN_EXP2(x * kLog2E);
-  } else {
-    return std::exp(x);
-  }
-}
-
-// The maximum so far and the sum of exp(x - max), in one reading ("online softmax"), over elements
-// of T. A NaN goes to the sum, as does the NaN of inf - inf.
-template <typename T>
-struct SoftmaxState {
-  using A = accum<T>;
-  A max;
-  A sum;
-
-  __device__ static SoftmaxState none() {
-    return {lowest<A>(), A(0)};
-  }
-  // What x is taken relative to: -inf - -inf would be NaN where other classes are finite.
-  __device__ A origin() const {
-    return max == lowest<A>() ? A(0) : max;
-  }
-  template <int N>
-  __device__ void add(const A (&x)[N]) {
-    raise_max(highest(x));
-    sum += sum_of_exp(x);
-  }
-  __device__ void merge(const SoftmaxState& other) {
-    const A m = std::fmax(max, other.max);
-    sum = sum * factor(max, m) + other.sum * factor(other.max, m);
-    max = m;
-  }
-  template <typename F>
-  __device__ SoftmaxState each(F f) const {
-    return {f(max), f(sum)};
-  }
-
-  template <int N>
-  __device__ A highest(const A (&x)[N]) const {
-    A m = max;
-#pragma unroll
-    for (int j = 0; j < N; ++j) m = std::fmax(m, x[j]);
-    return m;
-  }
-  // Seldom after the first few classes, which makes a branch cheaper than an exponential each time.
-  __device__ void raise_max(A m) {
-    if (m > max) {
-      sum *= std::exp(max - m);
-      max = m;
-    }
-  }
-  template <int N>
-  __device__ A sum_of_exp(const A (&x)[N]) const {
-    const A from = origin();
-    A part = exp_for_sum<T>(x[0] - from);
-#pragma unroll
-    for (int j = 1; j < N; ++j) part += exp_for_sum<T>(x[j] - from);
-    return part;
-  }
-  // Of a sum relative to `old`, to make it one relative to m.
-  __device__ static A factor(A old, A m) {
-    return old == m ? A(1) : std::exp(old - m);
-  }
-};
-
-// And the sums of q and of q * (x - max), for a loss over all classes: sum_c q_c * (lse - x_c) is
-// log(sum) * sum(q) less the latter. Relative to the maximum, for large logits would cancel.
-template <typename T>
-struct SpreadState {
-  using A = accum<T>;
-  SoftmaxState<T> softmax;
-  A q;
-  A q_x;
-
-  __device__ static SpreadState none() {
-    return {SoftmaxState<T>::none(), A(0), A(0)};
-  }
-  template <int N>
-  __device__ void add(const A (&x)[N], const A (&q_at)[N]) {
-    const A m = softmax.highest(x);
-    q_x -= q_times_rise(m);
-    softmax.raise_max(m);
-    softmax.sum += softmax.sum_of_exp(x);
-    const A from = softmax.origin();
-    A q_part = q_at[0], q_x_part = q_at[0] * (x[0] - from);
-#pragma unroll
-    for (int j = 1; j < N; ++j) {
-      q_part += q_at[j];
-      q_x_part += q_at[j] * (x[j] - from);
-    }
-    q += q_part;
-    q_x += q_x_part;
-  }
-  __device__ void merge(const SpreadState& other) {
-    const A m = std::fmax(softmax.max, other.softmax.max);
-    q_x = (q_x - q_times_rise(m)) + (other.q_x - other.q_times_rise(m));
-    q += other.q;
-    softmax.merge(other.softmax);
-  }
-  template <typename F>
-  __device__ SpreadState each(F f) const {
-    return {softmax.each(f), f(q), f(q_x)};
-  }
-
- private:
-  // What q_x loses when the maximum becomes m. Classes of -inf alone were taken relative to 0, and
-  // stay -inf.
-  __device__ A q_times_rise(A m) const {
-    const A old = softmax.max;
-    return old == m || old == lowest<A>() ? A(0) : q * (m - old);
-  }
-};
-
-// In double whatever the storage: a loss over many rows keeps its digits, at two additions to a
-// row.
-struct LossSums {
-  double loss;
-  double weight;
-
-  __device__ static LossSums none() {
-    return {0, 0};
-  }
-  __device__ void merge(const LossSums& other) {
-    loss += other.loss;
-    weight += other.weight;
-  }
-  template <typename F>
-  __device__ LossSums each(F f) const {
-    return {f(loss), f(weight)};
-  }
-};
-
-// ---- reductions, in a fixed order ----
-
-// Over 2^k neighbouring lanes of a warp, which all get the first one's result: merging a with b or
-// b with a may round differently (in which product goes into the fused multiply-add), and the lanes
-// of a row must agree. The mask names these lanes alone, for the warp's other rows may have ended.
-template <typename State>
-__device__ State reduce_lanes(State state, int lanes) {
-  const int first = static_cast<int>(threadIdx.x) % 32 & ~(lanes - 1);
-  const unsigned mask = (lanes == 32 ? ~0u : (1u << lanes) - 1) << first;
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    state.merge(state.each([&](auto value) { return __shfl_xor_sync(mask, value, distance); }));
-  }
-  return state.each([&](auto value) { return __shfl_sync(mask, value, first); });
-}
-
-// Over the block, whose threads all get the result: each warp merges the warps' results for itself,
-// in the same order.
-template <typename State>
-__device__ State reduce_block(State state) {
-  FASTNN_SHARED(State, of_warp, [32]);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  state = reduce_lanes(state, 32);
-  if (lane == 0) of_warp[warp] = state;
-  __syncthreads();
-  state = reduce_lanes(lane < warps ? of_warp[lane] : State::none(), 32);
-  // Before the next row's results replace these, which a slower warp may not have read.
-  __syncthreads();
-  return state;
-}
-
-// Each block's sums go to memory; finish_loss adds them up.
+// Each block's sums go to memory; finish_loss_kernel adds them up.
 template <typename Op>
 __device__ void store_sums(const LossSums& sums, LossSums* of_block) {
   if constexpr (Op::kSums) {
@@ -390,8 +117,7 @@ __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const 
     A x[kOperands][1];
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) x[k][0] = to_accum(at.in[k][c]);
-    f(Classes{first_class + c, 1}, x,
-      [&](const A(&results)[1]) { at.out[c] = static_cast<T>(results[0]); });
+    f(Classes{first_class + c, 1}, x, [&](const A(&results)[1]) { at.out[c] = T(results[0]); });
   }
 }
 
@@ -443,24 +169,24 @@ __device__ void map_part(const Op& op, const typename Op::Row& row, const Tensor
 template <typename Op, bool kWarp>
 __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
                                   kWarp ? kWarpBlocks<typename Op::T> : kRowBlocks<typename Op::T>)
-    team_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes, bool cached,
-              LossSums* sums_of_block) {
+    team_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                     bool cached, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
-  if (is_done(op)) return;
-  constexpr int kTeamWarps = kWarpThreads / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t teams = kWarp ? kTeamWarps : 1;
+  if (op.is_done()) return;
+  const int warp = int(threadIdx.x) / 32;
+  const int64_t teams = kWarp ? kWarpTeams : 1;
   const int64_t team_index = kWarp ? warp : 0;
   const Team team{kWarp ? threadIdx.x % 32 : threadIdx.x, kWarp ? 32 : blockDim.x};
   Vec<T>* cache = kRereads<Op> && cached
-                      ? caches + team_index * ((classes + kVecSize<T> - 1) / kVecSize<T>)
+                      ? caches + team_index * ceil_div<int64_t>(classes, kVecSize<T>)
                       : nullptr;
 
   LossSums sums = LossSums::none();
   for (int64_t row = blockIdx.x * teams + team_index; row < rows; row += gridDim.x * teams) {
     const Tensors<T> at = tensors + row * classes;
-    typename Op::Row known = op.begin(row);
+    typename Op::Row known{};
+    op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
       auto state = reduce_part(op, known, at, 0, classes, team, cache);
       state = kWarp ? reduce_lanes(state, 32) : reduce_block(state);
@@ -477,14 +203,15 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
 // Block b has slice b % slices of row b / slices, of which it leaves the state.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
-    split_reduce(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                 int64_t slices, int64_t slice_size, typename Op::State* states) {
+    split_reduce_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int64_t slices, int64_t slice_size, typename Op::State* states) {
   const Team team{threadIdx.x, blockDim.x};
   for (int64_t i = blockIdx.x; i < rows * slices; i += gridDim.x) {
     const int64_t row = i / slices, first = i % slices * slice_size;
-    const int64_t n = classes - first < slice_size ? classes - first : slice_size;
+    const int64_t n = min_of(classes - first, slice_size);
     const auto at = tensors + (row * classes + first);
-    const auto known = op.begin(row);
+    typename Op::Row known{};
+    op.begin(known, row);
     const auto state =
         reduce_block(reduce_part<Op, typename Op::T>(op, known, at, first, n, team, nullptr));
     if (threadIdx.x == 0) states[i] = state;
@@ -495,16 +222,17 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
 // An operator without an output has one warp to a row instead.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
-    split_finish(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                 int64_t slices, int64_t slice_size, const typename Op::State* states,
-                 LossSums* sums_of_block) {
-  if (is_done(op)) return;
+    split_finish_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int64_t slices, int64_t slice_size, const typename Op::State* states,
+                        LossSums* sums_of_block) {
+  if (op.is_done()) return;
   const Team team{threadIdx.x, blockDim.x};
   const int64_t blocks_per_row = Op::kMaps ? slices : 1;
   LossSums sums = LossSums::none();
   for (int64_t i = blockIdx.x; i < rows * blocks_per_row; i += gridDim.x) {
     const int64_t row = i / blocks_per_row, slice = i % blocks_per_row;
-    auto known = op.begin(row);
+    typename Op::Row known{};
+    op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
       auto state = Op::State::none();
       for (int64_t s = threadIdx.x % 32; s < slices; s += 32) state.merge(states[row * slices + s]);
@@ -512,7 +240,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
     }
     if (slice == 0 && threadIdx.x == 0) op.report(known, row, sums);
     const int64_t first = slice * slice_size;
-    const int64_t n = classes - first < slice_size ? classes - first : slice_size;
+    const int64_t n = min_of(classes - first, slice_size);
     map_part<Op, typename Op::T>(op, known, tensors + (row * classes + first), first, n, team,
                                  nullptr);
   }
@@ -568,7 +296,7 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
     }
     f(Classes{c, lanes}, x, [&](const A(&results)[kCount]) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) row[0][c + j * lanes] = static_cast<T>(results[j]);
+      for (int j = 0; j < kCount; ++j) row[0][c + j * lanes] = T(results[j]);
     });
   };
   int64_t c = lane;
@@ -580,21 +308,21 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
 // output where there is none.
 template <typename Op>
 __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T>)
-    subwarp_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes, int lanes,
-                 int64_t tile_rows, LossSums* sums_of_block) {
+    subwarp_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int lanes, int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
-  if (is_done(op)) return;
+  if (op.is_done()) return;
   constexpr int kInputs = Op::kMapInputs > Op::kReduceInputs ? Op::kMapInputs : Op::kReduceInputs;
   T* const memory = reinterpret_cast<T*>(shared);
   const int64_t tile_stride =
-      ((tile_rows * classes + kVecSize<T> - 1) / kVecSize<T> + 1) * kVecSize<T>;
-  const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
-  const int64_t team = static_cast<int>(threadIdx.x) / lanes, teams = kSubwarpThreads / lanes;
+      (ceil_div<int64_t>(tile_rows * classes, kVecSize<T>) + 1) * kVecSize<T>;
+  const int lane = int(threadIdx.x) & (lanes - 1);
+  const int64_t team = int(threadIdx.x) / lanes, teams = kSubwarpThreads / lanes;
 
   LossSums sums = LossSums::none();
   for (int64_t first = blockIdx.x * tile_rows; first < rows; first += gridDim.x * tile_rows) {
-    const int64_t count = rows - first < tile_rows ? rows - first : tile_rows;
+    const int64_t count = min_of(rows - first, tile_rows);
     const int64_t n = count * classes;
     const Tensors<T> at = tensors + first * classes;
     T* tiles[2] = {nullptr, nullptr};
@@ -605,7 +333,8 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
 
     for (int64_t r = team; r < count; r += teams) {
       T* const row[2] = {tiles[0] + r * classes, tiles[1] + (kInputs > 1 ? r * classes : 0)};
-      typename Op::Row known = op.begin(first + r);
+      typename Op::Row known{};
+      op.begin(known, first + r);
       if constexpr (Op::kReduceInputs > 0) {
         auto state = Op::State::none();
         for_each_class_in_tile<Op::kReduceInputs>(
@@ -653,7 +382,7 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
     }
     f(Classes{c, 1}, x, [&](const A(&results)[kCount]) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = static_cast<T>(results[j]);
+      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = T(results[j]);
     });
   };
   int64_t c = begin;
@@ -665,27 +394,27 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
 // neighbouring rows, whose elements of one class are neighbours (but at the end of an inner run).
 template <typename Op>
 __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
-    strided_rows(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                 int64_t inner, int slices, int64_t slice_size, LossSums* sums_of_block) {
+    strided_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
+                        int64_t inner, int slices, int64_t slice_size, LossSums* sums_of_block) {
   using T = typename Op::T;
   using State = typename Op::State;
   FASTNN_DYNAMIC_SHARED(State, states);
-  if (is_done(op)) return;
-  const int rows_at_once = static_cast<int>(blockDim.x) / slices;
-  const int column = static_cast<int>(threadIdx.x) % rows_at_once;
-  const int slice = static_cast<int>(threadIdx.x) / rows_at_once;
-  const int64_t begin = slice * slice_size < classes ? slice * slice_size : classes;
-  const int64_t end = classes - begin < slice_size ? classes : begin + slice_size;
+  if (op.is_done()) return;
+  const int rows_at_once = int(blockDim.x) / slices;
+  const int column = int(threadIdx.x) % rows_at_once;
+  const int slice = int(threadIdx.x) / rows_at_once;
+  const int64_t begin = min_of(slice * slice_size, classes);
+  const int64_t end = min_of(classes, begin + slice_size);
 
   LossSums sums = LossSums::none();
   // The block's threads go round together, with or without a row: there are barriers inside.
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * rows_at_once; base < rows;
-       base += static_cast<int64_t>(gridDim.x) * rows_at_once) {
+  for (int64_t base = int64_t(blockIdx.x) * rows_at_once; base < rows;
+       base += int64_t(gridDim.x) * rows_at_once) {
     const int64_t row = base + column;
     const bool active = row < rows;
     const Tensors<T> at = tensors + (active ? row / inner * classes * inner + row % inner : 0);
     typename Op::Row known{};
-    if (active) known = op.begin(row);
+    if (active) op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
       State state = State::none();
       if (active) {
@@ -720,29 +449,6 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     }
   }
   store_sums<Op>(sums, sums_of_block);
-}
-
-// ---- a loss of all rows ----
-
-// One block adds up what the others have left, in a fixed order; loss may be null. Over no weight
-// 'mean' is NaN, also where label smoothing's share of the loss did not vanish with the weights.
-inline constexpr int kFinishThreads = 512;
-template <typename T>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_loss(const LossSums* of_block, int64_t blocks, bool mean, T* loss,
-                accum<T>* total_weight) {
-  LossSums sums = LossSums::none();
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);
-  sums = reduce_block(sums);
-  if (threadIdx.x != 0) return;
-  *total_weight = static_cast<accum<T>>(sums.weight);
-  if (loss == nullptr) return;
-  double result = sums.loss;
-  if (mean) {
-    result = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : result / sums.weight;
-  }
-  *loss = static_cast<T>(static_cast<accum<T>>(result));
 }
 
 }  // namespace fastnn::cuda

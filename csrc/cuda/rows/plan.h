@@ -1,29 +1,11 @@
 // How the rows of a tensor are handed to threads: the choice, which the host makes.
-//
-// To move B bytes/s there must be B * 600 ns or so of bytes on their way: 15 KiB for each
-// multiprocessor of an H100, 32 of a B200, less for most. A GPU is kept busy by some 10^5 threads
-// with a few vectors in flight each:
-// - Up to 256 classes a warp alone would have lanes idle and rows start at any alignment; a block
-//   that copies whole tiles of rows uses all lanes and 128-bit accesses throughout. Tiles are of
-//   8 KiB or so, and some of a multiprocessor's blocks load theirs while others compute.
-// - Up to 4 KiB a row gives each lane of a warp at most eight vectors, and the reduction needs no
-//   barrier. 768 threads to a multiprocessor have up to 48 KiB on their way, but 12 KiB in rows of
-//   less than 2 KiB, a vector each: these may stay a fifth below B on an H100, more on a B200.
-// - Longer rows, or too few of them to fill the GPU with warps, have a block each. 1024 threads to
-//   a multiprocessor have 64 bytes each on their way where rows have 32 KiB or more, 16 to 64 in
-//   shorter ones. Several blocks share a multiprocessor, one to load while another reduces.
-// - Few rows of a size that takes a block long (8 x 1M) would leave most of the GPU idle: several
-//   blocks share one, 768 threads to a multiprocessor with 64 bytes each.
-// - Where the classes lie apart neighbouring threads have neighbouring rows, and a warp's loads
-//   fill whole sectors: 1024 threads to a multiprocessor, 8 elements each on their way
-//   (of float64 four).
-// Of float64 half to two thirds as many threads fit. Fewer rows than this takes, as (64, 1000),
-// can't reach B: their time is that of a launch and of a few readings one after the other.
+// Its reasons: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <variant>
 
 #include "cuda/integers.cuh"
 #include "ops/layout.h"
@@ -48,18 +30,43 @@ struct RowTraits {
   bool sums;            // whether each block leaves a partial sum, which one block adds up
 };
 
-struct Plan {
-  Path path;
-  int threads;           // of a block, over all rows it works on
-  int64_t blocks;        // kernels take further rows in strides of the grid
-  int64_t shared_bytes;  // dynamic
-  int lanes;             // Subwarp: to a row
-  int64_t tile_rows;     // Subwarp: rows in shared memory at once
-  bool cached;           // Warp, Block: whether a row's first operand stays in shared memory
-  int64_t slices;        // Split: blocks to a row. Strided: threads to a row
-  int64_t slice_size;    // Split, Strided: classes to a slice
-  int64_t last_blocks;   // of the last launch, each of which leaves a partial sum
+// A plan for each path. Kernels take further rows in strides of the grid, which has `blocks`
+// blocks; of a launch whose rows add to a loss, each leaves a partial sum.
+struct SubwarpPlan {
+  int64_t blocks;
+  int64_t tile_rows;     // rows in shared memory at once
+  int64_t shared_bytes;  // for a tile of every operand
+  int lanes;             // to a row
 };
+struct WarpPlan {
+  int64_t blocks;
+  int64_t cache_bytes;  // of shared memory, for the first operand of a block's rows; or 0
+};
+struct BlockPlan {
+  int64_t blocks;
+  int64_t cache_bytes;  // likewise, of the block's row
+  int threads;
+};
+struct SplitPlan {
+  int64_t reduce_blocks;  // of the first launch
+  int64_t blocks;         // of the second
+  int64_t slices;         // blocks to a row
+  int64_t slice_size;     // classes to each
+  int threads;
+};
+struct StridedPlan {
+  int64_t blocks;
+  int64_t shared_bytes;  // for the threads' states
+  int64_t slice_size;    // classes to each of a row's threads
+  int slices;            // threads to a row
+  int rows_at_once;      // to a block
+};
+using Plan = std::variant<SubwarpPlan, WarpPlan, BlockPlan, SplitPlan, StridedPlan>;
+
+// The blocks that leave a partial sum, of an operator that sums.
+inline int64_t summing_blocks(const Plan& plan) {
+  return std::visit([](const auto& of_path) { return of_path.blocks; }, plan);
+}
 
 // What every GPU gives a block without being asked, 48 KiB, less what the kernels declare for their
 // reductions: with more the launch is refused.
@@ -71,7 +78,8 @@ inline constexpr int64_t kMaxBlocks = INT32_MAX;
 inline constexpr int64_t kMaxSummingBlocks = 4096;
 inline constexpr int kSubwarpThreads = 128;
 inline constexpr int kWarpThreads = 128;
-inline constexpr int kMaxRowThreads = 512;  // Block, Strided
+inline constexpr int kWarpTeams = kWarpThreads / 32;  // warps, and rows at once, of a block
+inline constexpr int kMaxRowThreads = 512;            // Block, Strided
 inline constexpr int kMaxSplitThreads = 256;
 
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
@@ -85,7 +93,6 @@ inline int64_t power_of_two(int64_t n) {
   return p;
 }
 
-// The choice, whose reasons stand at the top.
 inline Path choose_path(const Layout& layout, int64_t element_bytes) {
   if (layout.inner != 1) return Path::Strided;
   const int64_t row_bytes = layout.classes * element_bytes;
@@ -103,9 +110,8 @@ inline int64_t blocks_for(int64_t wanted, const RowTraits& traits) {
 
 // Four classes to a lane at most, unless there are more than 128. Tiles of some 8 KiB hide the
 // latency of their loads; of few rows they are smaller, for more blocks to work.
-inline Plan subwarp(const Layout& layout, const RowTraits& traits) {
-  const int lanes =
-      static_cast<int>(clamp(power_of_two(ceil_div<int64_t>(layout.classes, 4)), 1, 32));
+inline SubwarpPlan subwarp(const Layout& layout, const RowTraits& traits) {
+  const int lanes = int(clamp(power_of_two(ceil_div<int64_t>(layout.classes, 4)), 1, 32));
   const int64_t row_bytes = std::max<int64_t>(layout.classes * traits.element_bytes, 1);
   const int64_t rows_at_once = kSubwarpThreads / lanes;
   const int64_t by_size = std::max<int64_t>(8192 / row_bytes / rows_at_once, 1) * rows_at_once;
@@ -114,53 +120,37 @@ inline Plan subwarp(const Layout& layout, const RowTraits& traits) {
   const int64_t tile_rows = std::min(by_size, by_rows);
   // Each tile starts as far past a 16-byte boundary as it does in memory.
   const int64_t tile_bytes = ceil_div<int64_t>(tile_rows * row_bytes, 16) * 16 + 16;
-  const int64_t blocks = blocks_for(ceil_div<int64_t>(layout.rows(), tile_rows), traits);
-  return {.path = Path::Subwarp,
-          .threads = kSubwarpThreads,
-          .blocks = blocks,
-          .shared_bytes = tile_bytes * traits.tensors,
-          .lanes = lanes,
+  return {.blocks = blocks_for(ceil_div<int64_t>(layout.rows(), tile_rows), traits),
           .tile_rows = tile_rows,
-          .cached = false,
-          .slices = 1,
-          .slice_size = layout.classes,
-          .last_blocks = blocks};
+          .shared_bytes = tile_bytes * traits.tensors,
+          .lanes = lanes};
 }
 
-inline Plan team(const Layout& layout, const RowTraits& traits, Path path, int threads,
-                 int64_t teams_per_block) {
+// The shared memory for so many rows' first operands, where it is wanted and they fit.
+inline int64_t cache_bytes(const Layout& layout, const RowTraits& traits, int64_t rows) {
   const int64_t row_bytes = ceil_div<int64_t>(layout.classes * traits.element_bytes, 16) * 16;
-  const bool cached = traits.rereads && row_bytes * teams_per_block <= kSharedBytes;
-  const int64_t blocks = blocks_for(ceil_div<int64_t>(layout.rows(), teams_per_block), traits);
-  return {.path = path,
-          .threads = threads,
-          .blocks = blocks,
-          .shared_bytes = cached ? row_bytes * teams_per_block : 0,
-          .lanes = 32,
-          .tile_rows = 1,
-          .cached = cached,
-          .slices = 1,
-          .slice_size = layout.classes,
-          .last_blocks = blocks};
+  return traits.rereads && row_bytes * rows <= kSharedBytes ? row_bytes * rows : 0;
 }
 
-inline Plan warp(const Layout& layout, const RowTraits& traits) {
-  return team(layout, traits, Path::Warp, kWarpThreads, kWarpThreads / 32);
+inline WarpPlan warp(const Layout& layout, const RowTraits& traits) {
+  return {.blocks = blocks_for(ceil_div<int64_t>(layout.rows(), kWarpTeams), traits),
+          .cache_bytes = cache_bytes(layout, traits, kWarpTeams)};
 }
 
 // About four vectors to a thread.
 inline int row_threads(int64_t classes, int64_t element_bytes) {
-  return static_cast<int>(
-      clamp(power_of_two(classes * element_bytes / 16 / 4), 128, kMaxRowThreads));
+  return int(clamp(power_of_two(classes * element_bytes / 16 / 4), 128, kMaxRowThreads));
 }
 
-inline Plan block(const Layout& layout, const RowTraits& traits) {
-  return team(layout, traits, Path::Block, row_threads(layout.classes, traits.element_bytes), 1);
+inline BlockPlan block(const Layout& layout, const RowTraits& traits) {
+  return {.blocks = blocks_for(layout.rows(), traits),
+          .cache_bytes = cache_bytes(layout, traits, 1),
+          .threads = row_threads(layout.classes, traits.element_bytes)};
 }
 
 // Slices of 64 KiB or more, in all some thousand blocks. A forced plan of a small tensor has three,
 // so that tests see several.
-inline Plan split(const Layout& layout, const RowTraits& traits, bool forced) {
+inline SplitPlan split(const Layout& layout, const RowTraits& traits, bool forced) {
   const int64_t by_size = layout.classes * traits.element_bytes / (64 * 1024);
   const int64_t by_rows = ceil_div<int64_t>(1024, std::max<int64_t>(layout.rows(), 1));
   const int64_t wanted = forced ? 3 : clamp(by_size, 1, by_rows);
@@ -168,37 +158,25 @@ inline Plan split(const Layout& layout, const RowTraits& traits, bool forced) {
   const int64_t size =
       std::max<int64_t>(ceil_div<int64_t>(ceil_div<int64_t>(layout.classes, wanted), 16) * 16, 16);
   const int64_t slices = std::max<int64_t>(ceil_div<int64_t>(layout.classes, size), 1);
-  return {.path = Path::Split,
-          .threads = std::min(row_threads(size, traits.element_bytes), kMaxSplitThreads),
-          .blocks = clamp(layout.rows() * slices, 1, kMaxBlocks),
-          .shared_bytes = 0,
-          .lanes = 32,
-          .tile_rows = 1,
-          .cached = false,
+  return {.reduce_blocks = clamp(layout.rows() * slices, 1, kMaxBlocks),
+          .blocks = blocks_for(layout.rows() * (traits.maps ? slices : 1), traits),
           .slices = slices,
           .slice_size = size,
-          .last_blocks = blocks_for(layout.rows() * (traits.maps ? slices : 1), traits)};
+          .threads = std::min(row_threads(size, traits.element_bytes), kMaxSplitThreads)};
 }
 
 // One thread to a row where that makes threads enough, and up to 16, of 8 classes or more each.
-inline Plan strided(const Layout& layout, const RowTraits& traits) {
-  int64_t slices = 1;
+inline StridedPlan strided(const Layout& layout, const RowTraits& traits) {
+  int slices = 1;
   while (slices < 16 && layout.rows() * slices < (1 << 16) && layout.classes >= 16 * slices) {
     slices *= 2;
   }
-  const int64_t rows_at_once = slices == 1 ? 256 : 32;
-  const int64_t threads = rows_at_once * slices;
-  const int64_t blocks = blocks_for(ceil_div<int64_t>(layout.rows(), rows_at_once), traits);
-  return {.path = Path::Strided,
-          .threads = static_cast<int>(threads),
-          .blocks = blocks,
-          .shared_bytes = slices == 1 ? 0 : threads * traits.state_bytes,
-          .lanes = 1,
-          .tile_rows = 1,
-          .cached = false,
-          .slices = slices,
+  const int rows_at_once = slices == 1 ? 256 : 32;
+  return {.blocks = blocks_for(ceil_div<int64_t>(layout.rows(), rows_at_once), traits),
+          .shared_bytes = slices == 1 ? 0 : rows_at_once * slices * traits.state_bytes,
           .slice_size = ceil_div<int64_t>(layout.classes, slices),
-          .last_blocks = blocks};
+          .slices = slices,
+          .rows_at_once = rows_at_once};
 }
 
 }  // namespace plans
@@ -211,8 +189,9 @@ inline Plan plan_rows(const Layout& layout, const RowTraits& traits,
   if (forced && layout.inner == 1 && *forced != Path::Strided) path = *forced;
   switch (path) {
     case Path::Subwarp: {
-      const Plan plan = plans::subwarp(layout, traits);
-      return plan.shared_bytes <= kSharedBytes ? plan : plans::block(layout, traits);
+      const SubwarpPlan plan = plans::subwarp(layout, traits);
+      if (plan.shared_bytes > kSharedBytes) return plans::block(layout, traits);
+      return plan;
     }
     case Path::Warp:
       return plans::warp(layout, traits);

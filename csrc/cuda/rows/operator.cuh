@@ -1,0 +1,99 @@
+// What an operator over rows is to the kernels that walk them: a struct of device functions,
+// checked by the concept RowOperator. It derives from RowDefaults and states what differs.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <functional>
+
+#include "cuda/rows/states.cuh"
+#include "ops/accum.h"
+
+namespace fastnn::cuda {
+
+// Classes first, first + step, ...
+struct Classes {
+  int64_t first;
+  int64_t step;
+
+  __device__ int64_t at(int j) const {
+    return first + j * step;
+  }
+};
+
+// An operator adds:
+// - T, the operands' element;
+// - Row, what all threads of a row know: its target, say, and later its lse;
+// - State, what a thread knows of the classes that it has read, and finish(row, state, position),
+//   which completes the Row with the state of all classes: where it reads operands for them;
+// - map(row, classes, x, out), which computes the output's elements: where it has an output.
+// `position` is the row's number, and x[k][j] operand k's element of class classes.at(j). All
+// threads of a row call begin and finish and get the same bits.
+struct RowDefaults {
+  using State = NoState;
+  static constexpr int kReduceInputs = 0;  // so many of the first operands are read for the state
+  static constexpr int kMapInputs = 0;     // and so many for the output
+  static constexpr bool kMaps = true;      // whether there is an output, of the rows' layout
+  static constexpr bool kSums = false;     // whether rows add to a loss and a total weight
+
+  // Whether the output is right as it is, which only the device may know.
+  __device__ bool is_done() const {
+    return false;
+  }
+  // Sets in a Row of zeros what is known before anything is read.
+  template <typename Row>
+  __device__ void begin(Row&, int64_t) const {
+  }
+  template <typename State, typename Row, typename A, int N>
+  __device__ void reduce(State& state, const Row&, Classes, const A (&x)[1][N]) const {
+    state.add(x[0]);
+  }
+  // Whether the output is zero whatever the operands.
+  template <typename Row>
+  __device__ bool skips(const Row&) const {
+    return false;
+  }
+  // Writes and adds what there is one of per row; one of its threads calls this.
+  template <typename Row>
+  __device__ void report(const Row&, int64_t, LossSums&) const {
+  }
+};
+
+template <typename State>
+concept RowState = requires(State state, const State other) {
+  { State::none() } -> std::same_as<State>;
+  state.merge(other);
+  { other.each(std::identity()) } -> std::same_as<State>;
+};
+
+template <typename Op>
+concept ReducesRows =
+    requires(const Op op, typename Op::State state, typename Op::Row row, Classes classes,
+             int64_t position, const accum<typename Op::T> (&x)[Op::kReduceInputs][1]) {
+      op.reduce(state, row, classes, x);
+      op.finish(row, state, position);
+    };
+
+// Without operands x has one, of which nothing is read.
+template <typename Op>
+concept MapsRows =
+    requires(const Op op, const typename Op::Row row, Classes classes,
+             const accum<typename Op::T> (&x)[Op::kMapInputs == 0 ? 1 : Op::kMapInputs][1],
+             accum<typename Op::T> (&out)[1]) { op.map(row, classes, x, out); };
+
+template <typename Op>
+concept RowOperator =
+    RowState<typename Op::State> &&
+    requires(const Op op, typename Op::Row row, int64_t position, LossSums sums) {
+      op.begin(row, position);
+      op.report(row, position, sums);
+      { op.skips(row) } -> std::same_as<bool>;
+      { op.is_done() } -> std::same_as<bool>;
+      { Op::kSums } -> std::convertible_to<bool>;
+    } && (Op::kReduceInputs == 0 || ReducesRows<Op>) && (!Op::kMaps || MapsRows<Op>);
+
+// Whether a row's first operand is read twice.
+template <RowOperator Op>
+inline constexpr bool kRereads = Op::kReduceInputs > 0 && Op::kMapInputs > 0;
+
+}  // namespace fastnn::cuda

@@ -1,0 +1,46 @@
+// From tensors to launches of an operator over rows, with the memory that they need between them.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <cstdlib>
+#include <string_view>
+
+#include "cuda/launch.cuh"
+#include "cuda/rows/launch.cuh"
+#include "ops/checks.h"
+
+namespace fastnn::cuda {
+
+// For tests: FASTNN_CUDA_ROWS=subwarp|warp|block|split has all rows in one piece take one path.
+inline std::optional<Path> forced_path() {
+  const char* value = std::getenv("FASTNN_CUDA_ROWS");
+  const std::string_view name = value ? value : "";
+  if (name.empty()) return std::nullopt;
+  if (name == "subwarp") return Path::Subwarp;
+  if (name == "warp") return Path::Warp;
+  if (name == "block") return Path::Block;
+  if (name == "split") return Path::Split;
+  TORCH_CHECK_VALUE(false, "FASTNN_CUDA_ROWS must be subwarp, warp, block or split, not '", name,
+                    "'");
+}
+
+// Launches the operator; `sums` has room for those of summing_blocks(plan), or is null where the
+// operator has none. On the current stream, whose order also keeps the memory between the launches
+// safe to reuse.
+template <RowOperator Op>
+void run_rows(const Op& op, const Plan& plan, const Layout& layout,
+              const Tensors<typename Op::T>& tensors, const at::TensorOptions& options,
+              LossSums* sums = nullptr) {
+  const int64_t bytes = states_bytes<Op>(plan, layout.rows());
+  const at::Tensor states = bytes > 0 ? at::empty({bytes}, options.dtype(at::kByte)) : at::Tensor();
+  launch_rows(op, plan, layout, tensors, bytes > 0 ? states.data_ptr() : nullptr, sums,
+              c10::cuda::getCurrentCUDAStream());
+}
+
+template <RowOperator Op>
+Plan plan_of(const Layout& layout) {
+  return plan_rows(layout, row_traits<Op>(), forced_path());
+}
+
+}  // namespace fastnn::cuda

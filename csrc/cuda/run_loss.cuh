@@ -1,0 +1,37 @@
+// From tensors to the launch that reduces a loss over all rows.
+#pragma once
+
+#include <ATen/core/Reduction.h>
+#include <ATen/ops/empty.h>
+
+#include "cuda/launch.cuh"
+#include "cuda/loss.cuh"
+#include "ops/operands.h"
+
+namespace fastnn::cuda {
+
+// Partial sums of a loss: each block's, in its order.
+struct BlockSums {
+  at::Tensor memory;
+  int64_t blocks = 0;
+
+  BlockSums(int64_t blocks, const at::TensorOptions& options)
+      : memory(at::empty({2 * blocks}, options.dtype(at::kDouble))), blocks(blocks) {
+    static_assert(sizeof(LossSums) == 2 * sizeof(double));
+  }
+  LossSums* data() const {
+    return static_cast<LossSums*>(memory.data_ptr());
+  }
+};
+
+// The reduced loss (unless `loss` is null) and the total weight from the blocks' sums. Over no
+// elements both sums are 0.
+template <typename T>
+void run_finish_loss(const BlockSums& sums, bool empty, at::Reduction::Reduction reduction, T* loss,
+                     const at::Tensor& total_weight) {
+  FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, c10::cuda::getCurrentCUDAStream(),
+                sums.data(), empty ? 0 : sums.blocks, reduction == at::Reduction::Mean, loss,
+                data<accum<T>>(total_weight));
+}
+
+}  // namespace fastnn::cuda
