@@ -10,7 +10,7 @@ namespace fastnn::cpu {
 namespace {
 
 at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
-  if (!log_softmax_is_fusable(input)) return log_softmax_composite(input, dim);
+  if (!can_fuse_log_softmax(input)) return log_softmax_composite(input, dim);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::Tensor x = input.contiguous();
   const at::Tensor output = empty(input.sizes(), input.scalar_type());

@@ -34,7 +34,7 @@ class FirstBadTarget {
 template <typename F>
 simd::LossSums sum_over_rows(int64_t rows, int64_t elements_per_row, F f) {
   const int64_t chunk = grain(elements_per_row);
-  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const int64_t chunks = ceil_div(rows, chunk);
   std::vector<simd::LossSums> sums(chunks);
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -57,10 +57,10 @@ inline at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
   return result;
 }
 
-inline at::Tensor reduced_loss(const simd::LossSums& sums, at::Reduction::Reduction reduction,
+inline at::Tensor reduced_loss(const simd::LossSums& sums, const LossOptions& options,
                                const at::Tensor& input) {
   double loss = sums.loss;
-  if (reduction == at::Reduction::Mean) {
+  if (options.is_mean()) {
     // NaN over nothing; smoothing's share of the loss does not vanish with the targets' weights.
     loss = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : loss / sums.weight;
   }
@@ -73,8 +73,8 @@ inline double reciprocal(double total) {
 }
 
 // What multiplies each row's gradient: 'mean' has divided by the total weight.
-inline double grad_scale(const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
-  if (reduction != at::Reduction::Mean) return 1;
+inline double row_grad_scale(const at::Tensor& total_weight, const LossOptions& options) {
+  if (!options.is_mean()) return 1;
   const double total = total_weight.scalar_type() == at::kDouble
                            ? *total_weight.const_data_ptr<double>()
                            : *total_weight.const_data_ptr<float>();

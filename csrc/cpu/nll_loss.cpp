@@ -50,61 +50,55 @@ int64_t sum_rows(const Rows<T> rows, int64_t begin, int64_t end, simd::LossSums&
 
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
                                                         const at::Tensor& target,
-                                                        const std::optional<at::Tensor>& weight,
-                                                        int64_t ignore_index,
-                                                        std::string_view reduction_name) {
-  check_nll_loss(input, target, weight);
-  const auto reduction = parse_reduction(reduction_name);
+                                                        const LossOptions& options) {
+  check_nll_loss(input, target, options);
   const at::Tensor rows = with_one_inner_stride(input);
   const at::Tensor indices = contiguous_indices(target);
   const int64_t classes = input.size(class_dim(input));
-  const bool per_row = reduction == at::Reduction::None;
   const at::Tensor losses =
-      per_row ? empty(per_row_sizes(input), input.scalar_type()) : at::Tensor();
+      options.per_row() ? empty(per_row_sizes(input), input.scalar_type()) : at::Tensor();
 
   simd::LossSums sums;
   FirstBadTarget bad;
   const int64_t* t = indices.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "nll_loss", [&] {
-    const auto class_weight = contiguous(weight);
+    const auto class_weight = contiguous(options.weight);
     const Rows<scalar_t> operands{
         .log_probs = rows.const_data_ptr<scalar_t>(),
         .strides = row_strides(rows),
         .target = t,
         .classes = classes,
-        .ignore_index = ignore_index,
+        .ignore_index = options.ignore_index,
         .weight = const_data_or_null<scalar_t>(class_weight),
-        .losses = per_row ? losses.mutable_data_ptr<scalar_t>() : nullptr};
+        .losses = options.per_row() ? losses.mutable_data_ptr<scalar_t>() : nullptr};
     sums = sum_over_rows(indices.numel(), 1, [&](int64_t begin, int64_t end, auto& sum) {
       bad.update(sum_rows(operands, begin, end, sum));
     });
   });
-  bad.raise_if_any(t, classes, ignore_index);
-  return {per_row ? losses : reduced_loss(sums, reduction, input),
+  bad.raise_if_any(t, classes, options.ignore_index);
+  return {options.per_row() ? losses : reduced_loss(sums, options, input),
           scalar_tensor(sums.weight, accumulate_dtype(input))};
 }
 
 at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
-                                 const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                 const at::Tensor& total_weight, int64_t ignore_index,
-                                 std::string_view reduction_name) {
-  check_nll_loss(input, target, weight);
-  const auto reduction = parse_reduction(reduction_name);
-  check_loss_backward("nll_loss_backward", grad_output, input, total_weight, reduction);
+                                 const at::Tensor& target, const at::Tensor& total_weight,
+                                 const LossOptions& options) {
+  check_nll_loss(input, target, options);
+  check_loss_backward("nll_loss_backward", grad_output, input, total_weight, options);
   const auto zeros = large_zeros(input.sizes(), input.scalar_type());
   const at::Tensor grad_input = zeros ? *zeros : empty(input.sizes(), input.scalar_type());
   const at::Tensor indices = contiguous_indices(target);
   const at::Tensor grad = grad_output.contiguous();
   const simd::Layout layout = layout_around(input.sizes(), class_dim(input));
-  const bool per_row = reduction == at::Reduction::None;
-  const double scale = grad_scale(total_weight, reduction);
+  const bool per_row = options.per_row();
+  const double scale = row_grad_scale(total_weight, options);
 
   FirstBadTarget bad;
   const int64_t* t = indices.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "nll_loss_backward", [&] {
         using accum = at::opmath_type<scalar_t>;
-        const auto class_weight = contiguous(weight);
+        const auto class_weight = contiguous(options.weight);
         const scalar_t* w = const_data_or_null<scalar_t>(class_weight);
         const scalar_t* g = grad.const_data_ptr<scalar_t>();
         scalar_t* dx = grad_input.mutable_data_ptr<scalar_t>();
@@ -115,7 +109,7 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
             std::memset(dx + first * block, 0, (last - first) * block * sizeof(scalar_t));
           }
           for (int64_t i = first * layout.inner; i < last * layout.inner; ++i) {
-            if (t[i] == ignore_index) continue;
+            if (t[i] == options.ignore_index) continue;
             if (t[i] < 0 || t[i] >= layout.classes) {
               bad.update(i);
               continue;
@@ -125,15 +119,15 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
           }
         });
       });
-  bad.raise_if_any(t, layout.classes, ignore_index);
+  bad.raise_if_any(t, layout.classes, options.ignore_index);
   return grad_input;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("nll_loss_forward", nll_loss_forward_cpu);
-  m.impl("nll_loss_backward", nll_loss_backward_cpu);
+  m.impl("nll_loss_forward", as_nll_loss_forward<nll_loss_forward_cpu>);
+  m.impl("nll_loss_backward", as_nll_loss_backward<nll_loss_backward_cpu>);
 }
 
 }  // namespace fastnn::cpu
