@@ -116,6 +116,9 @@ class SGD(torch.optim.SGD):
     tensor([0.9000, 0.9000])
     """
 
+    # Where its pickles look for it, and its readers.
+    __module__ = "fastnn.optim"
+
     # Whether a group has, or had, float32_momentum: a compiled step that looked for it there would
     # be compiled anew for each lr.
     _has_float32_momentum = False
