@@ -423,14 +423,10 @@ def _step_fusable(
     return extension.sgd_step_group(
         params,
         state,
+        group,
         lr=lr,
-        momentum=group["momentum"],
-        dampening=group["dampening"],
-        weight_decay=group["weight_decay"],
-        nesterov=group["nesterov"],
-        maximize=group["maximize"],
-        all_or_nothing=all_or_nothing,
-        float32_momentum=group.get("float32_momentum"),
+        float32_momentum=bool(group.get("float32_momentum")),
+        all_or_nothing=bool(all_or_nothing),
         **scaling,
     )
 
