@@ -1926,7 +1926,7 @@ def test_found_inf_skips_every_kind_of_parameter():
 @pytest.fixture
 def scalars_stay_on_device(monkeypatch):
     """Has the optimizer treat the CPU's tensors as a GPU's: the kernels read them, not the host."""
-    monkeypatch.setattr("fastnn.optim.sgd._is_on_gpu", torch.is_tensor)
+    monkeypatch.setattr("fastnn.optim._fused._is_on_gpu", torch.is_tensor)
 
 
 class OperatorNames(TorchDispatchMode):
