@@ -11,7 +11,7 @@ namespace fastnn {
 namespace {
 
 double number_of_classes(const at::Tensor& input) {
-  return static_cast<double>(input.sym_size(class_dim(input)).guard_int(__FILE__, __LINE__));
+  return double(input.sym_size(class_dim(input)).guard_int(__FILE__, __LINE__));
 }
 
 // The class indices, shaped to broadcast against the input.

@@ -59,16 +59,16 @@ struct Kept {
 
   Kept(const Operands& operands, const at::Tensor& input) {
     if (keeps_gradient(input)) {
-      tensor = empty(operands.logits.sizes(), input.scalar_type());
+      tensor = empty_result(operands.logits.sizes(), input.scalar_type());
       return;
     }
-    lse = empty(lse_sizes(input), accumulate_dtype(input));
+    lse = empty_result(lse_sizes(input), accumulate_dtype(input));
     if (!operands.logits.is_alias_of(input)) {
       tensor = operands.logits;  // a copy already
     } else if (operands.layout.inner != 1) {
       tensor = operands.logits.clone();
     } else {
-      tensor = empty(operands.logits.sizes(), input.scalar_type());
+      tensor = empty_result(operands.logits.sizes(), input.scalar_type());
       copies_rows = input.numel() != 0;
     }
   }
@@ -100,7 +100,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   const Operands operands(input, target, options);
   const Kept kept = keep ? Kept(operands, input) : Kept();
   const at::Tensor losses =
-      options.per_row() ? empty(per_row_sizes(input), input.scalar_type()) : at::Tensor();
+      options.per_row() ? empty_result(per_row_sizes(input), input.scalar_type()) : at::Tensor();
   simd::LossSums sums;
   FirstBadTarget bad;
   dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
@@ -161,7 +161,7 @@ at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::T
                                       const at::Tensor& total_weight, const LossOptions& options) {
   check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
   const Operands operands(kept, target, options);
-  const at::Tensor grad_logits = empty(operands.logits.sizes(), kept.scalar_type());
+  const at::Tensor grad_logits = empty_result(operands.logits.sizes(), kept.scalar_type());
   write_gradient(grad_logits, operands, grad_output, lse, total_weight);
   return operands.in_shape_of_input(grad_logits);
 }

@@ -50,7 +50,7 @@ at::DataPtr map_zeros(size_t) {
 
 }  // namespace
 
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype) {
   const at::Tensor result = at::detail::empty_cpu(sizes, dtype);
   advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
   return result;
