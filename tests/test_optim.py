@@ -1463,6 +1463,12 @@ def through_torch_save(optimizer):
 
 
 @pytest.mark.parametrize("trained_before", [0, 3])
+def test_the_class_keeps_the_name_that_pickles_know_it_by():
+    """Whatever module of the package it is written in: those made by another version load."""
+    assert pickle.loads(b"cfastnn.optim\nSGD\n.") is fastnn.optim.SGD
+    assert pickle.dumps(fastnn.optim.SGD, protocol=0).startswith(b"cfastnn.optim\nSGD\n")
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
 @pytest.mark.capability("saving", "`pickle`, `torch.save`, `copy.deepcopy`", operators=["SGD"])
 def test_copies_train_on_their_own(duplicate, trained_before):
@@ -1920,7 +1926,7 @@ def test_found_inf_skips_every_kind_of_parameter():
 @pytest.fixture
 def scalars_stay_on_device(monkeypatch):
     """Has the optimizer treat the CPU's tensors as a GPU's: the kernels read them, not the host."""
-    monkeypatch.setattr(fastnn.optim, "_is_on_gpu", lambda value: isinstance(value, Tensor))
+    monkeypatch.setattr("fastnn.optim._fused._is_on_gpu", torch.is_tensor)
 
 
 class OperatorNames(TorchDispatchMode):

@@ -177,7 +177,7 @@ def test_the_source_distribution_holds_what_a_build_reads_and_nothing_that_one_l
     with tarfile.open(copy / "dist" / name) as archive:
         files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
     sources = {path.relative_to(copy) for path in (copy / "csrc").rglob("*") if path.is_file()}
-    package = {Path("fastnn", path.name) for path in (copy / "fastnn").glob("*.py")}
+    package = {path.relative_to(copy) for path in (copy / "fastnn").rglob("*.py")}
     needed = {Path(name) for name in ("setup.py", "pyproject.toml", "fastnn/py.typed", "LICENSE")}
     about = {Path(name) for name in ("README.md", "MANIFEST.in", "PKG-INFO", "setup.cfg")}
     written = {path for path in files if path.parts[0] == "fastnn.egg-info"} | about

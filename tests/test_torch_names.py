@@ -99,8 +99,9 @@ def foreign_private_names(path: Path, own: set[str]) -> set[str]:
     }
 
 
-OWN = {name for path in PACKAGE.glob("*.py") for name in own_names(ast.parse(path.read_text()))}
-OTHERS = sorted(path for path in PACKAGE.glob("*.py") if path.name != "_torch.py")
+FILES = sorted(PACKAGE.rglob("*.py"))
+OWN = {name for path in FILES for name in own_names(ast.parse(path.read_text()))}
+OTHERS = [path for path in FILES if path.name != "_torch.py"]
 
 
 def test_the_module_has_the_names_that_are_listed_here():
@@ -109,7 +110,7 @@ def test_the_module_has_the_names_that_are_listed_here():
     assert foreign_private_names(PACKAGE / "_torch.py", OWN) == listed
 
 
-@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_module_has_any(path):
     assert foreign_private_names(path, OWN) == set()
 

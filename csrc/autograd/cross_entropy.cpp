@@ -34,11 +34,10 @@ struct SoftmaxBackward {
 
 // The softmax of the logits, from what the forward kept: they may have changed, or be gone.
 at::Tensor kept_softmax(const at::Tensor& kept, const at::Tensor& q, const at::Tensor& total,
-                        const at::Tensor& total_weight, int64_t reduction) {
+                        const at::Tensor& total_weight, const LossOptions& options) {
   const at::NoGradGuard no_grad;
   if (!keeps_gradient(kept)) return at::softmax(kept, class_dim(kept));
-  const bool mean = reduction == at::Reduction::Mean;
-  const at::Tensor softmax = ((mean ? kept * total_weight : kept) + q) / total;
+  const at::Tensor softmax = ((options.is_mean() ? kept * total_weight : kept) + q) / total;
   // Where q is 0 the gradient says nothing of the softmax, nor does it depend on it.
   return softmax.masked_fill(total == 0, 0);
 }
@@ -54,20 +53,18 @@ void record_softmax(const at::Tensor& softmax) {
 // grad * (softmax * sum(q) - q): the kernel's formula, in operators that can be differentiated in a
 // node of ours.
 at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
-                              const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                              const at::Tensor& total_weight, int64_t ignore_index,
-                              int64_t reduction, double label_smoothing, bool in_node) {
+                              const at::Tensor& target, const at::Tensor& total_weight,
+                              const LossOptions& options, bool in_node) {
   const bool probabilities = has_class_probabilities(kept, target);
-  at::Tensor q = probabilities
-                     ? probability_distribution(kept, target, weight, label_smoothing)
-                     : index_distribution(kept, target, weight, ignore_index, label_smoothing);
-  if (!probabilities) q = zero_ignored_rows(q, target, ignore_index);
+  at::Tensor q = probabilities ? probability_distribution(kept, target, options)
+                               : index_distribution(kept, target, options);
+  if (!probabilities) q = zero_ignored_rows(q, target, options.ignore_index);
   const at::Tensor total = q.sum(class_dim(kept), /*keepdim=*/true);
-  const at::Tensor softmax = kept_softmax(kept, q, total, total_weight, reduction);
+  const at::Tensor softmax = kept_softmax(kept, q, total, total_weight, options);
   if (in_node) record_softmax(softmax);
-  const at::Tensor grad_rows = grad_per_row(grad, kept, total_weight, reduction_name(reduction));
+  const at::Tensor grad_rows = grad_per_row(grad, kept, total_weight, options.reduction);
   const at::Tensor grad_input = grad_rows * (softmax * total - q);
-  return probabilities ? grad_input : zero_ignored_rows(grad_input, target, ignore_index);
+  return probabilities ? grad_input : zero_ignored_rows(grad_input, target, options.ignore_index);
 }
 
 // Whether the gradient may take the place of what was kept: nothing but this reference leads to its
@@ -79,12 +76,10 @@ bool may_replace(const at::Tensor& kept, const at::Tensor& grad) {
 
 at::Tensor cross_entropy_backward_composite(const at::Tensor& grad, const at::Tensor& kept,
                                             const at::Tensor& target,
-                                            const std::optional<at::Tensor>& weight,
                                             const std::optional<at::Tensor>& /*lse*/,
-                                            const at::Tensor& total_weight, int64_t ignore_index,
-                                            std::string_view reduction, double label_smoothing) {
-  return composite_backward(grad, kept, target, weight, total_weight, ignore_index,
-                            parse_reduction(reduction), label_smoothing, /*in_node=*/false);
+                                            const at::Tensor& total_weight,
+                                            const LossOptions& options) {
+  return composite_backward(grad, kept, target, total_weight, options, /*in_node=*/false);
 }
 
 struct CrossEntropyBackward {
@@ -94,67 +89,56 @@ struct CrossEntropyBackward {
   using Options = std::tuple<int64_t, int64_t, double>;
 
   static torch::autograd::variable_list backward(const at::Tensor& grad, Tensors&& tensors,
-                                                 const Options& options,
+                                                 const Options& saved_options,
                                                  const std::vector<bool>& /*needs_input_grad*/) {
     auto& [kept, target, weight, lse, total_weight] = tensors;
-    const auto [ignore_index, reduction_code, label_smoothing] = options;
+    const auto [ignore_index, reduction, label_smoothing] = saved_options;
+    const LossOptions options{optional(weight), ignore_index, at::Reduction::Reduction(reduction),
+                              label_smoothing};
     if (backward_must_be_composite(grad)) {
-      return {composite_backward(grad, kept, target, optional(weight), total_weight, ignore_index,
-                                 reduction_code, label_smoothing, /*in_node=*/true)};
+      return {composite_backward(grad, kept, target, total_weight, options, /*in_node=*/true)};
     }
-    const auto reduction = reduction_name(reduction_code);
     BelowAutograd below_autograd;
     if (!may_replace(kept, grad)) {
-      return {cross_entropy_backward(grad, kept, target, optional(weight), optional(lse),
-                                     total_weight, ignore_index, reduction, label_smoothing)};
+      return {cross_entropy_backward(grad, kept, target, optional(lse), total_weight, options)};
     }
-    cross_entropy_backward_(grad, kept, target, optional(weight), optional(lse), total_weight,
-                            ignore_index, reduction, label_smoothing);
+    cross_entropy_backward_(grad, kept, target, optional(lse), total_weight, options);
     return {std::move(kept)};
   }
 };
 
 at::Tensor cross_entropy_recorded(const at::Tensor& input, const at::Tensor& target,
-                                  const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                  std::string_view reduction, double label_smoothing) {
+                                  const LossOptions& options) {
   const auto node = make_backward_node<CrossEntropyBackward>(input);
   const auto [loss, kept, lse, total_weight] = [&] {
     BelowAutograd below_autograd;
-    return cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing,
-                                 /*keep=*/true);
+    return cross_entropy_forward(input, target, options, /*keep=*/true);
   }();
-  record(node, loss, {kept, target, weight.value_or(at::Tensor()), lse, total_weight},
-         {ignore_index, parse_reduction(reduction), label_smoothing});
+  record(node, loss, {kept, target, options.weight.value_or(at::Tensor()), lse, total_weight},
+         {options.ignore_index, options.reduction, options.label_smoothing});
   return loss;
 }
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target,
-                                  const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                  std::string_view reduction, double label_smoothing) {
+                                  const LossOptions& options) {
   // The fused backward gives the logits' gradient alone: probabilities or weights that want one
   // take torch's composite.
-  if (in_functorch() || has_tangent(input) || has_tangent(target) || has_tangent(weight) ||
-      needs_grad(target) || needs_grad(weight) ||
-      !cross_entropy_is_fusable(input, target, weight, label_smoothing)) {
-    return cross_entropy_composite(input, target, weight, ignore_index, reduction, label_smoothing);
+  if (in_functorch() || has_tangent(input) || has_tangent(target) || has_tangent(options.weight) ||
+      needs_grad(target) || needs_grad(options.weight) ||
+      !can_fuse_cross_entropy(input, target, options)) {
+    return cross_entropy_composite(input, target, options);
   }
-  if (needs_grad(input)) {
-    return cross_entropy_recorded(input, target, weight, ignore_index, reduction, label_smoothing);
-  }
+  if (needs_grad(input)) return cross_entropy_recorded(input, target, options);
   BelowAutograd below_autograd;
-  return cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing);
+  return cross_entropy(input, target, options);
 }
 
 void cross_entropy_backward_inplace(const at::Tensor& grad_output, const at::Tensor& kept,
-                                    const at::Tensor& target,
-                                    const std::optional<at::Tensor>& weight,
-                                    const std::optional<at::Tensor>& lse,
-                                    const at::Tensor& total_weight, int64_t ignore_index,
-                                    std::string_view reduction, double label_smoothing) {
+                                    const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                                    const at::Tensor& total_weight, const LossOptions& options) {
   {
     BelowAutograd below_autograd;
-    cross_entropy_backward_(grad_output, kept, target, weight, lse, total_weight, ignore_index,
-                            reduction, label_smoothing);
+    cross_entropy_backward_(grad_output, kept, target, lse, total_weight, options);
   }
   if (!kept.is_inference()) torch::autograd::impl::bump_version(kept);
 }
@@ -162,17 +146,17 @@ void cross_entropy_backward_inplace(const at::Tensor& grad_output, const at::Ten
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, ADInplaceOrView, m) {
-  m.impl("cross_entropy_backward_", cross_entropy_backward_inplace);
+  m.impl("cross_entropy_backward_", as_cross_entropy_backward<cross_entropy_backward_inplace>);
 }
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
-  m.impl("cross_entropy", cross_entropy_autograd);
+  m.impl("cross_entropy", as_cross_entropy<cross_entropy_autograd>);
 }
 
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
-  m.impl("cross_entropy", cross_entropy_composite);
-  m.impl("cross_entropy_backward", cross_entropy_backward_composite);
+  m.impl("cross_entropy", as_cross_entropy<cross_entropy_composite>);
+  m.impl("cross_entropy_backward", as_cross_entropy_backward<cross_entropy_backward_composite>);
 }
 
 }  // namespace fastnn

@@ -74,7 +74,7 @@ at::Tensor linear_relu_recorded(const at::Tensor& input, const at::Tensor& weigh
 at::Tensor linear_relu_autograd(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias) {
   if (in_functorch() || has_tangent(input) || has_tangent(weight) || has_tangent(bias) ||
-      !linear_relu_is_fusable(input, weight, bias)) {
+      !can_fuse_linear_relu(input, weight, bias)) {
     return linear_relu_composite(input, weight, bias);
   }
   if (needs_grad(input) || needs_grad(weight) || needs_grad(bias)) {

@@ -44,7 +44,7 @@ at::Tensor log_softmax_recorded(const at::Tensor& input, int64_t dim) {
 }
 
 at::Tensor log_softmax_autograd(const at::Tensor& input, int64_t dim) {
-  if (in_functorch() || has_tangent(input) || !log_softmax_is_fusable(input)) {
+  if (in_functorch() || has_tangent(input) || !can_fuse_log_softmax(input)) {
     return log_softmax_composite(input, dim);
   }
   if (needs_grad(input)) return log_softmax_recorded(input, dim);

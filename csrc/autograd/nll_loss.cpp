@@ -14,14 +14,11 @@ namespace fastnn {
 namespace {
 
 at::Tensor nll_loss_backward_composite(const at::Tensor& grad, const at::Tensor& input,
-                                       const at::Tensor& target,
-                                       const std::optional<at::Tensor>& weight,
-                                       const at::Tensor& total_weight, int64_t ignore_index,
-                                       std::string_view reduction) {
-  const at::Tensor q =
-      index_distribution(input, target, weight, ignore_index, /*label_smoothing=*/0);
-  const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, reduction);
-  const at::Tensor result = zero_ignored_rows(grad_input, target, ignore_index);
+                                       const at::Tensor& target, const at::Tensor& total_weight,
+                                       const LossOptions& options) {
+  const at::Tensor q = index_distribution(input, target, options);
+  const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, options.reduction);
+  const at::Tensor result = zero_ignored_rows(grad_input, target, options.ignore_index);
   // As in torch a function of the input, although it doesn't depend on it: its gradient is zero.
   return at::where(at::zeros_like(result, at::kBool), input, result);
 }
@@ -33,57 +30,53 @@ struct NLLLossBackward {
   using Options = std::tuple<int64_t, int64_t>;
 
   static torch::autograd::variable_list backward(const at::Tensor& grad, const Tensors& tensors,
-                                                 const Options& options,
+                                                 const Options& saved_options,
                                                  const std::vector<bool>& /*needs_input_grad*/) {
-    const auto& [input, target, saved_weight, total_weight] = tensors;
-    const auto weight = saved_weight.defined() ? std::optional(saved_weight) : std::nullopt;
-    const auto ignore_index = std::get<0>(options);
-    const auto reduction = reduction_name(std::get<1>(options));
+    const auto& [input, target, weight, total_weight] = tensors;
+    const auto [ignore_index, reduction] = saved_options;
+    const LossOptions options{optional(weight), ignore_index, at::Reduction::Reduction(reduction)};
     if (backward_must_be_composite(grad)) {
-      return {nll_loss_backward_composite(grad, input, target, weight, total_weight, ignore_index,
-                                          reduction)};
+      return {nll_loss_backward_composite(grad, input, target, total_weight, options)};
     }
     BelowAutograd below_autograd;
-    return {nll_loss_backward(grad, input, target, weight, total_weight, ignore_index, reduction)};
+    return {nll_loss_backward(grad, input, target, total_weight, options)};
   }
 };
 
 at::Tensor nll_loss_recorded(const at::Tensor& input, const at::Tensor& target,
-                             const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                             std::string_view reduction) {
+                             const LossOptions& options) {
   const auto node = make_backward_node<NLLLossBackward>(input);
   const auto [loss, total_weight] = [&] {
     BelowAutograd below_autograd;
-    return nll_loss_forward(input, target, weight, ignore_index, reduction);
+    return nll_loss_forward(input, target, options);
   }();
-  record(node, loss, {input, target, weight.value_or(at::Tensor()), total_weight},
-         {ignore_index, parse_reduction(reduction)});
+  record(node, loss, {input, target, options.weight.value_or(at::Tensor()), total_weight},
+         {options.ignore_index, options.reduction});
   return loss;
 }
 
 at::Tensor nll_loss_autograd(const at::Tensor& input, const at::Tensor& target,
-                             const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                             std::string_view reduction) {
+                             const LossOptions& options) {
   // A weight that requires a gradient is refused by torch, in its own words.
-  if (in_functorch() || has_tangent(input) || has_tangent(weight) || needs_grad(weight) ||
-      !nll_loss_is_fusable(input, target, weight)) {
-    return nll_loss_composite(input, target, weight, ignore_index, reduction);
+  if (in_functorch() || has_tangent(input) || has_tangent(options.weight) ||
+      needs_grad(options.weight) || !can_fuse_nll_loss(input, target, options)) {
+    return nll_loss_composite(input, target, options);
   }
-  if (needs_grad(input)) return nll_loss_recorded(input, target, weight, ignore_index, reduction);
+  if (needs_grad(input)) return nll_loss_recorded(input, target, options);
   BelowAutograd below_autograd;
-  return nll_loss(input, target, weight, ignore_index, reduction);
+  return nll_loss(input, target, options);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
-  m.impl("nll_loss", nll_loss_autograd);
+  m.impl("nll_loss", as_nll_loss<nll_loss_autograd>);
 }
 
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
-  m.impl("nll_loss", nll_loss_composite);
-  m.impl("nll_loss_backward", nll_loss_backward_composite);
+  m.impl("nll_loss", as_nll_loss<nll_loss_composite>);
+  m.impl("nll_loss_backward", as_nll_loss_backward<nll_loss_backward_composite>);
 }
 
 }  // namespace fastnn

@@ -15,32 +15,22 @@ void bump_versions(at::TensorList tensors) {
   }
 }
 
-void bump_versions(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                   const std::optional<at::Tensor>& grad_scale) {
-  bump_versions(params);
-  bump_versions(momentum_buffers);
-  if (grad_scale) bump_versions(grads);
-}
-
-template <typename LR>
-void sgd_step_inplace(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                      LR lr, double momentum, double dampening, double weight_decay, bool nesterov,
-                      bool maximize, bool is_first_step,
-                      const std::optional<at::Tensor>& grad_scale,
-                      const std::optional<at::Tensor>& found_inf) {
+void sgd_step_inplace(const TensorLists& lists, const SGDOptions& options,
+                      const SGDScalars& scalars) {
   {
     at::AutoDispatchBelowADInplaceOrView below_inplace;
-    sgd_step_(params, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov,
-              maximize, is_first_step, grad_scale, found_inf);
+    sgd_step_(lists, options, scalars);
   }
-  bump_versions(params, grads, momentum_buffers, grad_scale);
+  bump_versions(lists.params);
+  for (const StateList& state : lists.states) bump_versions(state.tensors);
+  if (lists.writes_grads) bump_versions(lists.grads);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, ADInplaceOrView, m) {
-  m.impl("sgd_step_", sgd_step_inplace<double>);
-  m.impl("sgd_step_.tensor_lr", sgd_step_inplace<const at::Tensor&>);
+  m.impl("sgd_step_", as_sgd_step<sgd_step_inplace, double>);
+  m.impl("sgd_step_.tensor_lr", as_sgd_step<sgd_step_inplace, const at::Tensor&>);
 }
 
 }  // namespace fastnn

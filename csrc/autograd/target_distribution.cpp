@@ -11,7 +11,7 @@ namespace fastnn {
 namespace {
 
 double number_of_classes(const at::Tensor& input) {
-  return static_cast<double>(input.sym_size(class_dim(input)).guard_int(__FILE__, __LINE__));
+  return double(input.sym_size(class_dim(input)).guard_int(__FILE__, __LINE__));
 }
 
 // The class indices, shaped to broadcast against the input.
@@ -30,15 +30,15 @@ at::Tensor times_class_weight(const at::Tensor& distribution,
 }  // namespace
 
 at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
-                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                              double label_smoothing) {
+                              const LossOptions& options) {
   const int64_t dim = class_dim(input);
   const at::Tensor classes = classes_of(input, target);
-  const at::Tensor ignored = classes == ignore_index;
+  const at::Tensor ignored = classes == options.ignore_index;
+  const double smoothing = options.label_smoothing;
   const at::Tensor one_hot =
-      at::zeros_like(input).scatter(dim, classes.masked_fill(ignored, 0), 1 - label_smoothing);
-  const at::Tensor smooth = one_hot + label_smoothing / number_of_classes(input);
-  return times_class_weight(smooth, weight);
+      at::zeros_like(input).scatter(dim, classes.masked_fill(ignored, 0), 1 - smoothing);
+  const at::Tensor smooth = one_hot + smoothing / number_of_classes(input);
+  return times_class_weight(smooth, options.weight);
 }
 
 at::Tensor zero_ignored_rows(const at::Tensor& grad_input, const at::Tensor& target,
@@ -47,15 +47,15 @@ at::Tensor zero_ignored_rows(const at::Tensor& grad_input, const at::Tensor& tar
 }
 
 at::Tensor probability_distribution(const at::Tensor& input, const at::Tensor& probabilities,
-                                    const std::optional<at::Tensor>& weight,
-                                    double label_smoothing) {
-  return times_class_weight(
-      probabilities * (1 - label_smoothing) + label_smoothing / number_of_classes(input), weight);
+                                    const LossOptions& options) {
+  const double smoothing = options.label_smoothing;
+  const at::Tensor smooth = probabilities * (1 - smoothing) + smoothing / number_of_classes(input);
+  return times_class_weight(smooth, options.weight);
 }
 
 at::Tensor grad_per_row(const at::Tensor& grad_output, const at::Tensor& input,
-                        const at::Tensor& total_weight, std::string_view reduction) {
-  switch (parse_reduction(reduction)) {
+                        const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
+  switch (reduction) {
     case at::Reduction::None:
       return grad_output.unsqueeze(class_dim(input));
     case at::Reduction::Mean:

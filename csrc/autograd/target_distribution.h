@@ -3,20 +3,18 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
+#include "ops/loss_options.h"
 
 namespace fastnn {
 
 // Class indices as a distribution over the classes: (1 - label_smoothing) * weight at the target
 // plus label_smoothing / C * weight at every class. For rows ignored, that of class 0.
 at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
-                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                              double label_smoothing);
+                              const LossOptions& options);
 
 // Class probabilities as such: weight * ((1 - label_smoothing) * p + label_smoothing / C).
 at::Tensor probability_distribution(const at::Tensor& input, const at::Tensor& probabilities,
-                                    const std::optional<at::Tensor>& weight,
-                                    double label_smoothing);
+                                    const LossOptions& options);
 
 // What is differentiated: the gradient with respect to the input, zeros in the rows ignored even
 // where what they are computed from is NaN. `target` holds class indices.
@@ -25,6 +23,6 @@ at::Tensor zero_ignored_rows(const at::Tensor& grad_input, const at::Tensor& tar
 
 // A loss's incoming gradient for each row, shaped to broadcast against the input.
 at::Tensor grad_per_row(const at::Tensor& grad_output, const at::Tensor& input,
-                        const at::Tensor& total_weight, std::string_view reduction);
+                        const at::Tensor& total_weight, at::Reduction::Reduction reduction);
 
 }  // namespace fastnn

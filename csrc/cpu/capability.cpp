@@ -30,7 +30,7 @@ Capability requested() {
   const auto name = std::find(std::begin(kNames), std::end(kNames), std::string_view(value));
   TORCH_CHECK_VALUE(name != std::end(kNames),
                     "FASTNN_CPU_CAPABILITY must be default, avx2 or avx512, got ", value);
-  return static_cast<Capability>(name - std::begin(kNames));
+  return Capability(name - std::begin(kNames));
 }
 
 Capability chosen() {
@@ -41,7 +41,7 @@ Capability chosen() {
 }  // namespace
 
 const char* capability() {
-  return kNames[static_cast<int>(chosen())];
+  return kNames[int(chosen())];
 }
 
 bool multiplies_bfloat16() {

@@ -12,9 +12,8 @@ namespace fastnn::cpu {
 namespace {
 
 struct Operands : CrossEntropyOperands {
-  Operands(const at::Tensor& input, const at::Tensor& target,
-           const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing)
-      : CrossEntropyOperands(input, target, weight, ignore_index, label_smoothing) {
+  Operands(const at::Tensor& input, const at::Tensor& target, const LossOptions& options)
+      : CrossEntropyOperands(input, target, options) {
     TORCH_CHECK(layout.classes <= INT32_MAX, "cross_entropy: expected input to have at most ",
                 "2147483647 classes, but it has shape ", input.sizes());
   }
@@ -25,9 +24,9 @@ struct Operands : CrossEntropyOperands {
             .logits = const_data<T>(logits),
             .target = indices(),
             .target_probs = target_probs<T>(),
-            .weight = const_data_or_null<T>(weight),
-            .ignore_index = ignore_index,
-            .label_smoothing = label_smoothing};
+            .weight = const_data_or_null<T>(options.weight),
+            .ignore_index = options.ignore_index,
+            .label_smoothing = options.label_smoothing};
   }
 };
 
@@ -47,9 +46,9 @@ double total_weight_of(const simd::CrossEntropy<T>& args) {
 }
 
 template <typename T>
-double divisor_of_rows(const simd::CrossEntropy<T>& args, at::Reduction::Reduction reduction) {
-  if (reduction != at::Reduction::Mean) return 1;
-  return args.target ? total_weight_of(args) : static_cast<double>(args.layout.rows());
+double divisor_of_rows(const simd::CrossEntropy<T>& args, const LossOptions& options) {
+  if (!options.is_mean()) return 1;
+  return args.target ? total_weight_of(args) : double(args.layout.rows());
 }
 
 // What the forward leaves for the backward; undefined tensors where that is nothing.
@@ -60,27 +59,26 @@ struct Kept {
 
   Kept(const Operands& operands, const at::Tensor& input) {
     if (keeps_gradient(input)) {
-      tensor = empty(operands.logits.sizes(), input.scalar_type());
+      tensor = empty_result(operands.logits.sizes(), input.scalar_type());
       return;
     }
-    lse = empty(lse_sizes(input), accumulate_dtype(input));
+    lse = empty_result(lse_sizes(input), accumulate_dtype(input));
     if (!operands.logits.is_alias_of(input)) {
       tensor = operands.logits;  // a copy already
     } else if (operands.layout.inner != 1) {
       tensor = operands.logits.clone();
     } else {
-      tensor = empty(operands.logits.sizes(), input.scalar_type());
+      tensor = empty_result(operands.logits.sizes(), input.scalar_type());
       copies_rows = input.numel() != 0;
     }
   }
   Kept() = default;
 
   template <typename T>
-  simd::KeptRows<T> rows(const simd::CrossEntropy<T>& args,
-                         at::Reduction::Reduction reduction) const {
+  simd::KeptRows<T> rows(const simd::CrossEntropy<T>& args, const LossOptions& options) const {
     if (!tensor.defined()) return {};
     if constexpr (simd::kKeepsGradient<T>) {
-      const double scale = reciprocal(divisor_of_rows(args, reduction));
+      const double scale = reciprocal(divisor_of_rows(args, options));
       return {.grad = data<T>(tensor), .scale = scale, .max = nullptr, .log_sum = nullptr};
     } else {
       auto* max = data<simd::accum<T>>(lse);
@@ -97,22 +95,19 @@ struct Kept {
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cpu(
-    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction_name, double label_smoothing, bool keep) {
-  check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
-  const auto reduction = parse_reduction(reduction_name);
-  const Operands operands(input, target, weight, ignore_index, label_smoothing);
+    const at::Tensor& input, const at::Tensor& target, const LossOptions& options, bool keep) {
+  check_cross_entropy(input, target, options);
+  const Operands operands(input, target, options);
   const Kept kept = keep ? Kept(operands, input) : Kept();
-  const bool per_row = reduction == at::Reduction::None;
   const at::Tensor losses =
-      per_row ? empty(per_row_sizes(input), input.scalar_type()) : at::Tensor();
+      options.per_row() ? empty_result(per_row_sizes(input), input.scalar_type()) : at::Tensor();
   simd::LossSums sums;
   FirstBadTarget bad;
   dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     const auto args = operands.as<T>();
-    const auto kept_rows = kept.rows(args, reduction);
-    T* loss = per_row ? data<T>(losses) : nullptr;
+    const auto kept_rows = kept.rows(args, options);
+    T* loss = options.per_row() ? data<T>(losses) : nullptr;
     const auto run = [&](int64_t begin, int64_t end, simd::LossSums& sum) {
       if (kept.copies_rows) kept.copy_rows(args, begin, end);
       bad.update(kernel.cross_entropy(args, begin, end, kept_rows, loss, sum));
@@ -120,11 +115,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     sums = sum_over_rows(args.layout.rows(), args.layout.classes, run);
   });
   if (!operands.probabilities) {
-    bad.raise_if_any(operands.indices(), operands.layout.classes, ignore_index);
+    bad.raise_if_any(operands.indices(), operands.layout.classes, options.ignore_index);
   }
   // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
   if (input.numel() == 0) sums.weight = 0;
-  return {per_row ? losses : reduced_loss(sums, reduction, input),
+  return {options.per_row() ? losses : reduced_loss(sums, options, input),
           keep ? operands.in_shape_of_input(kept.tensor) : at::Tensor(), kept.lse,
           scalar_tensor(sums.weight, accumulate_dtype(input))};
 }
@@ -133,11 +128,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
 // forward kept.
 void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
                     const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
-                    const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
+                    const at::Tensor& total_weight) {
   const at::Tensor grad = grad_output.contiguous();
   const auto saved_lse = contiguous(lse);
-  const bool per_row = reduction == at::Reduction::None;
-  const double scale = grad_scale(total_weight, reduction);
+  const bool per_row = operands.options.per_row();
+  const double scale = row_grad_scale(total_weight, operands.options);
   const int64_t rows = operands.layout.rows();
   FirstBadTarget bad;
   dispatch(grad_logits.scalar_type(), "cross_entropy_backward", [&]<typename T>() {
@@ -156,35 +151,27 @@ void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
     });
   });
   if (!operands.probabilities) {
-    bad.raise_if_any(operands.indices(), operands.layout.classes, operands.ignore_index);
+    bad.raise_if_any(operands.indices(), operands.layout.classes, operands.options.ignore_index);
   }
 }
 
 at::Tensor cross_entropy_backward_cpu(const at::Tensor& grad_output, const at::Tensor& kept,
                                       const at::Tensor& target,
-                                      const std::optional<at::Tensor>& weight,
                                       const std::optional<at::Tensor>& lse,
-                                      const at::Tensor& total_weight, int64_t ignore_index,
-                                      std::string_view reduction_name, double label_smoothing) {
-  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
-  const auto reduction = parse_reduction(reduction_name);
-  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
-  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
-  const at::Tensor grad_logits = empty(operands.logits.sizes(), kept.scalar_type());
-  write_gradient(grad_logits, operands, grad_output, lse, total_weight, reduction);
+                                      const at::Tensor& total_weight, const LossOptions& options) {
+  check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
+  const Operands operands(kept, target, options);
+  const at::Tensor grad_logits = empty_result(operands.logits.sizes(), kept.scalar_type());
+  write_gradient(grad_logits, operands, grad_output, lse, total_weight);
   return operands.in_shape_of_input(grad_logits);
 }
 
 void cross_entropy_backward_cpu_(const at::Tensor& grad_output, const at::Tensor& kept,
-                                 const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                 const std::optional<at::Tensor>& lse,
-                                 const at::Tensor& total_weight, int64_t ignore_index,
-                                 std::string_view reduction_name, double label_smoothing) {
-  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
-  const auto reduction = parse_reduction(reduction_name);
-  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
-  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
-  write_gradient(operands.logits, operands, grad_output, lse, total_weight, reduction);
+                                 const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                                 const at::Tensor& total_weight, const LossOptions& options) {
+  check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
+  const Operands operands(kept, target, options);
+  write_gradient(operands.logits, operands, grad_output, lse, total_weight);
   // Of strides that the kernels don't take there is a copy.
   if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
@@ -192,9 +179,9 @@ void cross_entropy_backward_cpu_(const at::Tensor& grad_output, const at::Tensor
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("cross_entropy_forward", cross_entropy_forward_cpu);
-  m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
-  m.impl("cross_entropy_backward_", cross_entropy_backward_cpu_);
+  m.impl("cross_entropy_forward", as_cross_entropy_forward<cross_entropy_forward_cpu>);
+  m.impl("cross_entropy_backward", as_cross_entropy_backward<cross_entropy_backward_cpu>);
+  m.impl("cross_entropy_backward_", as_cross_entropy_backward<cross_entropy_backward_cpu_>);
 }
 
 }  // namespace fastnn::cpu

@@ -67,7 +67,7 @@ at::Tensor tiled_gemm(const at::Tensor& left, const at::Tensor& right,
                       const std::optional<at::Tensor>& bias, bool relu) {
   const at::Tensor a = as_matrix(left), b = as_matrix(right);
   const int64_t rows = a.size(0), cols = b.size(1), depth = a.size(1);
-  const at::Tensor out = empty({rows, cols}, a.scalar_type());
+  const at::Tensor out = empty_result({rows, cols}, a.scalar_type());
   dispatch(a.scalar_type(), "matmul", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     const auto contiguous_bias = contiguous(bias);

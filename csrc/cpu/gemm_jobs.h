@@ -14,12 +14,12 @@ class GemmJobs {
   GemmJobs(int64_t rows, int64_t cols, int64_t depth, int64_t threads) : rows_(rows), cols_(cols) {
     if (rows == 0 || cols == 0) return;
     threads = std::clamp<int64_t>(rows * cols * depth / kLeastWork, 1, threads);
-    const int64_t least_rows = parts(rows, simd::kGemmRows);
-    const int64_t least_cols = parts(cols, simd::kGemmCols);
+    const int64_t least_rows = ceil_div(rows, simd::kGemmRows);
+    const int64_t least_cols = ceil_div(cols, simd::kGemmCols);
     // The threads' number is reached by cutting columns, rows or both, whichever takes least time.
     for (int64_t by_cols = least_cols; by_cols < least_cols + threads; ++by_cols) {
-      if (by_cols > parts(cols, kColumns)) break;
-      const int64_t by_rows = std::min(rows, std::max(least_rows, parts(threads, by_cols)));
+      if (by_cols > ceil_div(cols, kColumns)) break;
+      const int64_t by_rows = std::min(rows, std::max(least_rows, ceil_div(threads, by_cols)));
       const double time = cost(by_rows, by_cols, threads);
       if (count() == 0 || time < cost(row_parts_, col_parts_, threads)) {
         row_parts_ = by_rows;
@@ -45,22 +45,18 @@ class GemmJobs {
   // What packing an element costs, in multiplications.
   static constexpr double kPackCost = 8;
 
-  static int64_t parts(int64_t size, int64_t most) {
-    return (size + most - 1) / most;
-  }
-
   // The time of the thread that gets the most and largest blocks, but for a factor.
   double cost(int64_t by_rows, int64_t by_cols, int64_t threads) const {
-    const double rows = parts(rows_, by_rows);
-    const double cols = parts(parts(cols_, kColumns), by_cols) * kColumns;
-    return parts(by_rows * by_cols, threads) * (rows * cols + kPackCost * (rows + cols));
+    const double rows = ceil_div(rows_, by_rows);
+    const double cols = ceil_div(ceil_div(cols_, kColumns), by_cols) * kColumns;
+    return ceil_div(by_rows * by_cols, threads) * (rows * cols + kPackCost * (rows + cols));
   }
 
   int64_t row_start(int64_t i) const {
     return rows_ * i / row_parts_;
   }
   int64_t col_start(int64_t i) const {
-    return std::min(cols_, parts(cols_, kColumns) * i / col_parts_ * kColumns);
+    return std::min(cols_, ceil_div(cols_, kColumns) * i / col_parts_ * kColumns);
   }
 
   int64_t rows_;

@@ -12,7 +12,7 @@ namespace {
 
 at::Tensor linear_relu_cpu(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias) {
-  if (!linear_relu_is_fusable(input, weight, bias)) {
+  if (!can_fuse_linear_relu(input, weight, bias)) {
     return linear_relu_composite(input, weight, bias);
   }
   check_linear_relu(input, weight);
@@ -28,9 +28,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cpu(
   const at::Tensor grad = matrix_of_rows(grad_output).contiguous();
   const at::Tensor out = matrix_of_rows(output).contiguous();
   const int64_t cols = grad.size(1);
-  const at::Tensor grad_linear = empty(grad.sizes(), grad.scalar_type());
+  const at::Tensor grad_linear = empty_result(grad.sizes(), grad.scalar_type());
   at::Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[2]) grad_bias = empty({cols}, grad.scalar_type());
+  if (output_mask[2]) grad_bias = empty_result({cols}, grad.scalar_type());
 
   dispatch(grad.scalar_type(), "linear_relu_backward", [&]<typename T>() {
     const auto& kernel = kernels<T>();

@@ -10,10 +10,10 @@ namespace fastnn::cpu {
 namespace {
 
 at::Tensor log_softmax_cpu(const at::Tensor& input, int64_t dim) {
-  if (!log_softmax_is_fusable(input)) return log_softmax_composite(input, dim);
+  if (!can_fuse_log_softmax(input)) return log_softmax_composite(input, dim);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::Tensor x = input.contiguous();
-  const at::Tensor output = empty(input.sizes(), input.scalar_type());
+  const at::Tensor output = empty_result(input.sizes(), input.scalar_type());
   if (output.numel() == 0) return output;
 
   const Layout layout = log_softmax_layout(x, dim);
@@ -34,7 +34,7 @@ at::Tensor log_softmax_backward_cpu(const at::Tensor& grad_output, const at::Ten
   dim = at::maybe_wrap_dim(dim, output.dim());
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor out = output.contiguous();
-  const at::Tensor grad_input = empty(output.sizes(), output.scalar_type());
+  const at::Tensor grad_input = empty_result(output.sizes(), output.scalar_type());
   if (grad_input.numel() == 0) return grad_input;
 
   const Layout layout = log_softmax_layout(out, dim);

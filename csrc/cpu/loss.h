@@ -2,7 +2,8 @@
 // same on any number of threads.
 #pragma once
 
-#include <ATen/Dispatch.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <atomic>
 #include <limits>
@@ -34,7 +35,7 @@ class FirstBadTarget {
 template <typename F>
 simd::LossSums sum_over_rows(int64_t rows, int64_t elements_per_row, F f) {
   const int64_t chunk = grain(elements_per_row);
-  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const int64_t chunks = ceil_div(rows, chunk);
   std::vector<simd::LossSums> sums(chunks);
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -49,18 +50,23 @@ simd::LossSums sum_over_rows(int64_t rows, int64_t elements_per_row, F f) {
   return total;
 }
 
+// Calls f.template operator()<T>() with PyTorch's storage type T of the dtype, which scalar code
+// computes with.
+template <typename F>
+void dispatch_scalars(at::ScalarType dtype, std::string_view op, F f) {
+  dispatch_storage<c10::BFloat16, c10::Half>(dtype, op, f);
+}
+
 inline at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
-  const at::Tensor result = empty({}, dtype);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "scalar_tensor", [&] {
-    *result.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(value);
-  });
+  const at::Tensor result = empty_result({}, dtype);
+  dispatch_scalars(dtype, "scalar_tensor", [&]<typename T>() { *data<T>(result) = T(value); });
   return result;
 }
 
-inline at::Tensor reduced_loss(const simd::LossSums& sums, at::Reduction::Reduction reduction,
+inline at::Tensor reduced_loss(const simd::LossSums& sums, const LossOptions& options,
                                const at::Tensor& input) {
   double loss = sums.loss;
-  if (reduction == at::Reduction::Mean) {
+  if (options.is_mean()) {
     // NaN over nothing; smoothing's share of the loss does not vanish with the targets' weights.
     loss = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : loss / sums.weight;
   }
@@ -73,11 +79,10 @@ inline double reciprocal(double total) {
 }
 
 // What multiplies each row's gradient: 'mean' has divided by the total weight.
-inline double grad_scale(const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
-  if (reduction != at::Reduction::Mean) return 1;
-  const double total = total_weight.scalar_type() == at::kDouble
-                           ? *total_weight.const_data_ptr<double>()
-                           : *total_weight.const_data_ptr<float>();
+inline double row_grad_scale(const at::Tensor& total_weight, const LossOptions& options) {
+  if (!options.is_mean()) return 1;
+  const double total = total_weight.scalar_type() == at::kDouble ? *const_data<double>(total_weight)
+                                                                 : *const_data<float>(total_weight);
   return reciprocal(total);
 }
 

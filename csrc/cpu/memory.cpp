@@ -8,16 +8,18 @@
 
 #include <memory>
 
+#include "ops/integers.h"
+
 namespace fastnn::cpu {
 namespace {
 
 #if defined(__linux__)
 // Asks for huge pages where the memory is not yet backed by any. Advice: the kernel may refuse it.
 void advise_huge_pages(void* data, size_t bytes) {
-  constexpr size_t kPage = 4096;
+  constexpr uintptr_t kPage = 4096;
   constexpr size_t kWorthACall = 4 << 20;
   if (bytes < kWorthACall) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto begin = ceil_div(reinterpret_cast<uintptr_t>(data), kPage) * kPage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
@@ -48,7 +50,7 @@ at::DataPtr map_zeros(size_t) {
 
 }  // namespace
 
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype) {
   const at::Tensor result = at::detail::empty_cpu(sizes, dtype);
   advise_huge_pages(result.mutable_data_ptr(), result.nbytes());
   return result;

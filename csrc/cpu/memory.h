@@ -7,10 +7,10 @@
 
 namespace fastnn::cpu {
 
-// at::empty on the CPU. Without the dispatcher, which costs more than many a small result, and in
-// huge pages where it is large: writing to fresh memory first costs more than most kernels, one
-// page fault for each 4 KiB.
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
+// A contiguous tensor of nothing in particular yet. It is made without the dispatcher, which costs
+// more than many a small result, and in huge pages where it is large: writing to fresh memory first
+// costs more than most kernels, one page fault for each 4 KiB.
+at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype);
 
 // Zeros that need not be written, where the tensor is so large that its memory comes fresh from the
 // system anyway, as zero pages: what few elements are then written cost a page each, not the whole.

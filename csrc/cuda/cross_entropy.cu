@@ -15,7 +15,7 @@ struct Operands : CrossEntropyOperands {
   using CrossEntropyOperands::CrossEntropyOperands;
 
   double uniform() const {
-    return label_smoothing / static_cast<double>(std::max<int64_t>(layout.classes, 1));
+    return options.label_smoothing / static_cast<double>(std::max<int64_t>(layout.classes, 1));
   }
   template <typename T>
   CrossEntropyArgs<T> as() const {
@@ -24,9 +24,9 @@ struct Operands : CrossEntropyOperands {
             .inner = layout.inner,
             .target = indices(),
             .target_probs = target_probs<T>(),
-            .weight = const_data_or_null<T>(weight),
-            .ignore_index = ignore_index,
-            .keep = static_cast<accum<T>>(1 - label_smoothing),
+            .weight = const_data_or_null<T>(options.weight),
+            .ignore_index = options.ignore_index,
+            .keep = static_cast<accum<T>>(1 - options.label_smoothing),
             .uniform = static_cast<accum<T>>(uniform())};
   }
 };
@@ -35,7 +35,8 @@ struct Operands : CrossEntropyOperands {
 template <typename F>
 void with_kind(const Operands& operands, F f) {
   if (operands.probabilities) return f.template operator()<TargetKind::Probabilities>();
-  if (operands.label_smoothing != 0) return f.template operator()<TargetKind::SmoothedIndex>();
+  if (operands.options.label_smoothing != 0)
+    return f.template operator()<TargetKind::SmoothedIndex>();
   return f.template operator()<TargetKind::Index>();
 }
 
@@ -48,20 +49,18 @@ void run_target_weights(const Operands& operands, const at::Tensor& total_weight
   const BlockSums sums(blocks, total_weight.options());
   FASTNN_LAUNCH((sum_target_weights_kernel<T>), static_cast<unsigned>(blocks), kMaxRowThreads, 0,
                 c10::cuda::getCurrentCUDAStream(), operands.indices(), rows,
-                operands.layout.classes, operands.ignore_index,
-                const_data_or_null<T>(operands.weight), sums.data());
+                operands.layout.classes, operands.options.ignore_index,
+                const_data_or_null<T>(operands.options.weight), sums.data());
   run_finish_loss<T>(sums, /*empty=*/false, at::Reduction::Sum, nullptr, total_weight);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cuda(
-    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction_name, double label_smoothing, bool keep) {
-  check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
-  const auto reduction = parse_reduction(reduction_name);
+    const at::Tensor& input, const at::Tensor& target, const LossOptions& options, bool keep) {
+  check_cross_entropy(input, target, options);
   const c10::cuda::CUDAGuard guard(input.device());
-  const Operands operands(input, target, weight, ignore_index, label_smoothing);
+  const Operands operands(input, target, options);
   const auto in_accum = input.options().dtype(accumulate_dtype(input));
-  const bool per_row = reduction == at::Reduction::None;
+  const bool per_row = options.per_row();
   at::Tensor kept, lse;
   if (keep) kept = at::empty(operands.logits.sizes(), input.options());
   if (keep && !keeps_gradient(input)) lse = at::empty(lse_sizes(input), in_accum);
@@ -78,7 +77,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
                              Op::kMaps ? data<T>(kept) : nullptr};
     run_rows(op, plan, layout, tensors, input.options(), sums.data());
     // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
-    run_finish_loss<T>(sums, /*empty=*/input.numel() == 0, reduction,
+    run_finish_loss<T>(sums, /*empty=*/input.numel() == 0, options.reduction,
                        per_row ? nullptr : data<T>(loss), total_weight);
   };
   dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
@@ -94,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
         run(forward);
       } else if constexpr (!kKeepsGradient<T>) {
         run(CrossEntropyCopyingRows<T, Kind>{forward});
-      } else if (reduction != at::Reduction::Mean) {
+      } else if (!options.is_mean()) {
         run(CrossEntropyGradientRows<T, Kind>{forward, A(1), nullptr});
       } else if (operands.probabilities) {
         const A rows = static_cast<A>(std::max<int64_t>(layout.rows(), 1));
@@ -113,7 +112,7 @@ template <typename T>
 at::Tensor weighted_uniform_sum(const Operands& operands, const at::TensorOptions& options) {
   const at::Tensor sum = at::empty({}, options);
   FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, kMaxRowThreads, 0,
-                c10::cuda::getCurrentCUDAStream(), const_data<T>(*operands.weight),
+                c10::cuda::getCurrentCUDAStream(), const_data<T>(*operands.options.weight),
                 operands.layout.classes, operands.uniform(), data<accum<T>>(sum));
   return sum;
 }
@@ -121,25 +120,23 @@ at::Tensor weighted_uniform_sum(const Operands& operands, const at::TensorOption
 // Of a copy of the logits, which the gradient may replace.
 template <typename T, TargetKind Kind>
 void run_backward(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
-                  const at::Tensor& lse, const at::Tensor& total_weight,
-                  at::Reduction::Reduction reduction) {
+                  const at::Tensor& lse, const at::Tensor& total_weight) {
   using Op = CrossEntropyBackwardRows<T, Kind>;
   using A = accum<T>;
   const Layout& layout = operands.layout;
   at::Tensor weighted_sum;
-  if (Kind == TargetKind::SmoothedIndex && operands.weight) {
+  if (Kind == TargetKind::SmoothedIndex && operands.options.weight) {
     weighted_sum = weighted_uniform_sum<T>(operands, total_weight.options());
   }
-  const bool mean = reduction == at::Reduction::Mean;
   const A* max = const_data<A>(lse);
   const Op op{
       .args = operands.as<T>(),
       .max = max,
       .log_sum = max + layout.rows(),
       .grad = {.grad = const_data<T>(grad),
-               .per_row = reduction == at::Reduction::None,
-               .total_weight = mean ? const_data<A>(total_weight) : nullptr},
-      .uniform_sum = static_cast<A>(operands.label_smoothing),
+               .per_row = operands.options.per_row(),
+               .total_weight = operands.options.is_mean() ? const_data<A>(total_weight) : nullptr},
+      .uniform_sum = static_cast<A>(operands.options.label_smoothing),
       .weighted_uniform_sum = weighted_sum.defined() ? const_data<A>(weighted_sum) : nullptr};
   Tensors<T> tensors{{op.args.logits, nullptr}, data<T>(grad_logits)};
   if (operands.probabilities) {
@@ -151,14 +148,13 @@ void run_backward(const at::Tensor& grad_logits, const Operands& operands, const
 
 // Of the gradient that the forward kept, which may be replaced.
 template <typename T>
-void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
-               at::Reduction::Reduction reduction) {
+void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad) {
   using Op = ScaleGradientRows<T>;
   const T* kept = const_data<T>(operands.logits);
   const Op op{.target = operands.indices(),
-              .ignore_index = operands.ignore_index,
+              .ignore_index = operands.options.ignore_index,
               .grad = {.grad = const_data<T>(grad),
-                       .per_row = reduction == at::Reduction::None,
+                       .per_row = operands.options.per_row(),
                        .total_weight = nullptr},
               .in_place = kept == data<T>(grad_logits)};
   run_rows(op, plan_of<Op>(operands.layout), operands.layout,
@@ -169,15 +165,15 @@ void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at
 // forward kept.
 void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
                     const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
-                    const at::Tensor& total_weight, at::Reduction::Reduction reduction) {
+                    const at::Tensor& total_weight) {
   const at::Tensor grad = grad_output.contiguous();
   dispatch(grad_logits.scalar_type(), "cross_entropy_backward", [&]<typename T>() {
     if constexpr (kKeepsGradient<T>) {
-      run_scale<T>(grad_logits, operands, grad, reduction);
+      run_scale<T>(grad_logits, operands, grad);
     } else {
       const at::Tensor saved_lse = lse->contiguous();
       with_kind(operands, [&]<TargetKind Kind>() {
-        run_backward<T, Kind>(grad_logits, operands, grad, saved_lse, total_weight, reduction);
+        run_backward<T, Kind>(grad_logits, operands, grad, saved_lse, total_weight);
       });
     }
   });
@@ -185,31 +181,23 @@ void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
 
 at::Tensor cross_entropy_backward_cuda(const at::Tensor& grad_output, const at::Tensor& kept,
                                        const at::Tensor& target,
-                                       const std::optional<at::Tensor>& weight,
                                        const std::optional<at::Tensor>& lse,
-                                       const at::Tensor& total_weight, int64_t ignore_index,
-                                       std::string_view reduction_name, double label_smoothing) {
-  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
-  const auto reduction = parse_reduction(reduction_name);
-  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
+                                       const at::Tensor& total_weight, const LossOptions& options) {
+  check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
   const c10::cuda::CUDAGuard guard(kept.device());
-  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
+  const Operands operands(kept, target, options);
   const at::Tensor grad_logits = at::empty(operands.logits.sizes(), kept.options());
-  write_gradient(grad_logits, operands, grad_output, lse, total_weight, reduction);
+  write_gradient(grad_logits, operands, grad_output, lse, total_weight);
   return operands.in_shape_of_input(grad_logits);
 }
 
 void cross_entropy_backward_cuda_(const at::Tensor& grad_output, const at::Tensor& kept,
-                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                  const std::optional<at::Tensor>& lse,
-                                  const at::Tensor& total_weight, int64_t ignore_index,
-                                  std::string_view reduction_name, double label_smoothing) {
-  check_cross_entropy(kept, target, weight, ignore_index, label_smoothing);
-  const auto reduction = parse_reduction(reduction_name);
-  check_cross_entropy_backward(grad_output, kept, lse, total_weight, reduction);
+                                  const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, const LossOptions& options) {
+  check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
   const c10::cuda::CUDAGuard guard(kept.device());
-  const Operands operands(kept, target, weight, ignore_index, label_smoothing);
-  write_gradient(operands.logits, operands, grad_output, lse, total_weight, reduction);
+  const Operands operands(kept, target, options);
+  write_gradient(operands.logits, operands, grad_output, lse, total_weight);
   // Of strides that the kernels don't take there is a copy.
   if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
@@ -217,9 +205,9 @@ void cross_entropy_backward_cuda_(const at::Tensor& grad_output, const at::Tenso
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) {
-  m.impl("cross_entropy_forward", cross_entropy_forward_cuda);
-  m.impl("cross_entropy_backward", cross_entropy_backward_cuda);
-  m.impl("cross_entropy_backward_", cross_entropy_backward_cuda_);
+  m.impl("cross_entropy_forward", as_cross_entropy_forward<cross_entropy_forward_cuda>);
+  m.impl("cross_entropy_backward", as_cross_entropy_backward<cross_entropy_backward_cuda>);
+  m.impl("cross_entropy_backward_", as_cross_entropy_backward<cross_entropy_backward_cuda_>);
 }
 
 }  // namespace fastnn::cuda

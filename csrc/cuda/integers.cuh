@@ -2,13 +2,11 @@
 #pragma once
 
 #include "cuda/portability.cuh"
+#include "ops/integers.h"
 
 namespace fastnn::cuda {
 
-template <typename I>
-__host__ __device__ constexpr I ceil_div(I n, I divisor) {
-  return (n + divisor - 1) / divisor;
-}
+using fastnn::ceil_div;
 
 template <typename I>
 __host__ __device__ constexpr I min_of(I a, I b) {

@@ -108,7 +108,7 @@ at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
 
 at::Tensor linear_relu_cuda(const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias) {
-  if (!linear_relu_is_fusable(input, weight, bias)) {
+  if (!can_fuse_linear_relu(input, weight, bias)) {
     return linear_relu_composite(input, weight, bias);
   }
   check_linear_relu(input, weight);

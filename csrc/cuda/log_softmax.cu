@@ -12,7 +12,7 @@ namespace fastnn::cuda {
 namespace {
 
 at::Tensor log_softmax_cuda(const at::Tensor& input, int64_t dim) {
-  if (!log_softmax_is_fusable(input)) return log_softmax_composite(input, dim);
+  if (!can_fuse_log_softmax(input)) return log_softmax_composite(input, dim);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor x = input.contiguous();

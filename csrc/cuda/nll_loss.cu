@@ -13,16 +13,13 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input,
                                                          const at::Tensor& target,
-                                                         const std::optional<at::Tensor>& weight,
-                                                         int64_t ignore_index,
-                                                         std::string_view reduction_name) {
-  check_nll_loss(input, target, weight);
-  const auto reduction = parse_reduction(reduction_name);
+                                                         const LossOptions& options) {
+  check_nll_loss(input, target, options);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor rows = with_one_inner_stride(input);
   const at::Tensor indices = contiguous_indices(target);
-  const auto class_weight = contiguous(weight);
-  const bool per_row = reduction == at::Reduction::None;
+  const auto class_weight = contiguous(options.weight);
+  const bool per_row = options.per_row();
   const at::Tensor loss =
       at::empty(per_row ? per_row_sizes(input) : at::DimVector{}, input.options());
   const at::Tensor total_weight = at::empty({}, input.options().dtype(accumulate_dtype(input)));
@@ -36,43 +33,41 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input
                               .target = const_data<int64_t>(indices),
                               .rows = indices.numel(),
                               .classes = input.size(class_dim(input)),
-                              .ignore_index = ignore_index,
+                              .ignore_index = options.ignore_index,
                               .weight = const_data_or_null<T>(class_weight),
                               .losses = per_row ? data<T>(loss) : nullptr};
     if (blocks > 0) {
       FASTNN_LAUNCH((nll_loss_kernel<T>), static_cast<unsigned>(blocks), kNLLThreads, 0,
                     c10::cuda::getCurrentCUDAStream(), args, sums.data());
     }
-    run_finish_loss<T>(sums, /*empty=*/false, reduction, per_row ? nullptr : data<T>(loss),
+    run_finish_loss<T>(sums, /*empty=*/false, options.reduction, per_row ? nullptr : data<T>(loss),
                        total_weight);
   });
   return {loss, total_weight};
 }
 
 at::Tensor nll_loss_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
-                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                  const at::Tensor& total_weight, int64_t ignore_index,
-                                  std::string_view reduction_name) {
-  check_nll_loss(input, target, weight);
-  const auto reduction = parse_reduction(reduction_name);
-  check_loss_backward("nll_loss_backward", grad_output, input, total_weight, reduction);
+                                  const at::Tensor& target, const at::Tensor& total_weight,
+                                  const LossOptions& options) {
+  check_nll_loss(input, target, options);
+  check_loss_backward("nll_loss_backward", grad_output, input, total_weight, options);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor grad_input = at::empty(input.sizes(), input.options());
   const at::Tensor indices = contiguous_indices(target);
   const at::Tensor grad = grad_output.contiguous();
-  const auto class_weight = contiguous(weight);
+  const auto class_weight = contiguous(options.weight);
 
   const Layout layout = layout_around(input.sizes(), class_dim(input));
   dispatch(input.scalar_type(), "nll_loss_backward", [&]<typename T>() {
     using Op = NLLLossBackwardRows<T>;
-    const bool mean = reduction == at::Reduction::Mean;
-    const Op op{.target = const_data<int64_t>(indices),
-                .classes = layout.classes,
-                .ignore_index = ignore_index,
-                .weight = const_data_or_null<T>(class_weight),
-                .grad = {.grad = const_data<T>(grad),
-                         .per_row = reduction == at::Reduction::None,
-                         .total_weight = mean ? const_data<accum<T>>(total_weight) : nullptr}};
+    const Op op{
+        .target = const_data<int64_t>(indices),
+        .classes = layout.classes,
+        .ignore_index = options.ignore_index,
+        .weight = const_data_or_null<T>(class_weight),
+        .grad = {.grad = const_data<T>(grad),
+                 .per_row = options.per_row(),
+                 .total_weight = options.is_mean() ? const_data<accum<T>>(total_weight) : nullptr}};
     run_rows(op, plan_of<Op>(layout), layout, {{nullptr, nullptr}, data<T>(grad_input)},
              input.options());
   });
@@ -82,8 +77,8 @@ at::Tensor nll_loss_backward_cuda(const at::Tensor& grad_output, const at::Tenso
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) {
-  m.impl("nll_loss_forward", nll_loss_forward_cuda);
-  m.impl("nll_loss_backward", nll_loss_backward_cuda);
+  m.impl("nll_loss_forward", as_nll_loss_forward<nll_loss_forward_cuda>);
+  m.impl("nll_loss_backward", as_nll_loss_backward<nll_loss_backward_cuda>);
 }
 
 }  // namespace fastnn::cuda

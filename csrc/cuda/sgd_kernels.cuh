@@ -3,71 +3,26 @@
 // What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
-#include "cuda/integers.cuh"
-#include "cuda/vec.cuh"
+#include "cuda/multi_tensor.cuh"
+#include "ops/sgd_options.h"
 
 namespace fastnn::cuda {
 
 constexpr int kSGDThreads = 256;
 // To a multiprocessor at the least: for more, ptxas would spill registers on 8.6.
 constexpr int kSGDBlocks = 4;
-constexpr int kSGDTensors = 96;  // to a launch: what a kernel's 4 KiB of arguments hold
 
 // Elements that one block steps.
 template <typename T>
 constexpr int64_t kSGDChunk = 4 * kSGDThreads * kVecSize<T>;
 
-// A number that lies on the device, so that nobody has to wait for it.
-struct DeviceScalar {
-  const void* data = nullptr;
-  bool is_double = false;  // or else float
-
-  __device__ double value_or(double otherwise) const {
-    if (data == nullptr) return otherwise;
-    return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
-  }
-};
-
-struct SGDOptions {
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
-  bool is_first_step;            // the momentum buffers hold nothing yet
-  DeviceScalar device_lr = {};   // in place of `lr`
+// What a launch takes beside its tensors.
+struct SGDArgs {
+  SGDOptions options;
+  DeviceScalar device_lr = {};   // in place of `options.lr`
   DeviceScalar grad_scale = {};  // gradients are divided by it, and written back
   DeviceScalar found_inf = {};   // where not zero, nothing is done
 };
-
-// The tensors of a launch, each of which has blocks for all its elements. The momentum buffers'
-// type B is T or wider.
-template <typename T, typename B>
-struct SGDTensors {
-  int count = 0;
-  unsigned first_block[kSGDTensors + 1] = {};
-  int64_t sizes[kSGDTensors];
-  T* params[kSGDTensors];
-  T* grads[kSGDTensors];
-  B* buffers[kSGDTensors];  // null without momentum
-};
-static_assert(sizeof(SGDTensors<float, float>) + sizeof(SGDOptions) <= 4096);
-
-// The last tensor whose first block is not past `block`.
-template <typename T, typename B>
-__device__ int tensor_of_block(const SGDTensors<T, B>& tensors, unsigned block) {
-  int low = 0, high = tensors.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (tensors.first_block[middle] <= block) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 // The step of one element, in A.
 template <typename A, bool kMomentum>
@@ -75,15 +30,15 @@ struct SGDStep {
   A lr, momentum, keep, weight_decay, grad_scale;
   bool nesterov, maximize, is_first_step;
 
-  __device__ explicit SGDStep(const SGDOptions& options)
-      : lr(A(options.device_lr.value_or(options.lr))),
-        momentum(A(options.momentum)),
-        keep(A(1 - options.dampening)),
-        weight_decay(A(options.weight_decay)),
-        grad_scale(A(options.grad_scale.value_or(1))),
-        nesterov(options.nesterov),
-        maximize(options.maximize),
-        is_first_step(options.is_first_step) {
+  __device__ explicit SGDStep(const SGDArgs& args)
+      : lr(A(args.device_lr.value_or(args.options.lr))),
+        momentum(A(args.options.momentum)),
+        keep(A(1 - args.options.dampening)),
+        weight_decay(A(args.options.weight_decay)),
+        grad_scale(A(args.grad_scale.value_or(1))),
+        nesterov(args.options.nesterov),
+        maximize(args.options.maximize),
+        is_first_step(args.options.is_first_step) {
   }
 
   __device__ bool unscales() const {
@@ -103,7 +58,7 @@ struct SGDStep {
   }
 };
 
-// One tensor's pointers.
+// One parameter's pointers. The momentum buffer's type B is T or wider.
 template <typename T, typename B, bool kMomentum>
 struct SGDPointers {
   // The buffer's vectors that have as many elements as one of the parameter's.
@@ -111,7 +66,7 @@ struct SGDPointers {
 
   T* param;
   T* grad;
-  B* buffer;
+  B* buffer;  // null without momentum
 
   // Whether the others are at a 16-byte boundary wherever the parameter is.
   __device__ bool are_co_aligned() const {
@@ -163,12 +118,12 @@ struct SGDPointers {
 
 template <typename T, typename B, bool kMomentum>
 __global__ void __launch_bounds__(kSGDThreads, kSGDBlocks)
-    sgd_step_kernel(SGDTensors<T, B> tensors, SGDOptions options) {
-  if (options.found_inf.value_or(0) != 0) return;
-  const SGDStep<accum<T>, kMomentum> step(options);
+    sgd_step_kernel(TensorBatch<SGDPointers<T, B, kMomentum>> tensors, SGDArgs args) {
+  static_assert(sizeof(tensors) + sizeof(args) <= 4096);
+  if (args.found_inf.value_or(0) != 0) return;
+  const SGDStep<accum<T>, kMomentum> step(args);
   const int t = tensor_of_block(tensors, blockIdx.x);
-  const SGDPointers<T, B, kMomentum> at{tensors.params[t], tensors.grads[t],
-                                        kMomentum ? tensors.buffers[t] : nullptr};
+  const SGDPointers<T, B, kMomentum> at = tensors.pointers[t];
   const int64_t n = tensors.sizes[t];
   const int64_t begin = int64_t(blockIdx.x - tensors.first_block[t]) * kSGDChunk<T>;
 
@@ -195,39 +150,14 @@ __global__ void __launch_bounds__(kSGDThreads, kSGDBlocks)
 
 // ---- the launches, on the host ----
 
-// Collects tensors and launches whenever a launch is full.
 template <typename T, typename B, bool kMomentum>
-class SGDLauncher {
- public:
-  SGDLauncher(const SGDOptions& options, cudaStream_t stream) : options_(options), stream_(stream) {
-  }
-
-  void add(T* param, T* grad, B* buffer, int64_t n) {
-    if (n == 0) return;
-    // As many as where the tensor starts at the worst alignment.
-    const int64_t blocks = ceil_div(n + kVecSize<T> - 1, kSGDChunk<T>);
-    const int64_t first = tensors_.first_block[tensors_.count];
-    if (tensors_.count == kSGDTensors || first + blocks > INT32_MAX) launch();
-    const int i = tensors_.count++;
-    tensors_.sizes[i] = n;
-    tensors_.params[i] = param;
-    tensors_.grads[i] = grad;
-    tensors_.buffers[i] = buffer;
-    tensors_.first_block[i + 1] = tensors_.first_block[i] + unsigned(blocks);
-  }
-
-  void launch() {
-    const unsigned blocks = tensors_.first_block[tensors_.count];
-    if (blocks == 0) return;
-    FASTNN_LAUNCH((sgd_step_kernel<T, B, kMomentum>), dim3(blocks), dim3(kSGDThreads), 0, stream_,
-                  tensors_, options_);
-    tensors_.count = 0;
-  }
-
- private:
-  SGDOptions options_;
-  cudaStream_t stream_;
-  SGDTensors<T, B> tensors_;
-};
+auto sgd_launcher(const SGDArgs& args, cudaStream_t stream) {
+  using Pointers = SGDPointers<T, B, kMomentum>;
+  const auto launch = [=](unsigned blocks, const TensorBatch<Pointers>& tensors) {
+    FASTNN_LAUNCH((sgd_step_kernel<T, B, kMomentum>), dim3(blocks), dim3(kSGDThreads), 0, stream,
+                  tensors, args);
+  };
+  return BatchLauncher<Pointers, decltype(launch)>(kSGDChunk<T>, kVecSize<T>, launch);
+}
 
 }  // namespace fastnn::cuda

@@ -23,8 +23,8 @@ constexpr auto* kAutocast =
 template <c10::DeviceType device>
 void register_common(torch::Library& m) {
   m.impl("linear_relu", kAutocast<CastPolicy::lower_precision_fp, device, &linear_relu>);
-  m.impl("nll_loss", kAutocast<CastPolicy::fp32, device, &nll_loss>);
-  m.impl("cross_entropy", kAutocast<CastPolicy::fp32, device, &cross_entropy>);
+  m.impl("nll_loss", kAutocast<CastPolicy::fp32, device, &as_nll_loss<nll_loss>>);
+  m.impl("cross_entropy", kAutocast<CastPolicy::fp32, device, &as_cross_entropy<cross_entropy>>);
 }
 
 }  // namespace

@@ -34,6 +34,10 @@ void check_same_dtype(std::string_view op, const at::Tensor& like, std::string_v
               like_name, "'s dtype ", like.scalar_type(), ", but got ", other.scalar_type());
 }
 
+bool is_on_device_of(const at::Tensor& like, const std::optional<at::Tensor>& other) {
+  return !other || other->device() == like.device();
+}
+
 void check_same_device(std::string_view op, const at::Tensor& like, std::string_view name,
                        const at::Tensor& other, std::string_view like_name) {
   TORCH_CHECK(other.device() == like.device(), op, ": expected ", name, " to be on ", like_name,
@@ -46,27 +50,16 @@ void check_sizes(std::string_view op, std::string_view name, const at::Tensor& t
               ", but got ", tensor.sizes());
 }
 
-namespace {
-constexpr std::string_view kReductions[] = {"none", "mean", "sum"};
-static_assert(at::Reduction::None == 0 && at::Reduction::Mean == 1 && at::Reduction::Sum == 2);
-}  // namespace
-
-at::Reduction::Reduction parse_reduction(std::string_view name) {
-  for (int i = 0; i < 3; ++i) {
-    if (name == kReductions[i]) return static_cast<at::Reduction::Reduction>(i);
-  }
-  TORCH_CHECK_VALUE(false, name,
-                    " is not a valid value for reduction: expected 'none', 'mean' or 'sum'");
-}
-
-std::string_view reduction_name(int64_t reduction) {
-  return kReductions[reduction];
-}
-
 at::DimVector per_row_sizes(const at::Tensor& input) {
   at::DimVector sizes(input.sizes());
   sizes.erase(sizes.begin() + class_dim(input));
   return sizes;
+}
+
+void check_loss_devices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
+                        const std::optional<at::Tensor>& weight) {
+  check_same_device(op, input, "target", target);
+  if (weight) check_same_device(op, input, "weight", *weight);
 }
 
 void check_class_weight(std::string_view op, const at::Tensor& input,
@@ -102,21 +95,16 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
 
 void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
                          const at::Tensor& input, const at::Tensor& total_weight,
-                         at::Reduction::Reduction reduction) {
+                         const LossOptions& options) {
   check_same_device(op, input, "grad_output", grad_output);
   check_same_dtype(op, input, "grad_output", grad_output);
   check_same_device(op, input, "total_weight", total_weight);
-  const bool per_row = reduction == at::Reduction::None;
-  check_sizes(op, "grad_output", grad_output, per_row ? per_row_sizes(input) : at::DimVector{});
+  check_sizes(op, "grad_output", grad_output,
+              options.per_row() ? per_row_sizes(input) : at::DimVector{});
   TORCH_CHECK(total_weight.dim() == 0 && total_weight.scalar_type() == accumulate_dtype(input), op,
               ": expected total_weight to be the 0-d ", accumulate_dtype(input),
               " tensor that the forward returned, but got ", total_weight.scalar_type(),
               " of shape ", total_weight.sizes());
-}
-
-void check_label_smoothing(double label_smoothing) {
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
-              "cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
 }
 
 at::Tensor as_long(const at::Tensor& target) {

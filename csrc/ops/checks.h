@@ -3,11 +3,12 @@
 #pragma once
 
 #include <ATen/core/DimVector.h>
-#include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <string_view>
+
+#include "ops/loss_options.h"
 
 namespace fastnn {
 
@@ -19,6 +20,9 @@ bool is_supported_dtype(at::ScalarType dtype);
 // other devices PyTorch's operators run.
 bool has_kernels(const at::Tensor& tensor);
 
+// Whether `other` is absent or on the device of `like`.
+bool is_on_device_of(const at::Tensor& like, const std::optional<at::Tensor>& other);
+
 // Raises unless `other` has the dtype and the device of `like`, the argument `like_name`.
 void check_same_dtype(std::string_view op, const at::Tensor& like, std::string_view name,
                       const at::Tensor& other, std::string_view like_name = "input");
@@ -29,9 +33,6 @@ void check_same_device(std::string_view op, const at::Tensor& like, std::string_
 void check_sizes(std::string_view op, std::string_view name, const at::Tensor& tensor,
                  at::IntArrayRef expected);
 
-at::Reduction::Reduction parse_reduction(std::string_view name);
-std::string_view reduction_name(int64_t reduction);
-
 // The dimension that holds the classes of a loss's input: 0 for (C), else 1.
 inline int64_t class_dim(const at::Tensor& input) {
   return input.dim() == 1 ? 0 : 1;
@@ -39,6 +40,10 @@ inline int64_t class_dim(const at::Tensor& input) {
 
 // The shape of one value per row of a loss's input: its own without the class dimension.
 at::DimVector per_row_sizes(const at::Tensor& input);
+
+// Raises unless a loss's tensors are on one device.
+void check_loss_devices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
+                        const std::optional<at::Tensor>& weight);
 
 // The shape and dtype of the arguments of a loss over class indices.
 void check_class_indices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
@@ -49,10 +54,7 @@ void check_class_weight(std::string_view op, const at::Tensor& input,
 // The checks of a loss's backward that its forward has not made: it may be called on its own.
 void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
                          const at::Tensor& input, const at::Tensor& total_weight,
-                         at::Reduction::Reduction reduction);
-
-// Raises unless in [0, 1]; NaN is not.
-void check_label_smoothing(double label_smoothing);
+                         const LossOptions& options);
 
 // Class indices of torch's dtype: torch takes uint8 in some shapes only.
 at::Tensor as_long(const at::Tensor& target);

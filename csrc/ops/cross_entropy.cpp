@@ -9,45 +9,41 @@
 namespace fastnn {
 
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                         std::string_view reduction, double label_smoothing) {
+                         const LossOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::cross_entropy", "")
-                             .typed<decltype(cross_entropy)>();
-  return op.call(input, target, weight, ignore_index, reduction, label_smoothing);
+                             .typed<decltype(as_cross_entropy<cross_entropy>)>();
+  return op.call(input, target, options.weight, options.ignore_index,
+                 reduction_name(options.reduction), options.label_smoothing);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
-    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction, double label_smoothing, bool keep) {
+    const at::Tensor& input, const at::Tensor& target, const LossOptions& options, bool keep) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::cross_entropy_forward", "")
-                             .typed<decltype(cross_entropy_forward)>();
-  return op.call(input, target, weight, ignore_index, reduction, label_smoothing, keep);
+                             .typed<decltype(as_cross_entropy_forward<cross_entropy_forward>)>();
+  return op.call(input, target, options.weight, options.ignore_index,
+                 reduction_name(options.reduction), options.label_smoothing, keep);
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
-                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                  const std::optional<at::Tensor>& lse,
-                                  const at::Tensor& total_weight, int64_t ignore_index,
-                                  std::string_view reduction, double label_smoothing) {
+                                  const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, const LossOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::cross_entropy_backward", "")
-                             .typed<decltype(cross_entropy_backward)>();
-  return op.call(grad_output, kept, target, weight, lse, total_weight, ignore_index, reduction,
-                 label_smoothing);
+                             .typed<decltype(as_cross_entropy_backward<cross_entropy_backward>)>();
+  return op.call(grad_output, kept, target, options.weight, lse, total_weight, options.ignore_index,
+                 reduction_name(options.reduction), options.label_smoothing);
 }
 
 void cross_entropy_backward_(const at::Tensor& grad_output, const at::Tensor& kept,
-                             const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                             const std::optional<at::Tensor>& lse, const at::Tensor& total_weight,
-                             int64_t ignore_index, std::string_view reduction,
-                             double label_smoothing) {
+                             const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                             const at::Tensor& total_weight, const LossOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::cross_entropy_backward_", "")
-                             .typed<decltype(cross_entropy_backward_)>();
-  op.call(grad_output, kept, target, weight, lse, total_weight, ignore_index, reduction,
-          label_smoothing);
+                             .typed<decltype(as_cross_entropy_backward<cross_entropy_backward_>)>();
+  op.call(grad_output, kept, target, options.weight, lse, total_weight, options.ignore_index,
+          reduction_name(options.reduction), options.label_smoothing);
 }
 
 bool keeps_gradient(const at::Tensor& logits) {
@@ -58,12 +54,13 @@ bool has_class_probabilities(const at::Tensor& input, const at::Tensor& target) 
   return input.sym_sizes() == target.sym_sizes();
 }
 
-bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
-                              const std::optional<at::Tensor>& weight, double label_smoothing) {
-  check_same_device("cross_entropy", input, "target", target);
-  if (weight) check_same_device("cross_entropy", input, "weight", *weight);
-  check_label_smoothing(label_smoothing);
-  if (!has_kernels(input) || input.dim() < 1) return false;
+bool can_fuse_cross_entropy(const at::Tensor& input, const at::Tensor& target,
+                            const LossOptions& options) {
+  const auto& weight = options.weight;
+  if (!has_kernels(input) || input.dim() < 1 || !is_on_device_of(input, target) ||
+      !is_on_device_of(input, weight)) {
+    return false;
+  }
   // Probabilities or weights of another dtype promote the result's.
   return !has_class_probabilities(input, target) ||
          (target.scalar_type() == input.scalar_type() &&
@@ -71,13 +68,11 @@ bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
 }
 
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                         double label_smoothing) {
+                         const LossOptions& options) {
   constexpr auto op = "cross_entropy";
   TORCH_CHECK_VALUE(input.dim() >= 1, op, ": Expected input of 1 or more dimensions (got 0)");
-  check_label_smoothing(label_smoothing);
   if (!has_class_probabilities(input, target)) {
-    check_class_indices(op, input, target, weight);
+    check_class_indices(op, input, target, options.weight);
     return;
   }
   check_same_device(op, input, "target", target);
@@ -85,17 +80,18 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
               ": Expected floating point type for target with class probabilities, got ",
               target.scalar_type());
   check_same_dtype(op, input, "target", target);
-  TORCH_CHECK(ignore_index < 0, op,
-              ": ignore_index is not supported for floating point target, got ", ignore_index);
-  check_class_weight(op, input, weight);
+  TORCH_CHECK(options.ignore_index < 0, op,
+              ": ignore_index is not supported for floating point target, got ",
+              options.ignore_index);
+  check_class_weight(op, input, options.weight);
 }
 
 void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
-                                  const std::optional<at::Tensor>& lse,
-                                  const at::Tensor& total_weight,
-                                  at::Reduction::Reduction reduction) {
+                                  const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, const LossOptions& options) {
   constexpr auto op = "cross_entropy_backward";
-  check_loss_backward(op, grad_output, kept, total_weight, reduction);
+  check_cross_entropy(kept, target, options);
+  check_loss_backward(op, grad_output, kept, total_weight, options);
   if (keeps_gradient(kept)) return;
   TORCH_CHECK(lse, op, ": expected lse with logits of dtype ", kept.scalar_type(),
               ", but got None");
@@ -106,15 +102,12 @@ void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
 }
 
 CrossEntropyOperands::CrossEntropyOperands(const at::Tensor& input, const at::Tensor& target_,
-                                           const std::optional<at::Tensor>& w, int64_t ignore_index,
-                                           double label_smoothing)
+                                           const LossOptions& o)
     : classes_last(has_classes_last(input)),
       logits(arranged(input, classes_last)),
-      weight(contiguous(w)),
+      options{contiguous(o.weight), o.ignore_index, o.reduction, o.label_smoothing},
       layout(layout_around(logits.sizes(), classes_last ? logits.dim() - 1 : class_dim(input))),
-      probabilities(has_class_probabilities(input, target_)),
-      ignore_index(ignore_index),
-      label_smoothing(label_smoothing) {
+      probabilities(has_class_probabilities(input, target_)) {
   target = probabilities ? arranged(target_, classes_last) : contiguous_indices(target_);
 }
 
@@ -125,27 +118,32 @@ at::DimVector lse_sizes(const at::Tensor& input) {
 }
 
 at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& target,
-                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                   std::string_view reduction, double label_smoothing) {
-  check_label_smoothing(label_smoothing);
+                                   const LossOptions& options) {
+  check_loss_devices("cross_entropy", input, target, options.weight);
   const at::Tensor t = has_class_probabilities(input, target) ? target : as_long(target);
-  return at::cross_entropy_loss(input, t, weight, parse_reduction(reduction), ignore_index,
-                                label_smoothing);
+  return at::cross_entropy_loss(input, t, options.weight, options.reduction, options.ignore_index,
+                                options.label_smoothing);
 }
 
 namespace {
 
 at::Tensor cross_entropy_default(const at::Tensor& input, const at::Tensor& target,
-                                 const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                 std::string_view reduction, double label_smoothing) {
-  if (!cross_entropy_is_fusable(input, target, weight, label_smoothing)) {
-    return cross_entropy_composite(input, target, weight, ignore_index, reduction, label_smoothing);
+                                 const LossOptions& options) {
+  if (!can_fuse_cross_entropy(input, target, options)) {
+    return cross_entropy_composite(input, target, options);
   }
-  return std::get<0>(cross_entropy_forward(input, target, weight, ignore_index, reduction,
-                                           label_smoothing, /*keep=*/false));
+  return std::get<0>(cross_entropy_forward(input, target, options, /*keep=*/false));
 }
 
 }  // namespace
+
+LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                  std::string_view reduction, double label_smoothing) {
+  // NaN isn't between them either.
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  return {weight, ignore_index, parse_reduction(reduction), label_smoothing};
+}
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
@@ -167,10 +165,10 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 
 // On every device: one without kernels takes torch's way.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
-  m.impl("cross_entropy", cross_entropy_default);
+  m.impl("cross_entropy", as_cross_entropy<cross_entropy_default>);
 }
 TORCH_LIBRARY_IMPL(fastnn, CompositeImplicitAutogradNestedTensor, m) {
-  m.impl("cross_entropy", cross_entropy_composite);
+  m.impl("cross_entropy", as_cross_entropy<cross_entropy_composite>);
 }
 
 }  // namespace fastnn

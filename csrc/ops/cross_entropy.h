@@ -2,13 +2,13 @@
 #pragma once
 
 #include <ATen/core/DimVector.h>
-#include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <string_view>
 #include <tuple>
 
+#include "ops/loss_options.h"
 #include "ops/operands.h"
 
 namespace fastnn {
@@ -17,27 +17,22 @@ namespace fastnn {
 // the backward takes, the forward also returns
 //   kept   the gradient of the reduced loss (without a reduction, of each row's loss), or a copy of
 //          the logits: see keeps_gradient
-//   lse    with such a copy, each row's log-sum-exp in two parts, its maximum (0) and the log of the
+//   lse    with such a copy, each row's log-sum-exp in two parts, its maximum (0) and the log of
+//   the
 //          sum of exp(x - max) (1), which keep what their sum would round away
 // and is undefined otherwise. Nothing that happens to the logits later changes the gradient so.
 // cross_entropy_backward_ replaces `kept` by the gradient, which spares memory and, where it is
 // kept and the incoming gradient is 1, all work.
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                         std::string_view reduction, double label_smoothing);
+                         const LossOptions& options);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
-    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction, double label_smoothing, bool keep);
+    const at::Tensor& input, const at::Tensor& target, const LossOptions& options, bool keep);
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
-                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                                  const std::optional<at::Tensor>& lse,
-                                  const at::Tensor& total_weight, int64_t ignore_index,
-                                  std::string_view reduction, double label_smoothing);
+                                  const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, const LossOptions& options);
 void cross_entropy_backward_(const at::Tensor& grad_output, const at::Tensor& kept,
-                             const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                             const std::optional<at::Tensor>& lse, const at::Tensor& total_weight,
-                             int64_t ignore_index, std::string_view reduction,
-                             double label_smoothing);
+                             const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                             const at::Tensor& total_weight, const LossOptions& options);
 
 // Whether the gradient is kept for logits of this dtype.
 bool keeps_gradient(const at::Tensor& logits);
@@ -45,33 +40,28 @@ bool keeps_gradient(const at::Tensor& logits);
 // Whether the target holds class probabilities: torch's rule, the input's shape.
 bool has_class_probabilities(const at::Tensor& input, const at::Tensor& target);
 
-// Whether the fused kernels take these arguments. Raises for options that no path takes.
-bool cross_entropy_is_fusable(const at::Tensor& input, const at::Tensor& target,
-                              const std::optional<at::Tensor>& weight, double label_smoothing);
+// Whether the fused kernels take these arguments; torch serves or refuses the rest.
+bool can_fuse_cross_entropy(const at::Tensor& input, const at::Tensor& target,
+                            const LossOptions& options);
 
 // The checks of the kernels' launchers; the backward's are those that its forward has not made.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                         double label_smoothing);
+                         const LossOptions& options);
 void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
-                                  const std::optional<at::Tensor>& lse,
-                                  const at::Tensor& total_weight,
-                                  at::Reduction::Reduction reduction);
+                                  const at::Tensor& target, const std::optional<at::Tensor>& lse,
+                                  const at::Tensor& total_weight, const LossOptions& options);
 
 // The tensors as the kernels of every device take them, and what is known of them.
 struct CrossEntropyOperands {
   bool classes_last;
   at::Tensor logits;
   at::Tensor target;
-  std::optional<at::Tensor> weight;
+  LossOptions options;
   Layout layout;
   bool probabilities;
-  int64_t ignore_index;
-  double label_smoothing;
 
   CrossEntropyOperands(const at::Tensor& input, const at::Tensor& target,
-                       const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                       double label_smoothing);
+                       const LossOptions& options);
 
   // Null where the target holds probabilities.
   const int64_t* indices() const {
@@ -92,7 +82,38 @@ at::DimVector lse_sizes(const at::Tensor& input);
 
 // The same in ATen operators, with torch's own transforms and derivatives of any order.
 at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& target,
-                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                   std::string_view reduction, double label_smoothing);
+                                   const LossOptions& options);
+
+// ---- the schema's boundary: `f`, which takes its options in one, as the dispatcher calls it ----
+
+// Raises for a reduction or a label smoothing that there isn't.
+LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                  std::string_view reduction, double label_smoothing);
+
+template <auto f>
+at::Tensor as_cross_entropy(const at::Tensor& input, const at::Tensor& target,
+                            const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                            std::string_view reduction, double label_smoothing) {
+  return f(input, target, cross_entropy_options(weight, ignore_index, reduction, label_smoothing));
+}
+
+template <auto f>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> as_cross_entropy_forward(
+    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    int64_t ignore_index, std::string_view reduction, double label_smoothing, bool keep) {
+  return f(input, target, cross_entropy_options(weight, ignore_index, reduction, label_smoothing),
+           keep);
+}
+
+// Of cross_entropy_backward and of cross_entropy_backward_, which returns nothing.
+template <auto f>
+auto as_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
+                               const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                               const std::optional<at::Tensor>& lse, const at::Tensor& total_weight,
+                               int64_t ignore_index, std::string_view reduction,
+                               double label_smoothing) {
+  return f(grad_output, kept, target, lse, total_weight,
+           cross_entropy_options(weight, ignore_index, reduction, label_smoothing));
+}
 
 }  // namespace fastnn

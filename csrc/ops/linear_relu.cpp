@@ -26,26 +26,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward(
   return op.call(grad_output, input, weight, output, output_mask);
 }
 
-bool linear_relu_is_fusable(const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias) {
+bool can_fuse_linear_relu(const at::Tensor& input, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias) {
+  const auto fits_input = [&](const at::Tensor& tensor) {
+    return tensor.device() == input.device() && tensor.scalar_type() == input.scalar_type();
+  };
+  return has_kernels(input) && input.dim() >= 1 && fits_input(weight) &&
+         weight.layout() == at::kStrided && weight.dim() == 2 &&
+         (!bias ||
+          (fits_input(*bias) && bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
+}
+
+namespace {
+
+// Raises where dtypes or devices differ, or a bias fits no weight. What is merely unusual
+// (integers, a broadcast bias, a 1-D weight) is torch's, to serve or to refuse.
+void check_linear_relu_types(const at::Tensor& input, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias) {
   check_same_device("linear_relu", input, "weight", weight);
   check_same_dtype("linear_relu", input, "weight", weight);
-  if (bias) {
-    check_same_device("linear_relu", input, "bias", *bias);
-    check_same_dtype("linear_relu", input, "bias", *bias);
-    // Torch broadcasts a bias of one element, or of more dimensions.
-    TORCH_CHECK(weight.dim() != 2 || bias->dim() != 1 || bias->sym_size(0) == 1 ||
-                    bias->sym_size(0) == weight.sym_size(0),
-                "linear_relu: expected bias to have shape [", weight.sym_size(0), "], but got ",
-                bias->sym_sizes());
-  }
-  return has_kernels(input) && weight.layout() == at::kStrided && input.dim() >= 1 &&
-         weight.dim() == 2 &&
-         (!bias || (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)));
+  if (!bias) return;
+  check_same_device("linear_relu", input, "bias", *bias);
+  check_same_dtype("linear_relu", input, "bias", *bias);
+  // Torch broadcasts a bias of one element, or of more dimensions.
+  TORCH_CHECK(weight.dim() != 2 || bias->dim() != 1 || bias->sym_size(0) == 1 ||
+                  bias->sym_size(0) == weight.sym_size(0),
+              "linear_relu: expected bias to have shape [", weight.sym_size(0), "], but got ",
+              bias->sym_sizes());
 }
+
+}  // namespace
 
 at::Tensor linear_relu_composite(const at::Tensor& input, const at::Tensor& weight,
                                  const std::optional<at::Tensor>& bias) {
+  check_linear_relu_types(input, weight, bias);
   return at::relu(at::linear(input, weight, bias));
 }
 

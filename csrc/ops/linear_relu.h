@@ -19,10 +19,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward(
     const std::optional<at::Tensor>& weight, const at::Tensor& output,
     std::array<bool, 3> output_mask);
 
-// Whether the fused kernels take these arguments. Raises where dtypes or devices differ; what is
-// merely unusual (integers, a broadcast bias, a 1-D weight) is torch's, to serve or to refuse.
-bool linear_relu_is_fusable(const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias);
+// Whether the fused kernels take these arguments; torch serves or refuses the rest.
+bool can_fuse_linear_relu(const at::Tensor& input, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& bias);
 
 // The same in ATen operators, with torch's own transforms and derivatives of any order.
 at::Tensor linear_relu_composite(const at::Tensor& input, const at::Tensor& weight,

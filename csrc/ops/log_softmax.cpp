@@ -23,7 +23,7 @@ at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor&
   return op.call(grad_output, output, dim);
 }
 
-bool log_softmax_is_fusable(const at::Tensor& input) {
+bool can_fuse_log_softmax(const at::Tensor& input) {
   return has_kernels(input);
 }
 

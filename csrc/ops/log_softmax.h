@@ -13,7 +13,7 @@ at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor&
                                 int64_t dim);
 
 // Whether the fused kernel takes this input; torch serves or refuses the rest.
-bool log_softmax_is_fusable(const at::Tensor& input);
+bool can_fuse_log_softmax(const at::Tensor& input);
 
 // Torch's, with its own transforms and derivatives of any order.
 at::Tensor log_softmax_composite(const at::Tensor& input, int64_t dim);

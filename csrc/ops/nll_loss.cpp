@@ -7,64 +7,60 @@
 
 namespace fastnn {
 
-at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target,
-                    const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                    std::string_view reduction) {
+at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::nll_loss", "")
-                             .typed<decltype(nll_loss)>();
-  return op.call(input, target, weight, ignore_index, reduction);
+                             .typed<decltype(as_nll_loss<nll_loss>)>();
+  return op.call(input, target, options.weight, options.ignore_index,
+                 reduction_name(options.reduction));
 }
 
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& input,
                                                     const at::Tensor& target,
-                                                    const std::optional<at::Tensor>& weight,
-                                                    int64_t ignore_index,
-                                                    std::string_view reduction) {
+                                                    const LossOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::nll_loss_forward", "")
-                             .typed<decltype(nll_loss_forward)>();
-  return op.call(input, target, weight, ignore_index, reduction);
+                             .typed<decltype(as_nll_loss_forward<nll_loss_forward>)>();
+  return op.call(input, target, options.weight, options.ignore_index,
+                 reduction_name(options.reduction));
 }
 
 at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                             const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                             const at::Tensor& total_weight, int64_t ignore_index,
-                             std::string_view reduction) {
+                             const at::Tensor& target, const at::Tensor& total_weight,
+                             const LossOptions& options) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastnn::nll_loss_backward", "")
-                             .typed<decltype(nll_loss_backward)>();
-  return op.call(grad_output, input, target, weight, total_weight, ignore_index, reduction);
+                             .typed<decltype(as_nll_loss_backward<nll_loss_backward>)>();
+  return op.call(grad_output, input, target, options.weight, total_weight, options.ignore_index,
+                 reduction_name(options.reduction));
 }
 
-bool nll_loss_is_fusable(const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight) {
-  check_same_device("nll_loss", input, "target", target);
-  if (weight) check_same_device("nll_loss", input, "weight", *weight);
-  return has_kernels(input) && input.dim() >= 1;
+bool can_fuse_nll_loss(const at::Tensor& input, const at::Tensor& target,
+                       const LossOptions& options) {
+  return has_kernels(input) && input.dim() >= 1 && is_on_device_of(input, target) &&
+         is_on_device_of(input, options.weight);
 }
 
-void check_nll_loss(const at::Tensor& input, const at::Tensor& target,
-                    const std::optional<at::Tensor>& weight) {
+void check_nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options) {
   TORCH_CHECK_VALUE(input.dim() >= 1, "nll_loss: Expected input of 1 or more dimensions (got 0)");
-  check_class_indices("nll_loss", input, target, weight);
+  check_class_indices("nll_loss", input, target, options.weight);
 }
 
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
-                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                              std::string_view reduction) {
-  return at::nll_loss_nd(input, as_long(target), weight, parse_reduction(reduction), ignore_index);
+                              const LossOptions& options) {
+  check_loss_devices("nll_loss", input, target, options.weight);
+  return at::nll_loss_nd(input, as_long(target), options.weight, options.reduction,
+                         options.ignore_index);
 }
 
 namespace {
 
 at::Tensor nll_loss_default(const at::Tensor& input, const at::Tensor& target,
-                            const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                            std::string_view reduction) {
-  if (!nll_loss_is_fusable(input, target, weight)) {
-    return nll_loss_composite(input, target, weight, ignore_index, reduction);
+                            const LossOptions& options) {
+  if (!can_fuse_nll_loss(input, target, options)) {
+    return nll_loss_composite(input, target, options);
   }
-  return std::get<0>(nll_loss_forward(input, target, weight, ignore_index, reduction));
+  return std::get<0>(nll_loss_forward(input, target, options));
 }
 
 }  // namespace
@@ -83,10 +79,10 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
 
 // On every device: one without kernels takes torch's way.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
-  m.impl("nll_loss", nll_loss_default);
+  m.impl("nll_loss", as_nll_loss<nll_loss_default>);
 }
 TORCH_LIBRARY_IMPL(fastnn, CompositeImplicitAutogradNestedTensor, m) {
-  m.impl("nll_loss", nll_loss_composite);
+  m.impl("nll_loss", as_nll_loss<nll_loss_composite>);
 }
 
 }  // namespace fastnn

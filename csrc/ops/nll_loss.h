@@ -7,34 +7,56 @@
 #include <string_view>
 #include <tuple>
 
+#include "ops/loss_options.h"
+
 namespace fastnn {
 
 // Calls through the dispatcher. `total_weight` is the sum of the weights of the rows kept, which
 // 'mean' divides by.
-at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target,
-                    const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                    std::string_view reduction);
+at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options);
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& input,
                                                     const at::Tensor& target,
-                                                    const std::optional<at::Tensor>& weight,
-                                                    int64_t ignore_index,
-                                                    std::string_view reduction);
+                                                    const LossOptions& options);
 at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                             const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                             const at::Tensor& total_weight, int64_t ignore_index,
-                             std::string_view reduction);
+                             const at::Tensor& target, const at::Tensor& total_weight,
+                             const LossOptions& options);
 
 // Whether the fused kernels take these arguments; torch serves or refuses the rest.
-bool nll_loss_is_fusable(const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight);
+bool can_fuse_nll_loss(const at::Tensor& input, const at::Tensor& target,
+                       const LossOptions& options);
 
 // The checks of the kernels' launchers.
-void check_nll_loss(const at::Tensor& input, const at::Tensor& target,
-                    const std::optional<at::Tensor>& weight);
+void check_nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options);
 
 // The same in ATen operators, with torch's own transforms and derivatives of any order.
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
-                              const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                              std::string_view reduction);
+                              const LossOptions& options);
+
+// ---- the schema's boundary: `f`, which takes its options in one, as the dispatcher calls it ----
+
+template <auto f>
+at::Tensor as_nll_loss(const at::Tensor& input, const at::Tensor& target,
+                       const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                       std::string_view reduction) {
+  return f(input, target, {weight, ignore_index, parse_reduction(reduction)});
+}
+
+template <auto f>
+std::tuple<at::Tensor, at::Tensor> as_nll_loss_forward(const at::Tensor& input,
+                                                       const at::Tensor& target,
+                                                       const std::optional<at::Tensor>& weight,
+                                                       int64_t ignore_index,
+                                                       std::string_view reduction) {
+  return f(input, target, {weight, ignore_index, parse_reduction(reduction)});
+}
+
+template <auto f>
+at::Tensor as_nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                                const at::Tensor& total_weight, int64_t ignore_index,
+                                std::string_view reduction) {
+  return f(grad_output, input, target, total_weight,
+           {weight, ignore_index, parse_reduction(reduction)});
+}
 
 }  // namespace fastnn

@@ -9,10 +9,10 @@ namespace fastnn::python {
 
 void define_functional(pybind11::module_& m) {
   using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("linear_relu", &fastnn::linear_relu, no_gil());
-  m.def("log_softmax", &fastnn::log_softmax, no_gil());
-  m.def("nll_loss", &fastnn::nll_loss, no_gil());
-  m.def("cross_entropy", &fastnn::cross_entropy, no_gil());
+  m.def("linear_relu", &linear_relu, no_gil());
+  m.def("log_softmax", &log_softmax, no_gil());
+  m.def("nll_loss", &as_nll_loss<nll_loss>, no_gil());
+  m.def("cross_entropy", &as_cross_entropy<cross_entropy>, no_gil());
 }
 
 }  // namespace fastnn::python

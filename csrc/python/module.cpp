@@ -2,6 +2,7 @@
 // the build, and what the dispatcher is too slow for.
 #include "cpu/capability.h"
 #include "python/functional.h"
+#include "python/optimizer_state.h"
 #include "python/sgd.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -10,10 +11,8 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set whose kernels run: 'default', 'avx2' or 'avx512'.");
   fastnn::python::define_functional(m);
   m.def("sgd_step_group", &fastnn::python::sgd_step_group, py::arg("params"), py::arg("state"),
-        py::kw_only(), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
-        py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"),
-        py::arg("all_or_nothing"), py::arg("float32_momentum"), py::arg("grad_scale"),
-        py::arg("found_inf"),
+        py::arg("group"), py::kw_only(), py::arg("lr"), py::arg("grad_scale"), py::arg("found_inf"),
+        py::arg("float32_momentum"), py::arg("all_or_nothing"),
         "Steps the parameters of a group; returns those left for torch's own path.");
   m.def("clear_gradients", &fastnn::python::clear_gradients, py::arg("params"),
         "Sets the parameters' gradients to None.");

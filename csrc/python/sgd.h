@@ -1,28 +1,24 @@
-// The optimizer's step over one parameter group, read straight from Python's objects: a list of
-// tensors boxed at each call would cost more than the work.
+// The step of SGD over one parameter group.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <variant>
 
 namespace fastnn::python {
 
-// Steps the parameters that have a gradient and that the operator takes; writes the momentum
-// buffers of those whose first step it is into `state`. Returns the other parameters that have a
-// gradient, untouched. With `all_or_nothing`, where there are any of these, nothing is done. Where
-// `found_inf` is not zero nothing is stepped; the momentum buffers that a first step makes are then
-// zeros, after which the next step is a first one, if without dampening. New buffers are of float32
-// where `float32_momentum` asks for it and the parameter is of bfloat16 or float16, else of the
-// parameter's dtype.
+// Steps the parameters that have a gradient and that the operator takes, with the group's options;
+// writes the momentum buffers of those whose first step it is into `state`. Returns the other
+// parameters that have a gradient, untouched. With `all_or_nothing`, where there are any of these,
+// nothing is done. Where `found_inf` is not zero nothing is stepped; the momentum buffers that a
+// first step makes are then zeros, after which the next step is a first one, if without dampening.
+// New buffers are of float32 where `float32_momentum` asks for it and the parameter is of bfloat16
+// or float16, else of the parameter's dtype.
 pybind11::list sgd_step_group(const pybind11::list& params, const pybind11::dict& state,
-                              const std::variant<double, at::Tensor>& lr, double momentum,
-                              double dampening, double weight_decay, bool nesterov, bool maximize,
-                              bool all_or_nothing, bool float32_momentum,
+                              pybind11::handle group, const std::variant<double, at::Tensor>& lr,
                               const std::optional<at::Tensor>& grad_scale,
-                              const std::optional<at::Tensor>& found_inf);
-
-// Sets the parameters' gradients to None.
-void clear_gradients(const pybind11::list& params);
+                              const std::optional<at::Tensor>& found_inf, bool float32_momentum,
+                              bool all_or_nothing);
 
 }  // namespace fastnn::python

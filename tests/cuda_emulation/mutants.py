@@ -523,7 +523,7 @@ MUTANTS = [
     # --- sgd
     Mutant(
         "sgd_step_kernel",
-        "sgd_kernels.cuh",
+        "multi_tensor.cuh",
         "the tensor before",
         "if (tensors.first_block[middle] <= block) {",
         "if (tensors.first_block[middle] < block) {",
@@ -581,7 +581,7 @@ MUTANTS = [
         "sgd_step_kernel",
         "sgd_kernels.cuh",
         "found_inf is not looked at",
-        "if (options.found_inf.value_or(0) != 0) return;",
+        "if (args.found_inf.value_or(0) != 0) return;",
         "",
         "sgd",
     ),

@@ -62,7 +62,7 @@ void sgd_step(const Target& target, int64_t n, int64_t offset, const simd::SGD& 
 }
 
 struct Case {
-  simd::SGD options;
+  SGDOptions options;
   double grad_scale;
 };
 // lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step

@@ -47,8 +47,8 @@ struct Split {
   int64_t longer;  // so many parts have one unit more
 
   Split(Range all, int64_t most, int64_t unit) : all(all), unit(unit) {
-    const int64_t units = (size(all) + unit - 1) / unit, most_units = most / unit;
-    parts = std::max<int64_t>(1, (units + most_units - 1) / most_units);
+    const int64_t units = ceil_div(size(all), unit), most_units = most / unit;
+    parts = std::max<int64_t>(1, ceil_div(units, most_units));
     units_each = units / parts;
     longer = units % parts;
   }
@@ -296,7 +296,7 @@ inline void finish_tile(const Gemm<T>& g, Range rows, Range cols, const accum<T>
 template <typename T, typename A = accum<T>>
 inline void multiply_panel(const Gemm<T>& g, const Left<A>& left, const Split& rows, Range cols,
                            const A* panel, int64_t depth, bool first, bool last, A* scratch_sums) {
-  const int64_t vecs = (size(cols) + kLanes<A> - 1) / kLanes<A>;
+  const int64_t vecs = ceil_div<int64_t>(size(cols), kLanes<A>);
   const bool sums_in_place = kIsWide<T> && size(cols) == vecs * kLanes<A>;
   const bool finish = last && (!sums_in_place || g.bias || g.relu);
   GemmTile<A> tile;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd/types.h"
+#include "ops/sgd_options.h"
 
 namespace fastnn::simd {
 
@@ -34,16 +35,6 @@ struct KeptRows {
 struct LossSums {
   double loss = 0;
   double weight = 0;
-};
-
-struct SGD {
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
-  bool is_first_step;
 };
 
 struct Range {
@@ -118,11 +109,11 @@ struct Kernels {
 
   // One step over n elements. `momentum_buffer` is null without momentum. With a `grad_scale`
   // other than 1 the gradient is divided by it and written back.
-  void (*sgd_step)(T* param, T* grad, T* momentum_buffer, int64_t n, const SGD& options,
+  void (*sgd_step)(T* param, T* grad, T* momentum_buffer, int64_t n, const SGDOptions& options,
                    double grad_scale);
   // The same with a momentum buffer of what T is computed in.
-  void (*sgd_step_wide)(T* param, T* grad, accum<T>* momentum_buffer, int64_t n, const SGD& options,
-                        double grad_scale);
+  void (*sgd_step_wide)(T* param, T* grad, accum<T>* momentum_buffer, int64_t n,
+                        const SGDOptions& options, double grad_scale);
 };
 
 namespace generic {

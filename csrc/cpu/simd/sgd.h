@@ -8,8 +8,8 @@ namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
 // `momentum_buffer` is of T or of what it is computed in.
 template <typename T, typename B>
-FASTNN_KERNEL void sgd_step(T* param, T* grad, B* momentum_buffer, int64_t n, const SGD& options,
-                            double grad_scale) {
+FASTNN_KERNEL void sgd_step(T* param, T* grad, B* momentum_buffer, int64_t n,
+                            const SGDOptions& options, double grad_scale) {
   using A = accum<T>;
   const A lr = A(options.lr);
   const A momentum = A(options.momentum);

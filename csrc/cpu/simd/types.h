@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "ops/accum.h"
+#include "ops/integers.h"
 #include "ops/layout.h"
 
 namespace fastnn::simd {

@@ -20,7 +20,8 @@ struct Item {
 };
 
 struct Case {
-  SGDOptions options;  // its scalars on the device are set from these:
+  SGDOptions options;
+  // The scalars on the device, where there are any:
   double device_lr = NAN;
   double grad_scale = NAN;
   double found_inf = NAN;
@@ -58,11 +59,11 @@ struct ScalarMemory {
 };
 
 template <bool kMomentum, typename T, typename B>
-void launch(std::vector<Item<T, B>>& items, const SGDOptions& options) {
-  SGDLauncher<T, B, kMomentum> launcher(options, nullptr);
+void launch(std::vector<Item<T, B>>& items, const SGDArgs& args) {
+  auto launcher = sgd_launcher<T, B, kMomentum>(args, nullptr);
   for (Item<T, B>& item : items) {
-    launcher.add(item.param.data(), item.grad.data(), kMomentum ? item.buffer.data() : nullptr,
-                 item.param.size());
+    B* buffer = kMomentum ? item.buffer.data() : nullptr;
+    launcher.add({item.param.data(), item.grad.data(), buffer}, item.param.size());
   }
   launcher.launch();
 }
@@ -70,14 +71,12 @@ void launch(std::vector<Item<T, B>>& items, const SGDOptions& options) {
 template <typename T, typename B>
 void step(std::vector<Item<T, B>>& items, const Case& c) {
   const ScalarMemory lr(c.device_lr), scale(c.grad_scale), found(c.found_inf);
-  SGDOptions options = c.options;
-  options.device_lr = lr.get(c.scalars_are_double);
-  options.grad_scale = scale.get(c.scalars_are_double);
-  options.found_inf = found.get(c.scalars_are_double);
-  if (options.momentum != 0) {
-    launch<true>(items, options);
+  const SGDArgs args{c.options, lr.get(c.scalars_are_double), scale.get(c.scalars_are_double),
+                     found.get(c.scalars_are_double)};
+  if (c.options.momentum != 0) {
+    launch<true>(items, args);
   } else if constexpr (std::is_same_v<T, B>) {  // without momentum there is no other kernel
-    launch<false>(items, options);
+    launch<false>(items, args);
   }
 }
 
@@ -147,7 +146,7 @@ void run_cases() {
     run(items, kCases[3]);
   }
   // More tensors than a launch holds, to the last one and past it.
-  for (const int count : {kSGDTensors, kSGDTensors + 1, 2 * kSGDTensors + 7}) {
+  for (const int count : {kTensorsPerLaunch, kTensorsPerLaunch + 1, 2 * kTensorsPerLaunch + 7}) {
     std::vector<Item<T, B>> items;
     for (int i = 0; i < count; ++i) items.emplace_back(i % 5, 0, 0, 0);
     run(items, kCases[3]);

@@ -1,0 +1,84 @@
+// A step of many tensors in one launch, each of which has blocks for all its elements: which tensor
+// a block steps, and the launches. Nothing here knows which optimizer it is.
+#pragma once
+
+#include "cuda/integers.cuh"
+#include "cuda/vec.cuh"
+
+namespace fastnn::cuda {
+
+constexpr int kTensorsPerLaunch = 96;  // what a kernel's 4 KiB of arguments hold
+
+// A number that lies on the device, so that nothing waits for it.
+struct DeviceScalar {
+  const void* data = nullptr;
+  bool is_double = false;  // or else float
+
+  __device__ double value_or(double otherwise) const {
+    if (data == nullptr) return otherwise;
+    return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+  }
+};
+
+// The tensors of a launch; `Pointers` are those of one parameter's tensors.
+template <typename Pointers>
+struct TensorBatch {
+  int count = 0;
+  unsigned first_block[kTensorsPerLaunch + 1] = {};
+  int64_t sizes[kTensorsPerLaunch];
+  Pointers pointers[kTensorsPerLaunch];
+};
+
+// The last tensor whose first block is not past `block`.
+template <typename Pointers>
+__device__ int tensor_of_block(const TensorBatch<Pointers>& tensors, unsigned block) {
+  int low = 0, high = tensors.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (tensors.first_block[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// ---- the launches, on the host ----
+
+// Collects tensors and calls launch(blocks, tensors) whenever a launch is full. A block steps
+// `chunk` elements, in vectors of `vec` that are aligned, wherever the tensor starts.
+template <typename Pointers, typename Launch>
+class BatchLauncher {
+ public:
+  BatchLauncher(int64_t chunk, int64_t vec, Launch launch)
+      : chunk_(chunk), vec_(vec), launch_(launch) {
+  }
+
+  void add(const Pointers& pointers, int64_t n) {
+    if (n == 0) return;
+    // As many as where the tensor starts at the worst alignment.
+    const int64_t blocks = ceil_div(n + vec_ - 1, chunk_);
+    const int64_t first = tensors_.first_block[tensors_.count];
+    if (tensors_.count == kTensorsPerLaunch || first + blocks > INT32_MAX) launch();
+    const int i = tensors_.count++;
+    tensors_.sizes[i] = n;
+    tensors_.pointers[i] = pointers;
+    tensors_.first_block[i + 1] = tensors_.first_block[i] + unsigned(blocks);
+  }
+
+  void launch() {
+    const unsigned blocks = tensors_.first_block[tensors_.count];
+    if (blocks == 0) return;
+    launch_(blocks, tensors_);
+    tensors_.count = 0;
+  }
+
+ private:
+  int64_t chunk_;
+  int64_t vec_;
+  Launch launch_;
+  TensorBatch<Pointers> tensors_;
+};
+
+}  // namespace fastnn::cuda

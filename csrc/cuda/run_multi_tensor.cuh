@@ -1,0 +1,55 @@
+// From an optimizer's lists of tensors to launches, each of one device and one dtype a list.
+// Nothing here knows which optimizer it is.
+#pragma once
+
+#include <vector>
+
+#include "cuda/launch.cuh"
+#include "cuda/multi_tensor.cuh"
+#include "ops/tensor_lists.h"
+
+namespace fastnn::cuda {
+
+inline bool is_our_device(at::Device device) {
+  return device.type() == c10::dispatchKeyToDeviceType(c10::DispatchKey::FASTNN_CUDA_KEY);
+}
+
+// As a number that a kernel on `device` can read: a copy where it has to be. Nothing waits for that
+// but a CPU, whose kernels would read it too early.
+inline std::optional<at::Tensor> on_device(const std::optional<at::Tensor>& scalar,
+                                           at::Device device) {
+  if (!scalar) return std::nullopt;
+  const bool is_readable =
+      scalar->scalar_type() == at::kFloat || scalar->scalar_type() == at::kDouble;
+  return scalar->to(device, is_readable ? scalar->scalar_type() : at::kDouble,
+                    /*non_blocking=*/!device.is_cpu());
+}
+
+inline DeviceScalar device_scalar(const std::optional<at::Tensor>& scalar) {
+  if (!scalar) return {};
+  return {scalar->const_data_ptr(), scalar->scalar_type() == at::kDouble};
+}
+
+// Calls launch(flat_tensors) with all tensors of lists of one device and dtype, and copies back
+// what it stepped in copies.
+template <typename F>
+void step_flat(const TensorLists& lists, F launch) {
+  std::vector<FlatTensors> all;
+  all.reserve(lists.params.size());
+  for (size_t i = 0; i < lists.params.size(); ++i) all.emplace_back(lists, i);
+  launch(all);
+  for (size_t i = 0; i < all.size(); ++i) all[i].copy_back(lists, i);
+}
+
+// Calls step(lists) for the lists of each device and dtypes. Where some share memory it is called
+// for one parameter after the other, before they are taken apart: they may be of two dtypes.
+template <typename F>
+void step_groups(const TensorLists& all_lists, F step) {
+  step_in_order(all_lists, [&](const TensorLists& lists) {
+    for (const TensorGroup& group : group_by_device_and_dtype(lists)) {
+      step(group.lists_like(lists));
+    }
+  });
+}
+
+}  // namespace fastnn::cuda

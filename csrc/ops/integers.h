@@ -1,0 +1,13 @@
+// Arithmetic with sizes, in kernels of every device and their launchers. No ATen.
+#pragma once
+
+#include "ops/layout.h"
+
+namespace fastnn {
+
+template <typename I>
+FASTNN_HOST_DEVICE constexpr I ceil_div(I n, I divisor) {
+  return (n + divisor - 1) / divisor;
+}
+
+}  // namespace fastnn

@@ -1,0 +1,16 @@
+// The numbers of a step of SGD, which kernels of every device take. No ATen.
+#pragma once
+
+namespace fastnn {
+
+struct SGDOptions {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool nesterov;
+  bool maximize;
+  bool is_first_step;  // the momentum buffers hold nothing yet
+};
+
+}  // namespace fastnn

@@ -1,0 +1,245 @@
+"""A parameter group stepped in one pass: which parameters the operator takes, and what happens to
+the others. Nothing here knows which optimizer it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
+from torch.optim.optimizer import Optimizer
+
+from fastnn import _torch
+from fastnn._dtensor import are_spread_alike, local_part, spread_like
+from fastnn._extension import extension
+from fastnn.optim._hooks import has_replaced_step, hook_step, take_over_scheduler, with_hooks
+from fastnn.optim._state import Float32State
+
+State = dict[Tensor, dict[str, Tensor]]
+
+
+class FusedOptimizer(Float32State):
+    """An optimizer of torch whose step is one pass of an operator of ours.
+
+    A subclass derives from torch's class, too. It says what its state is called (see
+    :class:`Float32State`), what its formula and its options are (:meth:`_step_fused`), and how
+    torch computes the same (:meth:`_step_stock`).
+    """
+
+    _stock: ClassVar[type[Optimizer]]
+    # Its step without hooks, as a function.
+    _stock_step: ClassVar[Callable[..., Any]]
+
+    def _step_fused(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        state: State,
+        scaling: Mapping[str, Tensor | None],
+        all_or_nothing: bool,
+    ) -> list[Tensor]:
+        """Steps what the operator takes and returns the rest; nothing where all or nothing asks."""
+        raise NotImplementedError
+
+    def _step_stock(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Steps parameters with torch's own functions, one by one, and keeps their state."""
+        raise NotImplementedError
+
+    def _kernels_may_skip(self, group: dict[str, Any]) -> bool:
+        """Whether a step that the kernels skip leaves the optimizer as it was."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        hook_step(type(self))
+        super().__setstate__(state)
+
+    @classmethod
+    def _take_over(cls, optimizer: Any) -> Any:
+        """Makes a live optimizer of torch one of ours, the same object; see ``from_torch``."""
+        if isinstance(optimizer, cls):
+            return optimizer
+        if type(optimizer) is not cls._stock:
+            raise TypeError(
+                f"optimizer: expected a torch.optim.{cls._stock.__name__}, got "
+                f"{type(optimizer).__name__}"
+            )
+        if has_replaced_step(optimizer):
+            raise TypeError("optimizer: its step has been replaced; expected PyTorch's own")
+        optimizer.__class__ = cls
+        ours = cast(FusedOptimizer, optimizer)
+        hook_step(cls)
+        ours._look_at_groups()
+        take_over_scheduler(ours)
+        return ours
+
+    @with_hooks
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None without one.
+        """
+        if is_compiling():
+            # torch's own loop over the parameters, which the compiler fuses; but not with state of
+            # another dtype than the gradients', which torch neither makes nor always takes.
+            if self._has_float32_state:
+                return _uncompiled_step(self, closure)
+            return self._stock_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients of all parameters.
+
+        Args:
+            set_to_none: to None (default), or else to zero.
+        """
+        if extension is None or not set_to_none or is_compiling() or _torch.profiler_enabled():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            extension.clear_gradients(_params_of(group))
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        if self._asks_for_float32(group):
+            self._has_float32_state = True  # set in the group since it was looked at
+        params = _params_of(group)
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        fusable = extension is not None and self._is_fusable(group)
+        # On a GPU the kernels find out whether to skip, so that nobody waits for it.
+        kernels_skip = False
+        if found_inf is not None:
+            kernels_skip = fusable and _is_on_gpu(found_inf) and self._kernels_may_skip(group)
+            if not kernels_skip and bool(found_inf):
+                return
+        if not fusable:
+            self._step_as_torch(group, params, grad_scale)
+            return
+        state, fused = self.state, group["fused"]
+        _ = group["foreach"]  # without effect, but torch's step asks for it, too
+        scaling = {"grad_scale": grad_scale, "found_inf": found_inf if kernels_skip else None}
+        # fused=True refuses what torch's fused implementation does, before anything is changed.
+        rest = self._step_fused(group, params, state, scaling, all_or_nothing=bool(fused))
+        if rest and fused:
+            self._check_fused(rest)
+            self._step_fused(group, params, state, scaling, all_or_nothing=False)
+        if rest:
+            rest = self._step_parts(group, rest, scaling)
+        if rest and not (kernels_skip and bool(found_inf)):
+            self._step_as_torch(group, rest, grad_scale)
+
+    def _is_fusable(self, group: dict[str, Any]) -> bool:
+        """Whether the operator can read the state, and no option wants autograd to see the step."""
+        options = (group["lr"], group["weight_decay"])
+        return (
+            type(self.state) is defaultdict
+            and not self.defaults["differentiable"]
+            and not any(isinstance(option, Tensor) and option.requires_grad for option in options)
+        )
+
+    @torch.no_grad()
+    def _step_parts(
+        self, group: dict[str, Any], params: list[Tensor], scaling: Mapping[str, Tensor | None]
+    ) -> list[Tensor]:
+        """Steps this process's part of each DTensor; returns the rest. No element needs another."""
+        rest: list[Tensor] = []
+        whole: dict[Tensor, Tensor] = {}  # each part's DTensor
+        parts: State = defaultdict(dict)
+        for param in params:
+            grad, states = _grad_of(param), self._states_of(param)
+            if grad.dtype != param.dtype or not are_spread_alike(param, grad, *states.values()):
+                rest.append(param)
+                continue
+            part = local_part(param).detach()
+            part.grad = local_part(grad)
+            for name, state in states.items():
+                parts[part][name] = local_part(state)
+            whole[part] = param
+        left = self._step_fused(group, list(whole), parts, scaling, all_or_nothing=False)
+        rest += [whole.pop(part) for part in left]
+        for part, param in whole.items():
+            for name, state in parts.get(part, {}).items():
+                if self.state[param].get(name) is None:
+                    self.state[param][name] = spread_like(param, state)
+        increment_version(whole.values())
+        return rest
+
+    def _states_of(self, param: Tensor) -> dict[str, Tensor]:
+        """What there is of a parameter's state."""
+        entry = self.state.get(param, {})
+        states = {name: entry.get(name) for name in self._state_names}
+        return {name: state for name, state in states.items() if state is not None}
+
+    def _step_as_torch(
+        self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
+    ) -> None:
+        """Torch's own update, parameter by parameter; its fused one is wrong for odd layouts."""
+        params = [param for param in params if param.grad is not None]
+        grads = [_grad_of(param) for param in params]
+        if group["fused"]:
+            self._check_fused(params)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if grad_scale is not None:
+                for grad in grads:
+                    grad.div_(grad_scale)
+            self._step_stock(group, params, grads)
+
+    def _check_fused(self, params: list[Tensor]) -> None:
+        """Raises for parameters that torch refuses with fused=True."""
+        name = f"{self._stock.__name__}(fused=True)"
+        for param in params:
+            _torch.check_param_for_fused(param)
+            grad = _grad_of(param)
+            if grad.is_sparse:
+                raise RuntimeError(f"{name} does not support sparse gradients")
+            if grad.dtype != param.dtype:
+                raise RuntimeError(
+                    f"{name}: expected scalar type {param.dtype} for the gradient, as for its "
+                    f"parameter, but found {grad.dtype}"
+                )
+            if any(_is_lazy(tensor) for tensor in (param, grad)):
+                raise RuntimeError(
+                    f"{name} does not support lazily negated, conjugated or zero tensors"
+                )
+
+
+@_torch.disable_dynamo
+def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | None) -> Any:
+    return FusedOptimizer.step.__wrapped__(optimizer, closure)  # type: ignore[attr-defined]
+
+
+def scalar(value: float | Tensor) -> float | Tensor:
+    """An option as the operators take it: a number, or the tensor where a GPU has it."""
+    return float(value) if isinstance(value, Tensor) and not _is_on_gpu(value) else value
+
+
+def _params_of(group: dict[str, Any]) -> list[Tensor]:
+    """The group's parameters, which may be any iterable; an iterator's are gone afterwards."""
+    params = group["params"]
+    return params if type(params) is list else list(params)
+
+
+def _grad_of(param: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
+    return cast(Tensor, param.grad)
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return tensor.is_neg() or tensor.is_conj() or _torch.is_zero_tensor(tensor)
+
+
+def _is_on_gpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda

@@ -1,0 +1,180 @@
+"""SGD with momentum: its options, its formula as an operator, and torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd as torch_sgd
+
+from fastnn import _torch
+from fastnn._extension import extension
+from fastnn.optim._fused import FusedOptimizer, State, scalar
+from fastnn.optim._hooks import hook_step, stock_step
+
+__all__ = ["SGD"]
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    r"""Stochastic gradient descent with momentum; :class:`torch.optim.SGD` with our operator.
+
+    The whole update of a parameter list (weight decay, momentum, step) is one pass over memory in
+    one parallel region. ``param_groups``, ``state_dict`` (both ways), hooks, schedulers and
+    ``GradScaler`` work as in torch; ``lr`` and the other options are read from the groups at each
+    step. Each process steps its own part of a :class:`~torch.distributed.tensor.DTensor`. What the
+    fused pass can't serve (sparse, complex or lazily negated tensors, other tensor subclasses,
+    ``differentiable=True``, an ``lr`` that requires a gradient, a gradient or momentum buffer of
+    another dtype or device than its parameter's, but for buffers as ``float32_momentum`` makes
+    them) takes torch's own path.
+
+    Args:
+        params: iterable of parameters, of named parameters, or of dicts (parameter groups).
+        lr: learning rate, float or one-element tensor (default 1e-3).
+        momentum: momentum factor (default 0).
+        dampening: dampening of the momentum (default 0); not applied at a parameter's first step.
+        weight_decay: L2 penalty (default 0).
+        nesterov: Nesterov momentum (default ``False``).
+        maximize: ascend instead of descend (default ``False``).
+        foreach, fused: accepted as in torch. All settings compute the same; ``fused=True`` also
+            makes ``GradScaler`` hand over its scale instead of unscaling first.
+        differentiable: let autograd see the step (default ``False``).
+        float32_momentum: gives bfloat16 and float16 parameters momentum buffers of float32, in
+            which small gradients don't vanish, of 4 bytes to an element instead of 2 (default
+            ``False``: of the parameter's dtype, as in torch). A parameter group may have a value of
+            its own, and the groups of a loaded state dict that have one replace it. It applies to
+            buffers as they are made or loaded; others stay as they are. torch's optimizer rounds
+            such buffers as it loads them, and ``torch.distributed.checkpoint`` asks that who saves
+            and who loads have both set it or neither. Under ``torch.compile`` the step runs our
+            kernels then, at a graph break.
+
+    Raises:
+        ValueError: as :class:`torch.optim.SGD`, for a negative lr, momentum or weight decay, or for
+            Nesterov momentum without momentum or with dampening.
+
+    Formula: that of :class:`torch.optim.SGD`'s documentation.
+
+    >>> import torch, fastnn
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> optimizer = fastnn.optim.SGD([weight], lr=0.1, momentum=0.9)
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([0.9000, 0.9000])
+    """
+
+    # Where its pickles look for it, and its readers.
+    __module__ = "fastnn.optim"
+
+    _stock = torch.optim.SGD
+    _stock_step = stock_step(torch.optim.SGD)
+    _state_names = ("momentum_buffer",)
+    _float32_option = "float32_momentum"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        float32_momentum: bool = False,
+    ) -> None:
+        hook_step(type(self))
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        if float32_momentum:
+            self._ask_for_float32()
+
+    @classmethod
+    def from_torch(cls, optimizer: torch.optim.SGD) -> SGD:
+        """Takes over a live :class:`torch.optim.SGD` in the middle of its training.
+
+        The optimizer stays the same object and becomes one of ours: schedulers, scalers and whoever
+        else holds it go on with it, and so do its parameter groups, state and hooks.
+
+        Args:
+            optimizer: the optimizer, with or without state.
+
+        Returns:
+            ``optimizer``.
+
+        Raises:
+            TypeError: where ``optimizer`` is not a :class:`torch.optim.SGD`, or one whose ``step``
+                is not PyTorch's (a subclass, or replaced).
+
+        >>> import torch, fastnn
+        >>> stock = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+        >>> optimizer = fastnn.optim.SGD.from_torch(stock)
+        >>> optimizer is stock, type(stock)
+        (True, <class 'fastnn.optim.SGD'>)
+        """
+        return cls._take_over(optimizer)
+
+    def _step_fused(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        state: State,
+        scaling: Mapping[str, Tensor | None],
+        all_or_nothing: bool,
+    ) -> list[Tensor]:
+        return extension.sgd_step_group(
+            params,
+            state,
+            group,
+            lr=scalar(group["lr"]),
+            float32_momentum=self._asks_for_float32(group),
+            all_or_nothing=all_or_nothing,
+            **scaling,
+        )
+
+    def _step_stock(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        buffers: list[Tensor | None] = []
+        if group["momentum"] != 0:
+            buffers = [self.state[param].get("momentum_buffer") for param in params]
+        are_new = [buffer is None for buffer in buffers]
+        torch_sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=any(grad.is_sparse for grad in grads),
+            foreach=False,
+            fused=False,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        for param, buffer, is_new in zip(params, buffers, are_new, strict=False):
+            if buffer is not None and is_new and self._wants_float32(group, param):
+                buffer = buffer.float()
+            self.state[param]["momentum_buffer"] = buffer
+
+    def _kernels_may_skip(self, group: dict[str, Any]) -> bool:
+        # The first step differs from later ones if there is dampening: skipped, it has to leave no
+        # buffer behind.
+        return not group["dampening"]
+
+
+_torch.register_functional_sgd(SGD)
