@@ -41,6 +41,13 @@ def need_torch(*tensors: Tensor | None) -> bool:
     )
 
 
+def have_no_say(*tensors: Tensor | None) -> bool:
+    """Whether all are of classes that leave each function and operator as it is."""
+    return all(
+        type(tensor) in PLAIN_OR_NONE or isinstance(tensor, TRACING_CLASSES) for tensor in tensors
+    )
+
+
 def call_torch(torchs: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Calls PyTorch's function so that the arguments' classes see it.
 

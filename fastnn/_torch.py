@@ -59,13 +59,17 @@ check_param_for_fused = _find(
     "torch.optim.optimizer._device_dtype_check_for_fused", otherwise=lambda param: None
 )
 
-
 # Lets a tensor's class see functions where it has turned that off. Without it a class that knows
 # F.linear, and runs what it doesn't know like that, refuses ours as it refuses others.
 enable_torch_function = _find("torch._C._EnableTorchFunction", otherwise=nullcontext)
 
 # The transform of torch.func that runs, or None. Without it the reference refuses batched targets.
 running_transform = _find("torch._C._functorch.peek_interpreter_stack", otherwise=lambda: None)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on; True where that can't be told."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
 # ---- tensors -------------------------------------------------------------------------------------

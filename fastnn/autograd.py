@@ -1,62 +1,317 @@
-"""The operators under :class:`torch.autograd.Function`-style names: ``LinearReLU.apply(...)``.
+"""The operators as subclasses of :class:`torch.autograd.Function`, to read and to subclass.
 
-The ``torch::autograd::Function`` of each operator lives in C++ (``csrc/autograd/``), where a call
-costs least; these names reach it. ``apply`` takes the arguments of the function of the same name
-in :mod:`fastnn.functional`.
+``apply`` takes the arguments of the function of the same name in :mod:`fastnn.functional`, and
+gives its numbers, gradients of any order and transforms. The extension's operators run, or those of
+:mod:`fastnn.reference` where they don't serve. A function of :mod:`fastnn.functional` costs less a
+call: there C++ keeps the record that PyTorch keeps in Python for a class.
+
+The compiler takes the operator in place of a class of this module, and runs a subclass outside of
+its graph. :func:`torch.func.functionalize` takes no ``Function``.
 
 >>> import torch, fastnn
->>> x = torch.randn(2, 3, requires_grad=True)
->>> fastnn.autograd.LogSoftmax.apply(x, 1).sum().backward()
->>> x.grad.shape
-torch.Size([2, 3])
+>>> class ClippedCrossEntropy(fastnn.autograd.CrossEntropy):
+...     @staticmethod
+...     def backward(ctx, *grads):
+...         grad_input, *others = fastnn.autograd.CrossEntropy.backward(ctx, *grads)
+...         return grad_input.clamp(-0.1, 0.1), *others
+>>> logits = torch.zeros(1, 2, requires_grad=True)
+>>> ClippedCrossEntropy.apply(logits, torch.tensor([1])).backward()
+>>> logits.grad
+tensor([[ 0.1000, -0.1000]])
 """
 
 from __future__ import annotations
 
-from fastnn import functional
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn import functional, reference
+from fastnn._arguments import (
+    check_label_smoothing,
+    check_linear_relu_arguments,
+    check_tensor,
+    log_softmax_dim,
+)
+from fastnn._function import Loss, Operator, Options, check_weight, operators_for
+from fastnn._torch import in_forward_mode
 
 __all__ = ["CrossEntropy", "LinearReLU", "LogSoftmax", "NLLLoss"]
 
 
-class LinearReLU:
+class LinearReLU(Operator):
     """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear_relu`.
+
+    The output is kept, and of input and weight what the other one's gradient takes.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.LinearReLU.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
     tensor([[3., 0.]])
     """
 
-    apply = staticmethod(functional.linear_relu)
+    _stands_for = staticmethod(functional.linear_relu)
+
+    @classmethod
+    def apply(cls, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if cls.steps_aside(input, weight, bias):
+            return cls._stands_for(input, weight, bias)
+        check_linear_relu_arguments(input, weight, bias)
+        if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+            # A vector for a weight, a bias that is broadcast: torch takes them.
+            return cls._stands_for(input, weight, bias)
+        return cls.record(input, weight, bias)
+
+    @staticmethod
+    def autocast_dtype(device: str) -> torch.dtype:
+        return torch.get_autocast_dtype(device)
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return operators_for(input, weight, bias).linear_relu(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _ = inputs
+        # Each factor is needed for the other one's derivative alone.
+        wants_input, wants_weight, _ = ctx.needs_input_grad
+        if not in_forward_mode():
+            input, weight = input if wants_weight else None, weight if wants_input else None
+        LinearReLU.keep(ctx, input, weight, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
+        *_, output = tensors = ctx.saved_tensors
+        return operators_for(output).linear_relu_backward(grad, *tensors, ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        input, weight, output = ctx.saved_tensors
+        of_input, of_weight, of_bias = tangents
+        tangent = torch.zeros_like(output)
+        if of_input is not None:
+            tangent = tangent + of_input @ weight.T
+        if of_weight is not None:
+            tangent = tangent + input @ of_weight.T
+        if of_bias is not None:
+            tangent = tangent + of_bias
+        return tangent.masked_fill(output <= 0, 0)
 
 
-class LogSoftmax:
-    """``apply(input, dim)``; see :func:`fastnn.functional.log_softmax`.
+class LogSoftmax(Operator):
+    """``apply(input, dim, ..., dtype=None)``; see :func:`fastnn.functional.log_softmax`.
+
+    The output alone is kept.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.LogSoftmax.apply(torch.zeros(2), 0)
     tensor([-0.6931, -0.6931])
     """
 
-    apply = staticmethod(functional.log_softmax)
+    _stands_for = staticmethod(functional.log_softmax)
+
+    @classmethod
+    def apply(
+        cls,
+        input: Tensor,
+        dim: int | None = None,
+        _stacklevel: int = 3,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if cls.steps_aside(input):
+            return cls._stands_for(input, dim, _stacklevel + 1, dtype)
+        check_tensor("log_softmax", "input", input)
+        dim = index(log_softmax_dim(input, dim, _stacklevel + 1))
+        if dtype is None:
+            return cls.record(input, dim)
+        with torch.autocast(input.device.type, enabled=False):  # this dtype outranks autocast's
+            return cls.record(input.to(dtype), dim)
+
+    @staticmethod
+    def autocast_dtype(device: str) -> torch.dtype | None:
+        return torch.float32 if device == "cuda" else None
+
+    @staticmethod
+    def forward(input: Tensor, dim: int) -> Tensor:
+        return operators_for(input).log_softmax(input, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        LogSoftmax.keep(ctx, output)
+        _, ctx.dim = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        (output,) = ctx.saved_tensors
+        return operators_for(output).log_softmax_backward(grad, output, ctx.dim), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (output,) = ctx.saved_tensors
+        return tangent - (output.exp() * tangent).sum(ctx.dim, keepdim=True)
 
 
-class NLLLoss:
+class NLLLoss(Loss):
     """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.nll_loss`.
+
+    ``forward`` also returns the total weight of the rows, which ``'mean'`` divides by.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.NLLLoss.apply(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
     tensor(2.)
     """
 
-    apply = staticmethod(functional.nll_loss)
+    _stands_for = staticmethod(functional.nll_loss)
+
+    @classmethod
+    def apply(
+        cls,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        return cls.call(input, target, weight, size_average, ignore_index, reduce, reduction)
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        operators = operators_for(input, target, weight)
+        return operators.nll_loss_forward(input, target, weight, *options.values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, options = inputs
+        _, total_weight = output
+        ctx.options = options.values
+        ctx.mark_non_differentiable(total_weight)
+        NLLLoss.keep(ctx, *tensors, total_weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        input, target, *_ = tensors = ctx.saved_tensors
+        check_weight(target, ctx.needs_input_grad[2])
+        grad_input = operators_for(input).nll_loss_backward(grad, *tensors, *ctx.options)
+        return grad_input, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        of_input, _, of_weight, _ = tangents
+        _, target, weight, _ = ctx.saved_tensors
+        check_weight(target, of_weight is not None)
+        return reference.nll_loss(of_input, target, weight, *ctx.options), None  # it is linear
 
 
-class CrossEntropy:
+class CrossEntropy(Loss):
     """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.cross_entropy`.
+
+    ``forward`` also returns what it keeps of the input for the backward, in two parts, and the
+    total weight of the rows. The first part has a derivative, for derivatives of higher orders.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.CrossEntropy.apply(torch.zeros(1, 2), torch.tensor([1]))
     tensor(0.6931)
     """
 
-    apply = staticmethod(functional.cross_entropy)
+    _stands_for = staticmethod(functional.cross_entropy)
+
+    @classmethod
+    def apply(
+        cls,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        check_label_smoothing(label_smoothing)
+        options = (size_average, ignore_index, reduce, reduction, label_smoothing)
+        return cls.call(input, target, weight, *options)
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, weight: Tensor | None, options: Options
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        # The reference keeps the logits, where a kernel may keep the gradient alone.
+        operators = reference if options.keep_logits else operators_for(input, target, weight)
+        return operators.cross_entropy_forward(input, target, weight, *options.values, options.keep)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any,
+        inputs: tuple[Any, ...],
+        output: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
+    ) -> None:
+        _, target, weight, options = inputs
+        _, kept, lse, total_weight = output
+        ctx.options = options.values
+        ctx.mark_non_differentiable(*(part for part in (lse, total_weight) if part is not None))
+        CrossEntropy.keep(ctx, kept, target, weight, lse, total_weight)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_kept: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        kept, target, weight, _, total_weight = saved = ctx.saved_tensors
+        wants_input, wants_target, wants_weight, _ = ctx.needs_input_grad
+        check_weight(target, wants_weight)
+        grad_input = grad_target = grad_weight = None
+        if wants_input and grad is not None:
+            operators = _operators_for_kept(*saved)
+            grad_input = operators.cross_entropy_backward(grad, *saved, *ctx.options)
+        if wants_input and grad_kept is not None:
+            through_kept = reference.cross_entropy_kept_backward(grad_kept, *saved, *ctx.options)
+            grad_input = through_kept if grad_input is None else grad_input + through_kept
+        if (wants_target or wants_weight) and grad is not None:
+            _, *options = ctx.options
+            grad_target, grad_weight = reference.cross_entropy_target_backward(
+                grad, kept, target, weight, total_weight, *options
+            )
+        return grad_input, grad_target, grad_weight, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, Tensor | None, None, None]:
+        of_input, of_target, of_weight, _ = tangents
+        kept, target, weight, _, total_weight = saved = ctx.saved_tensors
+        ignore_index, reduction, label_smoothing = ctx.options
+        check_weight(target, of_weight is not None)
+        of_kept = None
+        terms = []
+        if of_input is not None:
+            of_kept = reference.cross_entropy_kept_backward(of_input, *saved, *ctx.options)
+            class_dim = min(kept.dim() - 1, 1)
+            ones = torch.ones_like(kept.sum(class_dim) if reduction == "none" else total_weight)
+            gradient = reference.cross_entropy_backward(ones, *saved, *ctx.options)
+            rows = (gradient * of_input).sum(class_dim)
+            terms.append(rows if reduction == "none" else rows.sum())
+        # It is linear in the probabilities but for what the smoothing adds, and in their weights.
+        if of_target is not None:
+            loss = reference.cross_entropy(kept, of_target, weight, ignore_index, reduction)
+            terms.append((1 - label_smoothing) * loss)
+        if of_weight is not None:
+            terms.append(reference.cross_entropy(kept, target, of_weight, *ctx.options))
+        return sum(terms), of_kept, None, None
+
+
+def _operators_for_kept(
+    kept: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor | None, total_weight: Tensor
+) -> Any:
+    """The operators whose backward takes what was kept."""
+    # Of logits in the dtype of the sums the kernels take their gradient, which has no log-sum-exp.
+    if lse is not None and kept.dtype == total_weight.dtype:
+        return reference
+    return operators_for(kept, target, weight)

@@ -24,41 +24,18 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from fastnn import _tensor_classes
+from fastnn._arguments import (
+    check_label_smoothing,
+    check_linear_relu_arguments,
+    check_loss_arguments,
+    check_tensor,
+    log_softmax_dim,
+    loss_reduction,
+)
 from fastnn._extension import operators
 from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE, ask_classes, call_torch, need_torch
-from fastnn._torch import legacy_reduction, softmax_dim
 
 __all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"]
-
-
-def _check_tensor(function: str, name: str, value: object) -> None:
-    """Raises what torch's own argument parser raises for an argument that is no tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
-        )
-
-
-def _check_number(function: str, name: str, value: object, kind: type) -> None:
-    """Likewise for an argument that is no number of the kind."""
-    if not hasattr(type(value), {int: "__index__", float: "__float__"}[kind]):
-        raise TypeError(
-            f"{function}(): argument '{name}' must be {kind.__name__}, not {type(value).__name__}"
-        )
-
-
-def _check_loss_arguments(
-    function: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> None:
-    _check_tensor(function, "input", input)
-    _check_tensor(function, "target", target)
-    if weight is not None:
-        _check_tensor(function, "weight", weight)
-    _check_number(function, "ignore_index", ignore_index, int)
-
-
-def _bad_reduction(reduction: object) -> ValueError:
-    return ValueError(f"{reduction} is not a valid value for reduction")
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,10 +69,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
             linear_relu, _tensor_classes.linear_relu, tensors, input, weight, bias=bias
         )
     if not (type(input) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE):
-        _check_tensor("linear_relu", "input", input)
-        _check_tensor("linear_relu", "weight", weight)
-        if bias is not None:
-            _check_tensor("linear_relu", "bias", bias)
+        check_linear_relu_arguments(input, weight, bias)
         if need_torch(input, weight, bias):
             return call_torch(_tensor_classes.linear_relu, input, weight, bias=bias)
     return operators().linear_relu(input, weight, bias)
@@ -141,13 +115,12 @@ def log_softmax(
             dtype=dtype,
         )
     if type(input) not in PLAIN:
-        _check_tensor("log_softmax", "input", input)
+        check_tensor("log_softmax", "input", input)
         if need_torch(input):
             # Two frames further up is the line that calls this function.
             return call_torch(F.log_softmax, input, dim, _stacklevel + 2, dtype)
-    if dim is None:
-        dim = softmax_dim("log_softmax", input.dim(), _stacklevel)
-    _check_number("log_softmax", "dim", dim, int)
+    if type(dim) is not int:
+        dim = log_softmax_dim(input, dim, _stacklevel + 1)
     if dtype is not None:
         input = input.to(dtype)
         if input.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -212,15 +185,13 @@ def nll_loss(
         and type(weight) in PLAIN_OR_NONE
         and type(ignore_index) is int
     ):
-        _check_loss_arguments("nll_loss", input, target, weight, ignore_index)
+        check_loss_arguments("nll_loss", input, target, weight, ignore_index)
         if need_torch(input, target, weight):
             return call_torch(
                 F.nll_loss, input, target, weight, size_average, ignore_index, reduce, reduction
             )
-    if size_average is not None or reduce is not None:
-        reduction = legacy_reduction(size_average, reduce)
-    elif type(reduction) is not str:
-        raise _bad_reduction(reduction)
+    if size_average is not None or reduce is not None or type(reduction) is not str:
+        reduction = loss_reduction(size_average, reduce, reduction)
     return operators().nll_loss(input, target, weight, ignore_index, reduction)
 
 
@@ -290,16 +261,14 @@ def cross_entropy(
         and type(weight) in PLAIN_OR_NONE
         and type(ignore_index) is int
     ):
-        _check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
+        check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
         if need_torch(input, target, weight):
             options = (size_average, ignore_index, reduce, reduction, label_smoothing)
             return call_torch(F.cross_entropy, input, target, weight, *options)
     if type(label_smoothing) is not float:
-        _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
-    if size_average is not None or reduce is not None:
-        reduction = legacy_reduction(size_average, reduce)
-    elif type(reduction) is not str:
-        raise _bad_reduction(reduction)
+        check_label_smoothing(label_smoothing)
+    if size_average is not None or reduce is not None or type(reduction) is not str:
+        reduction = loss_reduction(size_average, reduce, reduction)
     return operators().cross_entropy(
         input, target, weight, ignore_index, reduction, label_smoothing
     )

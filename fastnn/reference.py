@@ -2,12 +2,15 @@
 runs where the extension is not built.
 
 The functions have the operators' own signatures (``torch.ops.fastnn.*``) and semantics, for any
-floating-point dtype: float16 and bfloat16 are computed in float32 and rounded once.
+floating-point dtype: float16 and bfloat16 are computed in float32 and rounded once. Those of a
+backward can be differentiated themselves, and all be batched by :func:`torch.vmap`.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,7 +18,21 @@ from torch.compiler import is_compiling
 
 from fastnn._torch import running_transform
 
-__all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss", "sgd_step_"]
+__all__ = [
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "cross_entropy_kept_backward",
+    "cross_entropy_target_backward",
+    "linear_relu",
+    "linear_relu_backward",
+    "log_softmax",
+    "log_softmax_backward",
+    "nll_loss",
+    "nll_loss_backward",
+    "nll_loss_forward",
+    "sgd_step_",
+]
 
 _COMPUTE_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -43,6 +60,50 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return linear.relu().to(input.dtype).contiguous()
 
 
+def linear_relu_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the three arguments of ``linear_relu``; see
+    :func:`fastnn.functional.linear_relu`.
+
+    Args:
+        grad_output: the gradient of the output.
+        input: may be None where the gradient of ``weight`` is not wanted.
+        weight: may be None where the gradient of ``input`` is not wanted.
+        output: the forward's.
+        output_mask: which of the three gradients are wanted; None is returned for the others.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> x, w = torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]])
+    >>> y = reference.linear_relu(x, w)
+    >>> reference.linear_relu_backward(torch.ones(1, 2), x, w, y, [True, False, False])
+    (tensor([[1., 2.]]), None, None)
+    """
+    dtype = _compute_dtype(output.dtype)
+    # Where the output is NaN the gradient passes, as in torch.
+    grad = grad_output.to(dtype).masked_fill(output <= 0, 0)
+    rows = _matrix_of_rows(grad)
+    grad_input = grad_weight = grad_bias = None
+    if output_mask[0] and weight is not None:
+        grad_input = (grad @ weight.to(dtype)).to(output.dtype)
+    if output_mask[1] and input is not None:
+        grad_weight = (rows.T @ _matrix_of_rows(input).to(dtype)).to(output.dtype)
+    if output_mask[2]:
+        grad_bias = rows.sum(0).to(output.dtype)
+    return grad_input, grad_weight, grad_bias
+
+
+def _matrix_of_rows(tensor: Tensor) -> Tensor:
+    """A tensor's leading dimensions as one."""
+    # Sizes are given, not inferred: reshape(-1, 0) is ambiguous.
+    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
 def log_softmax(input: Tensor, dim: int) -> Tensor:
     """``x - max - log(sum(exp(x - max)))``; see :func:`fastnn.functional.log_softmax`.
 
@@ -55,11 +116,34 @@ def log_softmax(input: Tensor, dim: int) -> Tensor:
     if not input.is_floating_point():
         raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
     x = input.to(_compute_dtype(input.dtype))
+    shift, log_sum = _log_sum_exp(x, dim)
+    return (x - shift - log_sum).to(input.dtype).contiguous()
+
+
+def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    """``g - exp(output) * sum(g)``, the gradient of ``log_softmax``; see
+    :func:`fastnn.functional.log_softmax`.
+
+    Args:
+        grad_output: the gradient ``g`` of the output.
+        output: the forward's.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> output = reference.log_softmax(torch.zeros(2), 0)
+    >>> reference.log_softmax_backward(torch.tensor([1.0, 0.0]), output, 0)
+    tensor([ 0.5000, -0.5000])
+    """
+    dtype = _compute_dtype(output.dtype)
+    grad = grad_output.to(dtype)
+    return (grad - output.to(dtype).exp() * grad.sum(dim, keepdim=True)).to(output.dtype)
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Along a dimension that is counts: the maximum, and ``log(sum(exp(x - max)))``."""
     # The maximum cancels in the formula, so that it needs no gradient; max() over nothing raises.
     shift = x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)
-    shifted = x - shift
-    output = shifted - shifted.exp().sum(dim, keepdim=True).log()
-    return output.to(input.dtype).contiguous()
+    return shift, (x - shift).exp().sum(dim, keepdim=True).log()
 
 
 def _class_dim(input: Tensor) -> int:
@@ -109,7 +193,7 @@ def _check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None) -
         raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")
 
 
-def _kept_and_index(
+def _counts_and_index(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Which rows count, and a class index for each that is always in range."""
@@ -117,28 +201,43 @@ def _kept_and_index(
     target = target.long()
     if input.dim() == 1:
         target = target.reshape(())
-    kept = target != ignore_index
-    has_values = not (target.is_meta or is_compiling() or running_transform() is not None)
+    counts = target != ignore_index
+    # On another device they would be waited for; there a kernel of torch's asserts.
+    has_values = target.is_cpu and not is_compiling() and running_transform() is None
     if not has_values:
-        return kept, target.where(kept, 0)
+        return counts, target.where(counts, 0)
     classes = input.shape[_class_dim(input)]
-    bad = target[kept & ((target < 0) | (target >= classes))]
+    bad = target[counts & ((target < 0) | (target >= classes))]
     if bad.numel():
         raise IndexError(
             f"Target {int(bad[0])} is out of bounds: input has {classes} classes, so that a "
             f"target must be in [0, {classes}) or equal ignore_index ({ignore_index})."
         )
-    return kept, target.where(kept, 0)
+    return counts, target.where(counts, 0)
 
 
-def _reduce(losses: Tensor, total_weight: Tensor | float, reduction: str) -> Tensor:
+def _reduce(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
+    """The rows' losses, their sum, or their sum over ``total_weight``."""
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    # NaN over nothing, smoothing's share included, which does not vanish with the targets' weights.
-    total_weight = torch.as_tensor(total_weight, dtype=losses.dtype)
-    return losses.sum() / total_weight.where(total_weight != 0, torch.nan)
+    return losses.sum() / _nan_for_zero(total_weight)
+
+
+def _grad_per_row(
+    grad_output: Tensor, input: Tensor, total_weight: Tensor, reduction: str
+) -> Tensor:
+    """The gradient of each row's loss, shaped to broadcast against the input."""
+    grad = grad_output.to(total_weight.dtype)
+    if reduction == "none":
+        return grad.unsqueeze(_class_dim(input))
+    return grad / _nan_for_zero(total_weight) if reduction == "mean" else grad
+
+
+def _nan_for_zero(total_weight: Tensor) -> Tensor:
+    """A mean over nothing is NaN, the share of label smoothing included, which is not zero then."""
+    return total_weight.where(total_weight != 0, torch.nan)
 
 
 def _gather(input: Tensor, index: Tensor) -> Tensor:
@@ -149,11 +248,20 @@ def _gather(input: Tensor, index: Tensor) -> Tensor:
     return input.gather(class_dim, index.unsqueeze(class_dim)).squeeze(class_dim)
 
 
-def _row_weights(input: Tensor, kept: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+def _row_weights(input: Tensor, counts: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
     """The weight of each row's class, zero for ignored rows."""
     if weight is None or weight.numel() == 0:
-        return kept.to(input.dtype)
-    return weight.to(input.dtype)[index].where(kept, 0)
+        return counts.to(input.dtype)
+    weights = weight.to(input.dtype).index_select(0, index.flatten())
+    return weights.view(index.shape).where(counts, 0)
+
+
+def _is_class(input: Tensor, counts: Tensor, index: Tensor) -> Tensor:
+    """In the input's shape, whether a class is that of its row, which counts."""
+    class_dim = _class_dim(input)
+    classes = torch.arange(input.shape[class_dim], device=input.device)
+    is_class = index.unsqueeze(class_dim) == _per_class(classes, input)
+    return is_class & counts.unsqueeze(class_dim)
 
 
 def nll_loss(
@@ -170,12 +278,56 @@ def nll_loss(
     >>> reference.nll_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
     tensor(2.)
     """
+    return nll_loss_forward(input, target, weight, ignore_index, reduction)[0]
+
+
+def nll_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the total weight of the rows that count, which ``'mean'`` divides by; see
+    :func:`fastnn.functional.nll_loss`.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> log_probs, target = torch.tensor([[-1.0, -2.0]] * 2), torch.tensor([1, -100])
+    >>> reference.nll_loss_forward(log_probs, target, None, -100, "mean")
+    (tensor(2.), tensor(1.))
+    """
     _check_loss_arguments(input, weight, reduction)
-    kept, index = _kept_and_index(input, target, weight, operator.index(ignore_index))
+    counts, index = _counts_and_index(input, target, weight, operator.index(ignore_index))
     log_probs = input.to(_compute_dtype(input.dtype))
-    row_weights = _row_weights(log_probs, kept, index, weight)
-    losses = (-row_weights * _gather(log_probs, index)).where(kept, 0)
-    return _reduce(losses, row_weights.sum(), reduction).to(input.dtype)
+    row_weights = _row_weights(log_probs, counts, index, weight)
+    losses = (-row_weights * _gather(log_probs, index)).where(counts, 0)
+    total_weight = row_weights.sum()
+    return _reduce(losses, total_weight, reduction).to(input.dtype), total_weight
+
+
+def nll_loss_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The gradient of the input of ``nll_loss``; see :func:`fastnn.functional.nll_loss`.
+
+    Args:
+        grad_output: the gradient of the loss.
+        total_weight: as the forward returned it.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> arguments = torch.tensor([[-1.0, -2.0]]), torch.tensor([1]), None
+    >>> _, total = reference.nll_loss_forward(*arguments, -100, "mean")
+    >>> reference.nll_loss_backward(torch.tensor(1.0), *arguments, total, -100, "mean")
+    tensor([[ 0., -1.]])
+    """
+    counts, index = _counts_and_index(input, target, weight, ignore_index)
+    row_weights = _row_weights(total_weight, counts, index, weight).unsqueeze(_class_dim(input))
+    grad_rows = -row_weights * _grad_per_row(grad_output, input, total_weight, reduction)
+    return grad_rows.where(_is_class(input, counts, index), 0).to(input.dtype)
 
 
 def cross_entropy(
@@ -193,42 +345,240 @@ def cross_entropy(
     >>> reference.cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
     tensor(0.6931)
     """
+    options = (ignore_index, reduction, label_smoothing)
+    return cross_entropy_forward(input, target, weight, *options, keep=False)[0]
+
+
+def cross_entropy_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """The loss, what the backward takes of the input where that is to be kept, and the total weight
+    of the rows that count; see :func:`fastnn.functional.cross_entropy`.
+
+    Returns:
+        The loss; a copy of the input and each row's log-sum-exp in two parts (the maximum, and the
+        rest), or None and None; the total weight. Where a kernel sums in the input's own dtype, it
+        keeps the loss's gradient in place of the copy, and None.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> arguments = torch.ones(1, 2), torch.tensor([1]), None, -100, "sum", 0.0
+    >>> reference.cross_entropy_forward(*arguments, keep=True)
+    (tensor(0.6931), tensor([[1., 1.]]), tensor([[1.0000],
+            [0.6931]]), tensor(1.))
+    """
     if input.dim() == 0:
         raise IndexError("Dimension out of range: input must have 1 or more dimensions, got 0")
     _check_loss_arguments(input, weight, reduction)
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     class_dim = _class_dim(input)
-    classes = input.shape[class_dim]
-    uniform = label_smoothing / max(classes, 1)
-
+    dtype = input.dtype
     if target.shape == input.shape:
-        if not target.is_floating_point():
-            raise RuntimeError(
-                "Expected floating point type for target with class probabilities, "
-                f"got {target.dtype}"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError("ignore_index is not supported for floating point target")
-        dtype = torch.promote_types(input.dtype, target.dtype)
-        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-        log_probs = log_softmax(input.to(_compute_dtype(input.dtype)), class_dim)
-        q = target.to(_compute_dtype(dtype)) * (1 - label_smoothing) + uniform
-        if weight is not None:
-            q = q * _per_class(weight, input)
-        losses = -(q * log_probs).sum(class_dim)
-        rows = losses.numel() if input.numel() else float("nan")
-        return _reduce(losses, rows, reduction).to(dtype)
+        _check_class_probabilities(target, ignore_index)
+        for other in (target, weight):
+            dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    else:
+        counts, index = _counts_and_index(input, target, weight, operator.index(ignore_index))
 
-    kept, index = _kept_and_index(input, target, weight, operator.index(ignore_index))
-    log_probs = log_softmax(input.to(_compute_dtype(input.dtype)), class_dim)
-    row_weights = _row_weights(log_probs, kept, index, weight)
-    losses = -row_weights * (1 - label_smoothing) * _gather(log_probs, index)
-    if label_smoothing > 0:
-        smooth = log_probs if weight is None else log_probs * _per_class(weight, input)
-        losses = losses - uniform * smooth.sum(class_dim)
-    losses = losses.where(kept, 0)
-    return _reduce(losses, row_weights.sum(), reduction).to(input.dtype)
+    x = input.to(_compute_dtype(input.dtype))
+    shift, log_sum = _log_sum_exp(x, class_dim)
+    log_probs = x - shift - log_sum
+    if target.shape == input.shape:
+        q = _smooth(target.to(_compute_dtype(dtype)), weight, label_smoothing)
+        losses = -(q * log_probs).sum(class_dim)
+        total_weight = x.new_full((), losses.numel() if input.numel() else torch.nan)
+    else:
+        row_weights = _row_weights(log_probs, counts, index, weight)
+        losses = -row_weights * (1 - label_smoothing) * _gather(log_probs, index)
+        if label_smoothing > 0:
+            smooth = log_probs if weight is None else log_probs * _per_class(weight, input)
+            losses = losses - _uniform(input, label_smoothing) * smooth.sum(class_dim)
+        losses = losses.where(counts, 0)
+        total_weight = row_weights.sum()
+    loss = _reduce(losses, total_weight, reduction).to(dtype)
+    if not keep:
+        return loss, None, None, total_weight
+    lse = torch.stack([shift.squeeze(class_dim), log_sum.squeeze(class_dim)])
+    return loss, input.clone(), lse, total_weight
+
+
+def _check_class_probabilities(target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"Expected floating point type for target with class probabilities, got {target.dtype}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError("ignore_index is not supported for floating point target")
+
+
+def _uniform(input: Tensor, label_smoothing: float) -> float:
+    """What label smoothing adds to each class."""
+    return label_smoothing / max(input.shape[_class_dim(input)], 1)
+
+
+def _smooth(distribution: Tensor, weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """A distribution over the classes, mixed with the uniform one, times the class weights."""
+    smooth = distribution * (1 - label_smoothing) + _uniform(distribution, label_smoothing)
+    return smooth if weight is None else smooth * _per_class(weight, distribution)
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the wider of its own dtype and another."""
+    return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+
+def _distribution(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The distribution ``q`` over each row's classes, zeros in ignored rows; and, shaped to
+    broadcast against it, which rows count."""
+    if target.shape == input.shape:
+        q = _smooth(_widened(target, dtype), weight, label_smoothing)
+        return q, torch.ones((), dtype=torch.bool, device=input.device)
+    counts, index = _counts_and_index(input, target, weight, ignore_index)
+    q = _smooth(_is_class(input, counts, index).to(dtype), weight, label_smoothing)
+    counts = counts.unsqueeze(_class_dim(input))
+    return q.where(counts, 0), counts
+
+
+def _kept_softmax(
+    kept: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    total: Tensor,
+    total_weight: Tensor,
+    reduction: str,
+) -> Tensor:
+    """The softmax of the logits, from what the forward kept: they may have changed, or be gone.
+
+    Args:
+        kept: the logits with ``lse``, else the gradient, ``softmax * total - q`` before the mean.
+        q: the target's distribution.
+        total: its sums.
+    """
+    if lse is not None:
+        return log_softmax(kept.to(total_weight.dtype), _class_dim(kept)).exp()
+    gradient = kept * total_weight if reduction == "mean" else kept
+    # Where q is 0 the gradient says nothing of the softmax, nor does it depend on it.
+    has_softmax = total != 0
+    return ((gradient + q) / total.where(has_softmax, 1)).where(has_softmax, 0)
+
+
+def cross_entropy_backward(
+    grad_output: Tensor,
+    kept: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    total_weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """``g * (softmax(input) * sum(q) - q)``, the gradient of the input of ``cross_entropy``; see
+    :func:`fastnn.functional.cross_entropy`.
+
+    Args:
+        grad_output: the gradient ``g`` of the loss.
+        kept, lse, total_weight: as a kernel's forward returned them, or the reference's.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> input, targets, options = torch.zeros(1, 2), (torch.tensor([1]), None), (-100, "mean", 0.0)
+    >>> _, kept, *others = reference.cross_entropy_forward(input, *targets, *options, keep=True)
+    >>> reference.cross_entropy_backward(torch.tensor(1.0), kept, *targets, *others, *options)
+    tensor([[ 0.5000, -0.5000]])
+    """
+    q, counts = _distribution(
+        kept, target, weight, ignore_index, label_smoothing, total_weight.dtype
+    )
+    total = q.sum(_class_dim(kept), keepdim=True)
+    softmax = _kept_softmax(kept, lse, q, total, total_weight, reduction)
+    grad_rows = _grad_per_row(grad_output, kept, total_weight, reduction)
+    return (grad_rows * (softmax * total - q)).where(counts, 0).to(kept.dtype)
+
+
+def cross_entropy_kept_backward(
+    grad_kept: Tensor,
+    kept: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    total_weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """The gradient of the input of ``cross_entropy`` from that of what is kept: what derivatives of
+    a higher order take. What is kept has a symmetric Jacobian, so that this is its tangent too.
+
+    Args:
+        grad_kept: the gradient of ``kept``, or the tangent of the input.
+        kept, lse, total_weight: as a kernel's forward returned them, or the reference's.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> gradient, targets = torch.tensor([[0.5, -0.5]]), (torch.tensor([1]), None)
+    >>> kept = gradient, *targets, None, torch.tensor(1.0), -100, "mean", 0.0
+    >>> reference.cross_entropy_kept_backward(torch.tensor([[1.0, 0.0]]), *kept)
+    tensor([[ 0.2500, -0.2500]])
+    """
+    if lse is not None:  # a copy of the input
+        return grad_kept
+    class_dim = _class_dim(kept)
+    q, counts = _distribution(kept, target, weight, ignore_index, label_smoothing, kept.dtype)
+    total = q.sum(class_dim, keepdim=True)
+    softmax = _kept_softmax(kept, lse, q, total, total_weight, reduction)
+    grad = softmax * (grad_kept - (softmax * grad_kept).sum(class_dim, keepdim=True)) * total
+    grad = grad / _nan_for_zero(total_weight) if reduction == "mean" else grad
+    return grad.where(counts, 0)
+
+
+def cross_entropy_target_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    reduction: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the class probabilities and class weights of ``cross_entropy``; see
+    :func:`fastnn.functional.cross_entropy`.
+
+    Args:
+        grad_output: the gradient of the loss.
+        total_weight: as the forward returned it.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> arguments = torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]), None, torch.tensor(1.0)
+    >>> reference.cross_entropy_target_backward(torch.tensor(1.0), *arguments, "mean", 0.0)
+    (tensor([[0.6931, 0.6931]]), None)
+    """
+    class_dim = _class_dim(input)
+    grad_rows = _grad_per_row(grad_output, input, total_weight, reduction)
+    grad_q = -grad_rows * log_softmax(input.to(total_weight.dtype), class_dim)
+    if weight is None:
+        return (grad_q * (1 - label_smoothing)).to(target.dtype), None
+    grad_target = (grad_q * _per_class(weight, input) * (1 - label_smoothing)).to(target.dtype)
+    q = _smooth(_widened(target, total_weight.dtype), None, label_smoothing)
+    rows = [dim for dim in range(input.dim()) if dim != class_dim]
+    grad_weight = grad_q * q
+    grad_weight = grad_weight.sum(rows) if rows else grad_weight  # sum([]) sums over all
+    return grad_target, grad_weight.to(weight.dtype)
 
 
 def _check_sgd_lists(params: list[Tensor], **lists: list[Tensor]) -> None:

@@ -96,7 +96,7 @@ def reason_to_leave_out(item: pytest.Item, device: str, large: bool) -> str | No
         if marker := item.get_closest_marker("cpu_only"):
             return marker.args[0]
         callspec = getattr(item, "callspec", None)
-        if callspec is not None and callspec.params.get("implementation") == "reference":
+        if callspec is not None and "reference" in callspec.params.get("implementation", ""):
             return "the reference, which has no kernels"
     if item.get_closest_marker("needs_gpu") and not (torch.cuda.is_available() and BUILT_FOR_CUDA):
         return "needs a GPU, and the extension built for it"
@@ -206,12 +206,32 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["functional", "reference"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What runs behind ``fastnn.functional``: the extension, or the plain PyTorch it falls back to.
+# What the functions of fastnn.functional are: those, the same over the plain PyTorch that they fall
+# back to, or the Functions of fastnn.autograd, over the extension or over plain PyTorch.
+IMPLEMENTATIONS = ("functional", "reference", "autograd", "autograd over reference")
+FUNCTIONS = {
+    "linear_relu": fastnn.autograd.LinearReLU,
+    "log_softmax": fastnn.autograd.LogSoftmax,
+    "nll_loss": fastnn.autograd.NLLLoss,
+    "cross_entropy": fastnn.autograd.CrossEntropy,
+}
 
-    Where the extension isn't built both are the latter (test_dispatch.py fails then).
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Puts one of those in the place of the functions.
+
+    Where the extension isn't built all are over plain PyTorch (test_dispatch.py fails then).
     """
     if request.param == "reference":
         monkeypatch.setattr(fastnn.functional, "operators", lambda: fastnn.reference)
+    if request.param.startswith("autograd"):
+        for name, function in FUNCTIONS.items():
+            monkeypatch.setattr(fastnn.functional, name, function.apply)
+    if request.param == "autograd over reference":
+        monkeypatch.setattr(fastnn._function, "extension", None)
     return request.param
+
+
+# For what is promised of the functions, and of no Function.
+of_functions = pytest.mark.parametrize("implementation", ["functional", "reference"], indirect=True)

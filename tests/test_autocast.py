@@ -99,6 +99,13 @@ def assert_same_gradient(actual, expected, result) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
 
 
+# What each has: the Functions cast by themselves, without autocast's cache.
+functions_too = pytest.mark.parametrize(
+    "implementation", ["functional", "autograd", "autograd over reference"], indirect=True
+)
+
+
+@functions_too
 @operators
 @low_precision
 @inputs
@@ -106,7 +113,7 @@ def assert_same_gradient(actual, expected, result) -> None:
     "precision",
     "`torch.autocast` on the CPU, bfloat16 and float16: torch's dtypes and numbers",
 )
-def test_same_dtypes_and_numbers_as_torch(name, autocast_dtype, dtype) -> None:
+def test_same_dtypes_and_numbers_as_torch(implementation, name, autocast_dtype, dtype) -> None:
     ours, theirs = OPERATORS[name]
     a = arguments(dtype)
     with autocast(dtype=autocast_dtype):
@@ -118,11 +125,12 @@ def test_same_dtypes_and_numbers_as_torch(name, autocast_dtype, dtype) -> None:
         assert_same_gradient(ours_grad, torch_grad, actual)
 
 
+@functions_too
 @operators
 @low_precision
 @inputs
 @pytest.mark.capability("precision", "`torch.autocast` on CUDA: torch's dtypes (on fake tensors)")
-def test_dtypes_on_cuda_are_torchs(name, autocast_dtype, dtype) -> None:
+def test_dtypes_on_cuda_are_torchs(implementation, name, autocast_dtype, dtype) -> None:
     """Of shapes and dtypes alone, so that no GPU is needed."""
     ours, theirs = OPERATORS[name]
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -139,9 +147,10 @@ def test_dtypes_on_cuda_are_torchs(name, autocast_dtype, dtype) -> None:
         torch.clear_autocast_cache()
 
 
+@functions_too
 @operators
 @pytest.mark.capability("precision", "disabled regions inside of others")
-def test_a_disabled_region_is_left_alone(name) -> None:
+def test_a_disabled_region_is_left_alone(implementation, name) -> None:
     ours, theirs = OPERATORS[name]
     a = arguments(torch.float32)
     with autocast(dtype=torch.bfloat16):

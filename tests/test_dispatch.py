@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_extension
+from conftest import FUNCTIONS, needs_extension, of_functions
 from sample_inputs import DTYPES, OPS, Sample, on_device, sample_input
 from test_operators import TORCH, leaves_of, memory_of, ours, random_grad_like
 from torch import Tensor
@@ -446,6 +446,7 @@ MODE_SAMPLES = {
 }
 
 
+@of_functions
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("saving", "modes: `__torch_function__`, `__torch_dispatch__`")
 def test_torch_function_modes_see_the_call_and_its_arguments(implementation, op):
@@ -457,6 +458,7 @@ def test_torch_function_modes_see_the_call_and_its_arguments(implementation, op)
     assert torch.equal(result, direct)
 
 
+@of_functions
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("saving", "tensor subclasses: `__torch_function__`")
 def test_torch_function_of_each_argument_is_called(implementation, op):
@@ -694,18 +696,10 @@ def test_without_gradients(implementation, op, context):
     assert torch.equal(result, direct)
 
 
-@pytest.mark.parametrize(
-    ("op", "function"),
-    [
-        ("linear_relu", fastnn.autograd.LinearReLU),
-        ("log_softmax", fastnn.autograd.LogSoftmax),
-        ("nll_loss", fastnn.autograd.NLLLoss),
-        ("cross_entropy", fastnn.autograd.CrossEntropy),
-    ],
-)
-def test_autograd_function_names(implementation, op, function):
+@pytest.mark.parametrize("op", OPS)
+def test_a_function_gives_the_same_bits(op):
     sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
-    results = value_and_gradients(function.apply, op, sample)
+    results = value_and_gradients(FUNCTIONS[op].apply, op, sample)
     direct = value_and_gradients(ours(op), op, sample)
     for result, expected in zip(results, direct, strict=True):
         assert torch.equal(result, expected)

@@ -648,9 +648,9 @@ def marks_of(case: Case) -> list[pytest.MarkDecorator]:
     ("implementation", "case"),
     [
         pytest.param(implementation, case, id=f"{implementation}-{case}", marks=marks_of(case))
-        for implementation in ("functional", "reference")
+        for implementation in ("functional", "reference", "autograd")
         for case in CASES
-        if case.reference_too or (implementation == "functional" and fastnn.is_available())
+        if case.reference_too or (implementation != "reference" and fastnn.is_available())
     ],
     indirect=["implementation"],
 )

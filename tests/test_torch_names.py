@@ -39,6 +39,7 @@ CLASSES = {
     "torch._subclasses.functional_tensor.FunctionalTensor",
 }
 # ... and in its objects.
+OF_FORWARD_MODE = {"_current_level"}
 OF_MODULES = {
     "_backward_hooks",
     "_backward_pre_hooks",
@@ -105,8 +106,8 @@ OTHERS = [path for path in FILES if path.name != "_torch.py"]
 
 
 def test_the_module_has_the_names_that_are_listed_here():
-    of_objects = OF_MODULES | OF_OPTIMIZERS | OF_STEPS | OF_TENSORS | OF_TRANSFORMER_LAYERS
-    listed = FUNCTIONS | CLASSES | of_objects
+    of_objects = OF_FORWARD_MODE | OF_MODULES | OF_OPTIMIZERS | OF_STEPS | OF_TENSORS
+    listed = FUNCTIONS | CLASSES | of_objects | OF_TRANSFORMER_LAYERS
     assert foreign_private_names(PACKAGE / "_torch.py", OWN) == listed
 
 
@@ -148,6 +149,7 @@ def test_attributes_are_in_this_torch():
     optimizer = torch.optim.SGD(module.parameters())
     torch.optim.lr_scheduler.ConstantLR(optimizer)
     optimizer.step()
+    assert [name for name in OF_FORWARD_MODE if not hasattr(torch.autograd.forward_ad, name)] == []
     assert [name for name in OF_MODULES if not hasattr(module, name)] == []
     assert [name for name in OF_OPTIMIZERS if not hasattr(optimizer, name)] == []
     assert [name for name in OF_STEPS if not hasattr(optimizer.step, name)] == []
@@ -229,6 +231,14 @@ def test_without_their_attributes_all_is_taken_to_be_observed():
     assert fastnn._torch.is_step_observed(Bare())
     assert not fastnn._torch.has_scheduler_mark(Bare())
     assert not fastnn._torch.is_zero_tensor(Bare())
+
+
+def test_without_its_level_forward_mode_is_taken_to_be_on(monkeypatch):
+    assert not fastnn._torch.in_forward_mode()
+    with torch.autograd.forward_ad.dual_level():
+        assert fastnn._torch.in_forward_mode()
+    monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+    assert fastnn._torch.in_forward_mode()
 
 
 def test_a_transformer_layer_without_its_method_is_left_as_it_is(monkeypatch):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import perceptron
 import pytest
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, of_functions
 from functorch.compile import make_boxed_func
 from perceptron import OURS, STOCK
 from sample_inputs import OPS
@@ -225,11 +225,17 @@ class TestModes:
         assert_close(per_sample, vmap(vmap(grad(sum_of_squares(theirs))))(batches))
 
     @capability("`torch.func.linearize`, `functionalize`")
-    def test_linearize_and_functionalize(self, functions):
+    def test_linearize(self, functions):
         mine, theirs = functions
         x, tangent = normal(4, 3), normal(4, 3)
         value, derivative = linearize(mine, x)
         assert_close((value, derivative(tangent)), jvp(theirs, (x,), (tangent,)))
+
+    @of_functions  # torch has no rule for a Function
+    @capability("`torch.func.linearize`, `functionalize`")
+    def test_functionalize(self, functions):
+        mine, theirs = functions
+        x = normal(4, 3)
         assert_close(functionalize(sum_of_squares(mine))(x), sum_of_squares(theirs)(x))
 
     @capability("`torch.autograd.functional`")

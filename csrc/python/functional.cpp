@@ -1,5 +1,6 @@
 #include "python/functional.h"
 
+#include "ops/checks.h"
 #include "ops/cross_entropy.h"
 #include "ops/linear_relu.h"
 #include "ops/log_softmax.h"
@@ -13,6 +14,7 @@ void define_functional(pybind11::module_& m) {
   m.def("log_softmax", &log_softmax, no_gil());
   m.def("nll_loss", &as_nll_loss<nll_loss>, no_gil());
   m.def("cross_entropy", &as_cross_entropy<cross_entropy>, no_gil());
+  m.def("has_kernels", &has_kernels, "Whether there are kernels for such a tensor.");
 }
 
 }  // namespace fastnn::python

@@ -1,0 +1,68 @@
+"""The types of the operators' arguments, and torch's older ways to state them.
+
+A function calls these where an argument is not of the usual type: at small sizes a call costs as
+much as the checks do.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastnn._torch import legacy_reduction, softmax_dim
+
+
+def check_tensor(function: str, name: str, value: object) -> None:
+    """Raises what torch's own argument parser raises for an argument that is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
+        )
+
+
+def _check_number(function: str, name: str, value: object, kind: type) -> None:
+    """Likewise for an argument that is no number of the kind."""
+    if not hasattr(type(value), {int: "__index__", float: "__float__"}[kind]):
+        raise TypeError(
+            f"{function}(): argument '{name}' must be {kind.__name__}, not {type(value).__name__}"
+        )
+
+
+def check_linear_relu_arguments(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError for an argument of ``linear_relu`` that is no tensor."""
+    check_tensor("linear_relu", "input", input)
+    check_tensor("linear_relu", "weight", weight)
+    if bias is not None:
+        check_tensor("linear_relu", "bias", bias)
+
+
+def log_softmax_dim(input: Tensor, dim: int | None, stacklevel: int) -> int:
+    """Returns the dimension meant; raises TypeError for what is none."""
+    if dim is None:
+        return softmax_dim("log_softmax", input.dim(), stacklevel)
+    _check_number("log_softmax", "dim", dim, int)
+    return dim
+
+
+def check_loss_arguments(
+    function: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> None:
+    """Raises TypeError for an argument of a loss that has another type."""
+    check_tensor(function, "input", input)
+    check_tensor(function, "target", target)
+    if weight is not None:
+        check_tensor(function, "weight", weight)
+    _check_number(function, "ignore_index", ignore_index, int)
+
+
+def loss_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Returns the reduction meant; raises ValueError for what is none."""
+    if size_average is not None or reduce is not None:
+        return legacy_reduction(size_average, reduce)
+    if type(reduction) is not str:
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    return reduction
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Raises TypeError for what is no number."""
+    _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
