@@ -284,12 +284,12 @@ class CrossEntropy(Loss):
         return grad_input, grad_target, grad_weight, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, Tensor | None, None, None]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, Tensor, None, None]:
         of_input, of_target, of_weight, _ = tangents
         kept, target, weight, _, total_weight = saved = ctx.saved_tensors
         ignore_index, reduction, label_smoothing = ctx.options
         check_weight(target, of_weight is not None)
-        of_kept = None
+        of_kept = torch.zeros_like(kept)  # autograd takes no None for it
         terms = []
         if of_input is not None:
             of_kept = reference.cross_entropy_kept_backward(of_input, *saved, *ctx.options)

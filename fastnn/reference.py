@@ -361,6 +361,9 @@ def cross_entropy_forward(
     """The loss, what the backward takes of the input where that is to be kept, and the total weight
     of the rows that count; see :func:`fastnn.functional.cross_entropy`.
 
+    Args:
+        keep: whether it is to be kept.
+
     Returns:
         The loss; a copy of the input and each row's log-sum-exp in two parts (the maximum, and the
         rest), or None and None; the total weight. Where a kernel sums in the input's own dtype, it
@@ -522,7 +525,8 @@ def cross_entropy_kept_backward(
     label_smoothing: float,
 ) -> Tensor:
     """The gradient of the input of ``cross_entropy`` from that of what is kept: what derivatives of
-    a higher order take. What is kept has a symmetric Jacobian, so that this is its tangent too.
+    a higher order take; see :func:`fastnn.functional.cross_entropy`. What is kept has a symmetric
+    Jacobian, so that this is its tangent too.
 
     Args:
         grad_kept: the gradient of ``kept``, or the tangent of the input.

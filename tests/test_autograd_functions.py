@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FUNCTIONS, needs_extension
-from sample_inputs import OPS, sample_input
+from sample_inputs import DTYPES, OPS, sample_input
 from test_dispatch import COMPILE_SAMPLES, MODE_SAMPLES, value_and_gradients
 from test_gradients import assert_close, class_weights, normal
 from torch import Tensor
@@ -96,6 +96,33 @@ def test_linear_relu_computes_and_keeps_what_is_wanted(wanted):
         output.sum().backward()
     assert list(recorded.calls["linear_relu_backward"][-1]) == list(wanted)
     assert [tensor.grad is not None for tensor in tensors] == list(wanted)
+
+
+@needs_extension
+def test_cross_entropy_keeps_nothing_without_a_gradient():
+    input, target = normal(4, 3), torch.tensor([0, 2, 1, 1])
+    for wants, context in ((False, torch.enable_grad), (True, torch.no_grad)):
+        with Calls() as recorded, context():
+            CrossEntropy.apply(input.detach().requires_grad_(wants), target)
+        assert not recorded.calls["cross_entropy_forward"][-1]
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_reference_reads_what_a_kernel_keeps(dtype, reduction, smoothing):
+    """Of which a derivative of a higher order is made."""
+    input, target = normal(4, 3).to(dtype), torch.tensor([0, 2, 1, -100])
+    arguments, options = (target, class_weights().to(dtype)), (-100, reduction, smoothing)
+    operators = torch.ops.fastnn
+    loss, kept, *others = operators.cross_entropy_forward(input, *arguments, *options, keep=True)
+    backward = torch.ones_like(loss), kept, *arguments, *others, *options
+    # Both compute in float32 at least and round once: torch's tolerance for the dtype is that.
+    torch.testing.assert_close(
+        fastnn.reference.cross_entropy_backward(*backward),
+        operators.cross_entropy_backward(*backward),
+    )
 
 
 def test_forward_mode_keeps_both_factors_for_the_call_alone():
