@@ -31,8 +31,8 @@ struct Classes {
 // threads of a row call begin and finish and get the same bits.
 struct RowDefaults {
   using State = NoState;
-  static constexpr int kReduceInputs = 0;  // so many of the first operands are read for the state
-  static constexpr int kMapInputs = 0;     // and so many for the output
+  static constexpr int kReduceInputs = 0;  // operands read for the state, the first ones
+  static constexpr int kMapInputs = 0;     // operands read for the output, the first ones
   static constexpr bool kMaps = true;      // whether there is an output, of the rows' layout
   static constexpr bool kSums = false;     // whether rows add to a loss and a total weight
 
@@ -44,6 +44,7 @@ struct RowDefaults {
   template <typename Row>
   __device__ void begin(Row&, int64_t) const {
   }
+  // Takes some classes' elements into the state.
   template <typename State, typename Row, typename A, int N>
   __device__ void reduce(State& state, const Row&, Classes, const A (&x)[1][N]) const {
     state.add(x[0]);
@@ -53,7 +54,7 @@ struct RowDefaults {
   __device__ bool skips(const Row&) const {
     return false;
   }
-  // Writes and adds what there is one of per row; one of its threads calls this.
+  // Writes the row's own results and adds to the sums; one of its threads calls this.
   template <typename Row>
   __device__ void report(const Row&, int64_t, LossSums&) const {
   }
