@@ -148,7 +148,7 @@ $(VENV)/.torch: | $(PY)
 	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja numpy
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py csrc/cuda/toolkit.py $(CXX_FILES)
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml build_support/instruction_sets.py build_support/cuda_toolkit.py $(CXX_FILES)
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	$(PY) -W ignore setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"

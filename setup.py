@@ -58,7 +58,7 @@ BUILD_FOLDER = Path("build", f"{sys.implementation.cache_tag}-{TORCH_TAG}")
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
 
-CUDA = runpy.run_path("csrc/cuda/toolkit.py")
+CUDA = runpy.run_path("build_support/cuda_toolkit.py")
 
 
 def cuda_toolkit() -> Any:
@@ -99,7 +99,7 @@ TORCH_FLAGS = [*COMMON_FLAGS, "-fopenmp", "-Wno-unused-parameter"]
 
 
 # Which instruction sets the kernels are compiled for; their tests read it too.
-SIMD = runpy.run_path("csrc/cpu/simd/targets.py")
+SIMD = runpy.run_path("build_support/instruction_sets.py")
 
 
 def simd_targets() -> dict[str, list[str]]:

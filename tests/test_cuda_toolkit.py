@@ -1,4 +1,4 @@
-"""csrc/cuda/toolkit.py: which toolkit builds the CUDA part, and the sentence where none can."""
+"""build_support/cuda_toolkit.py: which toolkit builds the CUDA part, and what is said if none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.cpp_extension import _get_cuda_arch_flags
 
 pytestmark = pytest.mark.cpu_only("the build")
 
-TOOLKIT = runpy.run_path(str(Path(__file__).parents[1] / "csrc/cuda/toolkit.py"))
+TOOLKIT = runpy.run_path(str(Path(__file__).parents[1] / "build_support/cuda_toolkit.py"))
 find, NotBuildable = TOOLKIT["find"], TOOLKIT["NotBuildable"]
 
 

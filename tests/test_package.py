@@ -165,7 +165,7 @@ def test_the_source_distribution_holds_what_a_build_reads_and_nothing_that_one_l
     """`make dist` builds a wheel from it, which takes minutes."""
     copy = tmp_path / "copy"
     caches = shutil.ignore_patterns("__pycache__")
-    for part in ("csrc", "fastnn", "tests"):
+    for part in ("build_support", "csrc", "fastnn", "tests"):
         shutil.copytree(REPOSITORY / part, copy / part, ignore=caches)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, copy)
@@ -177,12 +177,13 @@ def test_the_source_distribution_holds_what_a_build_reads_and_nothing_that_one_l
     with tarfile.open(copy / "dist" / name) as archive:
         files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
     sources = {path.relative_to(copy) for path in (copy / "csrc").rglob("*") if path.is_file()}
-    package = {Path("fastnn", path.name) for path in (copy / "fastnn").glob("*.py")}
+    folders = ("build_support", "fastnn")
+    modules = {path.relative_to(copy) for name in folders for path in (copy / name).glob("*.py")}
     needed = {Path(name) for name in ("setup.py", "pyproject.toml", "fastnn/py.typed", "LICENSE")}
     about = {Path(name) for name in ("README.md", "MANIFEST.in", "PKG-INFO", "setup.cfg")}
     written = {path for path in files if path.parts[0] == "fastnn.egg-info"} | about
     assert len(sources) > 50
-    assert files - written == sources | package | needed
+    assert files - written == sources | modules | needed
 
 
 def read(name: str) -> str:

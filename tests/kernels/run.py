@@ -20,7 +20,7 @@ import emulated_pc
 from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, REPOSITORY, THREAD, Way, build, run
 
 TESTS = Path("tests/kernels")
-SIMD = runpy.run_path(str(REPOSITORY / "csrc/cpu/simd/targets.py"))
+SIMD = runpy.run_path(str(REPOSITORY / "build_support/instruction_sets.py"))
 
 # For a CPU without AVX-512: vectors as wide, which the compiler splits into AVX2's. That takes it
 # three times as long as any other set, and at -O2 many times.
