@@ -1,23 +1,16 @@
 """FLOP formulas of the operators that multiply matrices, for
 :class:`torch.utils.flop_counter.FlopCounterMode`: those of torch's own matrix products.
-
-They are registered when somebody imports the counter. To import it here would make every import of
-fastnn wait for what it imports: with a CUDA build of torch that is triton, half a second.
 """
 
 from __future__ import annotations
 
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from math import prod
 from types import ModuleType
 from typing import Any
 
 import torch
 
-_COUNTER = "torch.utils.flop_counter"
+from fastnn._when_imported import when_imported
 
 
 def _linear_relu(
@@ -47,27 +40,4 @@ def _register(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.fastnn.linear_relu_backward)(_linear_relu_backward)
 
 
-class _WhenImported(MetaPathFinder):
-    """Finds the counter as it would be found without this, once, and registers the formulas."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register(module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _COUNTER in sys.modules:
-    _register(sys.modules[_COUNTER])
-else:
-    sys.meta_path.insert(0, _WhenImported())
+when_imported("torch.utils.flop_counter", _register)
