@@ -59,7 +59,7 @@ if extension is None:
         stacklevel=2,
     )
 else:
-    import_module("fastnn._fake")
+    import_module("fastnn._operators")
     import_module("fastnn._flops")
 
 

@@ -33,7 +33,7 @@ def module_names() -> list[str]:
     """fastnn and all its Python modules that can be imported here."""
     # The extension is no Python source: it holds no docstring examples and no ``__all__``. The
     # fake kernels belong to its operators.
-    absent = {"fastnn._C"} | ({"fastnn._fake"} if not fastnn.is_available() else set())
+    absent = {"fastnn._C"} | ({"fastnn._operators"} if not fastnn.is_available() else set())
     found = {module.name for module in pkgutil.walk_packages(fastnn.__path__, "fastnn.")}
     return ["fastnn", *sorted(found - absent)]
 
