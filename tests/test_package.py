@@ -31,11 +31,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def module_names() -> list[str]:
     """fastnn and all its Python modules that can be imported here."""
-    # The extension is no Python source: it holds no docstring examples and no ``__all__``. The
-    # fake kernels belong to its operators.
-    absent = {"fastnn._C"} | ({"fastnn._operators"} if not fastnn.is_available() else set())
+    # The extension is no Python source: it holds no docstring examples and no ``__all__``.
     found = {module.name for module in pkgutil.walk_packages(fastnn.__path__, "fastnn.")}
-    return ["fastnn", *sorted(found - absent)]
+    return ["fastnn", *sorted(found - {"fastnn._C"})]
 
 
 def public_modules() -> list[ModuleType]:
