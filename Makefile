@@ -148,7 +148,7 @@ $(VENV)/.torch: | $(PY)
 	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja numpy
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml csrc/cpu/simd/targets.py csrc/cuda/toolkit.py $(CXX_FILES)
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_FILES)
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	$(PY) -W ignore setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
@@ -168,7 +168,7 @@ $(VENV)/.build_tool: $(VENV)/.torch
 	touch $@
 
 # Not editable, since the extension in the working tree is built for another torch.
-$(VENV)/.stacks: $(VENV)/.torch setup.py pyproject.toml $(CXX_FILES) $(wildcard fastnn/*.py) tests/integrations/requirements.txt
+$(VENV)/.stacks: $(VENV)/.torch setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_FILES) $(wildcard fastnn/*.py) tests/integrations/requirements.txt
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	FASTNN_CUDA=0 $(PY) -W ignore setup.py --quiet build_ext
 	FASTNN_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation . -r tests/integrations/requirements.txt

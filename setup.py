@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -17,13 +16,12 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from threading import Thread
-from typing import Any
 from zlib import crc32
 
 import setuptools
 from setuptools import Extension, setup
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).absolute().parent
 os.chdir(ROOT)  # pip may run us from elsewhere; sources are named relative to the repository
 
 
@@ -58,10 +56,12 @@ BUILD_FOLDER = Path("build", f"{sys.implementation.cache_tag}-{TORCH_TAG}")
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
 
-CUDA = runpy.run_path("csrc/cuda/toolkit.py")
+# pip runs this file without its folder on the path.
+sys.path.insert(0, str(ROOT))
+from build_support import cuda_toolkit, instruction_sets  # noqa: E402
 
 
-def cuda_toolkit() -> Any:
+def find_toolkit() -> cuda_toolkit.Toolkit | None:
     """The toolkit to build the CUDA part with, or None; as FASTNN_CUDA says."""
     choice = os.environ.get("FASTNN_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
@@ -69,8 +69,8 @@ def cuda_toolkit() -> Any:
     if choice == "0":
         return None
     try:
-        return CUDA["find"](torch.__version__, torch.version.cuda, os.environ)
-    except CUDA["NotBuildable"] as reason:
+        return cuda_toolkit.find(torch.__version__, torch.version.cuda, os.environ)
+    except cuda_toolkit.NotBuildable as reason:
         if choice == "1":
             fail(str(reason))
         if torch.version.cuda is not None:
@@ -78,7 +78,7 @@ def cuda_toolkit() -> Any:
         return None
 
 
-TOOLKIT = cuda_toolkit()
+TOOLKIT = find_toolkit()
 if TOOLKIT is not None:
     # Before torch looks for a toolkit itself, as it does when this is imported:
     os.environ["CUDA_HOME"] = str(TOOLKIT.home)
@@ -98,12 +98,8 @@ COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hi
 TORCH_FLAGS = [*COMMON_FLAGS, "-fopenmp", "-Wno-unused-parameter"]
 
 
-# Which instruction sets the kernels are compiled for; their tests read it too.
-SIMD = runpy.run_path("csrc/cpu/simd/targets.py")
-
-
 def simd_targets() -> dict[str, list[str]]:
-    return SIMD["targets"](platform.machine())
+    return instruction_sets.targets(platform.machine())
 
 
 class BuildFastnn(BuildExtension):
@@ -146,15 +142,15 @@ class BuildFastnn(BuildExtension):
         for target, output in outputs.items():
             command = simd_command(compiler, target, output)
             if not is_up_to_date(output, command):
-                print(SIMD["SOURCE"], "for", target, flush=True)
+                print(instruction_sets.SOURCE, "for", target, flush=True)
                 output.with_suffix(".command").write_text(shlex.join(command))
                 compiles[target] = subprocess.Popen(command)
         for target, process in compiles.items():
             if process.wait() != 0:
                 outputs[target].unlink(missing_ok=True)
                 fail(
-                    f"{shlex.join(compiler)} could not compile {SIMD['SOURCE']} (its message is "
-                    "above); a C++20 compiler is needed: GCC 11 or newer."
+                    f"{shlex.join(compiler)} could not compile {instruction_sets.SOURCE} (its "
+                    "message is above); a C++20 compiler is needed: GCC 11 or newer."
                 )
         return [str(output.resolve()) for output in outputs.values()]
 
@@ -173,9 +169,9 @@ class BuildFastnn(BuildExtension):
 
 
 def simd_command(compiler: list[str], target: str, output: Path) -> list[str]:
-    flags = [*COMMON_FLAGS, *SIMD["target_flags"](platform.machine(), target), "-fPIC"]
+    flags = [*COMMON_FLAGS, *instruction_sets.target_flags(platform.machine(), target), "-fPIC"]
     dependencies = ["-MMD", "-MF", str(output.with_suffix(".d"))]
-    return [*compiler, *flags, *dependencies, "-c", SIMD["SOURCE"], "-o", str(output)]
+    return [*compiler, *flags, *dependencies, "-c", instruction_sets.SOURCE, "-o", str(output)]
 
 
 # What ninja prints for a file: its number and a command, which is long.
@@ -268,11 +264,11 @@ def make_one_word(command: list[str]) -> None:
 def extension() -> Extension:
     folders = ["csrc/ops", "csrc/autograd", "csrc/cpu", "csrc/python"]
     sources = sorted(str(path) for folder in folders for path in Path(folder).glob("*.cpp"))
-    arguments = {"include_dirs": [str(ROOT.resolve() / "csrc")]}
+    arguments = {"include_dirs": [str(ROOT / "csrc")]}
     if TOOLKIT is None:
         return CppExtension("fastnn._C", sources, extra_compile_args=TORCH_FLAGS, **arguments)
     sources += sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
-    flags = {"cxx": TORCH_FLAGS, "nvcc": CUDA["FLAGS"]}
+    flags = {"cxx": TORCH_FLAGS, "nvcc": cuda_toolkit.FLAGS}
     return CUDAExtension("fastnn._C", sources, extra_compile_args=flags, **arguments)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fastnn import functional
+from fastnn._operators import OPERATORS
 
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 
@@ -23,9 +24,7 @@ def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> T
 
 
 _FUNCTIONS: dict[Callable[..., Any] | str, Callable[..., Any]] = {
-    F.cross_entropy: functional.cross_entropy,
-    F.nll_loss: functional.nll_loss,
-    F.log_softmax: functional.log_softmax,
+    **{operator.stock: getattr(functional, operator.name) for operator in OPERATORS},
     torch.log_softmax: _log_softmax,
     torch.special.log_softmax: _log_softmax,
     "log_softmax": _log_softmax,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-from fastnn import _onnx, reference
+from fastnn import _operators, reference
 from fastnn._torch import tracing_state
 
 REINSTALL = "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
@@ -59,8 +59,7 @@ if extension is None:
         stacklevel=2,
     )
 else:
-    import_module("fastnn._fake")
-    import_module("fastnn._flops")
+    _operators.register()
 
 
 def operators() -> Any:
@@ -71,7 +70,7 @@ def operators() -> Any:
         # Imported by who exports: to import it here would make every start wait for it.
         onnx = sys.modules.get("torch.onnx")
         if onnx is not None and onnx.is_in_onnx_export():
-            return _onnx
+            return _operators.ONNX
         return reference if extension is None else torch.ops.fastnn
     return reference if extension is None else extension
 

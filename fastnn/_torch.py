@@ -7,17 +7,15 @@ holds the other modules to.
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
+
+from fastnn._when_imported import when_imported
 
 
 def _find(name: str, otherwise: Any) -> Any:
@@ -141,47 +139,14 @@ _FUNCTIONAL_OPTIMIZERS = "torch.distributed.optim.utils"
 
 
 def register_functional_sgd(optimizer: type[torch.optim.SGD]) -> None:
-    """Lets torch's functional SGD serve where this class is asked for.
+    """Lets torch's functional SGD serve where this class is asked for."""
 
-    The table's module takes many times as long to import as fastnn, so that it is left to whoever
-    needs it.
-    """
-    module = sys.modules.get(_FUNCTIONAL_OPTIMIZERS)
-    if module is None:
-        sys.meta_path.insert(0, _FunctionalSGDFinder(optimizer))
-    else:
-        _add_functional_sgd(module, optimizer)
+    def add(module: ModuleType) -> None:
+        table = getattr(module, "functional_optim_map", {})
+        if torch.optim.SGD in table:
+            table[optimizer] = table[torch.optim.SGD]
 
-
-class _FunctionalSGDFinder(MetaPathFinder):
-    """Finds the table's module as Python does, and adds to the table once it is there."""
-
-    def __init__(self, optimizer: type[torch.optim.SGD]) -> None:
-        self.optimizer = optimizer
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _FUNCTIONAL_OPTIMIZERS:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None:
-            loader: Any = spec.loader
-            load = loader.exec_module
-
-            def load_and_add(module: ModuleType) -> None:
-                load(module)
-                _add_functional_sgd(module, self.optimizer)
-                sys.meta_path.remove(self)
-
-            loader.exec_module = load_and_add
-        return spec
-
-
-def _add_functional_sgd(module: ModuleType, optimizer: type[torch.optim.SGD]) -> None:
-    table = getattr(module, "functional_optim_map", {})
-    if torch.optim.SGD in table:
-        table[optimizer] = table[torch.optim.SGD]
+    when_imported(_FUNCTIONAL_OPTIMIZERS, add)
 
 
 # ---- modules -------------------------------------------------------------------------------------

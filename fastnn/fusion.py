@@ -11,19 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch.nn import Linear, Module, ModuleDict, ModuleList, ReLU, Sequential
 
 from fastnn import _containers, _torch, nn
+from fastnn._operators import OPERATORS
 
 __all__ = ["FusionEntry", "FusionReport", "fuse", "fusion_report", "unfuse"]
 
-_LOSSES = {
-    torch.nn.LogSoftmax: nn.LogSoftmax,
-    torch.nn.NLLLoss: nn.NLLLoss,
-    torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+_OURS: dict[type[Module], type[Module]] = {
+    operator.stock_module: getattr(nn, operator.module)
+    for operator in OPERATORS
+    if operator.stock_module is not None
 }
-_STOCK = {ours: stock for stock, ours in _LOSSES.items()} | {nn.LinearReLU: Linear}
+_STOCK = {ours: stock for stock, ours in _OURS.items()} | {nn.LinearReLU: Linear}
 
 _Model = TypeVar("_Model", bound=Module)
 
@@ -157,8 +157,8 @@ def fuse(
         pairs = (_is_pair(linear, follower) for _, linear, follower in runs)
         if not isinstance(module, _containers.Fused) and any(pairs):
             module.__class__ = _containers.fused_class(type(module))
-        elif type(module) in _LOSSES and not _torch.has_own_forward(module):
-            module.__class__ = _LOSSES[type(module)]
+        elif type(module) in _OURS and not _torch.has_own_forward(module):
+            module.__class__ = _OURS[type(module)]
     if verbose:
         print(fusion_report(model))
     return model
@@ -306,10 +306,10 @@ def _why_alone(model: Module, path: str) -> str:
 
 def _loss_entries(model: Module) -> Iterator[FusionEntry]:
     for path, module in model.named_modules():
-        stock = next((stock for stock in _LOSSES if isinstance(module, stock)), None)
+        stock = next((stock for stock in _OURS if isinstance(module, stock)), None)
         if stock is not None:
             reason = ""
-            if type(module) not in (stock, _LOSSES[stock]):
+            if type(module) not in (stock, _OURS[stock]):
                 reason = f"a subclass of {stock.__name__}, whose forward may be its own"
             elif _torch.has_own_forward(module):
                 reason = "its forward has been replaced"

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from fastnn._operators import OPERATORS, OPTIMIZERS
+
 SECTIONS = {
     "compile": "torch.compile",
     "export": "Export",
@@ -25,17 +27,12 @@ SECTIONS = {
     "tools": "Tools",
     "inputs": "PyTorch's own test inputs",
 }
-FUNCTIONS = ("linear_relu", "log_softmax", "nll_loss", "cross_entropy")
-COLUMNS = (*FUNCTIONS, "SGD")
+COLUMNS = tuple(record.name for record in (*OPERATORS, *OPTIMIZERS))
 # Other names that tests' parameters have for them: modules, torch's OpInfos.
 ALIASES = {
-    "LinearReLU": "linear_relu",
-    "LogSoftmax": "log_softmax",
-    "NLLLoss": "nll_loss",
-    "CrossEntropyLoss": "cross_entropy",
+    **{operator.module: operator.name for operator in OPERATORS},
+    **{f"nn.functional.{operator.name}": operator.name for operator in OPERATORS},
     "nn.functional.linear": "linear_relu",
-    "nn.functional.nll_loss": "nll_loss",
-    "nn.functional.cross_entropy": "cross_entropy",
 }
 
 HEADER = """\

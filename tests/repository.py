@@ -15,7 +15,7 @@ def copy_to(folder: Path) -> None:
     listed = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     names = listed.stdout.split("\0")
     wanted = {folder / name for name in names if (REPOSITORY / name).is_file()}
-    for pattern in ("csrc/**/*", "tests/**/*.py", "fastnn/**/*.py"):
+    for pattern in ("build_support/*.py", "csrc/**/*", "tests/**/*.py", "fastnn/**/*.py"):
         for path in folder.glob(pattern):
             if path.is_file() and path not in wanted:  # gone since: or it would be compiled, or run
                 path.unlink()

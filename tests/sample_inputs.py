@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnn._operators import OPERATORS
+
 SEED = int(os.environ.get("FASTNN_TEST_SEED") or secrets.randbelow(2**31))
 
-OPS = ("linear_relu", "log_softmax", "nll_loss", "cross_entropy")
+OPS = tuple(operator.name for operator in OPERATORS)
 
 # Those the operators are made for; the two narrow ones are summed in float32 and rounded once.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

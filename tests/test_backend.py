@@ -13,16 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fastnn
 from fastnn import _backend
+from fastnn._operators import OPERATORS
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-OURS = {
-    fastnn.functional.linear_relu: "linear_relu",
-    fastnn.functional.log_softmax: "log_softmax",
-    fastnn.functional.nll_loss: "nll_loss",
-    fastnn.functional.cross_entropy: "cross_entropy",
-    _backend._log_softmax: "log_softmax",
-}
+OURS = {getattr(fastnn.functional, operator.name): operator.name for operator in OPERATORS}
+OURS[_backend._log_softmax] = "log_softmax"
 
 
 @pytest.fixture

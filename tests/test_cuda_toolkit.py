@@ -1,18 +1,20 @@
-"""csrc/cuda/toolkit.py: which toolkit builds the CUDA part, and the sentence where none can."""
+"""build_support.cuda_toolkit: which toolkit builds the CUDA part, and what is said without one."""
 
 from __future__ import annotations
 
 import os
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 from torch.utils.cpp_extension import _get_cuda_arch_flags
 
-pytestmark = pytest.mark.cpu_only("the build")
+sys.path.insert(0, str(REPOSITORY))  # build_support is not installed with the package
 
-TOOLKIT = runpy.run_path(str(Path(__file__).parents[1] / "csrc/cuda/toolkit.py"))
-find, NotBuildable = TOOLKIT["find"], TOOLKIT["NotBuildable"]
+from build_support.cuda_toolkit import NotBuildable, find
+
+pytestmark = pytest.mark.cpu_only("the build")
 
 
 def make_nvcc(

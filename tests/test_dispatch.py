@@ -278,12 +278,12 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.capability(
     "saving",
     "devices without kernels in this build: PyTorch's operators",
-    operators=["linear_relu", "log_softmax", "nll_loss", "cross_entropy"],
+    operators=OPS,
 )
 @pytest.mark.parametrize(
     ("device", "fused"),
     [
-        ("cpu", {"linear_relu", "log_softmax", "nll_loss", "cross_entropy"}),
+        ("cpu", set(OPS)),
         ("mps", set()),
         pytest.param(
             "xpu",

@@ -41,7 +41,7 @@ def messages(path: str) -> Iterator[str]:
             yield text_of(node.value.elts[-1])
 
 
-SOURCES = ("setup.py", "csrc/cuda/toolkit.py", "fastnn/_extension.py")
+SOURCES = ("setup.py", "build_support/cuda_toolkit.py", "fastnn/_extension.py")
 MESSAGES = [message for path in SOURCES for message in messages(path) if message.strip(" …")]
 EXPLAINED = re.findall(r"^`([^`]+)`\n: ", read("docs/install.md"), re.MULTILINE)
 

@@ -21,6 +21,7 @@ from sample_inputs import DTYPES, OPS, Sample, laid_out, sample_input, sample_na
 from torch import Tensor
 
 import fastnn
+from fastnn._operators import OPERATORS
 
 # Two of the samples' ways to call are deprecated in torch, which says so at each.
 pytestmark = pytest.mark.filterwarnings(
@@ -35,16 +36,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 every_sample = pytest.mark.parametrize(("op", "name"), SAMPLES)
 
 
-def torch_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, weight, bias).relu()
-
-
-TORCH: dict[str, Callable[..., Tensor]] = {
-    "linear_relu": torch_linear_relu,
-    "log_softmax": F.log_softmax,
-    "nll_loss": F.nll_loss,
-    "cross_entropy": F.cross_entropy,
-}
+TORCH: dict[str, Callable[..., Tensor]] = {operator.name: operator.stock for operator in OPERATORS}
 
 
 def ours(op: str) -> Callable[..., Tensor]:
@@ -637,7 +629,7 @@ def test_probabilities_of_another_dtype_promote_as_in_torch(
 def test_linear_relu_takes_what_torch_takes(implementation, arguments):
     """Torch broadcasts biases and multiplies by vectors; the same operators serve here."""
     args = arguments()
-    assert torch.equal(fastnn.functional.linear_relu(*args), torch_linear_relu(*args))
+    assert torch.equal(fastnn.functional.linear_relu(*args), TORCH["linear_relu"](*args))
 
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor], ids=lambda f: f.__name__)

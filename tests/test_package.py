@@ -31,11 +31,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def module_names() -> list[str]:
     """fastnn and all its Python modules that can be imported here."""
-    # The extension is no Python source: it holds no docstring examples and no ``__all__``. The
-    # fake kernels belong to its operators.
-    absent = {"fastnn._C"} | ({"fastnn._fake"} if not fastnn.is_available() else set())
+    # The extension is no Python source: it holds no docstring examples and no ``__all__``.
     found = {module.name for module in pkgutil.walk_packages(fastnn.__path__, "fastnn.")}
-    return ["fastnn", *sorted(found - absent)]
+    return ["fastnn", *sorted(found - {"fastnn._C"})]
 
 
 def public_modules() -> list[ModuleType]:
@@ -165,24 +163,26 @@ def test_the_source_distribution_holds_what_a_build_reads_and_nothing_that_one_l
     """`make dist` builds a wheel from it, which takes minutes."""
     copy = tmp_path / "copy"
     caches = shutil.ignore_patterns("__pycache__")
-    for part in ("csrc", "fastnn", "tests"):
+    for part in ("build_support", "csrc", "fastnn", "tests"):
         shutil.copytree(REPOSITORY / part, copy / part, ignore=caches)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, copy)
     (copy / "fastnn" / "_build_info.json").write_text("{}")
     (copy / "fastnn" / "_C.so").touch()
 
-    name = run_python("-c", SDIST, cwd=copy).splitlines()[-1]
+    # pip's builds don't have the folder on the path either.
+    name = run_python("-I", "-c", SDIST, cwd=copy).splitlines()[-1]
     assert name == f"fastnn-{fastnn.__version__}.tar.gz"  # of no torch: it is compiled for any
     with tarfile.open(copy / "dist" / name) as archive:
         files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
     sources = {path.relative_to(copy) for path in (copy / "csrc").rglob("*") if path.is_file()}
-    package = {path.relative_to(copy) for path in (copy / "fastnn").rglob("*.py")}
+    folders = ("build_support", "fastnn")
+    modules = {path.relative_to(copy) for name in folders for path in (copy / name).rglob("*.py")}
     needed = {Path(name) for name in ("setup.py", "pyproject.toml", "fastnn/py.typed", "LICENSE")}
     about = {Path(name) for name in ("README.md", "MANIFEST.in", "PKG-INFO", "setup.cfg")}
     written = {path for path in files if path.parts[0] == "fastnn.egg-info"} | about
     assert len(sources) > 50
-    assert files - written == sources | package | needed
+    assert files - written == sources | modules | needed
 
 
 def read(name: str) -> str:

@@ -104,7 +104,8 @@ def test_the_version_of_a_source_distribution_is_fixed(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastnn/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
-    shutil.copytree(REPOSITORY / "csrc", tmp_path / "csrc")
+    for name in ("build_support", "csrc"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
     (tmp_path / "PKG-INFO").touch()
     own = fastnn.__version__
     for variables, expected in (

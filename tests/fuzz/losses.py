@@ -6,14 +6,12 @@ import math
 
 from hypothesis import strategies as st
 
+from fastnn._operators import OPERATORS
+
 from .program import Program, attempt, indented
 
-FUNCTIONS = ["linear_relu", "log_softmax", "nll_loss", "cross_entropy"]
-MODULES = {
-    "log_softmax": "LogSoftmax",
-    "nll_loss": "NLLLoss",
-    "cross_entropy": "CrossEntropyLoss",
-}
+FUNCTIONS = [operator.name for operator in OPERATORS]
+MODULES = {operator.name: operator.module for operator in OPERATORS if operator.stock_module}
 
 DTYPES = [f"torch.{name}" for name in ("float64", "float32", "bfloat16", "float16")]
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 17, 33, 0])

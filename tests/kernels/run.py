@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import emulated_pc
 from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, REPOSITORY, THREAD, Way, build, run
 
+from build_support import instruction_sets
+
 TESTS = Path("tests/kernels")
-SIMD = runpy.run_path(str(REPOSITORY / "csrc/cpu/simd/targets.py"))
 
 # For a CPU without AVX-512: vectors as wide, which the compiler splits into AVX2's. That takes it
 # three times as long as any other set, and at -O2 many times.
@@ -54,19 +55,19 @@ class Program:
         targets = self.targets()
         # The lines of the code, but not its variables, which take GCC minutes more.
         common = [*self.compiler, *self.way.flags, "-g1", "-pthread"]
-        flags = [*common, *SIMD["KERNEL_FLAGS"], "-Icsrc"]
+        flags = [*common, *instruction_sets.KERNEL_FLAGS, "-Icsrc"]
         if SPLIT in targets:
             flags.append("-DFASTNN_TESTS_SPLIT")
         for source in sorted(TESTS.glob("*.cpp")):
             yield self.command(flags, source, source.stem)
         for target, target_flags in targets.items():
-            for source in [Path(SIMD["SOURCE"]), *sorted(TESTS.glob("per_target/*.cpp"))]:
+            for source in [Path(instruction_sets.SOURCE), *sorted(TESTS.glob("per_target/*.cpp"))]:
                 yield self.command([*common, *target_flags], source, f"{source.stem}_{target}")
 
     def targets(self) -> dict[str, list[str]]:
         """The machine's instruction sets, each with its flags."""
-        targets = SIMD["targets"](self.machine)
-        result = {target: SIMD["target_flags"](self.machine, target) for target in targets}
+        targets = instruction_sets.targets(self.machine)
+        result = {target: instruction_sets.target_flags(self.machine, target) for target in targets}
         if self.splits and "avx512" in result:
             name = ["-UFASTNN_SIMD_TARGET", f"-DFASTNN_SIMD_TARGET={SPLIT}"]
             result[SPLIT] = [*result["avx2"], *name, "-DFASTNN_VECTOR_BYTES=64", "-O1"]

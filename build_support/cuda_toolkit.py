@@ -1,4 +1,4 @@
-"""Finds the CUDA toolkit to build with; setup.py runs it."""
+"""Finds the CUDA toolkit to build with."""
 
 from __future__ import annotations
 

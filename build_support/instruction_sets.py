@@ -1,4 +1,4 @@
-"""How kernels.cpp is compiled: read by setup.py, and by tests/kernels/run.py."""
+"""How kernels.cpp is compiled, once for each instruction set: by setup.py and by its own tests."""
 
 from __future__ import annotations
 

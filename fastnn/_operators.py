@@ -1,0 +1,322 @@
+"""The table of the operators: a record for each, with what PyTorch and its tools ask about it.
+
+The rest of the package and the tests take their lists from here: what PyTorch has in an operator's
+place, the shapes that ``torch.compile`` and ``torch.export`` see, its FLOPs, its ONNX. The table is
+there without the extension too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from types import MappingProxyType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import register_fake
+
+from fastnn import _tensor_classes, reference
+from fastnn._when_imported import when_imported
+
+
+class Operator(NamedTuple):
+    """An operator for users, and those of its forward and backward in ``torch.ops.fastnn``.
+
+    Args:
+        name: of the operator, and of its function in fastnn.functional and fastnn.reference.
+        module: the name of its class in fastnn.nn.
+        stock: what PyTorch has for it: a function of the same arguments and values.
+        onnx: the operator in those of torch's that its ONNX exporters translate.
+        fakes: the fake kernels: the shapes, dtypes and devices of what each operator returns, by
+            its name. Those whose kernels only call others need none.
+        flops: FLOP formulas of those that multiply matrices, by name; of shapes, as
+            :class:`torch.utils.flop_counter.FlopCounterMode` calls them (default: none).
+        stock_module: the class of torch.nn whose instances ``fuse`` gives the module's class
+            (default: None).
+    """
+
+    name: str
+    module: str
+    stock: Callable[..., Tensor]
+    onnx: Callable[..., Tensor]
+    fakes: Mapping[str, Callable[..., object]]
+    flops: Mapping[str, Callable[..., int]] = MappingProxyType({})
+    stock_module: type[torch.nn.Module] | None = None
+
+
+class Optimizer(NamedTuple):
+    """An optimizer.
+
+    Args:
+        name: of its class in fastnn.optim, and of torch's.
+        fakes: as an operator's: they return nothing.
+    """
+
+    name: str
+    fakes: Mapping[str, Callable[..., None]]
+
+
+# ---- linear_relu ---------------------------------------------------------------------------------
+
+
+def _linear_relu_fake(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(input, weight, bias).contiguous()
+
+
+def _linear_relu_backward_fake(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *batch, out_features = output.shape
+    wants_input, wants_weight, wants_bias = output_mask
+    grad_input = grad_weight = None
+    if wants_input and weight is not None:
+        grad_input = output.new_empty((*batch, weight.shape[1]))
+    if wants_weight and input is not None:
+        grad_weight = output.new_empty((out_features, input.shape[-1]))
+    return grad_input, grad_weight, output.new_empty((out_features,)) if wants_bias else None
+
+
+def _linear_relu_flops(
+    input_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    return 2 * prod(input_shape) * weight_shape[0]
+
+
+def _linear_relu_backward_flops(
+    grad_output_shape: torch.Size,
+    input_shape: torch.Size | None,
+    weight_shape: torch.Size | None,
+    output_shape: torch.Size,
+    output_mask: list[bool],
+    **kwargs: Any,
+) -> int:
+    """Each gradient of a factor takes as many as the product itself."""
+    flops = 2 * prod(output_shape)
+    wants_input, wants_weight, _ = output_mask
+    for_input = flops * weight_shape[1] if wants_input and weight_shape is not None else 0
+    for_weight = flops * input_shape[-1] if wants_weight and input_shape is not None else 0
+    return for_input + for_weight
+
+
+LINEAR_RELU = Operator(
+    name="linear_relu",
+    module="LinearReLU",
+    stock=_tensor_classes.linear_relu,
+    onnx=_tensor_classes.linear_relu,
+    fakes={
+        "linear_relu": _linear_relu_fake,
+        "linear_relu_backward": _linear_relu_backward_fake,
+    },
+    flops={
+        "linear_relu": _linear_relu_flops,
+        "linear_relu_backward": _linear_relu_backward_flops,
+    },
+)
+
+
+# ---- log_softmax ---------------------------------------------------------------------------------
+
+
+def _log_softmax_fake(input: Tensor, dim: int) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _log_softmax_backward_fake(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    return output.new_empty(output.shape)
+
+
+LOG_SOFTMAX = Operator(
+    name="log_softmax",
+    module="LogSoftmax",
+    stock=F.log_softmax,
+    onnx=F.log_softmax,
+    fakes={
+        "log_softmax": _log_softmax_fake,
+        "log_softmax_backward": _log_softmax_backward_fake,
+    },
+    stock_module=torch.nn.LogSoftmax,
+)
+
+
+# ---- what the losses share -----------------------------------------------------------------------
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the kernels sum in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_row_shape(input: Tensor) -> torch.Size:
+    """The shape of one value per row of classes: the input's without its class dimension."""
+    return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
+
+
+def _loss(input: Tensor, reduction: str) -> Tensor:
+    return input.new_empty(_per_row_shape(input) if reduction == "none" else ())
+
+
+def _total_weight(input: Tensor) -> Tensor:
+    return input.new_empty((), dtype=_accumulate_dtype(input.dtype))
+
+
+# ---- nll_loss ------------------------------------------------------------------------------------
+
+
+def _nll_loss_forward_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor]:
+    return _loss(input, reduction), _total_weight(input)
+
+
+def _nll_loss_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _nll_loss_onnx(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    return F.nll_loss(input, target.long(), weight, ignore_index=ignore_index, reduction=reduction)
+
+
+NLL_LOSS = Operator(
+    name="nll_loss",
+    module="NLLLoss",
+    stock=F.nll_loss,
+    onnx=_nll_loss_onnx,
+    fakes={
+        "nll_loss_forward": _nll_loss_forward_fake,
+        "nll_loss_backward": _nll_loss_backward_fake,
+    },
+    stock_module=torch.nn.NLLLoss,
+)
+
+
+# ---- cross_entropy -------------------------------------------------------------------------------
+
+
+def _laid_out_as_logits(logits: Tensor) -> Tensor:
+    """Contiguous, or as the logits where the classes lie last, as in channels_last."""
+    if logits.dim() > 2 and logits.movedim(1, -1).is_contiguous():
+        return logits.new_empty(logits.movedim(1, -1).shape).movedim(-1, 1)
+    return logits.new_empty(logits.shape)
+
+
+def _cross_entropy_forward_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    dtype = _accumulate_dtype(input.dtype)
+    has_lse = keep and dtype != input.dtype
+    return (
+        _loss(input, reduction),
+        _laid_out_as_logits(input) if keep else None,
+        input.new_empty((2, *_per_row_shape(input)), dtype=dtype) if has_lse else None,
+        _total_weight(input),
+    )
+
+
+def _cross_entropy_backward_fake(grad_output: Tensor, kept: Tensor, *others: object) -> Tensor:
+    return _laid_out_as_logits(kept)
+
+
+def _returns_nothing(*arguments: object) -> None:
+    return None
+
+
+def _cross_entropy_onnx(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    if label_smoothing or target.is_floating_point():
+        # The exporters drop the smoothing without a word, and take class indices only.
+        return reference.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing
+        )
+    return F.cross_entropy(
+        input, target.long(), weight, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+CROSS_ENTROPY = Operator(
+    name="cross_entropy",
+    module="CrossEntropyLoss",
+    stock=F.cross_entropy,
+    onnx=_cross_entropy_onnx,
+    fakes={
+        "cross_entropy_forward": _cross_entropy_forward_fake,
+        "cross_entropy_backward": _cross_entropy_backward_fake,
+        "cross_entropy_backward_": _returns_nothing,
+    },
+    stock_module=torch.nn.CrossEntropyLoss,
+)
+
+
+# ---- SGD -----------------------------------------------------------------------------------------
+
+
+def _sgd_step_fake(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    **options: object,
+) -> None:
+    # One meta tensor among others brings the call here, where nothing would be stepped.
+    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
+    tensors = {
+        f"{name}[{i}]": tensor for name, list_ in lists.items() for i, tensor in enumerate(list_)
+    }
+    tensors.update({name: value for name, value in options.items() if isinstance(value, Tensor)})
+    on_meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if 0 < len(on_meta) < len(tensors):
+        raise RuntimeError(
+            f"sgd_step_: expected all tensors or none on the meta device, but {on_meta[0]} is there"
+        )
+
+
+SGD = Optimizer("SGD", fakes={"sgd_step_": _sgd_step_fake, "sgd_step_.tensor_lr": _sgd_step_fake})
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+OPERATORS = (LINEAR_RELU, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
+OPTIMIZERS = (SGD,)
+
+# The operators for an export to ONNX, called as those of torch.ops.fastnn.
+ONNX = SimpleNamespace(**{operator.name: operator.onnx for operator in OPERATORS})
+
+
+def register() -> None:
+    """Tells PyTorch the fake kernels and the FLOPs of the extension, which is loaded."""
+    for record in (*OPERATORS, *OPTIMIZERS):
+        for name, fake in record.fakes.items():
+            register_fake(f"fastnn::{name}")(fake)
+    when_imported("torch.utils.flop_counter", _register_flops)
+
+
+def _register_flops(counter: ModuleType) -> None:
+    for operator in OPERATORS:
+        for name, formula in operator.flops.items():
+            counter.register_flop_formula(getattr(torch.ops.fastnn, name))(formula)
