@@ -327,7 +327,9 @@ def nll_loss_backward(
     counts, index = _counts_and_index(input, target, weight, ignore_index)
     row_weights = _row_weights(total_weight, counts, index, weight).unsqueeze(_class_dim(input))
     grad_rows = -row_weights * _grad_per_row(grad_output, input, total_weight, reduction)
-    return grad_rows.where(_is_class(input, counts, index), 0).to(input.dtype)
+    # Zeros that count as a function of the input, as PyTorch's gradient does.
+    zeros = input.masked_fill(torch.ones((), dtype=torch.bool, device=input.device), 0)
+    return grad_rows.where(_is_class(input, counts, index), zeros).to(input.dtype)
 
 
 def cross_entropy(

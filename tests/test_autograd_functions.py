@@ -135,6 +135,14 @@ def test_forward_mode_keeps_both_factors_for_the_call_alone():
     assert output.shape == (4, 2)
 
 
+def test_nll_losss_second_derivative_is_zero_rather_than_missing():
+    input, target = normal(2, 3).requires_grad_(), torch.tensor([0, 2])
+    loss = NLLLoss.apply(input, target)
+    (first,) = torch.autograd.grad(loss, input, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), input)
+    assert torch.equal(second, torch.zeros_like(input))
+
+
 # --- derivatives of what is not the input ---------------------------------------------------------
 
 
