@@ -596,3 +596,14 @@ def test_nll_losss_second_derivative_is_zero_rather_than_missing(shape):
     (first,) = torch.autograd.grad(loss, input, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), input)
     assert torch.equal(second, torch.zeros_like(input))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_second_derivatives_over_ignored_rows_alone_are_zero(implementation, shape, reduction):
+    input = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
+    loss = ours("cross_entropy")(input, target, ignore_index=0, reduction=reduction)
+    (first,) = torch.autograd.grad(loss.sum(), input, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), input)
+    assert torch.equal(second, torch.zeros_like(input))

@@ -62,9 +62,13 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
   const at::Tensor total = q.sum(class_dim(kept), /*keepdim=*/true);
   const at::Tensor softmax = kept_softmax(kept, q, total, total_weight, options);
   if (in_node) record_softmax(softmax);
+  const at::Tensor derivative = softmax * total - q;
   const at::Tensor grad_rows = grad_per_row(grad, kept, total_weight, options.reduction);
-  const at::Tensor grad_input = grad_rows * (softmax * total - q);
-  return probabilities ? grad_input : zero_ignored_rows(grad_input, target, options.ignore_index);
+  if (probabilities) return grad_rows * derivative;
+  // A factor of zero too: the mean over no row is NaN, which a second derivative would multiply by.
+  const at::Tensor factor =
+      zero_ignored_rows(grad_rows.expand_as(kept), target, options.ignore_index);
+  return zero_ignored_rows(factor * derivative, target, options.ignore_index);
 }
 
 // Whether the gradient may take the place of what was kept: nothing but this reference leads to its
