@@ -454,14 +454,16 @@ def _probability_specs() -> Iterator[tuple[str, Build]]:
     yield "3000_rows_of_21_probs", spec((3000, 21), True)
 
 
+_SPECS_OF = {
+    "linear_relu": _linear_relu_specs,
+    "log_softmax": _log_softmax_specs,
+    "nll_loss": _nll_loss_specs,
+    "cross_entropy": _cross_entropy_specs,
+}
 _SPECS: dict[str, dict[str, Build]] = {}
-for _op, _specs in zip(
-    OPS,
-    (_linear_relu_specs, _log_softmax_specs, _nll_loss_specs, _cross_entropy_specs),
-    strict=True,
-):
+for _op in OPS:
     _SPECS[_op] = {}
-    for _sample_name, _build in _specs():
+    for _sample_name, _build in _SPECS_OF[_op]():
         assert _sample_name not in _SPECS[_op], f"two samples of {_op} are called {_sample_name}"
         _SPECS[_op][_sample_name] = _build
 

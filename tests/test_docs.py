@@ -90,3 +90,28 @@ def test_the_api_page_holds_every_public_name():
 def test_every_file_that_a_page_names_is_there(page):
     named = re.findall(r"`((?:benchmarks|csrc|examples|fastnn|tests)/[\w./]+)`", page.read_text())
     assert [path for path in named if not (REPOSITORY / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["log_softmax", "sgd"])
+def test_the_page_on_the_design_names_every_file_of_an_operator(name):
+    folders = ("csrc", "fastnn", "tests", "benchmarks")
+    files = [
+        path.relative_to(REPOSITORY).as_posix()
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob("*")
+        if re.fullmatch(rf"{name}(_kernels)?\.(h|cpp|cu|cuh|py)", path.name)
+    ]
+    assert len(files) > 7
+    page = read("docs/design.md")
+    assert [file for file in files if f"`{file}`" not in page] == []
+
+
+def test_the_places_on_the_page_on_the_design_are_counted():
+    operator, _tests, optimizer = re.findall(
+        r"((?:^\| \d+ \| .*\n)+)", read("docs/design.md"), re.MULTILINE
+    )
+    files = re.findall(r"^### (\d+)\.", read("docs/design.md"), re.MULTILINE)
+    numbers = [*files, *re.findall(r"^\| (\d+) ", operator, re.MULTILINE)]
+    assert numbers == [str(number) for number in range(1, 16)]
+    assert "these are the 15 places" in read("docs/design.md")
+    assert f"SGD touches {optimizer.count(chr(10))} places" in read("docs/design.md")
