@@ -50,7 +50,7 @@ def fastnn(graph_module: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Ca
 
 def _put_operators_into(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
-        if node.target in _FUNCTIONS:
+        if node.target in _FUNCTIONS and "out" not in node.kwargs:
             node.op, node.target = "call_function", _FUNCTIONS[node.target]
         elif node.target in _RELUS and (linear := _linear_before(node)):
             # In the Linear's place: what is between may change its input.

@@ -53,12 +53,13 @@ _BLOCKS = (
 def linears_run_by(container: Module) -> list[tuple[str, Module, object]]:
     """The Linears that a container runs: of each its path from there, itself, what runs next."""
     kind = stock_class(type(container))
-    if _torch.has_own_forward(container):
+    block = _block_of(kind)
+    if _torch.has_own_forward(container) or (block and block.method in vars(container)):
         return []
-    if block := _block_of(kind):
-        return [
-            (block.linear, getattr(container, block.linear), getattr(container, block.activation))
-        ]
+    if block:
+        linear = getattr(container, block.linear, None)
+        follower = getattr(container, block.activation, None)
+        return [(block.linear, linear, follower)] if isinstance(linear, Linear) else []
     row = [*_row(container), ("", None)] if _runs_a_row(kind) else []
     return [
         (path, module, follower)
@@ -86,7 +87,7 @@ def _runs_a_row(kind: type) -> bool:
         issubclass(kind, Sequential)
         and kind.forward in (Sequential.forward, _run_row)
         and kind.__iter__ is Sequential.__iter__
-        and kind.__call__ is Module.__call__
+        and _torch.call_methods(kind) == _torch.call_methods(Module)
     )
 
 
@@ -95,9 +96,12 @@ def _block_of(kind: type) -> Block | None:
     for block in _BLOCKS:
         known = getattr(sys.modules.get(block.module), block.name, None)
         if known is not None and issubclass(kind, known):
-            methods = ("forward", "__call__", block.method)
-            same = (getattr(kind, name, None) is getattr(known, name, kind) for name in methods)
-            return block if all(same) else None
+            same = (
+                getattr(kind, name, None) is getattr(known, name, kind)
+                for name in ("forward", block.method)
+            )
+            same_call = _torch.call_methods(kind) == _torch.call_methods(Module)
+            return block if same_call and all(same) else None
     return None
 
 
@@ -116,10 +120,11 @@ def why_apart(linear: Module, follower: object) -> str:
         return "hooks or a forward of its own on it"
     if isinstance(follower, Module) and _torch.is_observed(follower):
         return "hooks or a forward of its own on the ReLU behind it"
-    parameters = _torch.parameters(linear)
     for name in ("weight", "bias"):
-        if type(parameters.get(name, "")) not in _PLAIN and not is_compiling():
-            # The compiler exports tensors of its own classes.
+        if not _torch.has_parameter(linear, name):
+            return f"its {name} is no parameter of its own"
+        # The compiler exports tensors of its own classes.
+        if type(_torch.parameters(linear)[name]) not in _PLAIN and not is_compiling():
             return f"its {name} is no plain parameter"
     return ""
 
@@ -131,17 +136,23 @@ def why_all_apart() -> str:
     """Why no container may run anything fused now, nor the modules of another by themselves."""
     if _torch.has_global_hooks():
         return "hooks on all modules"
-    # The compiler, which can't trace the comparison, sees what is called.
-    if not is_compiling() and _in_use() != _STOCK:
+    if is_compiling():  # which sees what is called, and can't trace the rest
+        return ""
+    if _torch.has_modes():
+        return "a mode sees PyTorch's functions"
+    if _in_use() != _STOCK:
         return "PyTorch's functions are replaced, as by torch.fx"
     return ""
 
 
 def _in_use() -> tuple[Callable[..., Any], ...]:
-    return Module.__call__, Linear.forward, ReLU.forward, F.linear, F.relu
+    """What a row of modules calls."""
+    called = (Sequential.forward, Linear.forward, ReLU.forward, F.linear, F.relu, torch.relu)
+    return (*called, *_torch.call_methods(Linear), *_torch.call_methods(ReLU))
 
 
-_STOCK = _in_use()
+# None for what has been replaced before fastnn was imported: nothing is that.
+_STOCK = tuple(one if _torch.is_its_own(one) else None for one in _in_use())
 
 
 # ---- how it is run -------------------------------------------------------------------------------
@@ -200,8 +211,11 @@ class Fused(Module):
     def __init_subclass__(cls) -> None:
         """Not the program's own: this is no class of the program's."""
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _new, (stock_class(type(self)),), *super().__reduce_ex__(2)[2:]
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        reduced = super().__reduce_ex__(2)
+        if isinstance(reduced, str) or getattr(reduced[0], "__name__", "") != "__newobj__":
+            return reduced  # the program's own way; what it makes is not fused
+        return _new, (stock_class(type(self)),), *reduced[2:]
 
     def __prepare_scriptable__(self) -> Module:
         """What torch.jit.script reads instead: its compiler knows PyTorch's own class."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from importlib import import_module
-from types import ModuleType
+from os.path import dirname
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -172,6 +173,40 @@ def parameters(module: torch.nn.Module) -> dict[str, Any]:
     return module._parameters
 
 
+def has_parameter(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module's attribute is a parameter, or the None in its place."""
+    return name in module._parameters and name not in vars(module)
+
+
+def call_methods(kind: type[torch.nn.Module]) -> tuple[Any, ...]:
+    """What runs between the call of a module and its ``forward``."""
+    return kind.__call__, kind._call_impl
+
+
+def is_its_own(function: Any) -> bool:
+    """Whether a function of PyTorch's is the one that PyTorch has put there."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return isinstance(function, BuiltinFunctionType)
+    return str(code.co_filename).startswith(dirname(torch.__file__))
+
+
+_has_function_mode = _find("torch._C._is_torch_function_mode_enabled", otherwise=lambda: True)
+_function_modes = _find("torch.overrides._get_current_function_mode_stack", otherwise=list)
+_count_dispatch_modes = _find("torch._C._len_torch_dispatch_stack", otherwise=lambda: 1)
+
+
+def has_modes() -> bool:
+    """Whether a mode sees the calls of PyTorch's functions or operators; True where that can't be
+    told. The one that ``torch.set_default_device`` sets sees them, and looks at others."""
+    if _count_dispatch_modes():
+        return True
+    if not _has_function_mode():
+        return False
+    modes = _function_modes()
+    return not modes or any(type(mode).__name__ != "DeviceContext" for mode in modes)
+
+
 def copy_with_own_children(module: torch.nn.Module) -> torch.nn.Module:
     """A shallow copy whose children can be exchanged without those of the module."""
     copied = copy.copy(module)
@@ -189,6 +224,7 @@ def is_observed(module: torch.nn.Module) -> bool:
             or module._backward_hooks
             or module._backward_pre_hooks
             or module._compiled_call_impl
+            or "_call_impl" in vars(module)
             or has_own_forward(module)
         )
     except AttributeError:

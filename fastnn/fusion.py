@@ -59,8 +59,8 @@ class FusionReport:
     """The Linear layers, losses and log-softmaxes of a model; prints as a table.
 
     Args:
-        entries: a :class:`fastnn.fusion.FusionEntry` for each, containers first in
-            ``named_modules`` first.
+        entries: a :class:`fastnn.fusion.FusionEntry` for each, in the order of ``named_modules``;
+            losses and log-softmaxes last.
 
     >>> import torch, fastnn
     >>> report = fastnn.fusion_report(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
@@ -221,7 +221,9 @@ def unfuse(model: Module, *, inplace: bool = False) -> Module:
     }
     for module in modules:
         children = _torch.submodules(module)
-        children.update({name: pairs[child] for name, child in children.items() if child in pairs})
+        for name, child in list(children.items()) if pairs else ():
+            if child in pairs:
+                children[name] = pairs[child]
         module.__class__ = _without_ours(type(module))
     return pairs.get(model, model)
 
@@ -232,10 +234,15 @@ def _to_change(model: _Model, inplace: bool) -> _Model:
     if inplace:
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tensors = list(shared.values())
     try:
-        return copy.deepcopy(model, shared)
+        copied = copy.deepcopy(model, shared)
     except Exception as error:
         raise TypeError(f"model: can't be copied ({error}); pass inplace=True") from error
+    # A module that copies itself, as scripted ones do, may have made parameters of its own.
+    if list(map(id, (*copied.parameters(), *copied.buffers()))) != list(map(id, tensors)):
+        raise TypeError("model: a copy would not share its parameters; pass inplace=True")
+    return copied
 
 
 def _check_module(model: object) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
 import sys
 import types
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.fusion import fuse_linear_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
 
@@ -849,3 +852,136 @@ def test_nothing_is_changed_globally():
     assert [nn.Linear.forward, nn.Sequential.forward, F.relu, F.cross_entropy] == before
     assert type(nn.Linear(2, 2)) is nn.Linear
     assert type(nn.Sequential()) is nn.Sequential
+
+
+# --- found by other people's programs -------------------------------------------------------------
+
+
+class DoublingLinear(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is F.linear else result
+
+
+class DoublingProducts(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is torch.ops.aten.addmm.default else result
+
+
+@pytest.mark.parametrize("mode", [DoublingLinear, DoublingProducts])
+def test_modes_see_the_layers_functions(mode):
+    stock = nn.Sequential(*pair(), nn.Linear(5, 3))
+    x, fused = input_of(stock), fastnn.fuse(stock)
+    with mode(), torch.no_grad():
+        assert torch.equal(fused(x), stock(x))
+
+
+@needs_extension
+def test_a_default_device_leaves_pairs_fused():
+    fused = fastnn.fuse(nn.Sequential(*pair()))
+    with torch.device("cpu"):
+        assert fused_paths(fused) == {"0"}
+
+
+def doubled_call(module: nn.Module) -> None:
+    call = module._call_impl
+    module._call_impl = lambda x: 2 * call(x)
+
+
+SHADOWS = {
+    "weight": lambda model: vars(model[0]).update(weight=torch.ones(5, 6)),
+    "call of the Linear": lambda model: doubled_call(model[0]),
+    "call of the ReLU": lambda model: doubled_call(model[1]),
+}
+
+
+@pytest.mark.parametrize("shadow", SHADOWS)
+def test_what_an_object_has_in_place_of_its_classs(shadow):
+    stock = nn.Sequential(*pair())
+    x, fused = input_of(stock), fastnn.fuse(stock)
+    for model in (fused, stock):
+        SHADOWS[shadow](model)
+    assert torch.equal(fused(x), stock(x))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (nn.Sequential, "forward"),
+        (nn.Linear, "__call__"),
+        (nn.ReLU, "_call_impl"),
+        (nn.Module, "__call__"),
+    ],
+)
+def test_replaced_methods_of_classes(monkeypatch, owner, name):
+    fused = fastnn.fuse(nn.Sequential(*pair()))
+    original, called = getattr(owner, name), []
+    monkeypatch.setattr(owner, name, lambda *args, **kw: called.append(1) or original(*args, **kw))
+    fused(input_of(fused))
+    assert called
+
+
+def test_functions_that_were_replaced_before_fastnn_was_imported():
+    program = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+linear, called = F.linear, []
+F.linear = lambda *args: called.append(1) or linear(*args)
+import fastnn
+fastnn.fuse(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))(torch.ones(1, 2))
+assert called == [1]
+"""
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-c", program]
+    subprocess.run(command, cwd=Path(fastnn.__file__).parents[1], check=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_that_is_no_parameter_compiles(name):
+    stock = nn.Sequential(*pair())
+    value = getattr(stock[0], name).detach().clone()
+    delattr(stock[0], name)
+    stock[0].register_buffer(name, value)
+    x, fused = input_of(stock), fastnn.fuse(stock)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(fused, backend="eager", fullgraph=True)(x), stock(x))
+    assert torch.equal(torch.export.export(fused, (x,)).module()(x), stock(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_layer_is_not_copied():
+    model = nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+    with pytest.raises(TypeError, match="would not share its parameters; pass inplace=True"):
+        fastnn.fuse(model)
+    fused = fastnn.fuse(model, inplace=True)
+    assert fused_paths(fused) == {"2"}
+    assert type(fastnn.unfuse(fused, inplace=True)) is nn.Sequential
+
+
+class Rebuilt(nn.Sequential):
+    def __reduce__(self):
+        return rebuild, (self.state_dict(),)
+
+
+def rebuild(state: dict[str, Tensor]) -> Rebuilt:
+    model = Rebuilt(*pair())
+    model.load_state_dict(state)
+    return model
+
+
+def test_a_class_that_says_how_it_is_pickled():
+    fused = fastnn.fuse(Rebuilt(*pair()), inplace=True)
+    x = input_of(fused)
+    again = pickle.loads(pickle.dumps(fused))
+    torch.testing.assert_close(again(x), fused(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_transformer_layer_without_its_linear():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    feed_forward = nn.Linear(8, 8)
+    del layer.linear1, layer.linear2
+    assert fastnn.fusion_report(layer).fusible == ()
+    layer._ff_block = lambda x: feed_forward(x)
+    assert type(fastnn.fuse(layer, inplace=True)) is nn.TransformerEncoderLayer

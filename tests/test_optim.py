@@ -1462,13 +1462,13 @@ def through_torch_save(optimizer):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("trained_before", [0, 3])
 def test_the_class_keeps_the_name_that_pickles_know_it_by():
     """Whatever module of the package it is written in: those made by another version load."""
     assert pickle.loads(b"cfastnn.optim\nSGD\n.") is fastnn.optim.SGD
     assert pickle.dumps(fastnn.optim.SGD, protocol=0).startswith(b"cfastnn.optim\nSGD\n")
 
 
+@pytest.mark.parametrize("trained_before", [0, 3])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
 @pytest.mark.capability("saving", "`pickle`, `torch.save`, `copy.deepcopy`", operators=["SGD"])
 def test_copies_train_on_their_own(duplicate, trained_before):

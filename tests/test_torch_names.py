@@ -22,6 +22,9 @@ PACKAGE = Path(fastnn.__file__).parent
 # What fastnn/_torch.py looks for in PyTorch's modules, ...
 FUNCTIONS = {
     "torch._C._EnableTorchFunction",
+    "torch._C._is_torch_function_mode_enabled",
+    "torch._C._len_torch_dispatch_stack",
+    "torch.overrides._get_current_function_mode_stack",
     "torch._C._autograd._profiler_enabled",
     "torch._C._functorch.peek_interpreter_stack",
     "torch._C._get_tracing_state",
@@ -43,6 +46,7 @@ OF_FORWARD_MODE = {"_current_level"}
 OF_MODULES = {
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_call_impl",
     "_compiled_call_impl",
     "_forward_hooks",
     "_forward_pre_hooks",

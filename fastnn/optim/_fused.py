@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 from fastnn import _torch
 from fastnn._dtensor import are_spread_alike, local_part, spread_like
 from fastnn._extension import extension
-from fastnn.optim._hooks import has_replaced_step, hook_step, take_over_scheduler, with_hooks
+from fastnn.optim._hooks import has_replaced_step, hook_step, take_over_scheduler
 from fastnn.optim._state import Float32State
 
 State = dict[Tensor, dict[str, Tensor]]
@@ -27,7 +27,8 @@ class FusedOptimizer(Float32State):
 
     A subclass derives from torch's class, too. It says what its state is called (see
     :class:`Float32State`), what its formula and its options are (:meth:`_step_fused`), and how
-    torch computes the same (:meth:`_step_stock`).
+    torch computes the same (:meth:`_step_stock`). Its ``step`` is :meth:`_step` with hooks, under
+    its own name, which torch's messages and profilers show.
     """
 
     _stock: ClassVar[type[Optimizer]]
@@ -76,16 +77,8 @@ class FusedOptimizer(Float32State):
         take_over_scheduler(ours)
         return ours
 
-    @with_hooks
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one optimization step.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-
-        Returns:
-            The closure's loss, or None without one.
-        """
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """What ``step`` does, within its hooks."""
         if is_compiling():
             # torch's own loop over the parameters, which the compiler fuses; but not with state of
             # another dtype than the gradients', which torch neither makes nor always takes.
@@ -218,7 +211,7 @@ class FusedOptimizer(Float32State):
 
 @_torch.disable_dynamo
 def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | None) -> Any:
-    return FusedOptimizer.step.__wrapped__(optimizer, closure)  # type: ignore[attr-defined]
+    return optimizer._step(closure)
 
 
 def scalar(value: float | Tensor) -> float | Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd as torch_sgd
 from fastnn import _torch
 from fastnn._extension import extension
 from fastnn.optim._fused import FusedOptimizer, State, scalar
-from fastnn.optim._hooks import hook_step, stock_step
+from fastnn.optim._hooks import hook_step, stock_step, with_hooks
 
 __all__ = ["SGD"]
 
@@ -128,6 +128,18 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         (True, <class 'fastnn.optim.SGD'>)
         """
         return cls._take_over(optimizer)
+
+    @with_hooks
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None without one.
+        """
+        return self._step(closure)
 
     def _step_fused(
         self,

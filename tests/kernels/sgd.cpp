@@ -22,7 +22,7 @@ auto kernel_of(const Target& target) {
 
 // In chunks of a fixed size, as the launcher steps them.
 template <typename T, typename B>
-void step(const Target& target, int threads, const simd::SGD& options, double grad_scale,
+void step(const Target& target, int threads, const SGDOptions& options, double grad_scale,
           State<T, B>& state) {
   constexpr int64_t kChunk = 41;
   const int64_t n = state.param.size();
@@ -36,7 +36,7 @@ void step(const Target& target, int threads, const simd::SGD& options, double gr
 }
 
 template <typename T, typename B>
-void sgd_step(const Target& target, int64_t n, int64_t offset, const simd::SGD& options,
+void sgd_step(const Target& target, int64_t n, int64_t offset, const SGDOptions& options,
               double grad_scale) {
   const State<T, B> before{random_buffer<T>(n, offset), random_buffer<T>(n, offset),
                            random_buffer<B>(n, offset)};
