@@ -1,5 +1,7 @@
 #include "python/functional.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
+
 #include "ops/checks.h"
 #include "ops/cross_entropy.h"
 #include "ops/linear_relu.h"
@@ -7,13 +9,25 @@
 #include "ops/nll_loss.h"
 
 namespace fastnn::python {
+namespace {
+
+// A function that calls the operator through the dispatcher, with the arguments of its schema,
+// which the kernel `like` has.
+template <typename Result, typename... Args>
+auto operator_named(const char* name, Result (* /*like*/)(Args...)) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Args...)>();
+  return [op](Args... args) { return op.call(args...); };
+}
+
+}  // namespace
 
 void define_functional(pybind11::module_& m) {
   using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("linear_relu", &linear_relu, no_gil());
   m.def("log_softmax", &log_softmax, no_gil());
-  m.def("nll_loss", &as_nll_loss<nll_loss>, no_gil());
-  m.def("cross_entropy", &as_cross_entropy<cross_entropy>, no_gil());
+  m.def("nll_loss", operator_named("fastnn::nll_loss", as_nll_loss<nll_loss>), no_gil());
+  m.def("cross_entropy", operator_named("fastnn::cross_entropy", as_cross_entropy<cross_entropy>),
+        no_gil());
   m.def("has_kernels", &has_kernels, "Whether there are kernels for such a tensor.");
 }
 

@@ -106,7 +106,7 @@ class FusedOptimizer(Float32State):
             extension.clear_gradients(_params_of(group))
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        if self._asks_for_float32(group):
+        if group.get(self._float32_option):
             self._has_float32_state = True  # set in the group since it was looked at
         params = _params_of(group)
         grad_scale = getattr(self, "grad_scale", None)
@@ -136,11 +136,12 @@ class FusedOptimizer(Float32State):
 
     def _is_fusable(self, group: dict[str, Any]) -> bool:
         """Whether the operator can read the state, and no option wants autograd to see the step."""
-        options = (group["lr"], group["weight_decay"])
-        return (
-            type(self.state) is defaultdict
-            and not self.defaults["differentiable"]
-            and not any(isinstance(option, Tensor) and option.requires_grad for option in options)
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        return not (
+            type(self.state) is not defaultdict
+            or self.defaults["differentiable"]
+            or (isinstance(lr, Tensor) and lr.requires_grad)
+            or (isinstance(weight_decay, Tensor) and weight_decay.requires_grad)
         )
 
     @torch.no_grad()

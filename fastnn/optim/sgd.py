@@ -154,7 +154,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             state,
             group,
             lr=scalar(group["lr"]),
-            float32_momentum=self._asks_for_float32(group),
+            float32_momentum=group.get("float32_momentum"),
             all_or_nothing=all_or_nothing,
             **scaling,
         )
