@@ -511,7 +511,8 @@ def cross_entropy_backward(
     )
     total = q.sum(_class_dim(kept), keepdim=True)
     softmax = _kept_softmax(kept, lse, q, total, total_weight, reduction)
-    grad_rows = _grad_per_row(grad_output, kept, total_weight, reduction)
+    # The mean over no row is NaN, which a derivative of the product would multiply zeros by.
+    grad_rows = _grad_per_row(grad_output, kept, total_weight, reduction).where(counts, 0)
     return (grad_rows * (softmax * total - q)).where(counts, 0).to(kept.dtype)
 
 
