@@ -21,9 +21,9 @@ import fastnn
 pytestmark = needs_extension
 
 ALLOWED = 1.25
-# A gradient that the forward has kept is rounded once more where the incoming one multiplies it. Two
-# independent roundings in place of one make sqrt(2) of torch's error at most. In 200 rows of 1000
-# classes the targets' entries dominate, whose ratio is known to 10 % only.
+# A gradient that the forward keeps is rounded once more where the incoming one multiplies it. Two
+# independent roundings make sqrt(2) of torch's error at most. In 200 rows of 1000 classes the
+# targets' entries dominate, whose ratio is known to 10 % only.
 ALLOWED_TWICE_ROUNDED = 1.6
 INF, NAN = float("inf"), float("nan")
 
