@@ -120,11 +120,12 @@ def why_apart(linear: Module, follower: object) -> str:
         return "hooks or a forward of its own on it"
     if isinstance(follower, Module) and _torch.is_observed(follower):
         return "hooks or a forward of its own on the ReLU behind it"
+    parameters, own = _torch.parameters(linear), vars(linear)
     for name in ("weight", "bias"):
-        if not _torch.has_parameter(linear, name):
+        if name not in parameters or name in own:
             return f"its {name} is no parameter of its own"
         # The compiler exports tensors of its own classes.
-        if type(_torch.parameters(linear)[name]) not in _PLAIN and not is_compiling():
+        if type(parameters[name]) not in _PLAIN and not is_compiling():
             return f"its {name} is no plain parameter"
     return ""
 

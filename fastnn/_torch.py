@@ -173,11 +173,6 @@ def parameters(module: torch.nn.Module) -> dict[str, Any]:
     return module._parameters
 
 
-def has_parameter(module: torch.nn.Module, name: str) -> bool:
-    """Whether a module's attribute is a parameter, or the None in its place."""
-    return name in module._parameters and name not in vars(module)
-
-
 def call_methods(kind: type[torch.nn.Module]) -> tuple[Any, ...]:
     """What runs between the call of a module and its ``forward``."""
     return kind.__call__, kind._call_impl
@@ -217,17 +212,18 @@ def copy_with_own_children(module: torch.nn.Module) -> torch.nn.Module:
 def is_observed(module: torch.nn.Module) -> bool:
     """Whether a call of the module is more than its class's ``forward``: hooks, a ``forward`` of
     its own, a compiled call; True where that can't be told."""
+    own = vars(module)
     try:
         return bool(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or module._compiled_call_impl
-            or "_call_impl" in vars(module)
-            or has_own_forward(module)
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own.get("_compiled_call_impl")
+            or "_call_impl" in own
+            or "forward" in own
         )
-    except AttributeError:
+    except KeyError:
         return True
 
 
