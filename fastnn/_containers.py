@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fastnn import _torch
 from fastnn.functional import linear_relu
 
-RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 class Block(NamedTuple):
@@ -51,7 +51,7 @@ _BLOCKS = (
 
 
 def linears_run_by(container: Module) -> list[tuple[str, Module, object]]:
-    """The Linears that a container runs: of each its path from there, itself, what runs next."""
+    """The Linears that a container runs, each with its path from there and what runs next."""
     kind = stock_class(type(container))
     block = _block_of(kind)
     if _torch.has_own_forward(container) or (block and block.method in vars(container)):
@@ -105,11 +105,16 @@ def _block_of(kind: type) -> Block | None:
     return None
 
 
+def is_relu(follower: object) -> bool:
+    """Whether what runs next is PyTorch's ReLU, a module or a function."""
+    return type(follower) is ReLU or follower in _RELU_FUNCTIONS
+
+
 def why_apart(linear: Module, follower: object) -> str:
     """Why a Linear and what is run behind it can't be one operator now; empty where they can."""
     if type(linear) is not Linear:
         return "a subclass of Linear, whose forward may be its own"
-    if type(follower) is not ReLU and follower not in RELU_FUNCTIONS:
+    if not is_relu(follower):
         name = getattr(follower, "__name__", type(follower).__name__)
         return (
             f"followed by {name}, not by ReLU"

@@ -221,7 +221,7 @@ def unfuse(model: Module, *, inplace: bool = False) -> Module:
     }
     for module in modules:
         children = _torch.submodules(module)
-        for name, child in list(children.items()) if pairs else ():
+        for name, child in list(children.items()):
             if child in pairs:
                 children[name] = pairs[child]
         module.__class__ = _without_ours(type(module))
@@ -265,8 +265,7 @@ def _without_ours(kind: type) -> type:
 
 def _is_pair(linear: Module, follower: object) -> bool:
     """Whether a container of both is worth fusing; hooks may be gone when it is called."""
-    is_relu = type(follower) is ReLU or follower in _containers.RELU_FUNCTIONS
-    return type(linear) is Linear and is_relu
+    return type(linear) is Linear and _containers.is_relu(follower)
 
 
 def _linear_entries(model: Module) -> Iterator[FusionEntry]:

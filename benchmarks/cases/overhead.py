@@ -93,7 +93,7 @@ def _fused_models() -> dict[str, Layer]:
 
 
 def _compiled_models() -> dict[str, Layer]:
-    """Of a compiled call Dynamo's checks are a part, whatever the backend."""
+    """A compiled call includes Dynamo's checks, whatever the backend."""
     stock = _stock_model()
     return {
         "fastnn": (torch.compile(stock, backend="fastnn"), (stock,)),

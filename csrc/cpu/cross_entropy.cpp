@@ -172,7 +172,7 @@ void cross_entropy_backward_cpu_(const at::Tensor& grad_output, const at::Tensor
   check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
   const Operands operands(kept, target, options);
   write_gradient(operands.logits, operands, grad_output, lse, total_weight);
-  // Of strides that the kernels don't take there is a copy.
+  // Where the kernels don't take the strides, the operands are a copy.
   if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
 

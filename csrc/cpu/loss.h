@@ -73,7 +73,7 @@ inline at::Tensor reduced_loss(const simd::LossSums& sums, const LossOptions& op
   return scalar_tensor(loss, input.scalar_type());
 }
 
-// Of a total weight: NaN where that is 0.
+// The reciprocal of a total weight; NaN where that is 0.
 inline double reciprocal(double total) {
   return total == 0 ? std::numeric_limits<double>::quiet_NaN() : 1 / total;
 }

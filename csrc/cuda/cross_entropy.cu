@@ -117,7 +117,7 @@ at::Tensor weighted_uniform_sum(const Operands& operands, const at::TensorOption
   return sum;
 }
 
-// Of a copy of the logits, which the gradient may replace.
+// Reads a copy of the logits, which the gradient may replace.
 template <typename T, TargetKind Kind>
 void run_backward(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
                   const at::Tensor& lse, const at::Tensor& total_weight) {
@@ -146,7 +146,7 @@ void run_backward(const at::Tensor& grad_logits, const Operands& operands, const
   run_rows(op, plan_of<Op>(layout), layout, tensors, grad_logits.options());
 }
 
-// Of the gradient that the forward kept, which may be replaced.
+// Scales the gradient that the forward kept, in place or not.
 template <typename T>
 void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad) {
   using Op = ScaleGradientRows<T>;
@@ -198,7 +198,7 @@ void cross_entropy_backward_cuda_(const at::Tensor& grad_output, const at::Tenso
   const c10::cuda::CUDAGuard guard(kept.device());
   const Operands operands(kept, target, options);
   write_gradient(operands.logits, operands, grad_output, lse, total_weight);
-  // Of strides that the kernels don't take there is a copy.
+  // Where the kernels don't take the strides, the operands are a copy.
   if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
 

@@ -27,7 +27,7 @@ __device__ accum<T> class_weight_at(const T* weight, int64_t c) {
   return weight ? to_accum(weight[c]) : accum<T>(1);
 }
 
-// Of a total weight: NaN where that is 0.
+// The reciprocal of a total weight; NaN where that is 0.
 template <typename A>
 __device__ A reciprocal(A total) {
   return total == 0 ? std::numeric_limits<A>::quiet_NaN() : A(1) / total;

@@ -242,7 +242,7 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
   return targets.first_bad();
 }
 
-// Of a copy of the logits, and of each row's log-sum-exp.
+// Reads a copy of the logits, and each row's log-sum-exp.
 template <typename T, TargetKind Kind>
 int64_t gradient_from_logits(const CrossEntropy<T>& args, int64_t begin, int64_t end,
                              const accum<T>* max, const accum<T>* log_sum, const T* grad_output,
@@ -273,7 +273,7 @@ int64_t gradient_from_logits(const CrossEntropy<T>& args, int64_t begin, int64_t
   return targets.first_bad();
 }
 
-// Of the gradient that the forward kept. Rows ignored stay zero whatever their factor.
+// Scales the gradient that the forward kept. Ignored rows stay zero whatever their factor.
 template <typename T>
 void scale_gradient(const CrossEntropy<T>& args, int64_t begin, int64_t end, const T* grad_output,
                     bool grad_per_row, T* grad_input) {
