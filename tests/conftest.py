@@ -14,10 +14,14 @@ from pathlib import Path
 # suite then takes ten times as long. Results are the same.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Before anything imports fastnn: this may build and load the extension that stands in for its own.
+from cuda_emulation.chosen import EMULATES_CUDA, EXECUTES_PTX
+
+# isort: split
+
 import capabilities
 import pytest
 import torch
-from cuda_emulation.chosen import EMULATES_CUDA, EXECUTES_PTX
 from sample_inputs import SEED
 
 import fastnn
