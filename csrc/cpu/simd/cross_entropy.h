@@ -51,8 +51,9 @@ class TargetDistribution {
   }
 
   // The part of q that stands at the target alone, of the class in each lane.
-  vec<A> at_target(ints<A> target) const {
-    return keep_ * class_weight(target);
+  template <typename Rows>
+  vec<A> at_target(const Rows& rows, ints<A> target) const {
+    return keep_ * class_weight(rows, target);
   }
   // The spread part at a class, of class indices.
   A uniform(int64_t c) const {
@@ -63,9 +64,10 @@ class TargetDistribution {
     return uniform_sum_;
   }
   // The weight of the class in each lane; anything where that is negative.
-  vec<A> class_weight(ints<A> target) const {
+  template <typename Rows>
+  vec<A> class_weight(const Rows& rows, ints<A> target) const {
     if (args_.weight == nullptr) return broadcast(A(1));
-    return lanes_of<A>(
+    return rows.row_values(
         [&](int64_t i) { return load_scalar(args_.weight + std::max<int64_t>(target[i], 0)); });
   }
 
@@ -88,9 +90,8 @@ class Targets {
   // Per lane its row's class, or -1 where that doesn't count (ignored, out of range, no row).
   template <typename Rows>
   ints<A> of(const Rows& rows, int64_t position) {
-    return ints_of<A>([&](int64_t lane) -> lane_int<A> {
-      if (Rows::kLanesAreRows && lane >= rows.count) return -1;
-      const int64_t row = position + (Rows::kLanesAreRows ? lane : 0);
+    return rows.row_indices([&](int64_t i) {
+      const int64_t row = position + i;
       return counts(row) ? args_.target[row] : -1;
     });
   }
@@ -126,7 +127,7 @@ RowTargets<accum<T>> row_targets(const TargetDistribution<T, Kind>& q, ints<accu
   if constexpr (Kind == TargetKind::Probabilities) {
     return {.total = rows.sum([&](auto step) { return q.spread(rows, probabilities, step); })};
   } else {
-    const vec<accum<T>> at_target = q.at_target(target);
+    const vec<accum<T>> at_target = q.at_target(rows, target);
     return {target, at_target, at_target + q.uniform_sum()};
   }
 }
@@ -181,32 +182,26 @@ RowLosses<accum<T>> row_losses(const TargetDistribution<T, Kind>& q, ints<accum<
     });
   }
   if constexpr (Kind == TargetKind::Probabilities) return {loss, broadcast(A(1))};
-  const vec<A> x_target = lanes_of<A>([&](int64_t lane) {
-    const int64_t t = target[lane];
-    return t < 0 ? A(0) : load_scalar(logits + rows.element(t, lane));
+  const vec<A> x_target = rows.row_values([&](int64_t i) {
+    const int64_t t = target[i];
+    return t < 0 ? A(0) : load_scalar(logits + rows.element(t, i));
   });
-  loss -= q.at_target(target) * lse.log_softmax(x_target);
+  loss -= q.at_target(rows, target) * lse.log_softmax(x_target);
   const vec<A> none = {};
-  return {target >= 0 ? loss : none, target >= 0 ? q.class_weight(target) : none};
+  return {target >= 0 ? loss : none, target >= 0 ? q.class_weight(rows, target) : none};
 }
 
-// Leaves the gradient in `kept.grad`, where the terms of the sum of exp(x - max) wait for that sum.
-template <typename T, TargetKind Kind, typename Rows, typename Logits, typename Probabilities>
-LogSumExp<T> keep_gradient(const TargetDistribution<T, Kind>& q, ints<T> target, const Rows& rows,
-                           int64_t offset, Logits& x, Probabilities& probabilities,
-                           const KeptRows<T>& kept) {
-  T* const grad = kept.grad + offset;
-  auto write = rows.writer(grad);
-  const vec<T> max = row_max<T>(rows, x);
-  const vec<T> sum = row_sum_exp<T>(rows, x, max, write);
+// Leaves the gradient where `terms` holds the terms of the sum of exp(x - max).
+template <typename T, TargetKind Kind, typename Rows, typename Terms, typename Probabilities>
+void keep_gradient(const TargetDistribution<T, Kind>& q, ints<T> target, const Rows& rows, T* grad,
+                   Terms& terms, Probabilities& probabilities, T scale, vec<T> sum) {
   const RowTargets<T> known = row_targets<T>(q, target, rows, probabilities);
-  const vec<T> g = broadcast(T(kept.scale));
+  const vec<T> g = broadcast(scale);
   const vec<T> g_total_over_sum = g * known.total / sum;
   write_gradient<T>(
-      q, known, g, rows, probabilities, write, grad,
-      [&](auto step) { return write(step) * g_total_over_sum; },
+      q, known, g, rows, probabilities, terms, grad,
+      [&](auto step) { return terms(step) * g_total_over_sum; },
       [&](int64_t c) { return grad[c] * g_total_over_sum[0]; });
-  return {max, log<T>(sum)};
 }
 
 template <typename T, TargetKind Kind, bool kGradient>
@@ -216,16 +211,14 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
   const TargetDistribution<T, Kind> q(args);
   Targets<T> targets(args);
   LossSums total;  // not `sums` itself, which would be written to memory at each row
-  for_each_row<A>(args.layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
-    auto x = rows.reader(args.logits + offset);
+  const auto run = [&](const auto& rows, int64_t offset, int64_t position, auto& x, auto& terms,
+                       const LogSumExp<A>& lse) {
     auto probabilities = q.reader(rows, offset);
     ints<A> target = {};
     if constexpr (Kind != TargetKind::Probabilities) target = targets.of(rows, position);
-    LogSumExp<A> lse;
     if constexpr (kGradient) {
-      lse = keep_gradient(q, target, rows, offset, x, probabilities, kept);
-    } else {
-      lse = log_sum_exp<A>(rows, x);
+      keep_gradient(q, target, rows, kept.grad + offset, terms, probabilities, T(kept.scale),
+                    lse.sum);
     }
     if (kept.max) {
       rows.store_per_row(kept.max + position, lse.max);
@@ -236,7 +229,15 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
     if (losses) rows.store_per_row(losses + position, loss);
     total.loss += rows.sum_over_rows(loss);
     total.weight += rows.sum_over_rows(weight);
-  });
+  };
+  if constexpr (kGradient) {
+    const auto in_grad = [&](const auto& rows, int64_t offset) {
+      return rows.writer(kept.grad + offset);
+    };
+    for_each_log_sum_exp(args.layout, begin, end, args.logits, in_grad, run);
+  } else {
+    for_each_log_sum_exp(args.layout, begin, end, args.logits, KeepNothing(), run);
+  }
   sums.loss += total.loss;
   sums.weight += total.weight;
   return targets.first_bad();
@@ -259,7 +260,9 @@ int64_t gradient_from_logits(const CrossEntropy<T>& args, int64_t begin, int64_t
     ints<A> target = {};
     if constexpr (Kind != TargetKind::Probabilities) target = targets.of(rows, position);
     const RowTargets<A> known = row_targets<T>(q, target, rows, probabilities);
-    const LogSumExp<A> lse{rows.per_row(max + position), rows.per_row(log_sum + position)};
+    const LogSumExp<A> lse{.max = rows.per_row(max + position),
+                           .sum = {},
+                           .log_sum = rows.per_row(log_sum + position)};
     const vec<A> g = (grad_per_row ? rows.per_row(grad_output + position) : one_grad) * A(scale);
     const vec<A> g_total = g * known.total;
     const auto g_softmax = [&](vec<A> x_step) {
@@ -288,13 +291,12 @@ void scale_gradient(const CrossEntropy<T>& args, int64_t begin, int64_t end, con
     scale(AlongClasses<T>{(end - begin) * classes}, begin * classes, broadcast(*grad_output));
     return;
   }
-  const auto scale_rows = [&]<typename Rows>(const Rows& rows, int64_t offset, int64_t position) {
-    scale(rows, offset, lanes_of<T>([&](int64_t lane) {
-            if (Rows::kLanesAreRows && lane >= rows.count) return T(0);
-            const int64_t row = position + (Rows::kLanesAreRows ? lane : 0);
-            const bool ignored = args.target && args.target[row] == args.ignore_index;
-            return ignored ? T(0) : grad_output[grad_per_row ? row : 0];
-          }));
+  const auto scale_rows = [&](const auto& rows, int64_t offset, int64_t position) {
+    scale(rows, offset, rows.row_values([&](int64_t i) {
+      const int64_t row = position + i;
+      const bool ignored = args.target && args.target[row] == args.ignore_index;
+      return ignored ? T(0) : grad_output[grad_per_row ? row : 0];
+    }));
   };
   if (args.layout.inner == 1) {
     for_each_row_alone<T>(classes, begin, end, scale_rows);

@@ -10,19 +10,19 @@ template <typename T>
 FASTNN_KERNEL void log_softmax(T* output, const T* input, Layout layout, int64_t begin,
                                int64_t end) {
   using A = accum<T>;
-  for_each_row<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t) {
-    auto x = rows.reader(input + offset);
-    auto out = rows.writer(output + offset);
-    const LogSumExp<A> lse = log_sum_exp<A>(rows, x);
-    rows.for_each_step([&](auto step) { out(step, lse.log_softmax(x(step, 0))); });
-  });
+  for_each_log_sum_exp(
+      layout, begin, end, input, KeepNothing(),
+      [&](auto rows, int64_t offset, int64_t, auto& x, auto&, const LogSumExp<A>& lse) {
+        auto out = rows.writer(output + offset);
+        rows.for_each_step([&](auto step) { out(step, lse.log_softmax(x(step, 0))); });
+      });
 }
 
 template <typename T>
 FASTNN_KERNEL void log_softmax_backward(T* grad_input, const T* grad, const T* output,
                                         Layout layout, int64_t begin, int64_t end) {
   using A = accum<T>;
-  for_each_row<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t) {
+  const auto backward = [&](auto rows, int64_t offset, int64_t) {
     auto g = rows.reader(grad + offset);
     auto log_p = rows.reader(output + offset);
     auto grad_x = rows.writer(grad_input + offset);
@@ -31,7 +31,10 @@ FASTNN_KERNEL void log_softmax_backward(T* grad_input, const T* grad, const T* o
       const vec<A> softmax = exp<A>(log_p(step, 0));
       grad_x(step, g(step, 0) - softmax * sum);
     });
-  });
+  };
+  // With one reduction across lanes and no logarithm, a row by itself soon costs less than three
+  // transpositions of it.
+  for_each_row<A>(layout, begin, end, backward, /*short_row=*/kLanes<A>);
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET

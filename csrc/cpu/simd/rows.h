@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cpu/simd/transposed_rows.h"
 #include "cpu/simd/vec.h"
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
@@ -86,7 +87,15 @@ struct AlongClasses {
   vec<A> per_class(const T* values, Step step) const {
     return load(values, step, 0);
   }
-  // A row's own value, in the lanes of that row.
+  // A row's own value, in the lanes of that row: f(i) for the i-th of the rows walked at once.
+  template <typename F>
+  vec<A> row_values(F f) const {
+    return broadcast(A(f(0)));
+  }
+  template <typename F>
+  ints<A> row_indices(F f) const {
+    return ints<A>{} + static_cast<lane_int<A>>(f(0));
+  }
   template <typename T>
   vec<A> per_row(const T* values) const {
     return broadcast(load_scalar(values));
@@ -122,7 +131,8 @@ struct AlongClasses {
   }
   template <typename T>
   static vec<A> load(const T* row, Part step, A fill) {
-    return load_first(row + step.c, step.n, fill);
+    const vec<A> value = load_up_to(row + step.c, step.n);
+    return fill == 0 ? value : first_lanes<A>(value, step.n, fill);
   }
   template <typename T>
   static void store(T* row, Whole step, vec<A> value) {
@@ -130,7 +140,7 @@ struct AlongClasses {
   }
   template <typename T>
   static void store(T* row, Part step, vec<A> value) {
-    store_first(row + step.c, step.n, value);
+    store_up_to(row + step.c, step.n, value);
   }
 };
 
@@ -152,6 +162,16 @@ struct LanesAreRows {
   vec<A> per_class(const T* values, Whole step) const {
     return broadcast(load_scalar(values + step.c));
   }
+  // Lanes past the rows hold 0, or the index -1.
+  template <typename F>
+  vec<A> row_values(F f) const {
+    return lanes_of<A>([&](int64_t lane) { return lane < count ? A(f(lane)) : A(0); });
+  }
+  template <typename F>
+  ints<A> row_indices(F f) const {
+    return ints_of<A>(
+        [&](int64_t lane) -> lane_int<A> { return lane < count ? f(lane) : int64_t{-1}; });
+  }
   template <typename T>
   vec<A> per_row(const T* values) const {
     return load_up_to(values, count);
@@ -161,10 +181,13 @@ struct LanesAreRows {
     store_up_to(values, count, value);
   }
   double sum_over_rows(vec<A> value) const {
-    double sums[kLanes<A>];
     value = first_lanes<A>(value, count, 0);
+    double sums[kLanes<A>];
+#pragma GCC unroll 16
     for (int64_t i = 0; i < kLanes<A>; ++i) sums[i] = value[i];
+#pragma GCC unroll 4
     for (int64_t n = kLanes<A> / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
       for (int64_t i = 0; i < n; ++i) sums[i] += sums[i + n];
     }
     return sums[0];
@@ -213,76 +236,23 @@ struct NeighbouringRows : LanesAreRows<A> {
   }
 };
 
-// Rows of fewer classes than this are walked several at a time: alone they would leave most lanes
-// of their last vector, if not of their only one, empty.
-template <typename A>
-constexpr int64_t kShortRow = 4 * kLanes<A>;
-
-// Calls f(first, n) for blocks of n classes that cover them all: kLanes of them, or all where there
-// are fewer. The last block starts early rather than end past the row.
-template <typename A, typename F>
-inline void for_each_block(int64_t classes, F f) {
-  const int64_t n = std::min(kLanes<A>, classes);
-  for (int64_t c = 0; c < classes; c += n) f(std::min(c, classes - n), n);
-}
-
-// Short rows, transposed: [class][row], in the type of the sums.
-template <typename A>
-struct Tile {
-  A values[kShortRow<A> * kLanes<A>];
-
-  A* at(int64_t c) {
-    return values + c * kLanes<A>;
-  }
-
-  // Lanes past `count` repeat the first row: memory that may be read.
-  template <typename T>
-  void load_rows(const T* rows, int64_t classes, int64_t count) {
-    for_each_block<A>(classes, [&](int64_t first, int64_t n) {
-      vec<A> block[kLanes<A>];
-#pragma GCC unroll 16
-      for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
-        block[lane] = load_up_to(rows + (lane < count ? lane : 0) * classes + first, n);
-      }
-      transpose<A>(block);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes<A>; ++i) store(at(first + i), block[i]);
-    });
-  }
-  template <typename T>
-  void store_rows(T* rows, int64_t classes, int64_t count) {
-    for_each_block<A>(classes, [&](int64_t first, int64_t n) {
-      vec<A> block[kLanes<A>];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes<A>; ++i) {
-        block[i] = i < n ? load(at(first + i)) : vec<A>{};
-      }
-      transpose<A>(block);
-#pragma GCC unroll 16
-      for (int64_t lane = 0; lane < kLanes<A>; ++lane) {
-        if (lane < count) store_up_to(rows + lane * classes + first, n, block[lane]);
-      }
-    });
-  }
-};
-
-// Short rows, one after the other in memory: read and written through a tile.
+// Short rows, one after the other in memory: read and written transposed.
 template <typename A>
 struct ShortRows : LanesAreRows<A> {
   template <typename T>
   struct Reader {
-    Tile<A> tile;
+    TransposedRows<A> values;
 
     Reader(const T* rows, int64_t classes, int64_t count) {
-      tile.load_rows(rows, classes, count);
+      values.load_rows(rows, classes, classes, count);
     }
     vec<A> operator()(Whole step, A /*fill*/) {
-      return load(tile.at(step.c));
+      return load(values.at(step.c));
     }
   };
   template <typename T>
   struct Writer {
-    Tile<A> tile;
+    TransposedRows<A> values;
     T* rows;
     int64_t classes;
     int64_t count;
@@ -290,13 +260,13 @@ struct ShortRows : LanesAreRows<A> {
     Writer(T* rows, int64_t classes, int64_t count) : rows(rows), classes(classes), count(count) {
     }
     ~Writer() {
-      tile.store_rows(rows, classes, count);
+      values.store_rows(rows, classes, count);
     }
     void operator()(Whole step, vec<A> value) {
-      store(tile.at(step.c), value);
+      store(values.at(step.c), value);
     }
     vec<A> operator()(Whole step) {
-      return load(tile.at(step.c));
+      return load(values.at(step.c));
     }
   };
 
@@ -321,35 +291,46 @@ void for_each_row_alone(int64_t classes, int64_t begin, int64_t end, F f) {
   }
 }
 
-// Calls f(rows, offset, position) for the rows at positions [begin, end): `offset` is the first
-// element of the row at `position`, of which `rows.count` are walked at once.
+// Calls f(rows, offset, position) for the rows at positions [begin, end) that are walked at once:
+// `offset` is the first element of the row at `position`, the first of `rows.count`.
 template <typename A, typename F>
-void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f) {
+void for_each_group(const Layout& layout, int64_t begin, int64_t end, F f) {
   const auto [outer, classes, inner] = layout;
-  if (inner == 1 && classes >= kShortRow<A>) {
-    for_each_row_alone<A>(classes, begin, end, f);
-  } else if (inner == 1) {
+  if (inner == 1) {
     for (int64_t position = begin; position < end; position += kLanes<A>) {
       const int64_t count = std::min(kLanes<A>, end - position);
       f(ShortRows<A>{{classes, count}}, position * classes, position);
     }
-  } else {
-    for (int64_t position = begin; position < end;) {
-      const int64_t o = position / inner;
-      const int64_t i = position % inner;
-      const int64_t count = std::min({kLanes<A>, inner - i, end - position});
-      f(NeighbouringRows<A>{{classes, count}, inner}, o * classes * inner + i, position);
-      position += count;
-    }
+    return;
+  }
+  for (int64_t position = begin; position < end;) {
+    const int64_t o = position / inner;
+    const int64_t i = position % inner;
+    const int64_t count = std::min({kLanes<A>, inner - i, end - position});
+    f(NeighbouringRows<A>{{classes, count}, inner}, o * classes * inner + i, position);
+    position += count;
   }
 }
 
-// The maximum of each row, and the log of the sum of exp(x - max): a row's log-sum-exp in two
-// parts. Their sum would lose the small differences of large logits; (x - max) - log_sum keeps
+// The same for rows of any kind; `short_row` is the number of classes from which a row in one piece
+// is walked by itself.
+template <typename A, typename F>
+void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f,
+                  int64_t short_row = kShortRow<A>) {
+  if (layout.inner == 1 && layout.classes >= short_row) {
+    for_each_row_alone<A>(layout.classes, begin, end, f);
+  } else {
+    for_each_group<A>(layout, begin, end, f);
+  }
+}
+
+// The maximum of each row, and the sum of exp(x - max) with its log: a row's log-sum-exp in two
+// parts. In one they would lose the small differences of large logits; (x - max) - log_sum keeps
 // them.
 template <typename A>
 struct LogSumExp {
   vec<A> max;
+  vec<A> sum;
   vec<A> log_sum;
 
   vec<A> log_softmax(vec<A> x) const {
@@ -364,19 +345,64 @@ vec<A> row_max(const RowsT& rows, Reader& x) {
 
 // The sum of exp(x - max), each term of which goes to keep(step, term).
 template <typename A, typename RowsT, typename Reader, typename Keep>
-vec<A> row_sum_exp(const RowsT& rows, Reader& x, vec<A> max, Keep&& keep) {
+vec<A> row_sum_exp(const RowsT& rows, Reader& x, vec<A> max, Keep& keep) {
   return rows.sum([&](auto step) {
-    const vec<A> from_max = x(step, -std::numeric_limits<A>::infinity()) - max;
+    const vec<A> from_max = rows.valid(step, x(step, 0) - max);
     const vec<A> term = rows.valid(step, exp_nonpositive<A>(from_max));
     keep(step, term);
     return term;
   });
 }
 
-template <typename A, typename RowsT, typename Reader>
-LogSumExp<A> log_sum_exp(const RowsT& rows, Reader& x) {
-  const vec<A> max = row_max<A>(rows, x);
-  return {max, log<A>(row_sum_exp<A>(rows, x, max, [](auto, vec<A>) {}))};
+// Keeps no terms.
+struct KeepNothing {
+  template <typename Rows>
+  auto operator()(const Rows&, int64_t) const {
+    return [](auto...) {};
+  }
+};
+
+// Calls f(rows, offset, position, x, terms, lse) as for_each_row does, with a reader of `input` and
+// the log-sum-exps. terms = keep(rows, offset) has been given the terms of the sums.
+template <typename T, typename Keep, typename F>
+void for_each_log_sum_exp(const Layout& layout, int64_t begin, int64_t end, const T* input,
+                          Keep keep, F f) {
+  using A = accum<T>;
+  const int64_t classes = layout.classes;
+  if (layout.inner != 1 || classes < kShortRow<A>) {
+    for_each_group<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
+      auto x = rows.reader(input + offset);
+      auto terms = keep(rows, offset);
+      const vec<A> max = row_max<A>(rows, x);
+      const vec<A> sum = row_sum_exp<A>(rows, x, max, terms);
+      f(rows, offset, position, x, terms, LogSumExp<A>{max, sum, log<A>(sum)});
+    });
+    return;
+  }
+  // All sums of a few rows, then all that is made of them: no row waits for another's reduction
+  // across lanes, and one logarithm serves them all. Few enough to stay in the nearest cache.
+  constexpr int64_t kElements = 4096;
+  const int64_t block = std::clamp<int64_t>(kElements / classes, 1, kLanes<A>);
+  const AlongClasses<A> row{classes};
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t last = std::min(first + block, end);
+    A max[kLanes<A>] = {}, sum[kLanes<A>] = {}, log_sum[kLanes<A>];
+    for_each_row_alone<A>(classes, first, last, [&](auto, int64_t offset, int64_t position) {
+      auto x = row.reader(input + offset);
+      auto terms = keep(row, offset);
+      const vec<A> row_maximum = row_max<A>(row, x);
+      max[position - first] = row_maximum[0];
+      sum[position - first] = row_sum_exp<A>(row, x, row_maximum, terms)[0];
+    });
+    store(log_sum, log<A>(load(sum)));
+    for_each_row_alone<A>(classes, first, last, [&](auto, int64_t offset, int64_t position) {
+      auto x = row.reader(input + offset);
+      auto terms = keep(row, offset);
+      const int64_t i = position - first;
+      f(row, offset, position, x, terms,
+        LogSumExp<A>{broadcast(max[i]), broadcast(sum[i]), broadcast(log_sum[i])});
+    });
+  }
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET

@@ -39,8 +39,8 @@ FASTNN_KERNEL void sgd_step(T* param, T* grad, B* momentum_buffer, int64_t n,
   int64_t i = 0;
   for (; i + kLanes<A> <= n; i += kLanes<A>) step(load_whole, store_whole, i);
   if (i < n) {
-    const auto load_rest = [&](const auto* from) { return load_first(from, n - i, 0); };
-    const auto store_rest = [&](auto* to, vec<A> value) { store_first(to, n - i, value); };
+    const auto load_rest = [&](const auto* from) { return load_up_to(from, n - i); };
+    const auto store_rest = [&](auto* to, vec<A> value) { store_up_to(to, n - i, value); };
     step(load_rest, store_rest, i);
   }
 }

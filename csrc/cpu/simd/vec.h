@@ -172,50 +172,80 @@ inline void store(T* to, vec<accum<T>> value) {
   }
 }
 
+// All bits of the first n lanes.
+template <typename A>
+inline ints<A> first_lanes(int64_t n) {
+  const ints<A> lane = ints_of<A>([](size_t i) { return static_cast<lane_int<A>>(i); });
+  return lane < ints<A>{} + static_cast<lane_int<A>>(n);
+}
+
 // The first n lanes of `value`, `fill` in the others.
 template <typename A>
 inline vec<A> first_lanes(vec<A> value, int64_t n, A fill) {
-  ints<A> lane;
-  for (int64_t i = 0; i < kLanes<A>; ++i) lane[i] = i;
-  return lane < ints<A>{} + static_cast<lane_int<A>>(n) ? value : broadcast(fill);
+  return first_lanes<A>(n) ? value : broadcast(fill);
 }
 
-// Copies n < Lanes elements in pieces of constant size: a call of memcpy costs more than a row's
-// tail.
+// Copies n < 2 * Lanes elements in pieces of constant size: a call of memcpy costs more than a
+// row's tail.
 template <int64_t Lanes, typename T>
 inline void copy_few(T* to, const T* from, int64_t n) {
+  const bool has_piece = n & Lanes;
+  if (has_piece) std::memcpy(to, from, Lanes * sizeof(T));
   if constexpr (Lanes > 1) {
-    constexpr int64_t kPiece = Lanes / 2;
-    const bool has_piece = n & kPiece;
-    if (has_piece) std::memcpy(to, from, kPiece * sizeof(T));
-    const int64_t done = has_piece ? kPiece : 0;
-    copy_few<kPiece>(to + done, from + done, n);
+    const int64_t done = has_piece ? Lanes : 0;
+    copy_few<Lanes / 2>(to + done, from + done, n);
   }
 }
 
-template <typename T>
-inline vec<accum<T>> load_first(const T* from, int64_t n, accum<T> fill) {
-  T buffer[kLanes<accum<T>>] = {};
-  copy_few<kLanes<accum<T>>>(buffer, from, n);
-  return first_lanes<accum<T>>(load(buffer), n, fill);
+// Loads and stores of the first n <= kLanes elements; the lanes past them are zero. Masked
+// instructions touch no memory past them. AVX2's masked store is no gain: AMD's processors take
+// tens of cycles for it.
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+inline __mmask16 first_lanes_mask(int64_t n) {
+  return static_cast<__mmask16>((1u << n) - 1);
 }
-
-template <typename T>
-inline void store_first(T* to, int64_t n, vec<accum<T>> value) {
-  T buffer[kLanes<accum<T>>];
-  store(buffer, value);
-  copy_few<kLanes<accum<T>>>(to, buffer, n);
+inline vec<float> load_up_to(const float* from, int64_t n) {
+  return _mm512_maskz_loadu_ps(first_lanes_mask(n), from);
 }
-
+inline vec<double> load_up_to(const double* from, int64_t n) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes_mask(n)), from);
+}
+template <typename T>
+inline vec<float> load_up_to(const T* from, int64_t n) {
+  return widen((bits16)_mm256_maskz_loadu_epi16(first_lanes_mask(n), from), T{});
+}
+inline void store_up_to(float* to, int64_t n, vec<float> value) {
+  _mm512_mask_storeu_ps(to, first_lanes_mask(n), value);
+}
+inline void store_up_to(double* to, int64_t n, vec<double> value) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_lanes_mask(n)), value);
+}
+template <typename T>
+inline void store_up_to(T* to, int64_t n, vec<float> value) {
+  _mm256_mask_storeu_epi16(to, first_lanes_mask(n), (__m256i)narrow(value, T{}));
+}
+#else
 template <typename T>
 inline vec<accum<T>> load_up_to(const T* from, int64_t n) {
-  return n == kLanes<accum<T>> ? load(from) : load_first<T>(from, n, 0);
+  if (n == kLanes<accum<T>>) return load(from);
+#if FASTNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const auto mask = (__m256i)first_lanes<accum<T>>(n);
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskload_ps(from, mask);
+  if constexpr (std::is_same_v<T, double>) return _mm256_maskload_pd(from, mask);
+#endif
+  T buffer[kLanes<accum<T>>] = {};
+  copy_few<kLanes<accum<T>> / 2>(buffer, from, n);
+  return load(buffer);
 }
 
 template <typename T>
 inline void store_up_to(T* to, int64_t n, vec<accum<T>> value) {
-  n == kLanes<accum<T>> ? store(to, value) : store_first(to, n, value);
+  if (n == kLanes<accum<T>>) return store(to, value);
+  T buffer[kLanes<accum<T>>];
+  store(buffer, value);
+  copy_few<kLanes<accum<T>> / 2>(to, buffer, n);
 }
+#endif
 
 template <typename T>
 inline accum<T> load_scalar(const T* from) {
@@ -346,11 +376,12 @@ constexpr A inverse_factorial(int k) {
   return A(1) / factorial;
 }
 
-// exp(x) = 2^exponent * polynomial.
+// exp(x) = 2^n * polynomial.
 template <typename A>
 struct ExpParts {
   vec<A> polynomial;
-  ints<A> exponent;
+  vec<A> n;
+  ints<A> exponent;  // n as an integer
 };
 
 // With n = round(x / ln 2) and |r| <= ln(2) / 2, where the Taylor polynomial of the given degree is
@@ -365,7 +396,7 @@ inline ExpParts<A> exp_parts(vec<A> x) {
 #pragma GCC unroll 16
   for (int k = K::degree - 1; k >= 0; --k) polynomial = polynomial * r + inverse_factorial<A>(k);
   // The rounder's own bits taken off, what is left of `rounded` is the integer n.
-  return {polynomial, (ints<A>)rounded - (ints<A>)broadcast(K::rounder)};
+  return {polynomial, n, (ints<A>)rounded - (ints<A>)broadcast(K::rounder)};
 }
 
 // 2^exponent, of a normal number.
@@ -375,26 +406,41 @@ inline vec<A> power_of_two(ints<A> exponent) {
   return (vec<A>)((exponent + K::exponent_bias) << K::mantissa_bits);
 }
 
+// 2^n * polynomial where `is_zero` doesn't say that it is 0: to let such a product underflow costs
+// the processor a hundred cycles. AVX-512 has an instruction for it; elsewhere it takes two
+// factors, 2^first and the rest, since no normal power of two reaches subnormal results, nor 2^128.
+template <typename A>
+inline vec<A> combine(const ExpParts<A>& exp, ints<A> is_zero, [[maybe_unused]] ints<A> first) {
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const vec<A> zero = {};
+  if constexpr (sizeof(A) == 4) {
+    const __mmask16 mask = _mm512_movepi32_mask((__m512i)is_zero);
+    return _mm512_mask_scalef_ps(zero, _knot_mask16(mask), exp.polynomial, exp.n);
+  } else {
+    const __mmask8 mask = _mm512_movepi64_mask((__m512i)is_zero);
+    return _mm512_mask_scalef_pd(zero, _knot_mask8(mask), exp.polynomial, exp.n);
+  }
+#else
+  const vec<A> large = exp.polynomial * power_of_two<A>(first);
+  return (is_zero ? vec<A>{} : large) * power_of_two<A>(exp.exponent - first);
+#endif
+}
+
 // exp(x) of x <= 0, all that a softmax takes; NaN stays NaN.
 template <typename A>
 inline vec<A> exp_nonpositive(vec<A> x) {
   using K = ExpConstants<A>;
-  const auto [polynomial, exponent] = exp_parts<A>(vec_max<A>(broadcast(K::lowest), x));
-  // In two factors, since a subnormal result's exponent has no normal power of two.
-  constexpr int kLift = K::exponent_bias / 2;
-  return polynomial * power_of_two<A>(exponent + kLift) * power_of_two<A>(ints<A>{} - kLift);
+  const ExpParts<A> parts = exp_parts<A>(x);
+  return combine<A>(parts, x <= K::lowest, parts.exponent + K::exponent_bias / 2);
 }
 
 // exp(x); NaN stays NaN.
 template <typename A>
 inline vec<A> exp(vec<A> x) {
   using K = ExpConstants<A>;
-  x = vec_max<A>(broadcast(K::lowest), x);
   x = x > K::highest ? broadcast(K::highest) : x;
-  const auto [polynomial, exponent] = exp_parts<A>(x);
-  // In two factors: one alone can't reach subnormal results, nor 2^128.
-  const ints<A> half = exponent >> 1;
-  return polynomial * power_of_two<A>(half) * power_of_two<A>(exponent - half);
+  const ExpParts<A> parts = exp_parts<A>(x);
+  return combine<A>(parts, x <= K::lowest, parts.exponent >> 1);
 }
 
 template <typename A>

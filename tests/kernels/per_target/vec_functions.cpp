@@ -16,7 +16,7 @@ void map(To* to, const From* from, int64_t n, F f) {
   constexpr int64_t lanes = kLanes<accum<From>>;
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) store(to + i, f(load(from + i)));
-  if (i < n) store_first(to + i, n - i, f(load_first<From>(from + i, n - i, 0)));
+  if (i < n) store_up_to(to + i, n - i, f(load_up_to(from + i, n - i)));
 }
 
 template <typename To, typename From>
