@@ -3,6 +3,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <string_view>
 
@@ -16,6 +18,13 @@ namespace fastnn::cpu {
 template <typename F>
 void dispatch(at::ScalarType dtype, std::string_view op, F f) {
   dispatch_storage<simd::bfloat16, simd::float16>(dtype, op, f);
+}
+
+// Calls f.template operator()<T>() with PyTorch's storage type T of the dtype, which scalar code
+// computes with.
+template <typename F>
+void dispatch_scalars(at::ScalarType dtype, std::string_view op, F f) {
+  dispatch_storage<c10::BFloat16, c10::Half>(dtype, op, f);
 }
 
 // Elements below which waking a second thread costs more than it gains.

@@ -2,9 +2,6 @@
 // same on any number of threads.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <atomic>
 #include <limits>
 
@@ -48,13 +45,6 @@ simd::LossSums sum_over_rows(int64_t rows, int64_t elements_per_row, F f) {
     total.weight += sum.weight;
   }
   return total;
-}
-
-// Calls f.template operator()<T>() with PyTorch's storage type T of the dtype, which scalar code
-// computes with.
-template <typename F>
-void dispatch_scalars(at::ScalarType dtype, std::string_view op, F f) {
-  dispatch_storage<c10::BFloat16, c10::Half>(dtype, op, f);
 }
 
 inline at::Tensor scalar_tensor(double value, at::ScalarType dtype) {

@@ -11,30 +11,16 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <string_view>
-
 #include "cuda/gemm.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/linear_relu_kernels.cuh"
+#include "ops/product.h"
 
 namespace fastnn::cuda {
 namespace {
 
 // ATen's operators would be cast once more: whoever called us has settled the dtype.
 using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
-
-enum class Product { Auto, Library, Tiled };
-
-// FASTNN_CUDA_GEMM=auto|library|tiled: for tests, and to compare the two.
-Product requested_product() {
-  const char* variable = std::getenv("FASTNN_CUDA_GEMM");
-  const std::string_view name = variable == nullptr ? "" : variable;
-  if (name.empty() || name == "auto") return Product::Auto;
-  if (name == "library") return Product::Library;
-  if (name == "tiled") return Product::Tiled;
-  TORCH_CHECK_VALUE(false, "FASTNN_CUDA_GEMM must be auto, library or tiled, not '", name, "'");
-}
 
 // The largest products that ours is faster for: those with short sums. On an H200 it takes 2 us and
 // 0.03 us for each element of a sum, the library's and the ReLU behind it 5 us or more.
@@ -55,7 +41,7 @@ constexpr Largest largest_tiled(at::ScalarType dtype) {
 
 bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
   if (rows == 0 || cols == 0 || depth == 0) return false;
-  switch (requested_product()) {
+  switch (requested_product("FASTNN_CUDA_GEMM")) {
     case Product::Library:
       return true;
     case Product::Tiled:

@@ -21,29 +21,31 @@ void bias_relu(const Target& target, int64_t rows, int64_t cols, bool has_bias, 
   }
 }
 
+// A block of the columns from `first` on: the others stay as they are.
 template <typename T>
-void relu_backward(const Target& target, int64_t rows, int64_t cols, bool wants_grad_bias,
-                   int64_t offset) {
-  const auto grad = random_buffer<T>(rows * cols, offset);
-  const auto output = random_buffer<T>(rows * cols, offset);
-  const auto [grad_linear, grad_bias] = same_on_any_threads([&](int threads) {
-    Buffer<T> grad_linear(rows * cols, offset);
-    Buffer<T> grad_bias(cols, offset);
-    parallel_for(threads, cols, [&](int64_t begin, int64_t end) {
-      target.kernels<T>().relu_backward(grad_linear.data(), data_if(wants_grad_bias, grad_bias),
-                                        grad.data(), output.data(), rows, cols, begin, end);
-    });
-    return std::tuple(grad_linear, grad_bias);
-  });
+void relu_backward(const Target& target, int64_t rows, int64_t stride, int64_t first,
+                   bool wants_sums, int64_t offset) {
+  const auto grad = random_buffer<T>(rows * stride, offset);
+  const auto output = random_buffer<T>(rows * stride, offset);
+  const auto before = random_buffer<T>(rows * stride, offset);
+  auto grad_linear = before;
+  const int64_t cols = std::min(stride - first, simd::kReluBackwardCols);
+  std::vector<double> sums(cols, 1);
+  target.kernels<T>().relu_backward(grad_linear.data() + first, wants_sums ? sums.data() : nullptr,
+                                    grad.data() + first, output.data() + first, rows, cols, stride);
+  for (int64_t i = 0; i < rows * stride; ++i) {
+    const int64_t c = i % stride - first;
+    const double masked = output(i) > 0 ? grad(i) : 0;
+    expect_close("grad_linear", i, grad_linear[i], c < 0 || c >= cols ? before(i) : masked, 0, 0);
+  }
   for (int64_t c = 0; c < cols; ++c) {
-    double sum = 0, magnitude = 0;
-    for (int64_t i = c; i < rows * cols; i += cols) {
+    double sum = 1, magnitude = 1;
+    for (int64_t i = first + c; i < rows * stride && wants_sums; i += stride) {
       const double masked = output(i) > 0 ? grad(i) : 0;
-      expect_close("grad_linear", i, grad_linear[i], masked, 0, 0);
       sum += masked;
       magnitude += std::abs(masked);
     }
-    if (wants_grad_bias) expect_close("grad_bias", c, grad_bias[c], sum, rows, magnitude);
+    expect_close("sums", c, accum<T>(sums[c]), sum, rows, magnitude);
   }
 }
 
@@ -55,10 +57,13 @@ const Test test("linear_relu", [](const Target& target) {
           describe("%s rows=%d cols=%d bias=%d offset=%d", kName<T>, int(rows), int(cols), has_bias,
                    offset);
           bias_relu<T>(target, rows, cols, has_bias, offset);
-          relu_backward<T>(target, rows, cols, has_bias, offset);
+          relu_backward<T>(target, rows, cols, /*first=*/0, has_bias, offset);
+          if (cols > 1) relu_backward<T>(target, rows, cols, /*first=*/cols / 2, has_bias, offset);
         }
       }
     }
+    describe("%s, columns that fill a block", kName<T>);
+    relu_backward<T>(target, 5, simd::kReluBackwardCols + 1, /*first=*/1, true, 0);
   });
 });
 

@@ -7,8 +7,10 @@
 
 #include <algorithm>
 
+#include "cpu/simd/dot_gemm.h"
+#include "cpu/simd/gemm_epilogue.h"
 #include "cpu/simd/kernels.h"
-#include "cpu/simd/linear_relu.h"
+#include "cpu/simd/narrow_gemm.h"
 #include "cpu/simd/vec.h"
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
@@ -23,18 +25,14 @@ constexpr int64_t kTileCols = kTileVecs * kLanes<A>;
 // Depths are taken in blocks of at most so many: then a panel of the right operand stays in the
 // first-level cache, and a sum's rounding errors grow with the block, not with the depth. Partial
 // sums wait in the output, or in scratch memory. A multiple of every vector's lanes.
-constexpr int64_t kGemmDepth = kVectorBytes == 64 ? 208 : 200;
+constexpr int64_t kGemmDepth = kVectorBytes == 64 ? 256 : 200;
 static_assert(kGemmDepth % kLanes<float> == 0 && kGemmDepth % kLanes<double> == 0);
 
 // So many panels of the right operand are packed at once: fewer, and each of its rows' pages would
 // be visited more often; more, and they would push the left operand out of the cache.
-constexpr int64_t kGroup = 4;
+constexpr int64_t kGroup = 8;
 
 // ---- ranges ----
-
-inline int64_t size(Range range) {
-  return range.end - range.begin;
-}
 
 // A range in the fewest parts of at most `most`, as equal as can be, their sizes multiples of
 // `unit`, but for the last. There is always one part. Parts are counted in whole units, so that
@@ -244,9 +242,6 @@ inline void pack(const Operand<T>& from, const Split& split, Range parts, Range 
 
 // ---- blocks ----
 
-template <typename T>
-constexpr bool kIsWide = sizeof(T) == sizeof(accum<T>);
-
 template <typename T, typename A = accum<T>>
 struct GemmScratch {
   A left[(kGemmRows / kTileRows + 1) * panel_size<A>(kTileRows, kGemmDepth)];
@@ -274,22 +269,6 @@ inline Left<A> prepare_left(const Gemm<T>& g, const Split& rows, Range depths, A
   pack(operand(g.a, g.a.transposed, g.rows, g.depth), rows, {0, rows.parts}, depths, scratch,
        stride);
   return {scratch, stride, false};
-}
-
-// out = epilogue(sums) for the tile of these rows and columns.
-template <typename T>
-inline void finish_tile(const Gemm<T>& g, Range rows, Range cols, const accum<T>* sums,
-                        int64_t stride) {
-  using A = accum<T>;
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    for (int64_t c = cols.begin; c < cols.end; c += kLanes<A>) {
-      const int64_t n = std::min(kLanes<A>, cols.end - c);
-      vec<A> value = load(sums + (c - cols.begin));
-      if (g.bias) value += load_up_to(g.bias + c, n);
-      store_up_to(g.out + r * g.cols + c, n, g.relu ? relu<A>(value) : value);
-    }
-    sums += stride;
-  }
 }
 
 // All tiles of one panel of the right operand, for one block of depths.
@@ -322,7 +301,7 @@ inline void multiply_panel(const Gemm<T>& g, const Left<A>& left, const Split& r
 }
 
 template <typename T>
-FASTNN_KERNEL void gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
+inline void tiled_gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
   using A = accum<T>;
   auto& scratch = *static_cast<GemmScratch<T>*>(memory);
   const Split rows(block.rows, kTileRows, 1);
@@ -344,6 +323,18 @@ FASTNN_KERNEL void gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) 
       }
     }
   }
+}
+
+template <typename T>
+bool needs_no_packing(const Gemm<T>& g) {
+  return is_of_dot_products(g) || is_narrow(g);
+}
+
+template <typename T>
+FASTNN_KERNEL void gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
+  if (is_of_dot_products(g)) return dot_gemm(g, block);
+  if (is_narrow(g)) return narrow_gemm(g, block);
+  tiled_gemm(g, block, memory);
 }
 
 template <typename T>

@@ -72,7 +72,10 @@ struct GemmBlock {
   Range cols;
 };
 constexpr int64_t kGemmRows = 256;
-constexpr int64_t kGemmCols = 256;
+constexpr int64_t kGemmCols = 512;
+
+// Few enough columns for their sums to stay in the nearest cache.
+constexpr int64_t kReluBackwardCols = 1024;
 
 constexpr int64_t kNoBadTarget = INT64_MAX;
 
@@ -81,14 +84,16 @@ struct Kernels {
   // out[r, c] = max(out[r, c] + bias[c], 0) for rows [begin, end); bias may be null.
   void (*bias_relu)(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end);
 
-  // grad_linear = output > 0 ? grad : 0, and its sum over rows into grad_bias (may be null), for
-  // columns [begin, end).
-  void (*relu_backward)(T* grad_linear, T* grad_bias, const T* grad, const T* output, int64_t rows,
-                        int64_t cols, int64_t begin, int64_t end);
+  // grad_linear = output > 0 ? grad : 0, and its sum over rows added to sums (may be null), for a
+  // block of at most kReluBackwardCols columns of rows that are `stride` apart.
+  void (*relu_backward)(T* grad_linear, double* sums, const T* grad, const T* output, int64_t rows,
+                        int64_t cols, int64_t stride);
 
   // `scratch` is of gemm_scratch bytes, aligned to a cache line, and no other call's meanwhile.
   void (*gemm)(const Gemm<T>& args, const GemmBlock& block, void* scratch);
   int64_t gemm_scratch;
+  // Whether gemm() reads the operands where they are: then no library is faster.
+  bool (*gemm_needs_no_packing)(const Gemm<T>& args);
 
   // For the rows at positions [begin, end).
   void (*log_softmax)(T* output, const T* input, Layout layout, int64_t begin, int64_t end);

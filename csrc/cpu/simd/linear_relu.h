@@ -14,6 +14,9 @@ inline vec<A> relu(vec<A> x) {
   return x <= 0 ? vec<A>{} : x;
 }
 
+// Rows of fewer columns than this would leave many lanes of their vectors empty.
+constexpr int64_t kNarrow = 64;
+
 // Calls f(c, n) for vectors of n columns from column c on, over [begin, end).
 template <typename A, typename F>
 inline void for_each_vector(int64_t begin, int64_t end, F f) {
@@ -32,41 +35,76 @@ FASTNN_KERNEL void bias_relu(T* out, const T* bias, int64_t cols, int64_t begin,
   }
 }
 
-// The columns [begin, end) of at most kStrip: few enough for their sums to stay in registers or
-// the nearest cache, enough to use whole cache lines of every row.
-constexpr int64_t kStrip = 64;
-
+// The gradient where the output is positive.
 template <typename T>
-FASTNN_KERNEL void relu_backward_strip(T* grad_linear, T* grad_bias, const T* grad, const T* output,
-                                       int64_t rows, int64_t cols, int64_t begin, int64_t end) {
+inline vec<accum<T>> mask(const T* grad, const T* output, int64_t n) {
+  return load_up_to(output, n) <= 0 ? vec<accum<T>>{} : load_up_to(grad, n);
+}
+
+// Sums are taken over short blocks of rows, and over the blocks in double: a column's error grows
+// with the block, not with the number of rows.
+template <typename T>
+inline void relu_backward_wide(T* grad_linear, double* sums, const T* grad, const T* output,
+                               int64_t rows, int64_t cols, int64_t stride) {
   using A = accum<T>;
-  // A column's sum in short blocks of rows, and theirs in double: its error grows with the block,
-  // not with the number of rows.
-  constexpr int64_t kBlock = 16;
-  double total[kStrip] = {};
+  constexpr int64_t kBlock = 64, kGroup = 4;
   for (int64_t first = 0; first < rows; first += kBlock) {
-    A block[kStrip] = {};
-    for (int64_t r = first; r < std::min(first + kBlock, rows); ++r) {
-      for_each_vector<A>(begin, end, [&](int64_t c, int64_t n) {
-        const int64_t i = r * cols + c;
-        const vec<A> masked = load_up_to(output + i, n) <= 0 ? vec<A>{} : load_up_to(grad + i, n);
-        store_up_to(grad_linear + i, n, masked);
-        A* sum = block + (c - begin);
-        store(sum, load(sum) + masked);
+    A block[kReluBackwardCols] = {};
+    const int64_t last = std::min(first + kBlock, rows);
+    const auto mask_rows = [&]<int64_t N>(int64_t r, std::integral_constant<int64_t, N>) {
+      for_each_vector<A>(0, cols, [&](int64_t c, int64_t n) {
+        vec<A> masked[N];
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < N; ++k) {
+          const int64_t i = (r + k) * stride + c;
+          masked[k] = mask(grad + i, output + i, n);
+          store_up_to(grad_linear + i, n, masked[k]);
+        }
+        vec<A> sum = masked[0];
+        if constexpr (N == kGroup) sum = (sum + masked[1]) + (masked[2] + masked[3]);
+        store(block + c, load(block + c) + sum);
+      });
+    };
+    int64_t r = first;
+    for (; r + kGroup <= last; r += kGroup) mask_rows(r, std::integral_constant<int64_t, kGroup>());
+    for (; r < last; ++r) mask_rows(r, std::integral_constant<int64_t, 1>());
+    if (sums == nullptr) continue;
+    for (int64_t c = 0; c < cols; ++c) sums[c] += block[c];
+  }
+}
+
+// Rows of few columns, in one piece: `cols` vectors hold as many rows as a vector has lanes, and
+// the next ones have the same columns in the same lanes.
+template <typename T>
+inline void relu_backward_narrow(T* grad_linear, double* sums, const T* grad, const T* output,
+                                 int64_t rows, int64_t cols) {
+  using A = accum<T>;
+  constexpr int64_t kBlock = 64;
+  const int64_t elements = rows * cols, group = cols * kLanes<A>;
+  for (int64_t first = 0; first < elements; first += kBlock * group) {
+    A block[kNarrow * kLanes<A>] = {};
+    const int64_t last = std::min(first + kBlock * group, elements);
+    for (int64_t g = first; g < last; g += group) {
+      for_each_vector<A>(0, std::min(group, last - g), [&](int64_t i, int64_t n) {
+        const vec<A> masked = mask(grad + g + i, output + g + i, n);
+        store_up_to(grad_linear + g + i, n, masked);
+        store(block + i, load(block + i) + masked);
       });
     }
-    for (int64_t c = 0; c < kStrip; ++c) total[c] += block[c];
+    if (sums == nullptr) continue;
+    for (int64_t i = 0; i < group; i += cols) {
+      for (int64_t c = 0; c < cols; ++c) sums[c] += block[i + c];
+    }
   }
-  if (grad_bias == nullptr) return;
-  for (int64_t c = begin; c < end; ++c) store_scalar(grad_bias + c, A(total[c - begin]));
 }
 
 template <typename T>
-void relu_backward(T* grad_linear, T* grad_bias, const T* grad, const T* output, int64_t rows,
-                   int64_t cols, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; c += kStrip) {
-    relu_backward_strip(grad_linear, grad_bias, grad, output, rows, cols, c,
-                        std::min(c + kStrip, end));
+FASTNN_KERNEL void relu_backward(T* grad_linear, double* sums, const T* grad, const T* output,
+                                 int64_t rows, int64_t cols, int64_t stride) {
+  if (cols == stride && cols < kNarrow) {
+    relu_backward_narrow(grad_linear, sums, grad, output, rows, cols);
+  } else {
+    relu_backward_wide(grad_linear, sums, grad, output, rows, cols, stride);
   }
 }
 
