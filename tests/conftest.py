@@ -19,12 +19,12 @@ from cuda_emulation.chosen import EMULATES_CUDA, EXECUTES_PTX
 
 # isort: split
 
-import capabilities
 import pytest
 import torch
-from sample_inputs import SEED
 
 import fastnn
+from support import capabilities
+from support.sample_inputs import SEED
 
 # For what the extension alone promises. Nothing is hidden where it is missing: a test of
 # test_dispatch.py fails then.
