@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastnn
-from conftest import needs_gpu
 from fastnn import functional
+from support.marks import needs_gpu
 
 pytestmark = needs_gpu
 

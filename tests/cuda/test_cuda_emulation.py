@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import fastnn
-from conftest import EMULATES_CUDA, needs_extension
 from cuda_emulation import build
+from cuda_emulation.chosen import EMULATES_CUDA
 from cuda_emulation.ptx.translate import UnsupportedPTX, translate
 from repository import REPOSITORY
+from support.marks import needs_extension
 
 RUN = REPOSITORY / "tools/cuda_emulation/run.py"
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_operators import check_value_and_gradients, every_dtype
 
 import fastnn
+from support.operators import check_value_and_gradients, every_dtype
 from support.sample_inputs import Sample, sample_input
 
 pytestmark = pytest.mark.on_cuda_kernels

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from conftest import needs_extension
 from repository import REPOSITORY
 from support.capabilities import Finding, Recorder, document
+from support.marks import needs_extension
 
 pytestmark = pytest.mark.cpu_only("of no kernels")
 

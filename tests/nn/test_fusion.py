@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
-from conftest import needs_extension
+from support.marks import needs_extension
 from support.sample_inputs import SEED, Draws
 
 

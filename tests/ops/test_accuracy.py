@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnn
-from conftest import needs_extension
 from support import stock
+from support.marks import needs_extension
 
 pytestmark = needs_extension
 

@@ -10,16 +10,16 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dispatch import COMPILE_SAMPLES, MODE_SAMPLES, value_and_gradients
-from test_gradients import assert_close, class_weights, normal
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
-from conftest import FUNCTIONS, needs_extension
 from fastnn.autograd import CrossEntropy, LinearReLU, NLLLoss
+from support.marks import needs_extension
+from support.operators import COMPILE_SAMPLES, FUNCTIONS, MODE_SAMPLES, value_and_gradients
 from support.sample_inputs import DTYPES, OPS, sample_input
+from support.small_cases import assert_close, class_weights, normal
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop",  # vmap over torch's own operators, which then loop

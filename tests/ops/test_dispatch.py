@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_operators import TORCH, leaves_of, memory_of, ours, random_grad_like
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -26,7 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastnn
-from conftest import FUNCTIONS, needs_extension, of_functions
+from support.marks import needs_extension, of_functions
+from support.operators import (
+    COMPILE_SAMPLES,
+    FUNCTIONS,
+    MODE_SAMPLES,
+    TORCH,
+    leaves_of,
+    memory_of,
+    ours,
+    random_grad_like,
+    value_and_gradients,
+)
 from support.sample_inputs import DTYPES, OPS, Sample, on_device, sample_input
 
 # --- the extension is there -----------------------------------------------------------------------
@@ -225,24 +235,6 @@ def test_opcheck_sgd_step(dtype, options):
 
 # --- values and shapes ---------------------------------------------------------------------------
 
-COMPILE_SAMPLES = [
-    ("linear_relu", "7x15_to_9"),
-    ("linear_relu", "3d_input_no_bias"),
-    ("log_softmax", "rows_3x17"),
-    ("nll_loss", "7x5_mean_weighted"),
-    ("nll_loss", "3x5x4_ignore3_none"),
-    ("cross_entropy", "7x5_mean"),
-    ("cross_entropy", "7x5_smooth0.1_mean_weighted"),
-    ("cross_entropy", "2x9x4x5_channels_last"),
-    ("cross_entropy", "7x17_probs"),
-]
-
-
-def value_and_gradients(function: Callable[..., Tensor], op: str, sample: Sample) -> list[Tensor]:
-    leaves = leaves_of(op, sample)
-    output = function(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
-    return [output, *torch.autograd.grad(output.square().sum(), leaves)]
-
 
 @needs_extension
 @pytest.mark.parametrize(("op", "name"), COMPILE_SAMPLES)
@@ -435,15 +427,6 @@ class Subclass(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         cls.called.append(func)
         return super().__torch_function__(func, types, args, kwargs)
-
-
-# One with each optional tensor.
-MODE_SAMPLES = {
-    "linear_relu": "7x15_to_9",
-    "log_softmax": "rows_3x17",
-    "nll_loss": "7x5_mean_weighted",
-    "cross_entropy": "7x5_smooth0.1_mean_weighted",
-}
 
 
 @of_functions

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_operators import TORCH, memory_of, ours
 from torch import Tensor
 
 import fastnn
-from conftest import EMULATES_CUDA, needs_extension, trips_device_assert
+from cuda_emulation.chosen import EMULATES_CUDA
+from support.marks import needs_extension, trips_device_assert
+from support.operators import TORCH, memory_of, ours
 
 
 @dataclass(frozen=True)

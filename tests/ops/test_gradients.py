@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_operators import TORCH, leaves_of, ours, random_grad_like
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastnn
-from conftest import needs_extension
+from support.marks import needs_extension
+from support.operators import TORCH, leaves_of, ours, random_grad_like
 from support.oracles import assert_within, away_from_kink, expected
 from support.sample_inputs import DTYPES, OPS, Sample, sample_input, sample_names
+from support.small_cases import Function, assert_close, class_indices, class_weights, normal
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:size_average and reduce args will be deprecated",
@@ -26,14 +26,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated",  # torch's own use of it, in forward mode
 )
 
-Function = Callable[..., Tensor]
-
 
 # --- cases: small, in float64, where finite differences are exact to about 1e-8 -------------------
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def linear_relu_arguments(
@@ -53,31 +47,7 @@ LINEAR_RELU_SHAPES = [(3,), (2, 3), (2, 2, 3)]
 
 LOSS_SHAPES = [(3,), (4, 3), (2, 3, 2), (2, 3, 2, 1)]  # (C), (N, C), (N, C, d1), (N, C, d1, d2)
 
-
-def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:1] + shape[2:] if len(shape) > 1 else ()
-
-
-def class_indices(shape: tuple[int, ...], ignored: bool) -> Tensor:
-    """Each class in turn; where there are several rows, one of them ignored if so wanted."""
-    rows = row_shape(shape)
-    target = (torch.arange(max(torch.Size(rows).numel(), 1)) % 3).reshape(rows)
-    if ignored and target.dim():
-        target.view(-1)[1] = -100
-    return target
-
-
-def class_weights() -> Tensor:
-    return torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)
-
-
 LOG_SOFTMAX_CASES = [((), 0), ((3,), 0), ((2, 3), 1), ((3, 2), 0), ((2, 3, 2), 1), ((2, 3, 2), -1)]
-
-
-def assert_close(actual: object, theirs: object) -> None:
-    """In float64 and of the order of one: 1e-12 is thousands of roundings."""
-    __tracebackhide__ = True
-    torch.testing.assert_close(actual, theirs, rtol=1e-12, atol=1e-12)
 
 
 def assert_derivatives(

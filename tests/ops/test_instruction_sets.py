@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import fastnn
-from conftest import needs_extension
 from fastnn import _extension
 from repository import REPOSITORY
+from support.marks import needs_extension
 
 pytestmark = [needs_extension, pytest.mark.cpu_only("CPU instruction sets")]
 

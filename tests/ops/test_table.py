@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import fastnn
-from conftest import needs_extension
 from fastnn._operators import OPERATORS, OPTIMIZERS
 from support import stock
+from support.marks import needs_extension
 
 pytestmark = pytest.mark.cpu_only("of no kernels")
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
-from test_sgd_fallback import Recorder, randn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,9 +27,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnn
-from conftest import needs_extension, needs_grad_dtype
 from support import processes
 from support.capabilities import COLUMNS
+from support.marks import needs_extension, needs_grad_dtype
+from support.optimizers import Recorder, randn
 from support.sample_inputs import OPS
 from support.small_training import (
     ATOL,

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_gradients import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import (
     parameters_to_vector,
@@ -23,9 +22,10 @@ from torch.nn.utils import (
 )
 from torch.testing._internal.two_tensor import TwoTensor
 
-from conftest import needs_extension
 from support import perceptron
+from support.marks import needs_extension
 from support.perceptron import OURS, STOCK, Perceptron
+from support.small_cases import assert_close
 
 
 def capability(row: str, operators=perceptron.USES):

@@ -8,15 +8,15 @@ import sys
 
 import pytest
 import torch
-from test_nn import MODULES, inputs_of, make
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
-from conftest import needs_extension
 from support import perceptron
 from support.capabilities import ALIASES
+from support.marks import needs_extension
+from support.modules import MODULES, inputs_of, make
 from support.perceptron import CLASSES, FEATURES, HIDDEN, OURS
 
 

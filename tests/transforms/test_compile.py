@@ -9,16 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from test_dispatch import COMPILE_SAMPLES, value_and_gradients
-from test_nn import MODULES, inputs_of, make
-from test_operators import ours
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastnn
-from conftest import needs_extension
 from support import perceptron
+from support.marks import needs_extension
+from support.modules import MODULES, inputs_of, make
+from support.operators import COMPILE_SAMPLES, ours, value_and_gradients
 from support.perceptron import OURS, STOCK, loss_and_gradients
 from support.sample_inputs import OPS, sample_input
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_nn import MODULES, assert_close, inputs_of, make
 from torch import Tensor
 from torch.export import Dim
 
 import fastnn
-from conftest import needs_extension
 from support import perceptron
+from support.marks import needs_extension
+from support.modules import MODULES, assert_close, inputs_of, make
 from support.perceptron import OURS, loss_and_gradients
 
 capability = pytest.mark.capability

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from test_gradients import Function, assert_close, class_weights, normal
-from test_operators import TORCH, ours
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
@@ -33,10 +31,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fastnn
-from conftest import needs_extension, of_functions
 from support import perceptron
+from support.marks import needs_extension, of_functions
+from support.operators import TORCH, ours
 from support.perceptron import OURS, STOCK
 from support.sample_inputs import OPS
+from support.small_cases import Function, assert_close, class_weights, normal
 
 pytestmark = pytest.mark.filterwarnings(
     # vmap says where torch itself has no batched rule and loops: slow, not wrong.
