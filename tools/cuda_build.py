@@ -62,10 +62,10 @@ PTX_TESTS = [
 # Storages that Python makes, as copy.deepcopy and pickle do, come from an allocator that can't be
 # watched: to the checks of each access their memory is nobody's.
 UNWATCHED_MEMORY = [
-    "tests/optim/test_sgd_fallback.py::test_nothing_stale_is_kept_between_steps[reload_own_state]",
-    "tests/optim/test_sgd_fallback.py::test_copies_train_on_their_own",
-    "tests/optim/test_sgd_fallback.py::test_copies_have_their_momentum_in_float32_too",
-    "tests/optim/test_sgd_fallback.py::test_from_torch_under_a_scheduler[True]",
+    "tests/optim/test_sgd_between_steps.py::test_nothing_stale_is_kept_between_steps[reload_own_state]",
+    "tests/optim/test_sgd_saving.py::test_copies_train_on_their_own",
+    "tests/optim/test_sgd_float32_momentum.py::test_copies_have_their_momentum_in_float32_too",
+    "tests/optim/test_sgd_from_torch.py::test_from_torch_under_a_scheduler[True]",
 ]
 
 
