@@ -47,7 +47,8 @@ build: $(VENV)/.built ## build the extension and its environment
 
 # The tests of what users call, each once. `make test` adds the emulated kernels, the compilers and
 # exporters, the examples and the build.
-QUICK := $(addprefix ops/test_,operators.py gradients.py accuracy.py errors.py dispatch.py autocast.py) \
+QUICK := $(addprefix ops/test_,operators.py gradients.py accuracy.py errors.py backward_errors.py \
+        dispatch.py opcheck.py tensor_classes.py autocast.py) \
     nn optim transforms/test_transforms.py docs \
     $(addprefix programs/test_,training.py saving.py tools.py) \
     $(addprefix project/test_,torch_names.py package.py makefile.py)

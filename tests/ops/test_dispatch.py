@@ -8,36 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import opcheck
-from torch.overrides import TorchFunctionMode
-from torch.testing._internal.logging_tensor import LoggingTensor
-from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 import fastnn
 from support.marks import needs_extension, of_functions
-from support.operators import (
-    COMPILE_SAMPLES,
-    FUNCTIONS,
-    MODE_SAMPLES,
-    TORCH,
-    leaves_of,
-    memory_of,
-    ours,
-    random_grad_like,
-    value_and_gradients,
-)
-from support.sample_inputs import DTYPES, OPS, Sample, on_device, sample_input
+from support.modes import CONTEXTS, FunctionRecorder
+from support.operators import COMPILE_SAMPLES, MODE_SAMPLES, TORCH, ours, value_and_gradients
+from support.sample_inputs import OPS, Sample, sample_input
 
 # --- the extension is there -----------------------------------------------------------------------
 
@@ -108,129 +93,6 @@ def test_every_operator_has_a_kernel_on_the_cpu_and_shapes_for_compile(name):
 @pytest.mark.parametrize("name", OPS)
 def test_operators_for_users_have_an_autograd_kernel(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{name}", "Autograd")
-
-
-# --- opcheck --------------------------------------------------------------------------------------
-
-# Each option once, in the layouts that an operator treats in different ways: the fake kernel must
-# give the real one's strides too.
-OPCHECK_SAMPLES = {
-    "linear_relu": (
-        *("7x15_to_9", "7x15_to_9_no_bias", "1d_input", "3d_input_reversed", "all_sliced"),
-        *("0x3_to_2", "2x0_to_3", "2x3_to_0"),
-    ),
-    "log_softmax": (
-        *("0d_dim-1", "3d_dim1", "4d_channels_last_dim1", "transposed_dim0", "expanded_dim1"),
-        "empty_(3,0)_dim1",
-    ),
-    "nll_loss": (
-        *("5_mean", "7x5_none_weighted", "3x5x4_ignore3_none", "2x5x3x4_sum", "uint8_ignore255"),
-        *("2x9x4x5_channels_last", "7x18_input_transposed", "0x5_empty_sum"),
-    ),
-    "cross_entropy": (
-        *("5_mean", "7x5_none_weighted", "3x5x4_ignore3_none", "2x5x3x4_sum", "uint8_ignore255"),
-        *("2x9x4x5_channels_last", "7x18_input_transposed", "0x5_empty_sum"),
-        *("7x5_smooth0.1_mean_weighted", "3x5x4_smooth0.1_none", "channels_last_smooth"),
-        *("7x17_probs", "3x5x4_probs_none_weighted_0.1", "channels_last_probs"),
-        "0x5_probs_empty_none",
-    ),
-}
-OPCHECK_CASES = [
-    pytest.param(op, name, id=f"{op}-{name}")
-    for op, names in OPCHECK_SAMPLES.items()
-    for name in names
-]
-
-# The operators' own argument lists have neither the deprecated pair nor dtype=.
-LOSS_DEFAULTS = {"weight": None, "ignore_index": -100, "reduction": "mean"}
-
-
-def loss_options(op: str, sample: Sample) -> dict[str, Any]:
-    smoothing = {"label_smoothing": 0.0} if op == "cross_entropy" else {}
-    return {**LOSS_DEFAULTS, **smoothing, **sample.kwargs}
-
-
-@needs_extension
-@pytest.mark.parametrize(("op", "name"), OPCHECK_CASES)
-@pytest.mark.capability("compile", "`torch.library.opcheck`")
-def test_opcheck_for_users(op, name):
-    sample = sample_input(op, torch.float32, name)
-    leaves = leaves_of(op, sample)
-    arguments = (*leaves, *sample.args[len(leaves) :])
-    opcheck(getattr(torch.ops.fastnn, op).default, arguments, sample.kwargs)
-
-
-def forward_and_backward_calls(op: str, sample: Sample) -> Iterator[tuple[str, tuple]]:
-    """The operators that the one for users is made of, and arguments as it gives them."""
-    operators = torch.ops.fastnn
-    args = sample.args
-    output = ours(op)(*args, **sample.kwargs)
-    grad = random_grad_like(op, sample, output)
-    if op == "linear_relu":
-        bias = len(args) > 2
-        yield "linear_relu_backward", (grad, *args[:2], output, [True, True, bias])
-        yield "linear_relu_backward", (grad, None, args[1], output, [True, False, bias])
-        yield "linear_relu_backward", (grad, args[0], None, output, [False, True, False])
-        yield "linear_relu_backward", (grad, None, None, output, [False, False, True])
-    elif op == "log_softmax":
-        yield "log_softmax_backward", (grad, output, args[1])
-    elif op == "nll_loss":
-        weight, *options = loss_options(op, sample).values()
-        yield "nll_loss_forward", (*args, weight, *options)
-        _loss, total_weight = operators.nll_loss_forward(*args, weight, *options)
-        yield "nll_loss_backward", (grad, *args, weight, total_weight, *options)
-    else:
-        weight, *options = loss_options(op, sample).values()
-        for keep in (False, True):
-            yield "cross_entropy_forward", (*args, weight, *options, keep)
-        _loss, kept, *saved = operators.cross_entropy_forward(*args, weight, *options, True)
-        for backward in ("cross_entropy_backward", "cross_entropy_backward_"):
-            yield backward, (grad, kept, args[1], weight, *saved, *options)
-
-
-@needs_extension
-@pytest.mark.parametrize(("op", "name"), OPCHECK_CASES)
-def test_opcheck_forwards_and_backwards(op, name):
-    sample = sample_input(op, torch.float32, name)
-    for operator, arguments in forward_and_backward_calls(op, sample):
-        opcheck(getattr(torch.ops.fastnn, operator).default, arguments)
-
-
-@needs_extension
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
-def test_fake_outputs_have_the_real_dtypes(op, dtype):
-    """The sums' dtype is not the input's."""
-    name = OPCHECK_SAMPLES[op][1]
-    for operator, arguments in forward_and_backward_calls(op, sample_input(op, dtype, name)):
-        operator = getattr(torch.ops.fastnn, operator).default
-        opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-@needs_extension
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"momentum": 0.9, "is_first_step": True},
-        {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "maximize": True},
-        {"momentum": 0.9, "nesterov": True},
-        {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)},
-        {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(1.0)},
-    ],
-    ids=["plain", "first", "momentum", "nesterov", "scaled", "skipped"],
-)
-@pytest.mark.capability("compile", "`torch.library.opcheck`", operators=["SGD"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_sgd_step(dtype, options):
-    def tensors(dtype: torch.dtype) -> list[Tensor]:
-        shapes = [torch.randn(3, 5), torch.randn(4, 2).t(), torch.randn(())]
-        return [tensor.to(dtype) for tensor in shapes]
-
-    buffers = tensors(torch.float32) if options.get("momentum") else []
-    arguments = (tensors(dtype), tensors(dtype), buffers)
-    options = tree_map_only(Tensor, on_device, options)
-    opcheck(torch.ops.fastnn.sgd_step_.default, arguments, {"lr": 0.1, **options})
 
 
 # --- values and shapes ---------------------------------------------------------------------------
@@ -331,9 +193,6 @@ def assert_same_outcome(
         assert torch.equal(mine, theirs)
 
 
-CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
-
-
 @needs_extension
 @pytest.mark.not_on_a_gpu("layouts of the CPU")
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -407,17 +266,6 @@ def to_meta(value: object) -> object:
 # --- modes, subclasses and names ------------------------------------------------------------------
 
 
-class FunctionRecorder(TorchFunctionMode):
-    """Notes the functions called under it."""
-
-    def __init__(self) -> None:
-        self.called: list[Callable] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.called.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 class Subclass(Tensor):
     """Notes the functions that it is an argument of, and hands itself on, as by default."""
 
@@ -468,235 +316,6 @@ def test_a_class_that_hands_our_function_on_keeps_our_operators(op):
     with Recorded() as recorded:
         ours(op)(sample.args[0].as_subclass(Subclass), *sample.args[1:], **sample.kwargs)
     assert recorded.names == {op}
-
-
-# --- classes that don't know our functions --------------------------------------------------------
-
-
-class Wrapper(Tensor):
-    """Keeps its values in another tensor."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Tensor:
-        return Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=inner.device
-        )
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    def __repr__(self) -> str:  # the compiler's log prints it
-        return f"{type(self).__name__}({self.inner})"
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inner"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: object) -> Tensor:
-        return cls(inner["inner"])
-
-    # What torch itself needs of any tensor.
-    COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default)
-
-    @classmethod
-    def on_inner(cls, func: Callable, args: tuple, kwargs: dict | None) -> Any:
-        args, kwargs = tree_map_only(cls, lambda wrapper: wrapper.inner, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-class KnowsFunctions(Wrapper):
-    """As weight-only quantised weights: torch's functions, and no operator."""
-
-    KNOWN = (F.linear, F.log_softmax, F.nll_loss, F.cross_entropy)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in cls.KNOWN:
-            return cls.on_inner(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func in cls.COPIES:
-            return cls(cls.on_inner(func, args, kwargs))
-        raise NotImplementedError(f"{cls.__name__} has no {func}")
-
-
-class KnowsOperators(Wrapper):
-    """As quantised tensors that are written on aten's operators."""
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func.namespace != "aten":
-            raise NotImplementedError(f"{cls.__name__} has no {func}")
-        result = cls.on_inner(func, args, kwargs)
-        return cls(result) if func in (*cls.COPIES, torch.ops.aten.t.default) else result
-
-
-class RefusesOurs(Tensor):
-    """As the weights of per-sample gradients: other functions than torch's are refused."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in map(ours, OPS):
-            raise RuntimeError(f"{cls.__name__} cannot handle {func.__name__}")
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class DoesNotKnowOurs(RefusesOurs):
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in map(ours, OPS):
-            return NotImplemented
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-CLASSES = {
-    "KnowsFunctions": KnowsFunctions,
-    "KnowsOperators": KnowsOperators,
-    "LoggingTensor": LoggingTensor,  # knows every operator
-    "RefusesOurs": lambda tensor: tensor.as_subclass(RefusesOurs),
-    "DoesNotKnowOurs": lambda tensor: tensor.as_subclass(DoesNotKnowOurs),
-}
-every_class = pytest.mark.parametrize("kind", CLASSES)
-
-
-def plain(result: Tensor) -> Tensor:
-    """The values of a class's result."""
-    return result.elem if isinstance(result, LoggingTensor) else result.as_subclass(Tensor)
-
-
-@every_class
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.capability("saving", "tensor subclasses that know PyTorch's functions or operators")
-def test_classes_that_do_not_know_our_functions(implementation, op, context, kind):
-    """They get torch's, and so its very numbers."""
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
-    arguments = {**dict(enumerate(sample.args)), **sample.kwargs}
-    expected = TORCH[op](*sample.args, **sample.kwargs)
-    for key in [key for key, value in arguments.items() if isinstance(value, Tensor)]:
-        with context():
-            given = {**arguments, key: CLASSES[kind](arguments[key])}
-            positional = [given.pop(i) for i in range(len(sample.args))]
-            assert torch.equal(plain(ours(op)(*positional, **given)), expected)
-
-
-@every_class
-@pytest.mark.parametrize("op", OPS)
-def test_modes_see_our_function_before_a_class_gets_torchs(op, kind):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
-    with FunctionRecorder() as recorder:
-        given = CLASSES[kind](sample.args[0])
-        recorder.called.clear()
-        result = ours(op)(given, *sample.args[1:], **sample.kwargs)
-    assert recorder.called[0] is ours(op)
-    assert torch.equal(plain(result), TORCH[op](*sample.args, **sample.kwargs))
-
-
-@pytest.mark.parametrize("kind", ["KnowsFunctions", "KnowsOperators", "RefusesOurs"])
-def test_frozen_weights_of_such_a_class_in_a_layer(implementation, kind):
-    layer = fastnn.nn.LinearReLU(6, 5)
-    plain_weight = layer.weight.detach()
-    layer.weight = torch.nn.Parameter(CLASSES[kind](plain_weight), requires_grad=False)
-    input = torch.randn(4, 6, requires_grad=True)
-    wanted = [input, layer.bias]
-    gradients = [
-        torch.autograd.grad(output.as_subclass(Tensor).square().sum(), wanted)
-        for output in (layer(input), TORCH["linear_relu"](input, plain_weight, layer.bias))
-    ]
-    assert all(torch.equal(plain(mine), theirs) for mine, theirs in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["KnowsFunctions", "KnowsOperators", "RefusesOurs"])
-@pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
-def test_class_weights_of_such_a_class_in_a_loss(implementation, op, kind):
-    weight, rows, target = torch.rand(3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
-    loss = {"nll_loss": fastnn.nn.NLLLoss, "cross_entropy": fastnn.nn.CrossEntropyLoss}[op]
-    result = loss(weight=CLASSES[kind](weight))(rows, target)
-    assert torch.equal(plain(result), TORCH[op](rows, target, weight))
-
-
-@every_class
-def test_what_torch_raises_for_a_class_stands_alone(kind):
-    weight = CLASSES[kind](torch.randn(5, 3))
-    with pytest.raises(RuntimeError) as theirs:
-        F.linear(torch.randn(4, 7), weight)
-    with pytest.raises(RuntimeError) as mine:
-        fastnn.functional.linear_relu(torch.randn(4, 7), weight)
-    assert str(mine.value) == str(theirs.value)
-    assert mine.value.__context__ is None
-
-
-@needs_extension
-def test_a_mode_alone_changes_no_error():
-    with FunctionRecorder(), pytest.raises(RuntimeError, match="linear_relu: expected input's"):
-        fastnn.functional.linear_relu(torch.randn(4, 7), torch.randn(5, 3))
-
-
-COMPILED_CLASSES = {
-    "KnowsFunctions": KnowsFunctions,
-    "KnowsOperators": KnowsOperators,
-    "TwoTensor": lambda tensor: TwoTensor(tensor, 2 * tensor),
-}
-
-
-@needs_extension
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("kind", COMPILED_CLASSES)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.capability("compile", "tensor subclasses that know PyTorch's functions or operators")
-def test_such_classes_in_one_graph(op, kind):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
-    given = COMPILED_CLASSES[kind](sample.args[0])
-
-    def compiled(function: Callable[..., Tensor]) -> Tensor:
-        call = torch.compile(
-            lambda x: function(x, *sample.args[1:], **sample.kwargs),
-            backend="aot_eager",
-            fullgraph=True,
-        )
-        return call(given)
-
-    mine, theirs = compiled(ours(op)), compiled(TORCH[op])
-    assert type(mine) is type(theirs)
-    for part in ("a", "b") if kind == "TwoTensor" else ("data",):
-        assert torch.equal(getattr(mine, part), getattr(theirs, part))
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("op", OPS)
-def test_without_gradients(implementation, op, context):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
-    leaves = leaves_of(op, sample)
-    direct = ours(op)(*sample.args, **sample.kwargs)
-    with context():
-        result = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
-    assert not result.requires_grad
-    assert result.grad_fn is None
-    assert result.is_inference() == (context is torch.inference_mode)
-    assert torch.equal(result, direct)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_a_function_gives_the_same_bits(op):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
-    results = value_and_gradients(FUNCTIONS[op].apply, op, sample)
-    direct = value_and_gradients(ours(op), op, sample)
-    for result, expected in zip(results, direct, strict=True):
-        assert torch.equal(result, expected)
-
-
-@needs_extension
-@pytest.mark.parametrize("op", OPS)
-def test_the_operator_itself_is_the_function(op):
-    """torch.ops.fastnn.<op>, called directly, with autograd."""
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
-    results = value_and_gradients(getattr(torch.ops.fastnn, op), op, sample)
-    direct = value_and_gradients(ours(op), op, sample)
-    for result, expected in zip(results, direct, strict=True):
-        assert torch.equal(memory_of(result), memory_of(expected))
 
 
 # --- in a process of its own ----------------------------------------------------------------------

@@ -68,7 +68,8 @@ TESTS = [
     f"tests/{path}"
     for path in (
         "ops/test_operators.py", "ops/test_gradients.py", "ops/test_accuracy.py",
-        "ops/test_errors.py", "ops/test_autocast.py", "ops/test_dispatch.py",
+        "ops/test_errors.py", "ops/test_backward_errors.py", "ops/test_autocast.py",
+        "ops/test_dispatch.py", "ops/test_opcheck.py", "ops/test_tensor_classes.py",
         "ops/test_torch_inputs.py", "nn", "optim", "transforms/test_transforms.py",
         "transforms/test_compile.py", "programs/test_training.py", "programs/test_saving.py",
         "cuda/test_cuda_plans.py",
