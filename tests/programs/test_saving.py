@@ -1,6 +1,6 @@
 """Models of our layers saved, moved, shared, reparametrized, wrapped: as PyTorch's own are.
 
-What one layer by itself goes through is in test_nn.py, and the optimizer in test_optim.py.
+What one layer by itself goes through is in test_nn.py, and the optimizer in tests/optim.
 """
 
 from __future__ import annotations
