@@ -18,7 +18,7 @@ LINTERS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
 PY := $(VENV)/bin/python
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CXX_TESTS := $(shell find tests -name '*.cpp' -o -name '*.h')
+CXX_TESTS := $(shell find tests tools -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
 
 .PHONY: help demo bench gpu-check build check test test-emulated lint format sanitize sanitize-cuda \
@@ -39,7 +39,7 @@ bench: build ## time every operator against the alternatives (ARGS="--quick")
 
 # This uses the environment of PYTHON as it is, and fetches nothing. Its torch must have CUDA.
 gpu-check: ## check and measure everything on a GPU: 10 minutes (ARGS="--only smoke")
-	$(PYTHON) tests/gpu/check.py $(ARGS)
+	$(PYTHON) tools/gpu/check.py $(ARGS)
 
 build: $(VENV)/.built ## build the extension and its environment
 
@@ -47,10 +47,13 @@ build: $(VENV)/.built ## build the extension and its environment
 
 # The tests of what users call, each once. `make test` adds the emulated kernels, the compilers and
 # exporters, the examples and the build.
-QUICK := operators gradients nn optim fusion errors dispatch autocast transforms saving accuracy \
-    training tools torch_names package docs makefile
+QUICK := $(addprefix ops/test_,operators.py gradients.py accuracy.py errors.py backward_errors.py \
+        dispatch.py opcheck.py tensor_classes.py autocast.py) \
+    nn optim transforms/test_transforms.py docs/test_docs.py \
+    $(addprefix programs/test_,training.py saving.py tools.py) \
+    $(addprefix project/test_,torch_names.py package.py makefile.py)
 check: lint build ## the quick lane, for each commit: lint, types, the main tests: 3 minutes
-	$(PY) -m pytest $(QUICK:%=tests/test_%.py) $(ARGS)
+	$(PY) -m pytest $(QUICK:%=tests/%) $(ARGS)
 
 test: build ## run all tests, then again on emulated CUDA kernels (ARGS="-k cross_entropy")
 	$(PY) -m pytest $(ARGS)
@@ -62,8 +65,8 @@ OR_NONE_CHOSEN := || [ $$? -eq 5 ]
 EMULATED := FASTNN_TEST_CUDA_EMULATION=1 CXX="$(CXX)"
 test-emulated: build ## run the tests on CUDA kernels that the CPU emulates
 	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PY) -m pytest $(ARGS) $(OR_NONE_CHOSEN)
-	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
-	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
+	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
+	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 
 # mypy reads the types of the installed torch.
 lint: $(VENV)/.lint ## check the style and the static types
@@ -83,10 +86,10 @@ sanitize: ## run the CPU kernels under the compiler's sanitizers: 10 minutes
 
 # This needs torch's headers.
 sanitize-cuda: $(VENV)/.torch ## run the emulated CUDA kernels under them: 10 minutes
-	CXX="$(CXX)" $(PY) tests/cuda_emulation/run.py sanitize
+	CXX="$(CXX)" $(PY) tools/cuda_emulation/run.py sanitize
 
 mutants: $(VENV)/.torch ## plant faults in the CUDA kernels; the tests must find them: 10 minutes
-	CXX="$(CXX)" $(PY) tests/cuda_emulation/mutants.py $(ARGS)
+	CXX="$(CXX)" $(PY) tools/cuda_emulation/mutants.py $(ARGS)
 
 emulate: build ## run the CPU kernels on emulated processors: no AVX, AVX-512, ARM
 	CXX="$(CXX)" $(PY) tests/kernels/run.py emulate
@@ -94,25 +97,25 @@ emulate: build ## run the CPU kernels on emulated processors: no AVX, AVX-512, A
 # In its own environment. ARGS go to pytest.
 cuda-check: ## build the CUDA part with nvcc and run its PTX, without a GPU: 30 minutes
 	$(MAKE) VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)" $(CUDA_VENV)/.cuda_tools
-	$(CUDA_VENV)/bin/python tests/cuda_build.py $(ARGS)
+	$(CUDA_VENV)/bin/python tools/cuda_build.py $(ARGS)
 
 fuzz: build ## run random programs with fastnn and with PyTorch, and compare (ARGS="--minutes 5")
-	PYTHONPATH=tests $(PY) -m fuzz $(ARGS)
+	PYTHONPATH=tests:tools $(PY) -m fuzz $(ARGS)
 
 # -x: a failed test keeps its tensors, which leaves the next one no memory.
 test-large: build ## test tensors of more than 2^31 elements: hours, 24 GiB of memory
-	$(PY) -m pytest --large -x tests/test_large.py $(ARGS)
-	$(EMULATED) $(PY) -m pytest --large -x tests/test_large.py $(ARGS)
+	$(PY) -m pytest --large -x tests/ops/test_large.py $(ARGS)
+	$(EMULATED) $(PY) -m pytest --large -x tests/ops/test_large.py $(ARGS)
 
 # In environments of their own, each of 6 GB where PyTorch comes with CUDA.
 test-matrix: ## build and test with several versions of PyTorch and Python (ARGS=2.9.1)
-	$(PYTHON) tests/matrix.py $(ARGS)
+	$(PYTHON) tools/matrix.py $(ARGS)
 
 # In its own environment, and on the CPU. `python -m pytest` would import the working tree's fastnn
 # instead of the installed one; `pytest` does not.
 test-integrations: ## train with torchvision, timm, fastai, Lightning and others
 	$(MAKE) VENV=$(INTEGRATIONS_VENV) TORCH="$(CUDA_TORCH)" $(INTEGRATIONS_VENV)/.stacks
-	CUDA_VISIBLE_DEVICES= $(INTEGRATIONS_VENV)/bin/pytest tests/integrations $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(INTEGRATIONS_VENV)/bin/pytest tests/programs/integrations $(ARGS)
 
 # Warnings are errors. A name of ours that does not exist is a warning.
 SPHINX := $(PY) -m sphinx -q -W --keep-going -d docs/_build/doctrees
@@ -131,7 +134,7 @@ capabilities: build ## write docs/capabilities.md from the tests that it names
 	$(PY) -m pytest -m capability --capabilities=docs/capabilities.md
 
 dist: $(VENV)/.build_tool ## build the source distribution and the wheel, and try the wheel
-	$(PY) tests/dist.py "$(TORCH)"
+	$(PY) tools/dist.py "$(TORCH)"
 
 # ---- what the commands set up --------------------------------------------------------------------
 
@@ -168,10 +171,10 @@ $(VENV)/.build_tool: $(VENV)/.torch
 	touch $@
 
 # Not editable, since the extension in the working tree is built for another torch.
-$(VENV)/.stacks: $(VENV)/.torch setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_FILES) $(wildcard fastnn/*.py) tests/integrations/requirements.txt
+$(VENV)/.stacks: $(VENV)/.torch setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_FILES) $(wildcard fastnn/*.py) tests/programs/integrations/requirements.txt
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	FASTNN_CUDA=0 $(PY) -W ignore setup.py --quiet build_ext
-	FASTNN_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation . -r tests/integrations/requirements.txt
+	FASTNN_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation . -r tests/programs/integrations/requirements.txt
 	touch $@
 
 # After torch, whose types mypy reads.

@@ -1,5 +1,5 @@
 // The places where CUDA's syntax is not C++'s, so that a kernel compiles with nvcc and, in
-// the tests, as plain C++ (tests/cuda_emulation has a <cuda_runtime.h> of its own that defines
+// the tests, as plain C++ (tools/cuda_emulation has a <cuda_runtime.h> of its own that defines
 // them).
 #pragma once
 

@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from native import CXX, REPOSITORY, run
+from native import CXX, run
+from repository import REPOSITORY
 
 FOLDER = Path("build/kernel_tests/emulated_pc")
 SERIAL = FOLDER / "serial.txt"

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import emulated_pc
-from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, REPOSITORY, THREAD, Way, build, run
 
 from build_support import instruction_sets
+from native import ADDRESS_UNDEFINED, CXX, NATIVE, PLAIN, THREAD, Way, build, run
+from repository import REPOSITORY
 
 TESTS = Path("tests/kernels")
 
@@ -120,7 +121,7 @@ import sys, pytest
 from fastnn import _extension
 assert _extension.extension.cpu_capability() == "default"
 choice = "functional and test_value_and_gradients and float32"
-sys.exit(pytest.main(["tests/test_operators.py", "-p", "no:cacheprovider", "-k", choice]))
+sys.exit(pytest.main(["tests/ops/test_operators.py", "-p", "no:cacheprovider", "-k", choice]))
 """
 
 

@@ -1,0 +1,244 @@
+"""What only a GPU shows: graphs, streams, devices, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastnn
+from fastnn import functional
+from support.marks import needs_gpu
+
+pytestmark = needs_gpu
+
+
+def step_of_a_model(device: str = "cuda", lr: float | torch.Tensor = 0.1):
+    """A function that trains one step and returns the loss, and the model's parameters."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(fastnn.nn.LinearReLU(20, 33), torch.nn.Linear(33, 10)).to(device)
+    optimizer = fastnn.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    x = torch.randn(64, 20).to(device)
+    target = (torch.arange(64) % 10).to(device)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step, list(model.parameters())
+
+
+def trained(steps: int, device: str = "cuda") -> list[torch.Tensor]:
+    step, parameters = step_of_a_model(device)
+    for _ in range(steps):
+        step()
+    return [parameter.detach().cpu() for parameter in parameters]
+
+
+def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def assert_agrees(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """After five steps of float32: the same operations, in another order of sums."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_training_agrees_with_the_cpu():
+    assert_agrees(trained(5), trained(5, "cpu"))
+
+
+def test_training_gives_the_same_bits_again():
+    assert_same_bits(trained(5), trained(5))
+
+
+def captured(step) -> torch.cuda.CUDAGraph:
+    """A graph of the step, after three that ran as they were."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def test_training_in_a_graph():
+    """Capturing fails where anything synchronises; the replays read what a step has left."""
+    step, parameters = step_of_a_model()
+    graph = captured(step)
+    for _ in range(2):
+        graph.replay()
+    assert_same_bits([parameter.detach().cpu() for parameter in parameters], trained(5))
+
+
+def test_a_graph_reads_the_learning_rate_at_each_replay():
+    lr = torch.tensor(0.5, device="cuda")
+    step, parameters = step_of_a_model(lr=lr)
+    graph = captured(step)
+    lr.fill_(0.0)
+    before = [parameter.detach().cpu() for parameter in parameters]
+    graph.replay()
+    assert_same_bits([parameter.detach().cpu() for parameter in parameters], before)
+    lr.fill_(0.5)
+    graph.replay()
+    assert not torch.equal(parameters[0].detach().cpu(), before[0])
+
+
+def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
+    loss = functional.cross_entropy(logits, target)
+    return [loss, *torch.autograd.grad(loss, logits)]
+
+
+# Rows in shared memory, rows of a block each, and rows that several blocks share.
+@pytest.mark.parametrize(("rows", "classes"), [(1000, 10), (64, 5000), (3, 200_000)])
+def test_a_loss_in_a_graph_reads_its_inputs_at_each_replay(rows, classes):
+    logits = torch.zeros(rows, classes, device="cuda", requires_grad=True)
+    target = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    graph, results = torch.cuda.CUDAGraph(), []
+    captured(lambda: loss_and_gradient(logits, target))  # warms up
+    with torch.cuda.graph(graph):
+        results = loss_and_gradient(logits, target)
+    for _ in range(2):
+        with torch.no_grad():
+            logits.normal_()
+            target.random_(classes)
+        graph.replay()
+        assert_same_bits(results, loss_and_gradient(logits, target))
+
+
+def test_graphs_that_share_their_memory():
+    """Each one's temporary memory may be the other's, as they are replayed in turn."""
+    inputs = [torch.randn(64, size, device="cuda", requires_grad=True) for size in (5000, 300)]
+    target = torch.arange(64, device="cuda")
+    graphs, results = [torch.cuda.CUDAGraph() for _ in inputs], []
+    pool = torch.cuda.graph_pool_handle()
+    for graph, logits in zip(graphs, inputs, strict=True):
+        captured(lambda logits=logits: loss_and_gradient(logits, target))
+        with torch.cuda.graph(graph, pool=pool):
+            results.append(loss_and_gradient(logits, target))
+    for _ in range(2):
+        for graph, logits, result in zip(graphs, inputs, results, strict=True):
+            with torch.no_grad():
+                logits.normal_()
+            graph.replay()
+            assert_same_bits(result, loss_and_gradient(logits, target))
+
+
+def test_the_compiler_s_cuda_graphs(fresh_dynamo):
+    def step(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(functional.linear_relu(x, weight), target)
+
+    compiled = torch.compile(step, mode="reduce-overhead")
+    weight = torch.randn(50, 20, device="cuda", requires_grad=True)
+    target = torch.arange(32, device="cuda")
+    for _ in range(4):  # the graph is made at the second call or the third
+        x = torch.randn(32, 20, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(x, weight, target)
+        (grad,) = torch.autograd.grad(loss, weight)
+        exact = step(x, weight, target)
+        torch.testing.assert_close(loss, exact)
+        torch.testing.assert_close(grad, torch.autograd.grad(exact, weight)[0])
+
+
+def test_a_backward_after_a_forward_on_another_stream():
+    logits = torch.randn(512, 5000, device="cuda", requires_grad=True)
+    target = torch.arange(512, device="cuda")
+    expected = loss_and_gradient(logits, target)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss = functional.cross_entropy(logits, target)
+    torch.cuda.current_stream().wait_stream(stream)
+    # autograd runs it on the forward's stream, and waits for that here.
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert_same_bits([loss.detach(), grad], expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_over_more_tensors_than_a_launch_takes(momentum):
+    """The CPU's steps: the same operations, of which each compiler may fuse others."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [*range(1, 300), 100_003]
+    values = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
+    stepped = []
+    for device in ("cpu", "cuda"):
+        params = [torch.nn.Parameter(value.to(device, copy=True)) for value in values]
+        optimizer = fastnn.optim.SGD(params, lr=0.1, momentum=momentum, weight_decay=0.01)
+        for factor in (1.0, -0.5, 2.0):
+            for param, value in zip(params, values, strict=True):
+                param.grad = value.to(device) * factor
+            optimizer.step()
+        stepped.append([param.detach().cpu() for param in params])
+    torch.testing.assert_close(stepped[1], stepped[0])
+
+
+def test_training_on_a_second_stream():
+    expected = trained(5)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        actual = trained(5)
+    stream.synchronize()
+    assert_same_bits(actual, expected)
+
+
+def test_nothing_waits_for_the_device():
+    step, _ = step_of_a_model()
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_scaled_step_does_not_wait_for_the_device(overflow):
+    parameter = torch.nn.Parameter(torch.ones(5, device="cuda"))
+    lr = torch.tensor(0.25, device="cuda")
+    optimizer = fastnn.optim.SGD([parameter], lr=lr, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0)
+    factor = torch.tensor(float("inf") if overflow else 1.0, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert parameter.tolist() == [1.0 if overflow else 0.75] * 5
+
+
+def test_training_on_a_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    with torch.cuda.device(0):  # the tensors' device is another
+        # Not the same bits: it may be another kind of GPU.
+        assert_agrees(trained(5, "cuda:1"), trained(5, "cuda:0"))
+
+
+BAD_TARGET = """
+import torch, fastnn
+logits = torch.randn(7, 5, device="cuda")
+target = torch.full((7,), 5, device="cuda")
+fastnn.functional.cross_entropy(logits, target)
+torch.cuda.synchronize()
+"""
+
+
+def test_a_target_out_of_range_trips_a_device_assert():
+    """In a process of its own: the device takes no other work after it."""
+    process = subprocess.run(
+        [sys.executable, "-c", BAD_TARGET], capture_output=True, text=True, check=False
+    )
+    assert process.returncode != 0
+    assert "Target is out of bounds" in process.stderr

@@ -1,0 +1,102 @@
+"""Each way in which the CUDA launchers split up the work, on inputs that would not choose it.
+
+The other tests take what the launchers choose, which for inputs that are small enough to test is
+seldom a block for each row, or several.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastnn
+from support.operators import check_value_and_gradients, every_dtype
+from support.sample_inputs import Sample, sample_input
+
+pytestmark = pytest.mark.on_cuda_kernels
+
+# One class, rows that start at every alignment, more than a warp has lanes or a block has threads.
+ROWS = {
+    "log_softmax": ["rows_3x1", "rows_3x7", "rows_3x81", "offset_dim1", "1000_classes"],
+    "nll_loss": ["7x1_classes", "7x5_mean_weighted", "7x81_classes", "7x1000_classes"],
+    "cross_entropy": [
+        "7x1_classes",
+        "7x5_ignore3_sum_weighted",
+        "7x81_classes",
+        "7x1000_classes",
+        "7x33_smooth",
+        "7x5_smooth0.1_mean_weighted",
+        "7x5_probs_mean_weighted_0.1",
+        "7x33_probs",
+    ],
+}
+PRODUCTS = ["1x9_to_7", "17x33_to_31", "65x63_to_65_no_bias", "weight_transposed", "all_active"]
+
+
+@every_dtype
+@pytest.mark.parametrize("path", ["subwarp", "warp", "block", "split"])
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in ROWS.items() for name in names]
+)
+def test_rows(monkeypatch, path, op, name, dtype):
+    monkeypatch.setenv("FASTNN_CUDA_ROWS", path)
+    check_value_and_gradients(op, sample_input(op, dtype, name))
+
+
+@every_dtype
+@pytest.mark.parametrize("kibibytes", [46, 47, 48, 49])
+def test_rows_about_as_long_as_shared_memory(kibibytes, dtype):
+    """The longest that a block keeps there, beside what its reductions need."""
+    classes = kibibytes * 1024 // dtype.itemsize
+    logits, target = torch.randn(2, 2, classes).to(dtype)
+    check_value_and_gradients("log_softmax", Sample("long rows", (logits, 1)))
+    probabilities = target.softmax(1)
+    check_value_and_gradients("cross_entropy", Sample("long rows", (logits, probabilities)))
+
+
+@every_dtype
+@pytest.mark.parametrize("product", ["library", "tiled"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(monkeypatch, product, name, dtype):
+    monkeypatch.setenv("FASTNN_CUDA_GEMM", product)
+    check_value_and_gradients("linear_relu", sample_input("linear_relu", dtype, name))
+
+
+@every_dtype
+@pytest.mark.parametrize("product", ["library", "tiled"])
+@pytest.mark.parametrize(("rows", "depth", "cols"), [(33, 65, 31), (64, 64, 64), (512, 1000, 776)])
+def test_nan_and_infinity_pass_every_product(monkeypatch, product, rows, depth, cols, dtype):
+    """Odd sizes and those of whole vectors: a library has other kernels for each.
+
+    Their fused ReLUs differ: on an H200 those of odd sizes in two bytes turn NaN into 0.
+    """
+    monkeypatch.setenv("FASTNN_CUDA_GEMM", product)
+    input, weight, bias = torch.randn(rows, depth), torch.randn(cols, depth), torch.randn(cols)
+    input[3, 5], input[4, 6], input[5, 7] = float("nan"), float("inf"), float("-inf")
+    weight[7, 2], weight[8, 3] = float("nan"), float("inf")
+    bias[9], bias[10], bias[11] = float("nan"), float("inf"), float("-inf")
+    args = [value.to(dtype) for value in (input, weight, bias)]
+    output = fastnn.functional.linear_relu(*args)
+    exact = F.linear(*(value.double() for value in args)).relu()
+    assert torch.equal(output.isnan(), exact.isnan())
+    assert torch.equal(output.isinf(), exact.isinf())
+
+
+@every_dtype
+@pytest.mark.parametrize("past", [0, 1, 2], ids=lambda past: f"{past}_past_a_boundary")
+@pytest.mark.parametrize("transposed", [False, True], ids=["as_is", "transposed"])
+def test_large_tiles_at_any_alignment(monkeypatch, past, transposed, dtype):
+    """Those of larger products load as many neighbours at once as the alignment lets them."""
+    monkeypatch.setenv("FASTNN_CUDA_GEMM", "tiled")
+    rows, cols, depth = 304, 200, 24
+    input = torch.randn(rows * depth + past).to(dtype)[past:]
+    input = input.view(depth, rows).t() if transposed else input.view(rows, depth)
+    weight = torch.randn(cols * depth + past).to(dtype)[past:].view(cols, depth)
+    actual = fastnn.functional.linear_relu(input, weight)
+    exact = F.linear(input.double(), weight.double()).relu()
+    # As many roundings in the accumulator's type as there are products, and the result's own.
+    accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * depth
+    magnitude = input.double().abs() @ weight.double().abs().t()
+    bound = accumulated * magnitude + torch.finfo(dtype).eps * exact
+    assert ((actual.double() - exact).abs() <= bound).all()

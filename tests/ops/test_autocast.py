@@ -1,0 +1,244 @@
+"""torch.autocast: every operator runs in the dtype that torch's own does, to the same numbers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastnn
+from support import stock
+from support.sample_inputs import Draws
+
+F = torch.nn.functional
+C = fastnn.functional
+
+LOW_PRECISION = [torch.bfloat16, torch.float16]
+INPUTS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+# Each operator with torch's own, of the same arguments.
+OPERATORS = {
+    "linear_relu": (
+        lambda a: C.linear_relu(a.input, a.weight, a.bias),
+        lambda a: stock.linear_relu(a.input, a.weight, a.bias),
+    ),
+    "linear_relu, no bias": (
+        lambda a: C.linear_relu(a.input, a.weight),
+        lambda a: stock.linear_relu(a.input, a.weight),
+    ),
+    "log_softmax": (lambda a: C.log_softmax(a.input, 1), lambda a: F.log_softmax(a.input, 1)),
+    "log_softmax, dtype": (
+        lambda a: C.log_softmax(a.input, 1, dtype=torch.float16),
+        lambda a: F.log_softmax(a.input, 1, dtype=torch.float16),
+    ),
+    "nll_loss": (lambda a: C.nll_loss(a.input, a.target), lambda a: F.nll_loss(a.input, a.target)),
+    "nll_loss, weight": (
+        lambda a: C.nll_loss(a.input, a.target, a.class_weight),
+        lambda a: F.nll_loss(a.input, a.target, a.class_weight),
+    ),
+    "cross_entropy": (
+        lambda a: C.cross_entropy(a.input, a.target),
+        lambda a: F.cross_entropy(a.input, a.target),
+    ),
+    "cross_entropy, probabilities": (
+        lambda a: C.cross_entropy(a.input, a.probabilities),
+        lambda a: F.cross_entropy(a.input, a.probabilities),
+    ),
+}
+operators = pytest.mark.parametrize("name", OPERATORS)
+low_precision = pytest.mark.parametrize("autocast_dtype", LOW_PRECISION, ids=str)
+inputs = pytest.mark.parametrize("dtype", INPUTS, ids=str)
+
+
+def autocast(**options) -> torch.autocast:
+    """For the device under test."""
+    return torch.autocast(torch.get_default_device().type, **options)
+
+
+def arguments(dtype: torch.dtype, device: str | None = None, requires_grad: bool = True):
+    """An input of `dtype` and parameters of float32 (float64 beside a float64 input)."""
+    other = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32, "device": device}
+    return SimpleNamespace(
+        input=torch.randn(6, 9, dtype=dtype, device=device, requires_grad=requires_grad),
+        weight=torch.randn(7, 9, **other, requires_grad=requires_grad),
+        bias=torch.randn(7, **other, requires_grad=requires_grad),
+        target=torch.randint(9, (6,), device=device),
+        class_weight=torch.rand(9, **other),
+        probabilities=torch.rand(6, 9, **other),
+    )
+
+
+def gradients(result, a):
+    return torch.autograd.grad(result.sum(), (a.input, a.weight, a.bias), allow_unused=True)
+
+
+def eps_of(*tensors: torch.Tensor) -> float:
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+
+
+def assert_same(actual, expected, *rounded: torch.Tensor) -> None:
+    """Of equal dtype, and equal but for some roundings of it, or of what else torch rounds to: both
+    sum in float32 or more."""
+    assert actual.dtype == expected.dtype
+    eps = eps_of(expected, *rounded)
+    torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=8 * eps)
+
+
+def assert_same_gradient(actual, expected, result) -> None:
+    """Likewise of a result's gradient, which was rounded to the result's dtype on its way. torch
+    rounds sums over the rows to it as well: some roundings of the largest value."""
+    if expected is None:
+        assert actual is None
+        return
+    assert actual.dtype == expected.dtype
+    bound = 8 * eps_of(expected, result) * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
+
+
+# What each has: the Functions cast by themselves, without autocast's cache.
+functions_too = pytest.mark.parametrize(
+    "implementation", ["functional", "autograd", "autograd over reference"], indirect=True
+)
+
+
+@functions_too
+@operators
+@low_precision
+@inputs
+@pytest.mark.capability(
+    "precision",
+    "`torch.autocast` on the CPU, bfloat16 and float16: torch's dtypes and numbers",
+)
+def test_same_dtypes_and_numbers_as_torch(implementation, name, autocast_dtype, dtype) -> None:
+    ours, theirs = OPERATORS[name]
+    a = arguments(dtype)
+    with autocast(dtype=autocast_dtype):
+        actual, expected = ours(a), theirs(a)
+    # On a GPU torch's cross_entropy rounds its log-probabilities to the input's dtype.
+    rounded = [a.input] if a.input.is_cuda and name.startswith("cross_entropy") else []
+    assert_same(actual, expected, *rounded)
+    for ours_grad, torch_grad in zip(gradients(actual, a), gradients(expected, a), strict=True):
+        assert_same_gradient(ours_grad, torch_grad, actual)
+
+
+@functions_too
+@operators
+@low_precision
+@inputs
+@pytest.mark.capability("precision", "`torch.autocast` on CUDA: torch's dtypes (on fake tensors)")
+def test_dtypes_on_cuda_are_torchs(implementation, name, autocast_dtype, dtype) -> None:
+    """Of shapes and dtypes alone, so that no GPU is needed."""
+    ours, theirs = OPERATORS[name]
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", autocast_dtype)
+    try:
+        with FakeTensorMode():
+            # Without gradients: torch asks the device of a leaf that wants one for its stream.
+            a = arguments(dtype, "cuda", requires_grad=False)
+            assert ours(a).dtype == theirs(a).dtype
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.clear_autocast_cache()
+
+
+@functions_too
+@operators
+@pytest.mark.capability("precision", "disabled regions inside of others")
+def test_a_disabled_region_is_left_alone(implementation, name) -> None:
+    ours, theirs = OPERATORS[name]
+    a = arguments(torch.float32)
+    with autocast(dtype=torch.bfloat16):
+        with autocast(enabled=False):
+            assert_same(ours(a), theirs(a))
+        assert ours(a).dtype == theirs(a).dtype
+
+
+@pytest.mark.capability("precision", "nested regions", operators=["linear_relu"])
+def test_nested_regions_take_the_inner_dtype() -> None:
+    a = arguments(torch.float32)
+    # Without the cache, which in torch keeps the inner region's casts for the outer one.
+    with autocast(dtype=torch.bfloat16, cache_enabled=False):
+        with autocast(dtype=torch.float16, cache_enabled=False):
+            assert C.linear_relu(a.input, a.weight, a.bias).dtype == torch.float16
+        assert C.linear_relu(a.input, a.weight, a.bias).dtype == torch.bfloat16
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts the casts of tensors of a shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cache_enabled", [True, False])
+@pytest.mark.capability("precision", "autocast's cache of casts", operators=["linear_relu"])
+def test_a_parameter_is_cast_once_in_a_region_with_the_cache(cache_enabled) -> None:
+    a = arguments(torch.float32)
+    with (
+        autocast(dtype=torch.bfloat16, cache_enabled=cache_enabled),
+        CountCasts(a.weight.shape) as casts,
+    ):
+        C.linear_relu(a.input, a.weight, a.bias)
+        C.linear_relu(a.input, a.weight, a.bias)
+    assert casts.count == (1 if cache_enabled else 2)
+
+
+@low_precision
+@pytest.mark.capability(
+    "precision",
+    "training with `GradScaler`",
+    operators=["linear_relu", "cross_entropy", "SGD"],
+)
+def test_training_under_autocast_with_a_scaler_is_torchs(autocast_dtype) -> None:
+    """Some steps of the MLP with GradScaler, one of them with an overflow that skips the step."""
+
+    device = torch.get_default_device().type
+
+    def train(layers, loss_of, sgd):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*layers())
+        optimizer = sgd(model.parameters(), lr=0.05, momentum=0.9)
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=3)
+        draw = Draws(1)
+        losses = []
+        for step in range(8):
+            x, y = draw.normal(16, 20), draw.integers(0, 5, 16)
+            with autocast(dtype=autocast_dtype):
+                loss = loss_of(model(x), y)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if step == 4:
+                next(model.parameters()).grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        return losses, [p.detach().clone() for p in model.parameters()], scaler.get_scale()
+
+    ours = train(
+        lambda: [fastnn.nn.LinearReLU(20, 32), torch.nn.Linear(32, 5)],
+        fastnn.nn.CrossEntropyLoss(),
+        fastnn.optim.SGD,
+    )
+    theirs = train(
+        lambda: [torch.nn.Linear(20, 32), torch.nn.ReLU(), torch.nn.Linear(32, 5)],
+        torch.nn.CrossEntropyLoss(),
+        torch.optim.SGD,
+    )
+    assert ours[2] == theirs[2]
+    # Eight steps of 0.05 times gradients of about 1, each rounded to the low precision in both.
+    bound = 8 * 0.05 * 4 * torch.finfo(autocast_dtype).eps
+    assert ours[0] == pytest.approx(theirs[0], abs=bound)
+    for actual, expected in zip(ours[1], theirs[1], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=bound)

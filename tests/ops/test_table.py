@@ -1,0 +1,72 @@
+"""fastnn._operators: the table names every operator, and is right about what PyTorch has for it."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastnn
+from fastnn._operators import OPERATORS, OPTIMIZERS
+from support import stock
+from support.marks import needs_extension
+
+pytestmark = pytest.mark.cpu_only("of no kernels")
+
+every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+
+# What PyTorch has no function of its own for.
+COMPOSITES = {"linear_relu": stock.linear_relu}
+
+
+def parameters(function) -> dict[str, object]:
+    """Their names and defaults."""
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
+def test_every_function_module_and_optimizer_is_in_the_table():
+    functions, modules = zip(*((o.name, o.module) for o in OPERATORS), strict=True)
+    assert set(functions) == set(fastnn.functional.__all__)
+    assert set(modules) == set(fastnn.nn.__all__)
+    assert {optimizer.name for optimizer in OPTIMIZERS} == set(fastnn.optim.__all__)
+
+
+@every_operator
+def test_the_stock_function_has_the_same_arguments(operator):
+    ours = getattr(fastnn.functional, operator.name)
+    assert parameters(operator.stock) == parameters(ours)
+    if operator.name in COMPOSITES:
+        arguments = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
+        assert torch.equal(operator.stock(*arguments), COMPOSITES[operator.name](*arguments))
+    else:
+        assert operator.stock is getattr(F, operator.name)
+
+
+@every_operator
+def test_the_module_is_one_of_the_stock_module(operator):
+    if operator.stock_module is not None:
+        assert operator.stock_module is getattr(torch.nn, operator.module)
+        assert issubclass(getattr(fastnn.nn, operator.module), operator.stock_module)
+
+
+@every_operator
+def test_the_onnx_function_is_called_as_the_operator(operator):
+    """By position: the reference has the operator's arguments in their order."""
+    names = [*parameters(getattr(fastnn.reference, operator.name))]
+    assert [*parameters(operator.onnx)][: len(names)] == names
+
+
+@needs_extension
+def test_every_operator_that_computes_has_a_fake_kernel():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
+    # These only call the operator of their forward, whose fake kernel then runs.
+    names -= {"fastnn::nll_loss", "fastnn::cross_entropy"}
+    records = (*OPERATORS, *OPTIMIZERS)
+    assert {f"fastnn::{fake}" for record in records for fake in record.fakes} == names
+
+
+@every_operator
+def test_flops_are_of_operators_with_fake_kernels(operator):
+    assert operator.flops.keys() <= operator.fakes.keys()

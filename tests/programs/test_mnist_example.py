@@ -1,0 +1,664 @@
+"""The MNIST demo in examples/: training, reporting, the IDX reader and the command line."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastnn
+from fastnn import env
+from repository import REPOSITORY
+
+EXAMPLES = REPOSITORY / "examples"
+sys.path.insert(0, str(EXAMPLES))  # the examples import each other as scripts do
+
+import idx  # noqa: E402
+import mnist  # noqa: E402
+
+pytestmark = pytest.mark.cpu_only("the example, which trains in processes of its own")
+
+TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+# Both backends compute the same float32 formulas but may add in another order: a sum of 784 terms
+# is off by about sqrt(784) * 2**-24 = 2e-6 of its size, and so is each step of the weights. For the
+# first 20 or so steps that stays below 1e-5 of the loss (measured: 2.4e-7, one unit in the last
+# place); an untrained bias, or a weight gradient rounded to bfloat16, moves it by 2e-5 to 1e-3.
+STEP_TOLERANCE = 1e-5
+# Later on a unit whose input is within rounding of zero may count as positive for one backend only,
+# and the step then misses that unit. Done on purpose at random steps, once a run, this moved the
+# epoch losses by up to 2e-5 at the demo's learning rate, by up to 7e-4 at ten times its rate.
+EPOCH_TOLERANCE = 1e-4
+FAST_EPOCH_TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def bundled() -> tuple[mnist.Digits, mnist.Digits]:
+    return mnist.load_digits(None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Run on one thread: on a busy machine, waiting for a second one takes most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_script(*flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the demo as a user does, with the fastnn that this test imports."""
+    paths = [str(Path(fastnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "mnist.py"), *flags],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def write_idx(path: Path, values: np.ndarray) -> Path:
+    """Write an IDX file of unsigned bytes, gzipped if the path ends in .gz."""
+    header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+    content = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_mnist(folder: Path, suffix: str = ".gz") -> Path:
+    """Write a full set of four small files (100 training and 20 test images of noise)."""
+    rng = np.random.default_rng(0)
+    for (images, labels), count in ((TRAIN, 100), (TEST, 20)):
+        write_idx(folder / (images + suffix), rng.integers(0, 256, (count, 28, 28)))
+        write_idx(folder / (labels + suffix), rng.integers(0, 10, count))
+    return folder
+
+
+# ---- the whole demo ------------------------------------------------------------------------------
+
+
+def test_script_trains_both_backends_and_draws(tmp_path):
+    result = run_script("--epochs", "1", "--threads", "1", "--plot", "out.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"torch {torch.__version__}, 1 thread," in result.stdout
+    instruction_set = env.collect()["instruction set in use"]
+    kernels = f"{instruction_set} kernels" if fastnn.is_available() else "plain PyTorch"
+    assert f"fastnn {fastnn.__version__} ({kernels}" in result.stdout
+    assert "8,500 training and 1,500 test images" in result.stdout
+    row = re.search(r"^ +1((?: +[\d.]+){6})$", result.stdout, re.MULTILINE)
+    assert row, result.stdout
+    ours, theirs, our_accuracy, their_accuracy, our_seconds, their_seconds = map(
+        float, row[1].split()
+    )
+    # Below the loss of a uniform guess: it learned something in its one epoch.
+    assert 0 < ours < math.log(10)
+    assert abs(ours - theirs) <= EPOCH_TOLERANCE + 1e-4  # the table shows four digits
+    assert our_accuracy == pytest.approx(their_accuracy, abs=0.01)
+    assert our_accuracy > 0.15  # a guess gets 0.1; one epoch at the default lr gets 0.29
+    total = re.search(r"^total +([\d.]+) +([\d.]+)$", result.stdout, re.MULTILINE)
+    assert total, result.stdout
+    assert [float(total[1]), float(total[2])] == [our_seconds, their_seconds]
+    ratio = re.search(r"PyTorch's time / fastnn's time: ([\d.]+)", result.stdout)
+    assert ratio, result.stdout
+    assert float(ratio[1]) == pytest.approx(their_seconds / our_seconds, rel=0.1)  # few digits
+    difference = re.search(r"largest difference of the epoch losses: (\S+)", result.stdout)
+    assert difference, result.stdout
+    assert float(difference[1]) <= EPOCH_TOLERANCE
+    assert "Plot: out.png" in result.stdout
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "batch/s" not in result.stderr  # no progress bar where stderr is no terminal
+
+
+# lr 0.03 where there is no momentum to speed it up, so that both settings learn soon.
+FAST = [{"lr": 0.03}, {"momentum": 0.9}]
+
+
+@pytest.mark.parametrize("loss", ["nll", "cross_entropy"])
+@pytest.mark.parametrize("fast", FAST, ids=str)
+def test_losses_agree_step_by_step(bundled, loss, fast):
+    training, test = bundled
+    few = training[torch.arange(670)]  # eleven batches, the last one of 30
+    ours, theirs = mnist.train(mnist.Options(epochs=2, loss=loss, **fast), few, test)
+    assert (ours.backend, theirs.backend) == ("fastnn", "torch")
+    assert len(ours.batch_losses) == len(theirs.batch_losses) == 22
+    difference = np.abs(np.subtract(ours.batch_losses, theirs.batch_losses))
+    assert difference.max() <= STEP_TOLERANCE
+
+
+@pytest.mark.parametrize("loss", ["nll", "cross_entropy"])
+@pytest.mark.parametrize("fast", FAST, ids=str)
+def test_losses_fall(bundled, loss, fast):
+    runs = mnist.train(mnist.Options(epochs=2, loss=loss, **fast), *bundled)
+    for run in runs:
+        assert np.isfinite(run.batch_losses).all()
+        assert run.batch_losses[0] == pytest.approx(math.log(10), abs=0.1)  # an untrained guess
+        first, second = run.epochs
+        assert second.loss < first.loss - 0.3
+        assert second.accuracy > 0.7
+        assert min(first.seconds, second.seconds) > 0
+    assert mnist.loss_difference(*runs) <= FAST_EPOCH_TOLERANCE
+
+
+def test_both_loss_flags_train_alike(bundled):
+    # Cross entropy is LogSoftmax and NLLLoss in one: only the model's last layer differs.
+    (nll,) = mnist.train(mnist.Options(epochs=1, backend="fastnn"), *bundled)
+    (entropy,) = mnist.train(
+        mnist.Options(epochs=1, backend="fastnn", loss="cross_entropy"), *bundled
+    )
+    assert mnist.loss_difference(nll, entropy) <= EPOCH_TOLERANCE
+    kinds = {
+        loss: [type(layer) for layer in mnist.build("fastnn", mnist.Options(loss=loss)).model]
+        for loss in ("nll", "cross_entropy")
+    }
+    assert kinds["nll"] == [*kinds["cross_entropy"], fastnn.nn.LogSoftmax]
+
+
+def test_fastnn_backend_is_built_from_fastnn():
+    learner = mnist.build("fastnn", mnist.Options(momentum=0.9, lr=0.01))
+    assert [type(layer) for layer in learner.model] == [
+        fastnn.nn.LinearReLU,
+        fastnn.nn.LinearReLU,
+        torch.nn.Linear,
+        fastnn.nn.LogSoftmax,
+    ]
+    assert type(learner.criterion) is fastnn.nn.NLLLoss
+    assert type(learner.optimizer) is fastnn.optim.SGD
+    assert (learner.optimizer.defaults["lr"], learner.optimizer.defaults["momentum"]) == (0.01, 0.9)
+
+
+def test_same_seed_same_run_other_seed_other_run(bundled):
+    options = mnist.Options(epochs=1, backend="torch")
+    first, again, other = (
+        mnist.train(replace(options, seed=seed), *bundled)[0].batch_losses for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first[0] != other[0]
+    weights = [mnist.build("torch", replace(options, seed=seed)).model[0].weight for seed in (1, 2)]
+    assert not torch.equal(*weights)
+
+
+def test_full_set_from_a_folder(tmp_path, capsys):
+    # One raw file among the gzipped ones: both are read.
+    folder = write_mnist(tmp_path)
+    raw = folder / TRAIN[0]
+    raw.write_bytes(gzip.decompress((folder / f"{TRAIN[0]}.gz").read_bytes()))
+    (folder / f"{TRAIN[0]}.gz").unlink()
+    code = mnist.main(
+        ["--data", str(folder), "--epochs", "2", "--plot", "none", "--backend", "torch"]
+    )
+    output = capsys.readouterr().out
+    assert code == 0
+    assert "100 training and 20 test images" in output
+    assert re.search(r"^ +2( +[\d.]+){3}$", output, re.MULTILINE), output
+    assert "Plot" not in output
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def test_bundled_digits_are_mnist():
+    # MD5 of the published files, unpacked.
+    published = ("2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")
+    for name, digest in zip(TEST, published, strict=True):
+        content = gzip.decompress((mnist.BUNDLED / f"{name}.gz").read_bytes())
+        assert hashlib.md5(content).hexdigest() == digest
+
+
+def test_bundled_split_is_disjoint_and_complete(bundled):
+    training, test = bundled
+    assert (len(training), len(test)) == (8_500, 1_500)
+    counts = torch.bincount(torch.cat([training.labels, test.labels]))
+    # How often each digit occurs in MNIST's test set.
+    assert counts.tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    images = torch.cat([training.images, test.images])
+    assert len(torch.unique(images, dim=0)) == 10_000  # no two of its digits are equal
+
+
+def test_normalisation_is_the_notebooks():
+    pixels = np.zeros((1, 28, 28), np.uint8)
+    pixels[0, 0, :3] = [0, 51, 255]  # 51 is a fifth of 255
+    digits = mnist.to_digits(pixels, np.array([7], np.uint8))
+    assert digits.images.shape == (1, 784)
+    assert digits.images.dtype == torch.float32
+    torch.testing.assert_close(digits.images[0, :3], torch.tensor([-1.0, -0.6, 1.0]))
+    assert digits.labels.tolist() == [7]
+    assert digits.labels.dtype == torch.int64
+
+
+def test_last_short_batch_is_kept():
+    digits = mnist.Digits(torch.arange(10.0)[:, None], torch.arange(10))
+    assert [labels.tolist() for _, labels in mnist.batches(digits, 4)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
+
+
+def test_backends_start_from_the_same_weights():
+    ours, theirs = (mnist.build(backend, mnist.Options(seed=3)) for backend in ("fastnn", "torch"))
+    mnist.check_same_weights(ours.model, theirs.model)
+    with torch.no_grad():
+        next(theirs.model.parameters())[0, 0] += 1e-3
+    with pytest.raises(mnist.DemoError, match="different weights"):
+        mnist.check_same_weights(ours.model, theirs.model)
+
+
+def test_warm_up_takes_steps_and_leaves_no_trace(bundled, monkeypatch):
+    steps = []
+    monkeypatch.setattr(mnist.Learner, "step", lambda *batch: steps.append(batch))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    mnist.warm_up("torch", mnist.Options(seed=5), bundled[0])
+    assert len(steps) == mnist.WARM_UP_STEPS
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_starts_from_the_initial_weights(bundled):
+    # The loss of the very first batch, by hand: no warm-up step has touched the timed model.
+    options = mnist.Options(epochs=1, seed=4)
+    training, _ = bundled
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(4))
+    first = training[order[:64]]
+    for run in mnist.train(options, *bundled):
+        fresh = mnist.build(run.backend, options)
+        assert run.batch_losses[0] == fresh.criterion(fresh.model(first.images), first.labels)
+
+
+def test_backends_take_turns_and_see_the_same_batches(bundled, monkeypatch):
+    seen = []
+
+    def record(learner, digits, size, bar):
+        seen.append((type(learner.optimizer), digits.labels))
+        return [1.0], 1.0
+
+    monkeypatch.setattr(mnist, "train_epoch", record)
+    mnist.train(mnist.Options(epochs=3), *bundled)
+    ours, theirs = fastnn.optim.SGD, torch.optim.SGD
+    assert [kind for kind, _ in seen] == [ours, theirs, theirs, ours, ours, theirs]
+    orders = [labels for _, labels in seen]
+    for epoch in range(3):
+        assert torch.equal(orders[2 * epoch], orders[2 * epoch + 1])
+    assert not torch.equal(orders[0], orders[2])  # shuffled anew in each epoch
+
+
+def test_accuracy():
+    class FirstPixelIsTheLabel(torch.nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(images[:, 0].long(), 10)
+
+    digits = mnist.Digits(torch.tensor([[3.0], [1.0], [4.0], [1.0]]), torch.tensor([3, 1, 4, 5]))
+    assert mnist.evaluate(FirstPixelIsTheLabel(), digits) == 0.75
+
+
+def make_run(backend: str, losses: list[float], seconds: float) -> mnist.Run:
+    epochs = [mnist.Epoch(loss, 0.5, seconds) for loss in losses]
+    return mnist.Run(backend, epochs, batch_losses=[losses[0]] * 10 * len(losses))
+
+
+def test_table_of_two_backends():
+    runs = [make_run("fastnn", [2.0, 1.0], 0.5), make_run("torch", [2.0, 1.25], 1.0)]
+    lines = mnist.format_table(runs).splitlines()
+    assert lines[1].split() == ["epoch", *["fastnn", "PyTorch"] * 3]
+    assert lines[2].split() == ["1", "2.0000", "2.0000", "0.5000", "0.5000", "0.500", "1.000"]
+    assert lines[3].split() == ["2", "1.0000", "1.2500", "0.5000", "0.5000", "0.500", "1.000"]
+    assert lines[4].split() == ["total", "1.000", "2.000"]
+    assert len({len(line) for line in lines[:5]}) == 1  # the columns line up
+    assert lines[-2] == "PyTorch's time / fastnn's time: 2.00"
+    assert lines[-1] == "largest difference of the epoch losses: 2.5e-01"
+
+
+def test_table_of_one_backend_compares_nothing():
+    table = mnist.format_table([make_run("torch", [2.0], 1.0)])
+    assert "fastnn" not in table
+    assert table.splitlines()[-1].split() == ["total", "1.000"]
+
+
+def test_table_columns_hold_any_loss():
+    usual = mnist.format_table([make_run("torch", [2.0] * 4, 1.0)])
+    strange = mnist.format_table([make_run("torch", [9999.99994, 1e30, math.inf, math.nan], 1.0)])
+    assert [len(line) for line in strange.splitlines()] == [len(s) for s in usual.splitlines()]
+    losses = [line.split()[1] for line in strange.splitlines()[2:6]]
+    assert losses == ["9999.9999", "1.0e+30", "inf", "nan"]
+
+
+def test_a_nan_loss_is_not_hidden_from_the_difference():
+    diverged = make_run("fastnn", [1.0, math.nan, 1.0], 1.0)
+    assert math.isnan(mnist.loss_difference(diverged, make_run("torch", [1.0, 1.0, 3.0], 1.0)))
+
+
+@pytest.mark.parametrize("backends", [("fastnn", "torch"), ("torch",)])
+def test_plot_shows_curves_and_bars(tmp_path, backends, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    runs = [make_run(backend, [2.0, 1.0, 0.5], 1.0) for backend in backends]
+    path = tmp_path / "plot.png"
+    assert mnist.draw(runs, path)
+    left, right = figures[0].axes
+    names = {mnist.LABELS[backend] for backend in backends}
+    assert {line.get_label() for line in left.lines} == names
+    assert len(right.patches) == 3 * len(backends)
+    assert {text.get_text().split(":")[0] for text in right.get_legend().get_texts()} == names
+    assert (left.get_xlabel(), right.get_xlabel(), right.get_ylabel()) == (
+        "epoch",
+        "epoch",
+        "seconds",
+    )
+    assert "loss" in left.get_ylabel()
+    pixels = plt.imread(path)
+    assert pixels.shape[1] > pixels.shape[0] >= 400
+    assert pixels.std() > 0.05  # not blank
+    monkeypatch.undo()
+    plt.close(figures[0])
+
+
+def test_plot_of_one_epoch_has_whole_ticks(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    assert mnist.draw([make_run("torch", [2.0], 1.0)], tmp_path / "plot.png")
+    right = figures[0].axes[1]
+    low, high = right.get_xlim()
+    assert [tick for tick in right.get_xticks() if low <= tick <= high] == [1]
+    monkeypatch.undo()
+    plt.close(figures[0])
+
+
+def test_moving_average():
+    assert mnist.smooth([1.0, 3.0, 5.0, 7.0], 2).tolist() == [2.0, 4.0, 6.0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_on_a_terminal_only(monkeypatch):
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        bar = mnist.progress_bar(2)
+        bar.set_description("fastnn epoch 1/1")
+        bar.update()
+        bar.close()
+        assert ("fastnn epoch 1/1" in stream.getvalue()) == shown
+
+
+def test_torch_backend_runs_on_torch_alone(tmp_path, monkeypatch, capsys):
+    for module in ("tqdm", "matplotlib", "fastnn"):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    monkeypatch.chdir(tmp_path)
+    data = write_mnist(tmp_path)
+    assert mnist.main(["--epochs", "1", "--backend", "torch", "--data", str(data)]) == 0
+    output, errors = capsys.readouterr()
+    assert "total" in output
+    assert errors.splitlines() == [
+        "No progress bar: 'pip install tqdm' brings it.",
+        "No plot: 'pip install matplotlib' brings it.",
+    ]
+    assert not (tmp_path / "mnist.png").exists()
+
+
+def test_missing_fastnn_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastnn", None)
+    assert mnist.main(["--plot", "none"]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert "fastnn cannot be imported" in errors
+    assert "--backend torch" in errors
+    assert errors.count("\n") == 1
+
+
+# ---- the IDX reader ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_round_trip(tmp_path, suffix):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28))
+    labels = np.array([0, 9, 5, 3, 1])
+    paths = [write_idx(tmp_path / f"images{suffix}", images)]
+    paths.append(write_idx(tmp_path / f"labels{suffix}", labels))
+    read_images, read_labels = idx.read_pair(*paths)
+    assert read_images.dtype == read_labels.dtype == np.uint8
+    np.testing.assert_array_equal(read_images, images)
+    np.testing.assert_array_equal(read_labels, labels)
+
+
+def _gz(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes())
+
+
+def _missing(folder: Path) -> None:
+    (folder / f"{TRAIN[0]}.gz").unlink()
+
+
+def _truncated_header(folder: Path) -> None:
+    path = folder / f"{TRAIN[0]}.gz"
+    path.write_bytes(gzip.compress(_gz(path)[:10]))
+
+
+def _empty(folder: Path) -> None:
+    (folder / f"{TRAIN[0]}.gz").write_bytes(gzip.compress(b""))
+
+
+def _truncated_values(folder: Path) -> None:
+    path = folder / f"{TRAIN[0]}.gz"
+    path.write_bytes(gzip.compress(_gz(path)[:-1]))
+
+
+def _too_long(folder: Path) -> None:
+    path = folder / f"{TRAIN[1]}.gz"
+    path.write_bytes(gzip.compress(_gz(path) + b"\0\0"))
+
+
+def _truncated_gzip(folder: Path) -> None:
+    path = folder / f"{TEST[0]}.gz"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _damaged_gzip(folder: Path) -> None:
+    path = folder / f"{TEST[0]}.gz"
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # a bit of the checksum
+    path.write_bytes(content)
+
+
+def _garbage_in_gzip(folder: Path) -> None:
+    path = folder / f"{TEST[0]}.gz"
+    path.write_bytes(path.read_bytes()[:10] + b"\xff" * 100)
+
+
+def _not_gzip(folder: Path) -> None:
+    (folder / f"{TRAIN[1]}.gz").write_bytes(b"<html>404</html>")
+
+
+def _gzip_named_raw(folder: Path) -> None:
+    (folder / f"{TRAIN[0]}.gz").rename(folder / TRAIN[0])
+
+
+def _wrong_magic(folder: Path) -> None:
+    # Labels where images belong: the mistake that renaming files makes.
+    labels = folder / f"{TRAIN[1]}.gz"
+    (folder / f"{TRAIN[0]}.gz").write_bytes(labels.read_bytes())
+
+
+def _wrong_count(folder: Path) -> None:
+    write_idx(folder / f"{TRAIN[1]}.gz", np.zeros(99))
+
+
+def _wrong_size(folder: Path) -> None:
+    write_idx(folder / f"{TRAIN[0]}.gz", np.zeros((100, 32, 28)))
+
+
+def _no_images(folder: Path) -> None:
+    write_idx(folder / f"{TEST[0]}.gz", np.zeros((0, 28, 28)))
+    write_idx(folder / f"{TEST[1]}.gz", np.zeros(0))
+
+
+def _wrong_label(folder: Path) -> None:
+    write_idx(folder / f"{TRAIN[1]}.gz", np.full(100, 10))
+
+
+def _a_folder(folder: Path) -> None:
+    path = folder / f"{TRAIN[1]}.gz"
+    path.unlink()
+    path.mkdir()
+
+
+# How a set of files can be spoiled: which file is named, what was found, what is expected.
+SPOILED = [
+    (_missing, TRAIN[0], "no such file", f"{TRAIN[0]}.gz"),
+    (_empty, TRAIN[0], "found 0 bytes", "expected at least the 16 of the header"),
+    (_truncated_header, TRAIN[0], "found 10 bytes", "expected at least the 16 of the header"),
+    (_truncated_values, TRAIN[0], "found 78399 bytes", "expected 78400 (100 x 28 x 28"),
+    (_too_long, TRAIN[1], "found 102 bytes", "expected 100 (100"),
+    (_truncated_gzip, TEST[0], "after 1000 bytes", "the file is truncated"),
+    (_damaged_gzip, TEST[0], "CRC check failed", "expected a gzip file"),
+    (_garbage_in_gzip, TEST[0], "found damaged data", "expected a gzip file"),
+    (_not_gzip, TRAIN[1], "found the first bytes 0x3c68", "not a gzip file"),
+    (_gzip_named_raw, TRAIN[0], "0x1f8b", "should end in .gz"),
+    (_wrong_magic, TRAIN[0], "found the magic number 0x00000801", "expected 0x00000803"),
+    (_wrong_count, TRAIN[1], "found 99 labels", "expected 100, one for each image"),
+    (_wrong_size, TRAIN[0], "found images of 32 x 28 pixels", "expected 28 x 28"),
+    (_no_images, TEST[0], "found no images", "expected at least one"),
+    (_wrong_label, TRAIN[1], "found the label 10", "expected labels from 0 to 9"),
+    (_a_folder, TRAIN[1], "Is a directory", "expected a file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name", "found", "expected"), SPOILED, ids=[row[0].__name__[1:] for row in SPOILED]
+)
+def test_unusable_file_is_one_sentence(tmp_path, capsys, spoil, name, found, expected):
+    spoil(write_mnist(tmp_path))
+    code = mnist.main(["--data", str(tmp_path), "--plot", "none", "--backend", "torch"])
+    output, errors = capsys.readouterr()
+    assert code == 2
+    assert output == ""
+    assert errors.startswith(f"mnist.py: error: {tmp_path / name}")
+    assert found in errors
+    assert expected in errors
+    assert errors.count("\n") == 1
+    assert errors.endswith(".\n")
+
+
+def test_missing_folder_is_one_sentence(tmp_path, capsys):
+    folder = tmp_path / "nowhere"
+    assert mnist.main(["--data", str(folder), "--plot", "none", "--backend", "torch"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"mnist.py: error: {folder}: found no such folder, expected")
+    assert errors.count("\n") == 1
+
+
+def test_script_exits_with_2_and_no_traceback(tmp_path):
+    result = run_script("--data", "nowhere", "--backend", "torch", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("mnist.py: error: nowhere: ")
+    assert result.stderr.count("\n") == 1
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+BAD_FLAGS = [
+    (["--lr", "-0.1"], "--lr: expected a number above 0, got -0.1"),
+    (["--lr", "0"], "--lr: expected a number above 0, got 0"),
+    (["--lr", "nan"], "--lr: expected a number above 0, got nan"),
+    (["--lr", "inf"], "--lr: expected a number above 0, got inf"),
+    (["--lr", "fast"], "--lr: expected a number above 0, got fast"),
+    (["--momentum", "-0.5"], "--momentum: expected a number from 0 to below 1, got -0.5"),
+    (["--momentum", "1"], "--momentum: expected a number from 0 to below 1, got 1"),
+    (["--epochs", "0"], "--epochs: expected an integer from 1"),
+    (["--epochs", "1.5"], "--epochs: expected an integer from 1"),
+    (["--batch-size", "0"], "--batch-size: expected an integer from 1"),
+    (["--batch-size", "-64"], "--batch-size: expected an integer from 1"),
+    (["--threads", "0"], "--threads: expected an integer from 1"),
+    (["--threads", "1025"], "--threads: expected an integer from 1 to 1024, got 1025"),
+    (["--seed", "-1"], "--seed: expected an integer from 0"),
+    (["--loss", "mse"], "--loss: invalid choice: 'mse'"),
+    (["--backend", "jax"], "--backend: invalid choice: 'jax'"),
+    (["--plot", "out.txt"], "--plot: expected the name of a .png file or 'none', got out.txt"),
+    (["--plot", "no/such/folder/out.png"], "--plot: no/such/folder/out.png: the folder"),
+    (["--speed", "9"], "unrecognized arguments: --speed 9"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS]
+)
+def test_bad_flags(capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        mnist.parse_options(flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_defaults():
+    assert mnist.parse_options(["--plot", "none"]) == mnist.Options(
+        momentum=0.0,
+        lr=0.003,
+        epochs=5,
+        batch_size=64,
+        seed=0,
+        loss="nll",
+        backend="both",
+        threads=None,
+        data=None,
+        plot=None,
+    )
+
+
+def test_plot_default_and_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mnist.parse_options([]).plot == Path("mnist.png")
+    assert mnist.parse_options(["--plot", "none"]).plot is None
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit):
+        mnist.parse_options(["--plot", "folder.png"])
+
+
+def test_every_flag_reaches_the_options(tmp_path):
+    flags = (
+        f"--momentum 0.9 --lr 0.1 --epochs 2 --batch-size 32 --seed 7 --loss cross_entropy "
+        f"--backend torch --threads 3 --data data --plot {tmp_path / 'a.PNG'}"
+    )
+    assert mnist.parse_options(flags.split()) == mnist.Options(
+        momentum=0.9,
+        lr=0.1,
+        epochs=2,
+        batch_size=32,
+        seed=7,
+        loss="cross_entropy",
+        backend="torch",
+        threads=3,
+        data=Path("data"),
+        plot=tmp_path / "a.PNG",
+    )
+
+
+def test_batch_size_and_momentum_reach_the_training(bundled):
+    options = mnist.Options(epochs=1, backend="torch", batch_size=4_000)
+    (run,) = mnist.train(options, *bundled)
+    assert len(run.batch_losses) == 3  # 4000 + 4000 + 500
+    for backend in ("fastnn", "torch"):
+        assert (
+            mnist.build(backend, replace(options, momentum=0.25)).optimizer.defaults["momentum"]
+            == 0.25
+        )

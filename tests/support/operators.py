@@ -1,0 +1,156 @@
+"""The operators and torch's functions beside them: calls of both, their values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastnn
+from fastnn._operators import OPERATORS
+from support.oracles import DIFFERENTIABLE, Expected, assert_within, away_from_kink, expected
+from support.sample_inputs import DTYPES, Sample, laid_out
+
+NARROW = (torch.bfloat16, torch.float16)
+DTYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+
+TORCH: dict[str, Callable[..., Tensor]] = {operator.name: operator.stock for operator in OPERATORS}
+
+
+# The Functions of fastnn.autograd.
+FUNCTIONS = {
+    "linear_relu": fastnn.autograd.LinearReLU,
+    "log_softmax": fastnn.autograd.LogSoftmax,
+    "nll_loss": fastnn.autograd.NLLLoss,
+    "cross_entropy": fastnn.autograd.CrossEntropy,
+}
+
+
+def ours(op: str) -> Callable[..., Tensor]:
+    return getattr(fastnn.functional, op)
+
+
+def leaves_of(op: str, sample: Sample) -> list[Tensor]:
+    """The arguments to differentiate for, as leaves over the same memory with the same strides."""
+    if not sample.args[0].is_floating_point():
+        return []
+    return [arg.detach().requires_grad_() for arg in sample.args[: DIFFERENTIABLE[op]]]
+
+
+def run(
+    function: Callable[..., Tensor], op: str, sample: Sample, grad_output: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The value, and the gradients where the input has any."""
+    leaves = leaves_of(op, sample)
+    output = function(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
+    grads = torch.autograd.grad(output, leaves, grad_output) if leaves else []
+    return output.detach(), list(grads)
+
+
+def random_grad_like(op: str, sample: Sample, output: Tensor | None = None) -> Tensor:
+    """An incoming gradient for the operator's output, random of the order of one."""
+    output = ours(op)(*sample.args, **sample.kwargs) if output is None else output
+    grad = torch.randn(output.shape).to(output.dtype)
+    return away_from_kink(sample, grad) if op == "linear_relu" else grad
+
+
+def torch_sample(op: str, sample: Sample) -> Sample:
+    """The sample as torch takes it, and computes it exactly enough.
+
+    The narrow dtypes become float32: in them torch rounds each intermediate, and sums thousands of
+    losses in bfloat16; rounding its float32 result once is what we promise. What torch's own
+    backward refuses (channels_last logits, a target (1) for logits (C)) or its forward (bytes in
+    several dimensions) becomes what it takes.
+    """
+    args = list(sample.args)
+    kwargs = dict(sample.kwargs)
+    if "dtype" in kwargs:
+        args[0] = args[0].to(kwargs.pop("dtype"))
+    if op in ("nll_loss", "cross_entropy") and args[0].dim() == 1 and args[1].dtype == torch.long:
+        args[1] = args[1].reshape(())
+    return Sample(
+        sample.name,
+        tuple(_as_torch_takes(arg) for arg in args),
+        {key: _as_torch_takes(value) for key, value in kwargs.items()},
+    )
+
+
+def _as_torch_takes(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    if value.dtype == torch.uint8:
+        value = value.long()
+    return (value.float() if value.dtype in NARROW else value).contiguous()
+
+
+def memory_of(value: object) -> Tensor | None:
+    """All the bytes behind a tensor, those between and around its elements included."""
+    if not isinstance(value, Tensor):
+        return None
+    none = torch.empty(0, dtype=torch.uint8, device=value.device)
+    return none.set_(value.untyped_storage()).clone()
+
+
+def check_value_and_gradients(op: str, sample: Sample) -> None:
+    """They are the oracle's, and torch's; and the arguments stay as they were."""
+    output = ours(op)(*sample.args, **sample.kwargs)
+    grad_output = laid_out(random_grad_like(op, sample, output).reshape(-1), "offset")
+    grad_output = grad_output.view(output.shape)
+
+    arguments = [*sample.args, *sample.kwargs.values(), grad_output]
+    before = [memory_of(argument) for argument in arguments]
+    value, grads = run(ours(op), op, sample, grad_output)
+    for argument, bytes_before in zip(arguments, before, strict=True):
+        assert bytes_before is None or torch.equal(memory_of(argument), bytes_before)
+
+    exact = expected(op, sample, grad_output)
+    assert_within("value", value, exact.value, exact.value_error)
+    assert_grads_within(grads, exact)
+
+    theirs = torch_sample(op, sample)
+    torch_value, torch_grads = run(TORCH[op], op, theirs, grad_output.to(theirs.args[0].dtype))
+    # Both are within one error of the exact value, and so within two of each other; a third is
+    # for the rounding of torch's value to its dtype, which is less than growth(1) roundings.
+    assert_within("value, to torch's", value, torch_value, exact.value_error, slack=3)
+    for grad, torch_grad, error in zip(grads, torch_grads, exact.grad_errors, strict=bool(grads)):
+        assert_within("gradient, to torch's", grad, torch_grad, error, slack=3)
+
+
+def assert_grads_within(grads: list[Tensor], exact: Expected) -> None:
+    __tracebackhide__ = True
+    for i, (grad, exact_grad, error) in enumerate(
+        zip(grads, exact.grads, exact.grad_errors, strict=True)
+    ):
+        assert_within(f"gradient of argument {i}", grad, exact_grad, error)
+
+
+COMPILE_SAMPLES = [
+    ("linear_relu", "7x15_to_9"),
+    ("linear_relu", "3d_input_no_bias"),
+    ("log_softmax", "rows_3x17"),
+    ("nll_loss", "7x5_mean_weighted"),
+    ("nll_loss", "3x5x4_ignore3_none"),
+    ("cross_entropy", "7x5_mean"),
+    ("cross_entropy", "7x5_smooth0.1_mean_weighted"),
+    ("cross_entropy", "2x9x4x5_channels_last"),
+    ("cross_entropy", "7x17_probs"),
+]
+
+
+def value_and_gradients(function: Callable[..., Tensor], op: str, sample: Sample) -> list[Tensor]:
+    leaves = leaves_of(op, sample)
+    output = function(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
+    return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+# One with each optional tensor.
+MODE_SAMPLES = {
+    "linear_relu": "7x15_to_9",
+    "log_softmax": "rows_3x17",
+    "nll_loss": "7x5_mean_weighted",
+    "cross_entropy": "7x5_smooth0.1_mean_weighted",
+}

@@ -1,0 +1,361 @@
+"""What the operators should give: values and gradients in float64, and how far off they may be.
+
+The values are written down from the formulas, in float64 and on the very numbers that the operator
+gets (narrow dtypes convert exactly); the gradients are float64 autograd's of these. Nothing here
+calls fastnn or torch.nn.functional.
+
+The error allowed is derived, not tuned. An operator sums in its accumulation dtype with unit
+roundoff u (float64's for float64, float32's for every narrower one) and rounds the result once to
+its own dtype. Each bound is a sum of terms (roundings) x u x (magnitude that is rounded), where n
+roundings in a row count as ``growth(n)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from support.sample_inputs import Sample
+
+# The arguments whose gradients the fused operators compute. (Class probabilities and class weights
+# that want a gradient take torch's own path: test_gradients.py.)
+DIFFERENTIABLE = {"linear_relu": 3, "log_softmax": 1, "nll_loss": 1, "cross_entropy": 1}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The exact value and gradients (None: not differentiable), each with its allowed error."""
+
+    value: Tensor
+    value_error: Tensor
+    grads: list[Tensor]
+    grad_errors: list[Tensor]
+
+
+# --- the formulas -------------------------------------------------------------------------------
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    before = _before_relu(input, weight, bias)
+    return torch.where(before > 0, before, 0.0)
+
+
+def _before_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = input.double().reshape(-1, input.shape[-1]) if input.numel() else input.double()
+    products = torch.tensordot(rows, weight.double(), dims=([-1], [1]))
+    products = products.reshape(*input.shape[:-1], weight.shape[0])
+    return products if bias is None else products + bias.double()
+
+
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    x = input.double()
+    if dtype is not None:  # the cast's rounding, past autograd, which would round gradients too
+        x = x + (x.to(dtype).double() - x).detach()
+    return _log_softmax_parts(x, dim)[2]
+
+
+def _log_softmax_parts(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x - max, log(sum(exp(x - max))), and the difference of these two."""
+    if x.numel() == 0:
+        return x, x.sum(dim, keepdim=True), x
+    shifted = x - x.detach().max(dim, keepdim=True).values
+    log_sum = shifted.exp().sum(dim, keepdim=True).log()
+    return shifted, log_sum, shifted - log_sum
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A loss as sums over the classes: row r loses ``-sum_c q[r, c] * log_probs[r, c]``."""
+
+    q: Tensor  # (rows, C), the target distribution times the class weights
+    total_weight: Tensor  # what 'mean' divides by
+    reduction: str
+    row_shape: torch.Size
+
+    def like_input(self, values: Tensor, input: Tensor) -> Tensor:
+        """(rows, C) as (N, C, d1, ...)."""
+        class_dim = 0 if input.dim() == 1 else 1
+        moved = input.movedim(class_dim, -1).shape
+        return values.reshape(moved).movedim(-1, class_dim)
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return rows.reshape(self.row_shape)
+        return rows.sum() / self.total_weight if self.reduction == "mean" else rows.sum()
+
+    def scale_of_rows(self, grad_output: Tensor) -> Tensor:
+        """d(sum(grad_output * loss)) / d(row's loss), as (rows, 1)."""
+        if self.reduction == "none":
+            return grad_output.reshape(-1, 1)
+        return grad_output / self.total_weight if self.reduction == "mean" else grad_output
+
+
+def _rows_of_classes(values: Tensor) -> Tensor:
+    """(N, C, d1, ...) as (rows, C)."""
+    class_dim = 0 if values.dim() == 1 else 1
+    classes_last = values.movedim(class_dim, -1)
+    rows = math.prod(classes_last.shape[:-1])
+    return classes_last.reshape(rows, values.shape[class_dim])
+
+
+def _make_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> _Loss:
+    if size_average is not None or reduce is not None:  # the deprecated pair decides
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    row_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
+    w = torch.ones(classes).double() if weight is None else weight.double()
+
+    if target.is_floating_point():
+        p = _rows_of_classes(target.double())
+        q = ((1 - label_smoothing) * p + label_smoothing / max(classes, 1)) * w
+        rows = math.prod(row_shape)
+        return _Loss(q, torch.tensor(float(rows)).double(), reduction, row_shape)
+
+    index = target.long().reshape(-1, 1)
+    kept = index != ignore_index
+    one_hot = (index == torch.arange(classes)).double()
+    row_weight = torch.where(kept, (one_hot * w).sum(1, keepdim=True), 0.0)
+    smooth = label_smoothing / max(classes, 1) * w
+    q = torch.where(kept, (1 - label_smoothing) * one_hot * w + smooth, 0.0)
+    return _Loss(q, row_weight.sum(), reduction, row_shape)
+
+
+def nll_loss(input: Tensor, *args, **kwargs) -> Tensor:
+    loss = _make_loss(input, *args, **kwargs)
+    return loss.reduce(-(loss.q * _rows_of_classes(input.double())).sum(1))
+
+
+def cross_entropy(input: Tensor, *args, **kwargs) -> Tensor:
+    loss = _make_loss(input, *args, **kwargs)
+    log_probs = _log_softmax_parts(_rows_of_classes(input.double()), 1)[2]
+    return loss.reduce(-(loss.q * log_probs).sum(1))
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "linear_relu": linear_relu,
+    "log_softmax": log_softmax,
+    "nll_loss": nll_loss,
+    "cross_entropy": cross_entropy,
+}
+
+
+# --- the errors allowed -------------------------------------------------------------------------
+
+
+def growth(n: float) -> float:
+    """Roundings of a sum of n terms and a handful of operations around it, in units of u.
+
+    Independent roundings add up like a random walk, to about sqrt(n) / 2; four times sqrt(n) is
+    eight standard deviations. The 8 is for what is done once: an exp and a log of up to 1 ulp (2 u)
+    each, a division, a product or two.
+    """
+    return 8 + 4 * math.sqrt(n)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding: half the distance from 1 to the next number."""
+    return torch.finfo(dtype).eps / 2
+
+
+def smallest_step(dtype: torch.dtype) -> float:
+    """The distance of neighbours where the relative error ends, among the subnormals."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps
+
+
+def _linear_relu_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
+    input, weight, *bias = (arg.double().abs() for arg in sample.args)
+    u = unit_roundoff(accumulation_dtype(sample.args[0].dtype))
+    features, outputs = input.shape[-1], weight.shape[0]
+    grad = grad_output.abs().reshape(-1, outputs) if grad_output.numel() else None
+    rows = input.reshape(-1, features) if input.numel() else None
+    value = growth(features) * u * _before_relu(input, weight, *bias) + _product_rounding(sample)
+    if grad is None or rows is None:  # every product and sum is one of zeros
+        return value, [torch.zeros_like(arg) for arg in (input, weight, *bias)]
+    count = growth(rows.shape[0]) * u
+    errors = [
+        growth(outputs) * u * (grad @ weight).reshape(input.shape),
+        count * (grad.T @ rows),
+    ]
+    return value, errors + [count * grad.sum(0)] * len(bias)
+
+
+def _product_rounding(sample: Sample) -> Tensor | float:
+    """A GPU's library may round a product to its narrow dtype before it adds the bias."""
+    dtype = sample.args[0].dtype
+    if torch.get_default_device().type != "cuda" or accumulation_dtype(dtype) == dtype:
+        return 0.0
+    return unit_roundoff(dtype) * _before_relu(*sample.args[:2]).abs()
+
+
+def _log_softmax_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
+    input, dim = sample.args
+    dtype = sample.kwargs.get("dtype") or input.dtype
+    accumulate = accumulation_dtype(dtype)
+    u = unit_roundoff(accumulate)
+    x = input.to(dtype).double()
+    shifted, log_sum, log_probs = _log_softmax_parts(x, dim)
+    size = x.shape[dim] if x.dim() else 1
+    value = _log_prob_error(shifted, log_sum, size, u)
+    # The backward takes the probability from the output, which has been rounded.
+    prob_error = log_probs.exp() * (value + unit_roundoff(dtype) * log_probs.abs() + 8 * u)
+    total = grad_output.sum(dim, keepdim=True).abs()
+    total_error = growth(size) * u * grad_output.abs().sum(dim, keepdim=True)
+    grad = prob_error * total + log_probs.exp() * total_error + 2 * u * grad_output.abs()
+    grad = grad + torch.finfo(accumulate).smallest_normal * total  # a fast exp flushes subnormals
+    if dtype != input.dtype:  # dtype=: each result is rounded to it before the cast back
+        grad = grad + unit_roundoff(dtype) * (grad_output.abs() + log_probs.exp() * total)
+        grad = grad + smallest_step(dtype)
+    return value, [grad]
+
+
+def _log_prob_error(shifted: Tensor, log_sum: Tensor, size: int, u: float) -> Tensor:
+    """Of x - max - log(sum(exp(x - max))): both differences round, and so does the sum, whose
+    relative error is the absolute one of its log (the sum is at least 1)."""
+    return u * (2 * shifted.abs() + 2 * log_sum.abs() + growth(size))
+
+
+def _nll_loss_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
+    input = sample.args[0]
+    loss = _make_loss(*sample.args, **sample.kwargs)
+    u = unit_roundoff(accumulation_dtype(input.dtype))
+    rows = (loss.q * _rows_of_classes(input.double())).sum(1).abs()
+    grad = (loss.scale_of_rows(grad_output) * loss.q).abs() * _scale_error(loss, u)
+    return _reduction_error(loss, rows, rows * 2 * u, u), [loss.like_input(grad, input)]
+
+
+def _row_sum_error(rows: int, u: float) -> float:
+    """Of a sum over the rows, relative to the sum of magnitudes.
+
+    The class weights are a few numbers summed thousands of times: their roundings repeat, and
+    don't cancel. In float64 that is the worst case, rows * u. Sums of narrower numbers have float64
+    to be carried in, or partial sums; there we ask for a random walk's error.
+    """
+    return (rows + 8) * u if u == unit_roundoff(torch.float64) else growth(rows) * u
+
+
+def _scale_error(loss: _Loss, u: float) -> float:
+    """Of a row's scale, relative: 'mean' divides by a sum over the rows."""
+    return growth(1) * u + (_row_sum_error(len(loss.q), u) if loss.reduction == "mean" else 0)
+
+
+def _reduction_error(loss: _Loss, rows: Tensor, row_errors: Tensor, u: float) -> Tensor:
+    """Of a reduction over rows of these magnitudes, which are off by ``row_errors`` already."""
+    if loss.reduction == "none":
+        return loss.reduce(row_errors)
+    # 'mean': twice, for the sum of the losses and for that of the weights it is divided by
+    return loss.reduce(row_errors) + 2 * _row_sum_error(len(rows), u) * loss.reduce(rows)
+
+
+def _cross_entropy_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
+    input = sample.args[0]
+    loss = _make_loss(*sample.args, **sample.kwargs)
+    accumulate = accumulation_dtype(input.dtype)
+    u = unit_roundoff(accumulate)
+    shifted, log_sum, log_probs = _log_softmax_parts(_rows_of_classes(input.double()), 1)
+    classes = loss.q.shape[1]
+    log_prob_error = _log_prob_error(shifted, log_sum, classes, u)
+    terms = loss.q * log_probs.abs()
+    # A sum over the classes of products; one term alone where the target is an index, without
+    # label smoothing, but the bound need not know.
+    rows = terms.sum(1)
+    row_errors = (loss.q * log_prob_error).sum(1) + growth(classes) * u * rows
+    value = _reduction_error(loss, rows, row_errors, u)
+
+    # scale * (softmax * sum(q) - q)
+    q_sum = loss.q.sum(1, keepdim=True)
+    scale = loss.scale_of_rows(grad_output).abs()
+    prob = log_probs.exp()
+    grad = prob * q_sum * (log_prob_error + growth(classes) * u) + growth(1) * u * loss.q
+    grad = grad + (prob * q_sum + loss.q) * _scale_error(loss, u)
+    grad = scale * (grad + torch.finfo(accumulate).smallest_normal)  # a fast exp flushes subnormals
+    return value, [loss.like_input(grad, input)]
+
+
+_ERRORS: dict[str, Callable[[Sample, Tensor], tuple[Tensor, list[Tensor]]]] = {
+    "linear_relu": _linear_relu_errors,
+    "log_softmax": _log_softmax_errors,
+    "nll_loss": _nll_loss_errors,
+    "cross_entropy": _cross_entropy_errors,
+}
+
+
+# --- what the tests call ------------------------------------------------------------------------
+
+
+def expected(op: str, sample: Sample, grad_output: Tensor) -> Expected:
+    """The value, and the gradients of ``sum(grad_output * value)``."""
+    leaves = [arg.detach().double() for arg in sample.args[: DIFFERENTIABLE[op]]]
+    grads_wanted = sample.args[0].is_floating_point()
+    with torch.enable_grad():
+        leaves = [leaf.requires_grad_(grads_wanted) for leaf in leaves]
+        value = _evaluate(op, sample, leaves)
+        grads = (
+            torch.autograd.grad(value, leaves, grad_output.double(), materialize_grads=True)
+            if grads_wanted
+            else ()
+        )
+    value_error, grad_errors = _ERRORS[op](sample, grad_output.double())
+    return Expected(value.detach(), value_error, list(grads), grad_errors if grads else [])
+
+
+def _evaluate(op: str, sample: Sample, leaves: list[Tensor]) -> Tensor:
+    return FORMULAS[op](*leaves, *sample.args[len(leaves) :], **sample.kwargs)
+
+
+def away_from_kink(sample: Sample, grad_output: Tensor) -> Tensor:
+    """linear_relu's incoming gradient, zeroed where the sign of ``input @ weight.T + bias`` is
+    within the roundings of zero: there either side's gradient is right. The bound is the worst
+    case, n roundings all in one direction, to hold for torch's operators too."""
+    magnitude = _before_relu(*(arg.double().abs() for arg in sample.args))
+    u = unit_roundoff(accumulation_dtype(sample.args[0].dtype))
+    doubtful = _before_relu(*sample.args).abs() <= (
+        (sample.args[0].shape[-1] + 2) * u * magnitude
+        + smallest_step(sample.args[0].dtype)
+        + _product_rounding(sample)
+    )
+    return grad_output.masked_fill(doubtful, 0)
+
+
+def assert_within(
+    what: str, actual: Tensor, exact: Tensor, error: Tensor, slack: float = 1.0
+) -> None:
+    """Fails unless ``actual`` is ``exact`` within ``slack * error`` and one rounding to its dtype.
+
+    NaN and infinity must be where they are in ``exact``.
+    """
+    __tracebackhide__ = True
+    assert actual.shape == exact.shape, (
+        f"{what}: shape {tuple(actual.shape)} is not {tuple(exact.shape)}"
+    )
+    dtype = actual.dtype
+    value, exact = actual.detach().double(), exact.detach().double()
+    allowed = slack * error + unit_roundoff(dtype) * (exact.abs() + slack * error)
+    allowed = allowed + smallest_step(dtype)
+    same = (value == exact) | (value.isnan() & exact.isnan())
+    wrong = ~(same | ((value - exact).abs() <= allowed))
+    if not wrong.any():
+        return
+    ratio = torch.where(wrong, (value - exact).abs() / allowed, -1.0).nan_to_num(nan=math.inf)
+    at = tuple(int(i[0]) for i in torch.where(ratio == ratio.max())) if ratio.dim() else ()
+    raise AssertionError(
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} values are off, the worst at {list(at)}: "
+        f"{value[at].item()!r}, should be {exact[at].item()!r} within {allowed[at].item():.3g}"
+    )

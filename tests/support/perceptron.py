@@ -1,0 +1,73 @@
+"""A perceptron of all our layers and losses, and the same one of torch's: a model small enough to
+be compiled, exported and transformed in many ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastnn
+from support.sample_inputs import Draws
+
+FEATURES, HIDDEN, CLASSES = 6, 8, 5
+USES = ("linear_relu", "log_softmax", "nll_loss", "cross_entropy")
+
+
+class LinearThenReLU(nn.Linear):
+    """What LinearReLU stands for, with its keys."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+OURS = fastnn.nn
+STOCK = SimpleNamespace(
+    LinearReLU=LinearThenReLU,
+    LogSoftmax=nn.LogSoftmax,
+    NLLLoss=nn.NLLLoss,
+    CrossEntropyLoss=nn.CrossEntropyLoss,
+)
+
+
+class Perceptron(nn.Module):
+    """Gives log-probabilities; with a target, the sum of two losses."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.hidden = kind.LinearReLU(FEATURES, HIDDEN)
+        self.output = nn.Linear(HIDDEN, CLASSES)
+        self.log_softmax = kind.LogSoftmax(1)
+        self.nll_loss = kind.NLLLoss(weight=torch.linspace(0.5, 1.5, CLASSES))
+        self.cross_entropy = kind.CrossEntropyLoss(label_smoothing=0.1)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        logits = self.output(self.hidden(x))
+        log_probs = self.log_softmax(logits)
+        if target is None:
+            return log_probs
+        return self.nll_loss(log_probs, target) + self.cross_entropy(logits, target)
+
+
+def make(kind: Any, dtype: torch.dtype = torch.float64) -> Perceptron:
+    """With the same parameters every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Perceptron(kind).to(dtype)
+
+
+def batch(rows: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, the same ones every time."""
+    x = Draws(rows).normal(rows, FEATURES, dtype=torch.float64)
+    return x.to(dtype), torch.arange(rows) % CLASSES
+
+
+def loss_and_gradients(
+    model: Perceptron, run: Callable[..., Tensor], *inputs: Tensor
+) -> list[Tensor]:
+    """What ``run`` (the model itself, compiled, exported, ...) returns, and the gradients of it."""
+    loss = run(*inputs)
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]

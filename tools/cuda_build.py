@@ -1,0 +1,215 @@
+"""Builds the CUDA part, needs no GPU, and checks what the compiler made: see ``make cuda-check``.
+
+Then the tests: those of the operators over the kernels' PTX, which tools/cuda_emulation/ptx
+executes on the CPU, and all of them over the CPU's own kernels.
+
+The build is a copy of the repository in build/cuda_check, so that the extension that is built in
+the repository itself stays what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from repository import REPOSITORY, copy_to
+
+COPY = REPOSITORY / "build/cuda_check"
+ARCHITECTURES = "8.0+PTX"
+
+# The kernels that have 128-bit loads or stores of global memory, by their names and, where a kernel
+# is compiled in several widths, its template arguments. Each of the names must be met. Strided rows
+# (`strided_rows_kernel`) and the targets' elements (`nll_loss_kernel`) have nothing that wide.
+WIDTH = r"(\(int\))?[248]"  # some versions of c++filt name an argument's type
+WHOLE_ROWS = r"(subwarp_rows|team_rows|split_finish)_kernel<.*::"
+WIDE_LOADS = [
+    rf"gemm_kernel<[^,]+, {WIDTH}, ",
+    rf"relu_backward_kernel<.*, {WIDTH}>",
+    r"sgd_step_kernel<",
+    r"(subwarp_rows|team_rows|split_reduce)_kernel<.*::CrossEntropyForwardRows<",
+    rf"{WHOLE_ROWS}CrossEntropyBackwardRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxBackwardRows<",
+    r"split_reduce_kernel<",
+]
+WIDE_STORES = [
+    r"gemm_kernel<(float|double), ",  # four columns to a store: those of two bytes take half of it
+    rf"relu_backward_kernel<.*, {WIDTH}>",
+    r"sgd_step_kernel<",
+    rf"{WHOLE_ROWS}CrossEntropyBackwardRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxRows<",
+    rf"{WHOLE_ROWS}LogSoftmaxBackwardRows<",
+    rf"{WHOLE_ROWS}NLLLossBackwardRows<",
+]
+
+
+# The others have nothing that another form of the kernels could change.
+PTX_TESTS = [
+    "tests/ops/test_operators.py",
+    "tests/ops/test_gradients.py",
+    "tests/ops/test_accuracy.py",
+    "tests/optim",
+    "tests/programs/test_training.py",
+    "tests/cuda/test_cuda_emulation.py",
+    "tests/cuda/test_cuda_plans.py",
+]
+# Storages that Python makes, as copy.deepcopy and pickle do, come from an allocator that can't be
+# watched: to the checks of each access their memory is nobody's.
+UNWATCHED_MEMORY = [
+    "tests/optim/test_sgd_between_steps.py::test_nothing_stale_is_kept_between_steps[reload_own_state]",
+    "tests/optim/test_sgd_saving.py::test_copies_train_on_their_own",
+    "tests/optim/test_sgd_float32_momentum.py::test_copies_have_their_momentum_in_float32_too",
+    "tests/optim/test_sgd_from_torch.py::test_from_torch_under_a_scheduler[True]",
+]
+
+
+@dataclass
+class Kernel:
+    """What the disassembly shows of one kernel."""
+
+    name: str
+    instructions: list[str] = field(default_factory=list)
+
+    def has(self, pattern: str) -> bool:
+        return any(re.match(pattern, instruction) for instruction in self.instructions)
+
+
+def main() -> None:
+    copy_to(COPY)
+    build()
+    library = next((COPY / "fastnn").glob("_C*.so"))
+    check_import()
+    check_kernels(list(disassemble(library)))
+    extract_ptx(library)
+    execute_ptx()
+    print("--- all tests, on the CPU", flush=True)
+    run([sys.executable, "-m", "pytest", *sys.argv[1:]])
+
+
+def build() -> None:
+    print(f"--- building for {ARCHITECTURES} (ten minutes on two cores)", flush=True)
+    variables = {"FASTNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}
+    run(
+        [sys.executable, "-W", "ignore", "setup.py", "--quiet", "build_ext", "--inplace"], variables
+    )
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation"]
+    run([*pip, "--editable", ".[test]"], variables)
+
+
+IMPORT = """
+import torch, fastnn
+assert fastnn.is_available(), fastnn._extension.unavailable_reason
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")]
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+on_cpu = {name for name in names if has_kernel(name, "CPU")}
+on_cuda = {name for name in names if has_kernel(name, "CUDA")}
+assert on_cpu and on_cpu <= on_cuda, f"not registered for CUDA: {sorted(on_cpu - on_cuda)}"
+print(f"{len(on_cuda)} operators registered for CUDA")
+"""
+
+
+def check_import() -> None:
+    """That it loads where no GPU is; LD_BIND_NOW looks up every symbol, not just those called."""
+    run([sys.executable, "-c", IMPORT], {"LD_BIND_NOW": "1"})
+
+
+def check_kernels(kernels: list[Kernel]) -> None:
+    problems = [f"{k.name} spills registers" for k in kernels if k.has(r"(LDL|STL)\b")]
+    for patterns, access, instruction in [
+        (WIDE_LOADS, "loads", r"LDG\.E\.(\w+\.)*128\b"),
+        (WIDE_STORES, "stores", r"STG\.E\.(\w+\.)*128\b"),
+    ]:
+        for pattern in patterns:
+            meant = [kernel for kernel in kernels if re.search(pattern, kernel.name)]
+            if not meant:
+                problems.append(f"there is no kernel {pattern}")
+            problems += [
+                f"{kernel.name} has no 128-bit {access}"
+                for kernel in meant
+                if not kernel.has(instruction)
+            ]
+            print(f"{len(meant):3d} kernels {pattern} with 128-bit {access}")
+    if problems:
+        sys.exit("\n".join(["cuda_build.py:", *problems]))
+    print(f"{len(kernels)} kernels, none of which spills registers")
+
+
+def disassemble(library: Path) -> Iterator[Kernel]:
+    command = [tool("cuobjdump"), "--dump-sass", str(library)]
+    tools = str(Path(tool("nvdisasm")).parent)  # which cuobjdump calls
+    process = run(command, {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True)
+    kernel = None
+    for line in process.stdout.splitlines():
+        if match := re.match(r"\s*Function : (\S+)", line):
+            if kernel is not None:
+                yield kernel
+            kernel = Kernel(demangled(match.group(1)))
+        elif kernel is not None and (
+            match := re.match(r"\s*/\*\w+\*/\s+(@!?U?P\w+\s+)?(.*?);", line)
+        ):
+            kernel.instructions.append(match.group(2))
+    if kernel is not None:
+        yield kernel
+
+
+def extract_ptx(library: Path) -> None:
+    """Puts it where tools/cuda_emulation/build.py looks for it."""
+    folder = COPY / "build/cuda_emulation/ptx"
+    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("*.ptx"):
+        earlier.unlink()
+    run([tool("cuobjdump"), "--extract-ptx", "all", str(library)], folder=folder)
+    print(f"{len(list(folder.glob('*.ptx')))} modules of PTX extracted")
+
+
+def execute_ptx() -> None:
+    """Each kernel, by some test at least."""
+    print("--- the tests of the operators, over the kernels' PTX", flush=True)
+    report = COPY / "build/never_launched.txt"
+    pytest = [sys.executable, "-m", "pytest", f"--never-launched={report}"]
+    pytest += [f"--deselect={test}" for test in UNWATCHED_MEMORY]
+    run([*pytest, *PTX_TESTS], {"FASTNN_TEST_CUDA_EMULATION": "ptx"})
+    if names := report.read_text():
+        sys.exit(f"cuda_build.py: no test has launched\n{names}")
+
+
+def demangled(symbol: str) -> str:
+    process = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True)
+    return process.stdout.strip()
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, from its Python packages or the toolkit itself."""
+    for folder in map(Path, sys.path):
+        for candidate in sorted(folder.glob(f"nvidia/**/bin/{name}")):
+            return str(candidate)
+    found = shutil.which(name)
+    if found is None:
+        sys.exit(f"cuda_build.py: {name} is missing; run make cuda-check, which installs it.")
+    return found
+
+
+def run(
+    command: list[str],
+    variables: dict[str, str] | None = None,
+    folder: Path = COPY,
+    **options: object,
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **(variables or {})}
+    process = subprocess.run(
+        command, cwd=folder, env=environment, check=False, text=True, **options
+    )
+    if process.returncode != 0:
+        output = f"\n{process.stdout}{process.stderr}" if options else ""
+        sys.exit(f"cuda_build.py: this ended with {process.returncode}: {command}{output}")
+    return process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Launches every CUDA kernel of fastnn by each of its paths: what compute-sanitizer watches.
+
+    compute-sanitizer --tool memcheck python tools/gpu/launches.py
+
+Sizes are small and odd, so that vectors have ends, and tiles and slices tails. Results are tested
+elsewhere. ``--no-library`` leaves out what cuBLAS multiplies: its kernels make racecheck fail, and
+what they wrote counts as unwritten where initcheck watches ours alone. For the latter the inputs
+come from the host, and so do the gradients that a backward starts from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+import fastnn
+from fastnn import functional
+from fastnn._extension import build_info
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROW_PATHS = ("subwarp", "warp", "block", "split")
+# (rows, depth, columns)
+PRODUCTS = ((1, 9, 7), (33, 64, 65), (130, 72, 264), (300, 31, 8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Launch every CUDA kernel by each of its paths.")
+    parser.add_argument("--device", default="cuda", help="cpu: a rehearsal")
+    parser.add_argument("--no-library", dest="library", action="store_false")
+    options = parser.parse_args()
+    check_kernels(options.device)
+    generator = torch.Generator().manual_seed(0)
+    for dtype in DTYPES:
+        launches = Launches(generator, dtype, options.device)
+        launches.rows()
+        launches.strided_rows()
+        launches.products()
+        if options.library:
+            launches.library_products()
+        launches.steps()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    print(f"launched on {options.device}")
+
+
+def check_kernels(device: str) -> None:
+    """Ends this program where other kernels than ours would run."""
+    if device == "cuda" and not (fastnn.is_available() and build_info().get("cuda")):
+        sys.exit("fastnn is built without its CUDA part here, of which nothing could be checked.")
+
+
+class Launches:
+    """The launches in one dtype."""
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: str) -> None:
+        self.generator, self.dtype, self.device = generator, dtype, device
+
+    def normal(self, *shape: int, offset: int = 0) -> Tensor:
+        """Values on the device, some elements past the start of their memory."""
+        size = torch.Size(shape).numel()
+        values = torch.randn(size + offset, generator=self.generator).to(self.dtype)
+        return values.to(self.device)[offset:].view(shape)
+
+    def targets(self, classes: int, *shape: int) -> Tensor:
+        return torch.randint(classes, shape, generator=self.generator).to(self.device)
+
+    def rows(self) -> None:
+        """Rows whose classes are neighbours: each path, at both sides of what it is meant for."""
+        for path in ROW_PATHS:
+            with environment("FASTNN_CUDA_ROWS", path):
+                for rows, classes, offset in ((1, 1, 0), (7, 10, 1), (33, 257, 0), (5, 1031, 3)):
+                    self.losses((rows, classes), offset)
+        # About as long as the shared memory that a block has; the launchers choose the path.
+        for kibibytes in (46, 49):
+            self.losses((2, kibibytes * 1024 // self.dtype.itemsize), 0)
+
+    def strided_rows(self) -> None:
+        for shape in ((2, 21, 5, 7), (1, 300, 3)):
+            self.losses(shape, 0)
+
+    def losses(self, shape: tuple[int, ...], offset: int) -> None:
+        """log_softmax and the losses over logits of a shape, forward and backward."""
+        logits = self.normal(*shape, offset=offset)
+        classes, rows = shape[1], (shape[0], *shape[2:])
+        target, weight = self.targets(classes, *rows), self.normal(classes).abs_()
+        self.backward(functional.log_softmax, [logits], shape, 1)
+        for loss in (functional.nll_loss, functional.cross_entropy):
+            self.backward(loss, [logits], rows, target, reduction="none")
+            self.backward(loss, [logits], (), target, weight=weight)
+        self.backward(functional.cross_entropy, [logits], (), target, label_smoothing=0.1)
+        probabilities = self.normal(*shape, offset=offset).abs_()
+        self.backward(functional.cross_entropy, [logits], (), probabilities, weight=weight)
+
+    def products(self) -> None:
+        """Our product; the mask and the bias gradient, over inputs without features."""
+        with environment("FASTNN_CUDA_GEMM", "tiled"), torch.no_grad():
+            for rows, depth, cols in PRODUCTS:
+                args = self.normal(rows, depth), self.normal(cols, depth), self.normal(cols)
+                functional.linear_relu(*args)
+                functional.linear_relu(*args[:2])
+        for rows, cols, offset in ((1, 7, 0), (33, 64, 0), (700, 81, 3), (3000, 40, 1)):
+            leaves = [self.normal(rows, 0), self.normal(cols, 0), self.normal(cols)]
+            self.backward(functional.linear_relu, leaves[:2], (rows, cols))
+            self.backward(functional.linear_relu, leaves, (rows, cols), offset=offset)
+
+    def library_products(self) -> None:
+        with environment("FASTNN_CUDA_GEMM", "library"):
+            for rows, depth, cols in PRODUCTS:
+                leaves = [self.normal(rows, depth), self.normal(cols, depth), self.normal(cols)]
+                self.backward(functional.linear_relu, leaves, (rows, cols))
+
+    def backward(
+        self, function, inputs: Sequence[Tensor], shape, *args, offset: int = 0, **kwargs
+    ) -> None:
+        """The function, and its gradients of the inputs from a gradient of a shape."""
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        output = function(*leaves, *args, **kwargs)
+        torch.autograd.grad(output, leaves, self.normal(*shape, offset=offset))
+
+    def steps(self) -> None:
+        """SGD over more tensors than one launch takes, at several alignments and lengths."""
+        values = [self.normal(size, offset=size % 3) for size in (*range(1, 120), 100_003)]
+        for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "float32_momentum": True}):
+            params = [torch.nn.Parameter(value.clone()) for value in values]
+            optimizer = fastnn.optim.SGD(params, lr=0.1, weight_decay=0.01, **options)
+            for _ in range(2):
+                for param, value in zip(params, values, strict=True):
+                    param.grad = value.clone()
+                optimizer.step()
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment, which the launchers read at each call."""
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+if __name__ == "__main__":
+    main()
