@@ -25,7 +25,7 @@ constexpr int64_t kTileCols = kTileVecs * kLanes<A>;
 // Depths are taken in blocks of at most so many: then a panel of the right operand stays in the
 // first-level cache, and a sum's rounding errors grow with the block, not with the depth. Partial
 // sums wait in the output, or in scratch memory. A multiple of every vector's lanes.
-constexpr int64_t kGemmDepth = kVectorBytes == 64 ? 256 : 200;
+constexpr int64_t kGemmDepth = kVectorBytes == 64 ? 208 : 200;
 static_assert(kGemmDepth % kLanes<float> == 0 && kGemmDepth % kLanes<double> == 0);
 
 // So many panels of the right operand are packed at once: fewer, and each of its rows' pages would
