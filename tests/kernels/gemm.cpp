@@ -25,7 +25,9 @@ struct Tile {
   }
 };
 constexpr int64_t kDepth = 200;
-constexpr int64_t kGroup = 4;
+constexpr int64_t kGroup = 8;
+// More rows than are multiplied without packing.
+constexpr int64_t kManyRows = 17;
 // Depths that can't be halved in whole vectors, at most a vector below a limit of two blocks: were
 // a block to exceed the limit, its panels would run into the next part of the scratch memory.
 constexpr int64_t kUnevenDepths[] = {2 * kDepth - 8, 2 * kDepth, 2 * kDepth + 16};
@@ -52,7 +54,7 @@ std::vector<Size> sizes(const Tile& tile) {
     result.push_back({1, 1, d});
     result.push_back({tile.rows, tile.cols, d});
     result.push_back({tile.rows + 1, tile.lanes - 1, d});
-    result.push_back({2, kGroup * tile.cols + 1, d});
+    result.push_back({kManyRows, kGroup * tile.cols + 1, d});
   }
   // What fills each part of the scratch memory: the left operand, and both kinds of sums. The right
   // one's is filled above.
@@ -60,8 +62,8 @@ std::vector<Size> sizes(const Tile& tile) {
   result.push_back({simd::kGemmRows, tile.cols - 1, 2});
   result.push_back({simd::kGemmRows, simd::kGemmCols, 1});
   for (const int64_t d : kUnevenDepths) {
-    result.push_back({simd::kGemmRows, 3, d});         // the left operand's last panel
-    result.push_back({2, 2 * kGroup * tile.cols, d});  // the right one's, beside sums
+    result.push_back({simd::kGemmRows, 3, d});                 // the left operand's last panel
+    result.push_back({kManyRows, 2 * kGroup * tile.cols, d});  // the right one's, beside sums
   }
   // More than one block, on one thread and on several.
   for (const int64_t n : {simd::kGemmRows - 1, simd::kGemmRows + 1, 2 * simd::kGemmRows + 9}) {
@@ -70,6 +72,26 @@ std::vector<Size> sizes(const Tile& tile) {
   }
   result.push_back({simd::kGemmRows + 1, 2, 0});
   result.push_back({simd::kGemmRows + 1, simd::kGemmCols + 1, 7});
+  // Dot products: around what is summed at once, the least depth, and a block of terms.
+  for (const int64_t rows : {1, 5, 6, 7, 16, 17}) {
+    for (const int64_t cols : {1, 3, 4, 5, 15, 16}) {
+      const int64_t least = 2 * std::min(rows, cols) * tile.lanes;
+      for (const int64_t depth : {least - 1, least, least + 1}) {
+        result.push_back({rows, cols, depth});
+      }
+    }
+  }
+  for (const int64_t more : {-1, 0, 1}) result.push_back({3, 5, 256 * tile.lanes + more});
+  // Few columns and short rows: whole vectors of rows and a part, and each power of two that is
+  // interleaved.
+  for (const int64_t rows : {tile.lanes, 2 * tile.lanes + 1}) {
+    for (const int64_t cols : {int64_t{1}, int64_t{2}, int64_t{3}, tile.lanes / 2}) {
+      for (const int64_t depth : {int64_t{1}, int64_t{2}, int64_t{3}, int64_t{4}, int64_t{8},
+                                  tile.lanes + 1, 4 * tile.lanes, 4 * tile.lanes + 1}) {
+        result.push_back({rows, cols, depth});
+      }
+    }
+  }
   result.push_back({61, 89, 131});
   result.push_back({131, 17, 419});
   return result;
