@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.case import Case, Inputs, MeanOverRows, classes, normal
 
-# Rows and classes: MNIST's batch; very many short rows; ImageNet's classes; a language model's
-# vocabulary, which no cache holds.
-SHAPES = ((64, 10), (65536, 10), (512, 1000), (2048, 32000))
+# Rows and classes: MNIST's batch; very many short rows; CIFAR's and ImageNet's classes; a language
+# model's vocabulary, which no cache holds.
+SHAPES = ((64, 10), (65536, 10), (4096, 100), (512, 1000), (2048, 32000))
 DTYPES = (torch.float32, torch.bfloat16)
 MODES = ("forward", "forward_backward")
 # On a GPU, for the operators that make up cross_entropy: rows, classes, dtype, priority.

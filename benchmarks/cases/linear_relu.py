@@ -25,6 +25,18 @@ SHAPES = (
     (1024, 1024, 1024),
 )
 MODES = ("forward", "forward_backward")
+# In float32 alone: a wide layer's few rows, as in inference and fine-tuning; tall thin matrices; a
+# long depth.
+MORE_SHAPES = (
+    (1, 1000, 1000),
+    (4, 1000, 4096),
+    (16, 4096, 1000),
+    (100000, 2, 2),
+    (65536, 16, 4),
+    (512, 2048, 512),
+)
+# The backward's products apart: each with the mask of the ReLU, which it takes.
+BACKWARD_SHAPES = (*SHAPES, (512, 2048, 512))
 # On a GPU, each with its priority: MNIST's two layers and a single picture, a middle layer and a
 # language model's.
 CUDA_SHAPES = (
@@ -60,12 +72,15 @@ NEAR_ZERO = 1e-3
 
 
 def cases() -> list[Case]:
-    return [
+    whole = [
         _case(shape, dtype, mode)
         for shape in SHAPES
         for dtype in (torch.float32, torch.bfloat16)
         for mode in MODES
     ]
+    more = [_case(shape, torch.float32, mode) for shape in MORE_SHAPES for mode in MODES]
+    parts = [_part_case(shape, part) for shape in BACKWARD_SHAPES for part in PARTS]
+    return whole + more + parts
 
 
 def cuda_cases() -> list[Case]:
@@ -159,6 +174,61 @@ def _pack_mkldnn(input: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, .
 
 def _addmm_activation(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, input, weight.t())
+
+
+# ---- the backward's parts ------------------------------------------------------------------------
+
+
+def _grad_input(grad: Tensor, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+    wanted = [True, False, False]
+    return torch.ops.fastnn.linear_relu_backward(grad, None, weight, output, wanted)[0]
+
+
+def _eager_grad_input(grad: Tensor, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, output, 0) @ weight
+
+
+def _grad_weight(grad: Tensor, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+    wanted = [False, True, False]
+    return torch.ops.fastnn.linear_relu_backward(grad, input, None, output, wanted)[1]
+
+
+def _eager_grad_weight(grad: Tensor, input: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, output, 0).t() @ input
+
+
+PARTS = {
+    "input": (_grad_input, _eager_grad_input),
+    "weight": (_grad_weight, _eager_grad_weight),
+}
+
+
+def _part_case(shape: tuple[int, int, int], part: str) -> Case:
+    rows, ins, outs = shape
+    ours, torchs = PARTS[part]
+    inputs = partial(_part_inputs, shape=shape)
+    return Case(
+        op=f"linear_relu gradient of {part}",
+        label=f"{rows}, {ins}->{outs}",
+        dtype=torch.float32,
+        mode="forward",
+        inputs=inputs,
+        contenders=lambda: [
+            Function("fastnn", ours),
+            Function("threshold_backward, mm", torchs),
+            Compiled("torch.compile", torchs),
+        ],
+        reference=Function("reference", torchs),
+        work=Work(flops=2.0 * rows * ins * outs),
+    )
+
+
+def _part_inputs(generator: torch.Generator, shape: tuple[int, int, int]) -> Inputs:
+    rows, ins, outs = shape
+    grad = normal(generator, rows, outs, dtype=torch.float32)
+    input = normal(generator, rows, ins, dtype=torch.float32)
+    weight = normal(generator, outs, ins, dtype=torch.float32, scale=ins**-0.5)
+    return Inputs((grad, input, weight, normal(generator, rows, outs, dtype=torch.float32).relu()))
 
 
 # ---- our product against the library's -----------------------------------------------------------

@@ -13,15 +13,33 @@
 namespace fastnn::cpu {
 namespace {
 
-// Whether the library is faster than our tiles: for products with a vector, and for large ones if
-// its vectors are as wide as ours. `python -m benchmarks.crossovers` measures it. With AVX-512 on
-// an AMD processor our tiles are twice as fast as MKL for large ones, too.
-bool library_is_faster(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
-  // Instructions that multiply bfloat16, which the library uses, outdo our kernel's float32.
-  if (dtype == at::kBFloat16) return multiplies_bfloat16();
-  if (dtype == at::kHalf) return false;
+// Whether the library's product is faster than ours, as `python -m benchmarks.crossovers` measures
+// it; `packs` says whether ours packs its operands.
+//
+// The library's instructions that multiply bfloat16 outdo our float32, but a call of them costs
+// more than a small product.
+bool multiplies_bfloat16_faster(int64_t rows, int64_t cols, int64_t depth, bool packs) {
+  constexpr int64_t kSmall = 1 << 21, kFewRows = 4;
+  const bool reads_a_matrix_once = !packs && rows <= kFewRows;
+  return multiplies_bfloat16() && rows * cols * depth > kSmall && !reads_a_matrix_once;
+}
+
+// Products with a vector; and, if the library's vectors are as wide as ours, large ones and those
+// of few rows by a large matrix. With AVX-512 on an AMD processor ours are twice as fast as MKL's.
+bool multiplies_floats_faster(int64_t rows, int64_t cols, int64_t depth, bool packs) {
+  if (!packs) return false;
   if (rows <= 2 || cols == 1 || depth == 1) return true;
-  return std::min({rows, cols, depth}) >= 512 && library_has_our_vectors();
+  constexpr int64_t kFewRows = 16, kLargeMatrix = 1 << 22, kLargeSide = 512;
+  const bool packs_for_few = rows <= kFewRows && cols * depth >= kLargeMatrix;
+  const bool is_large = std::min({rows, cols, depth}) >= kLargeSide;
+  return (packs_for_few || is_large) && library_has_our_vectors();
+}
+
+bool library_is_faster(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth,
+                       bool packs) {
+  if (dtype == at::kHalf) return false;
+  return dtype == at::kBFloat16 ? multiplies_bfloat16_faster(rows, cols, depth, packs)
+                                : multiplies_floats_faster(rows, cols, depth, packs);
 }
 
 // A tensor as it is where one of its strides is 1, else a copy.
@@ -112,10 +130,10 @@ at::Tensor gemm(const at::Tensor& left, const at::Tensor& right,
                              .bias = const_data_or_null<T>(contiguous_bias),
                              .relu = relu,
                              .out = data<T>(out)};
-    const bool by_library = requested == Product::Auto
-                                ? !kernels<T>().gemm_needs_no_packing(args) &&
-                                      library_is_faster(a.scalar_type(), rows, cols, depth)
-                                : requested == Product::Library;
+    const bool by_library =
+        requested == Product::Auto
+            ? library_is_faster(a.scalar_type(), rows, cols, depth, kernels<T>().gemm_packs(args))
+            : requested == Product::Library;
     by_library ? run_library<T>(a, b, bias, relu, out) : run(args);
   });
   return out;

@@ -29,7 +29,14 @@ void exp_and_log(const Target& target) {
   std::vector<A> x = {0, -A(0), INFINITY, -INFINITY, NAN, -NAN};
   x.insert(x.end(), {Limits::max(), Limits::lowest(), Limits::min()});
   for (int64_t i = 0; i < kCount; ++i) x.push_back(A(uniform(-1.3, 1.1) * largest));
+  // Far out on both sides, at every magnitude.
+  for (int k = 6; k < Limits::max_exponent - 1; ++k) {
+    for (int i = 0; i < 8; ++i) x.push_back(A(std::ldexp(uniform(-2, 2), k)));
+  }
   expect_function("exp", x, target.vec<A>().exp, [](double v) { return std::exp(v); });
+  for (A& value : x) value = -std::abs(value);
+  const auto exp_nonpositive = target.vec<A>().exp_nonpositive;
+  expect_function("exp_nonpositive", x, exp_nonpositive, [](double v) { return std::exp(v); });
 
   x = {1, 2, Limits::min(), Limits::max(), NAN};
   for (int64_t i = 0; i < kCount; ++i) {

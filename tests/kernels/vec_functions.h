@@ -12,6 +12,7 @@ struct VecFunctions {
   void (*widen)(accum<T>* to, const T* from, int64_t n);
   void (*narrow)(T* to, const accum<T>* from, int64_t n);
   void (*exp)(accum<T>* to, const accum<T>* from, int64_t n);
+  void (*exp_nonpositive)(accum<T>* to, const accum<T>* from, int64_t n);
   void (*log)(accum<T>* to, const accum<T>* from, int64_t n);
 };
 

@@ -21,8 +21,10 @@ constexpr int64_t kDotTerms = 256;
 template <typename T>
 inline bool is_of_dot_products(const Gemm<T>& g) {
   constexpr int64_t kFew = 16;
-  return (g.rows <= kFew || g.cols < kFew) && !g.a.transposed && g.b.transposed &&
-         g.depth >= 2 * std::min(g.rows, g.cols) * kLanes<accum<T>>;
+  if (g.a.transposed || !g.b.transposed || std::min(g.rows, g.cols + 1) > kFew) return false;
+  // A single column of many rows takes the time of kDotCols.
+  const int64_t few = g.cols == 1 && g.rows > kFew ? 2 * kDotCols : std::min(g.rows, g.cols);
+  return g.depth >= 2 * few * kLanes<accum<T>>;
 }
 
 // Pointers to N lines of a matrix from the first on; past the end, to the last one again.

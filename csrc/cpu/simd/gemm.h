@@ -326,8 +326,8 @@ inline void tiled_gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
 }
 
 template <typename T>
-bool needs_no_packing(const Gemm<T>& g) {
-  return is_of_dot_products(g) || is_narrow(g);
+bool gemm_packs(const Gemm<T>& g) {
+  return !is_of_dot_products(g) && !is_narrow(g);
 }
 
 template <typename T>

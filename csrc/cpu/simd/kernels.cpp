@@ -16,7 +16,7 @@ const Kernels<T>& kernels() {
       .relu_backward = relu_backward<T>,
       .gemm = gemm<T>,
       .gemm_scratch = kGemmScratchBytes<T>,
-      .gemm_needs_no_packing = needs_no_packing<T>,
+      .gemm_packs = gemm_packs<T>,
       .log_softmax = log_softmax<T>,
       .log_softmax_backward = log_softmax_backward<T>,
       .cross_entropy = cross_entropy<T>,

@@ -92,8 +92,8 @@ struct Kernels {
   // `scratch` is of gemm_scratch bytes, aligned to a cache line, and no other call's meanwhile.
   void (*gemm)(const Gemm<T>& args, const GemmBlock& block, void* scratch);
   int64_t gemm_scratch;
-  // Whether gemm() reads the operands where they are: then no library is faster.
-  bool (*gemm_needs_no_packing)(const Gemm<T>& args);
+  // Whether gemm() packs its operands, rather than read them where they are.
+  bool (*gemm_packs)(const Gemm<T>& args);
 
   // For the rows at positions [begin, end).
   void (*log_softmax)(T* output, const T* input, Layout layout, int64_t begin, int64_t end);

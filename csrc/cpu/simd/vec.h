@@ -438,6 +438,7 @@ inline vec<A> exp_nonpositive(vec<A> x) {
 template <typename A>
 inline vec<A> exp(vec<A> x) {
   using K = ExpConstants<A>;
+  x = vec_max<A>(broadcast(K::lowest), x);  // its exponent is a number, if not that of a result
   x = x > K::highest ? broadcast(K::highest) : x;
   const ExpParts<A> parts = exp_parts<A>(x);
   return combine<A>(parts, x <= K::lowest, parts.exponent >> 1);

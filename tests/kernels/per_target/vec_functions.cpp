@@ -30,6 +30,11 @@ void exp_all(A* to, const A* from, int64_t n) {
 }
 
 template <typename A>
+void exp_nonpositive_all(A* to, const A* from, int64_t n) {
+  map(to, from, n, [](vec<A> x) { return exp_nonpositive<A>(x); });
+}
+
+template <typename A>
 void log_all(A* to, const A* from, int64_t n) {
   map(to, from, n, [](vec<A> x) { return log<A>(x); });
 }
@@ -39,7 +44,7 @@ void log_all(A* to, const A* from, int64_t n) {
 template <typename T>
 VecFunctions<T> vec_functions() {
   using A = accum<T>;
-  return {kLanes<A>, convert<A, T>, convert<T, A>, exp_all<A>, log_all<A>};
+  return {kLanes<A>, convert<A, T>, convert<T, A>, exp_all<A>, exp_nonpositive_all<A>, log_all<A>};
 }
 
 template VecFunctions<double> vec_functions<double>();
