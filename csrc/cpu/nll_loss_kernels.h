@@ -22,11 +22,33 @@ struct NLLRows {
   T* losses;
 };
 
-// Adds the rows [begin, end) to `sums`; returns the first whose target is out of range. By value
-// all that the loop reads: the less it takes to a row, the more rows' cache misses overlap.
+// The usual case: no class weights, no loss of each row, rows in one piece. The less the loop reads
+// for a row, the more rows' cache misses overlap.
 template <typename T>
-int64_t sum_nll_rows(const NLLRows<T> rows, int64_t begin, int64_t end, simd::LossSums& sums) {
+int64_t sum_plain_nll_rows(const NLLRows<T> rows, int64_t begin, int64_t end,
+                           simd::LossSums& sums) {
+  int64_t first_bad = simd::kNoBadTarget, count = 0;
+  double loss = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = rows.target[i];
+    if (t >= 0 && t < rows.classes && t != rows.ignore_index) {
+      loss -= accum<T>(rows.log_probs[i * rows.strides.outer + t * rows.strides.classes]);
+      ++count;
+    } else if (t != rows.ignore_index) {
+      first_bad = std::min(first_bad, i);
+    }
+  }
+  sums = {.loss = loss, .weight = double(count)};
+  return first_bad;
+}
+
+// Adds the rows [begin, end) to `sums`; returns the first whose target is out of range.
+template <typename T>
+int64_t sum_nll_rows(const NLLRows<T>& rows, int64_t begin, int64_t end, simd::LossSums& sums) {
   using A = accum<T>;
+  if (!rows.weight && !rows.losses && rows.strides.inner_size == 1) {
+    return sum_plain_nll_rows(rows, begin, end, sums);
+  }
   simd::LossSums total;
   int64_t first_bad = simd::kNoBadTarget;
   for (int64_t i = begin; i < end; ++i) {
