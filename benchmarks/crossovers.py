@@ -2,8 +2,8 @@
 
     python -m benchmarks.crossovers [--threads 1] [--dtype float32]
 
-Prints, for each product of a layer (its output, and the gradients of its input and weight), PyTorch's
-time over that of fastnn's own kernels, for rows x features -> features. The rules in
+Prints, for each product of a layer (its output, and the gradients of its input and weight),
+PyTorch's time over that of fastnn's own kernels, for rows x features -> features. The rules in
 csrc/cpu/gemm.cpp and csrc/cpu/simd/ are made from such tables: one for each instruction set
 (FASTNN_CPU_CAPABILITY chooses it), as the library's kernels differ, too.
 """
@@ -50,7 +50,8 @@ def ratio(
     """PyTorch's time over ours."""
     generator = torch.Generator().manual_seed(rows)
     contenders = [
-        Function(name, function) for name, function in zip(("ours", "torch"), functions, strict=True)
+        Function(name, function)
+        for name, function in zip(("ours", "torch"), functions, strict=True)
     ]
 
     def draw() -> dict:

@@ -60,17 +60,20 @@ def test_every_message_explained_is_one_of_ours(start):
     assert any(message.startswith(start) for message in MESSAGES)
 
 
-VARIABLE = r'(?:getenv|environ\.get|environment\.get)\("(\w+)"'
+# Called with the name of a variable, by which it reads it.
+READERS = r"getenv|requested_product|environ\.get|environment\.get"
 
 
 def test_every_variable_is_listed():
     sources = [REPOSITORY / "setup.py", *REPOSITORY.glob("csrc/**/*.c*"), *SOURCES]
     read_there = {
-        name for path in sources for name in re.findall(VARIABLE, (REPOSITORY / path).read_text())
+        name
+        for path in sources
+        for name in re.findall(rf'(?:{READERS})\("(\w+)"', (REPOSITORY / path).read_text())
     }
     first_cells = re.findall(r"^\| (`.+?) \|", read("docs/install.md"), re.MULTILINE)
     listed = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
-    assert {"FASTNN_CUDA", "FASTNN_CPU_CAPABILITY"} <= read_there
+    assert {"FASTNN_CUDA", "FASTNN_CPU_CAPABILITY", "FASTNN_CPU_GEMM"} <= read_there
     assert read_there - {"PATH"} == listed
 
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastnn
 from fastnn.autograd import CrossEntropy, LinearReLU, NLLLoss
 from support.marks import needs_extension
-from support.operators import COMPILE_SAMPLES, FUNCTIONS, MODE_SAMPLES, value_and_gradients
+from support.operator_cases import CASES, COMPILE_SAMPLES
+from support.operators import FUNCTIONS, value_and_gradients
 from support.sample_inputs import DTYPES, OPS, sample_input
 from support.small_cases import assert_close, class_weights, normal
 
@@ -72,7 +73,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("op", OPS)
 def test_the_operators_run_unless_their_result_is_differentiated(op):
     forward = op + ("_forward" if op in ("nll_loss", "cross_entropy") else "")
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     input = sample.args[0].detach().requires_grad_()
     for create_graph in (False, True):
         with Calls() as recorded:

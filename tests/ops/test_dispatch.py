@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastnn
 from support.marks import needs_extension, of_functions
 from support.modes import CONTEXTS, FunctionRecorder
-from support.operators import COMPILE_SAMPLES, MODE_SAMPLES, TORCH, ours, value_and_gradients
+from support.operator_cases import CASES, COMPILE_SAMPLES
+from support.operators import TORCH, ours, value_and_gradients
 from support.sample_inputs import OPS, Sample, sample_input
 
 # --- the extension is there -----------------------------------------------------------------------
@@ -202,7 +203,7 @@ def assert_same_outcome(
 @pytest.mark.capability("saving", "sparse and MKL-DNN layouts: as in PyTorch, to its errors")
 def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
     """They have dispatch keys of their own, as other devices have."""
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     for i in range(2 if op == "linear_relu" else 1):
         with context():
             arguments = list(sample.args)
@@ -281,7 +282,7 @@ class Subclass(Tensor):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("saving", "modes: `__torch_function__`, `__torch_dispatch__`")
 def test_torch_function_modes_see_the_call_and_its_arguments(implementation, op):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     direct = ours(op)(*sample.args, **sample.kwargs)
     with FunctionRecorder() as recorder:
         result = ours(op)(*sample.args, **sample.kwargs)
@@ -293,7 +294,7 @@ def test_torch_function_modes_see_the_call_and_its_arguments(implementation, op)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("saving", "tensor subclasses: `__torch_function__`")
 def test_torch_function_of_each_argument_is_called(implementation, op):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     direct = ours(op)(*sample.args, **sample.kwargs)
     arguments = {**dict(enumerate(sample.args)), **sample.kwargs}
     tensors = [key for key, value in arguments.items() if isinstance(value, Tensor)]
@@ -312,7 +313,7 @@ def test_torch_function_of_each_argument_is_called(implementation, op):
 @pytest.mark.parametrize("op", OPS)
 def test_a_class_that_hands_our_function_on_keeps_our_operators(op):
     Subclass.called = []
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     with Recorded() as recorded:
         ours(op)(sample.args[0].as_subclass(Subclass), *sample.args[1:], **sample.kwargs)
     assert recorded.names == {op}

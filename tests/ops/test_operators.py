@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastnn
 from support.marks import needs_extension
+from support.operator_cases import CASES
 from support.operators import (
     TORCH,
     assert_grads_within,
@@ -97,20 +98,11 @@ def test_copy_on_write_arguments_stay_shared(op, name, dtype):
     assert all(torch._C._is_cow_tensor(tensor) for tensor in tensors if tensor.numel() > 0)
 
 
-# Samples whose output has several dimensions.
-WITH_BIG_OUTPUT = {
-    "linear_relu": "7x15_to_9",
-    "log_softmax": "3d_transposed",
-    "nll_loss": "3x5x4_none",
-    "cross_entropy": "2x5x3x4_smooth0.1_none_weighted",
-}
-
-
 @every_dtype
 @pytest.mark.parametrize("layout", ["transposed", "reversed", "sliced", "offset"])
 @pytest.mark.parametrize("op", OPS)
 def test_incoming_gradient_of_any_layout(implementation, op, layout, dtype):
-    sample = sample_input(op, dtype, WITH_BIG_OUTPUT[op])
+    sample = sample_input(op, dtype, CASES[op].several_dimensions)
     grad_output = random_grad_like(op, sample)
     _, grads = run(ours(op), op, sample, laid_out(grad_output, layout))
     exact = expected(op, sample, grad_output)
@@ -120,11 +112,7 @@ def test_incoming_gradient_of_any_layout(implementation, op, layout, dtype):
 @every_dtype
 @pytest.mark.parametrize("op", OPS)
 def test_incoming_gradient_of_channels_last(implementation, op, dtype):
-    if op == "linear_relu":
-        name = "4d_input_channels_last"
-    else:
-        name = "4d_dim1" if op == "log_softmax" else "2x5x3x2x2_none"
-    sample = sample_input(op, dtype, name)
+    sample = sample_input(op, dtype, CASES[op].four_dimensions)
     grad_output = random_grad_like(op, sample)
     assert grad_output.dim() == 4
     _, grads = run(ours(op), op, sample, laid_out(grad_output, "channels_last"))
@@ -136,7 +124,7 @@ def test_incoming_gradient_of_channels_last(implementation, op, dtype):
 @pytest.mark.parametrize("op", OPS)
 def test_incoming_gradient_of_stride_zero(implementation, op, dtype):
     """What ``loss.sum().backward()`` hands back: one number, expanded to the output's shape."""
-    sample = sample_input(op, dtype, WITH_BIG_OUTPUT[op])
+    sample = sample_input(op, dtype, CASES[op].several_dimensions)
     leaves = leaves_of(op, sample)
     output = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
     grads = torch.autograd.grad(output.sum(), leaves)

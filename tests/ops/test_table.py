@@ -12,13 +12,12 @@ import fastnn
 from fastnn._operators import OPERATORS, OPTIMIZERS
 from support import stock
 from support.marks import needs_extension
+from support.modules import MODULES
+from support.operator_cases import CASES
 
 pytestmark = pytest.mark.cpu_only("of no kernels")
 
 every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
-
-# What PyTorch has no function of its own for.
-COMPOSITES = {"linear_relu": stock.linear_relu}
 
 
 def parameters(function) -> dict[str, object]:
@@ -29,7 +28,7 @@ def parameters(function) -> dict[str, object]:
 def test_every_function_module_and_optimizer_is_in_the_table():
     functions, modules = zip(*((o.name, o.module) for o in OPERATORS), strict=True)
     assert set(functions) == set(fastnn.functional.__all__)
-    assert set(modules) == set(fastnn.nn.__all__)
+    assert set(modules) == set(fastnn.nn.__all__) == set(MODULES)
     assert {optimizer.name for optimizer in OPTIMIZERS} == set(fastnn.optim.__all__)
 
 
@@ -37,11 +36,12 @@ def test_every_function_module_and_optimizer_is_in_the_table():
 def test_the_stock_function_has_the_same_arguments(operator):
     ours = getattr(fastnn.functional, operator.name)
     assert parameters(operator.stock) == parameters(ours)
-    if operator.name in COMPOSITES:
-        arguments = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
-        assert torch.equal(operator.stock(*arguments), COMPOSITES[operator.name](*arguments))
-    else:
+    if hasattr(F, operator.name):
         assert operator.stock is getattr(F, operator.name)
+    else:
+        by_row, shared = CASES[operator.name].rows(4, 3)
+        composite = getattr(stock, operator.name)
+        assert torch.equal(operator.stock(*by_row, *shared), composite(*by_row, *shared))
 
 
 @every_operator

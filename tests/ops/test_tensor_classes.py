@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 import fastnn
 from support.marks import needs_extension
 from support.modes import CONTEXTS, FunctionRecorder
+from support.operator_cases import CASES
 from support.operators import (
     FUNCTIONS,
-    MODE_SAMPLES,
     TORCH,
     leaves_of,
     memory_of,
@@ -128,7 +128,7 @@ def plain(result: Tensor) -> Tensor:
 @pytest.mark.capability("saving", "tensor subclasses that know PyTorch's functions or operators")
 def test_classes_that_do_not_know_our_functions(implementation, op, context, kind):
     """They get torch's, and so its very numbers."""
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     arguments = {**dict(enumerate(sample.args)), **sample.kwargs}
     expected = TORCH[op](*sample.args, **sample.kwargs)
     for key in [key for key, value in arguments.items() if isinstance(value, Tensor)]:
@@ -141,7 +141,7 @@ def test_classes_that_do_not_know_our_functions(implementation, op, context, kin
 @every_class
 @pytest.mark.parametrize("op", OPS)
 def test_modes_see_our_function_before_a_class_gets_torchs(op, kind):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     with FunctionRecorder() as recorder:
         given = CLASSES[kind](sample.args[0])
         recorder.called.clear()
@@ -203,7 +203,7 @@ COMPILED_CLASSES = {
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("compile", "tensor subclasses that know PyTorch's functions or operators")
 def test_such_classes_in_one_graph(op, kind):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     given = COMPILED_CLASSES[kind](sample.args[0])
 
     def compiled(function: Callable[..., Tensor]) -> Tensor:
@@ -223,7 +223,7 @@ def test_such_classes_in_one_graph(op, kind):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("op", OPS)
 def test_without_gradients(implementation, op, context):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     leaves = leaves_of(op, sample)
     direct = ours(op)(*sample.args, **sample.kwargs)
     with context():
@@ -236,7 +236,7 @@ def test_without_gradients(implementation, op, context):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_function_gives_the_same_bits(op):
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     results = value_and_gradients(FUNCTIONS[op].apply, op, sample)
     direct = value_and_gradients(ours(op), op, sample)
     for result, expected in zip(results, direct, strict=True):
@@ -247,7 +247,7 @@ def test_a_function_gives_the_same_bits(op):
 @pytest.mark.parametrize("op", OPS)
 def test_the_operator_itself_is_the_function(op):
     """torch.ops.fastnn.<op>, called directly, with autograd."""
-    sample = sample_input(op, torch.float32, MODE_SAMPLES[op])
+    sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     results = value_and_gradients(getattr(torch.ops.fastnn, op), op, sample)
     direct = value_and_gradients(ours(op), op, sample)
     for result, expected in zip(results, direct, strict=True):

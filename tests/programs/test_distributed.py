@@ -30,6 +30,7 @@ import fastnn
 from support import processes
 from support.capabilities import COLUMNS
 from support.marks import needs_extension, needs_grad_dtype
+from support.operator_cases import CASES, RowCall
 from support.optimizers import Recorder, randn
 from support.sample_inputs import OPS
 from support.small_training import (
@@ -39,7 +40,6 @@ from support.small_training import (
     OPTIONS,
     SIZES,
     STEPS,
-    batch,
     expected_outcome,
     make_model,
     make_optimizer,
@@ -383,20 +383,15 @@ def test_layers_split_by_columns(tmp_path):
         assert_as_in_one_process(results)
 
 
-def calls() -> dict[str, list[Any]]:
-    """Arguments for each function."""
-    inputs, targets = batch(step=0)
-    logits = inputs[:, : SIZES[-1]]
-    layer = make_model()[0]
-    return {
-        "linear_relu": [inputs, layer.weight.detach(), layer.bias.detach()],
-        "log_softmax": [logits, 1],
-        "nll_loss": [logits, targets],
-        "cross_entropy": [logits, targets],
-    }
+def calls() -> dict[str, RowCall]:
+    """One of each function, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {op: CASES[op].rows(BATCH, SIZES[-1]) for op in OPS}
 
 
-def value_and_gradients(op: str, arguments: list[Any]) -> list[Tensor]:
+def value_and_gradients(op: str, call: RowCall) -> list[Tensor]:
+    arguments = [*call.by_row, *call.shared]
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -404,26 +399,29 @@ def value_and_gradients(op: str, arguments: list[Any]) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value.square().sum(), leaves)]
 
 
-def distribute_rows(argument: Any, mesh: DeviceMesh) -> Any:
-    """What has a row for each sample is cut, weights are copied."""
-    if not isinstance(argument, Tensor):
-        return argument
-    placement = Shard(0) if argument.shape[0] == BATCH else Replicate()
-    return distribute_tensor(argument, mesh, [placement])
+def distribute_rows(call: RowCall, mesh: DeviceMesh) -> RowCall:
+    """What has a part for each row is cut, weights are copied."""
+
+    def copy(argument: Any) -> Any:
+        is_tensor = isinstance(argument, Tensor)
+        return distribute_tensor(argument, mesh, [Replicate()]) if is_tensor else argument
+
+    by_row = (distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in call.by_row)
+    return RowCall(tuple(by_row), tuple(map(copy, call.shared)))
 
 
 def call_on_distributed_rows(rank: int) -> dict[str, list[Tensor]]:
     mesh = init_device_mesh("cpu", (RANKS,))
     results = {}
-    for op, arguments in calls().items():
-        parts = value_and_gradients(op, [distribute_rows(a, mesh) for a in arguments])
+    for op, call in calls().items():
+        parts = value_and_gradients(op, distribute_rows(call, mesh))
         results[op] = [part.full_tensor() for part in parts]
     return results
 
 
 @pytest.mark.capability("processes", "`DTensor` arguments", operators=[*OPS])
 def test_functions_of_distributed_rows(tmp_path):
-    whole = {op: value_and_gradients(op, arguments) for op, arguments in calls().items()}
+    whole = {op: value_and_gradients(op, call) for op, call in calls().items()}
     for results in processes.run_ranks(tmp_path, RANKS, call_on_distributed_rows):
         torch.testing.assert_close(results, whole, rtol=0, atol=ATOL)
 

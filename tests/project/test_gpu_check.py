@@ -159,30 +159,53 @@ def test_a_step_is_told_how_long_it_may_take(tmp_path):
     assert 20 < int(results["told"]["tail"]) < 60 - steps.TO_SPARE
 
 
+# A bound on a hang, in seconds, which no load of the machine reaches.
+HANGS = 300
+
+
+@pytest.mark.parametrize("starts", [False, True], ids=["runs", "starts"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_when_it_is_told_to_end_its_steps_end_too_and_are_in_the_summary(tmp_path, number):
-    child = tmp_path / "child"
+def test_when_it_is_told_to_end_its_steps_end_too_and_are_in_the_summary(tmp_path, number, starts):
+    """Also where it is told while the step starts."""
+    child, go_on = tmp_path / "child", tmp_path / "go on"
     program = f"""
-import signal, sys
+import os, subprocess, sys, time
 sys.path.insert(0, {str(GPU)!r})
 from pathlib import Path
 import check, steps
+
+log = Path({str(tmp_path / "out/.long.log")!r})
+
+class ToldAtOnce(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        while not log.read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), {int(number)})
+
+if {starts}:
+    check.subprocess.Popen = ToldAtOnce
 check.why_no_gpu = lambda: None
-command = ["sh", "-c", "echo begun; sleep 8; touch {child}"]
-check.steps = lambda out: [steps.Step("long", command, 60, 0)]
+script = "echo begun; while [ ! -e '{go_on}' ]; do sleep 0.1; done; touch {child}"
+check.steps = lambda out: [steps.Step("long", ["sh", "-c", script], {HANGS}, 0)]
 sys.exit(check.main(["--out", {str(tmp_path / "out")!r}]))
 """
     process = subprocess.Popen(python(program), stdout=subprocess.PIPE, text=True)
-    log = tmp_path / "out/.long.log"
-    while not (log.exists() and log.read_text()):
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.communicate(timeout=30)
+    try:
+        if not starts:
+            log = tmp_path / "out/.long.log"
+            while process.poll() is None and not (log.exists() and log.read_text()):
+                time.sleep(0.05)
+            process.send_signal(number)
+        process.communicate(timeout=HANGS)
+    finally:
+        go_on.touch()
+        process.kill()
     assert process.returncode == 1
     result = summary(tmp_path / "out")["long"]
     assert (result["status"], result["tail"]) == ("interrupted", "begun\n")
     assert "===== long\nbegun" in (tmp_path / "out/log.txt").read_text()
-    time.sleep(8)
+    time.sleep(2)  # a step that goes on looks ten times a second whether it may
     assert not child.exists()
 
 

@@ -128,29 +128,7 @@ def assert_grads_within(grads: list[Tensor], exact: Expected) -> None:
         assert_within(f"gradient of argument {i}", grad, exact_grad, error)
 
 
-COMPILE_SAMPLES = [
-    ("linear_relu", "7x15_to_9"),
-    ("linear_relu", "3d_input_no_bias"),
-    ("log_softmax", "rows_3x17"),
-    ("nll_loss", "7x5_mean_weighted"),
-    ("nll_loss", "3x5x4_ignore3_none"),
-    ("cross_entropy", "7x5_mean"),
-    ("cross_entropy", "7x5_smooth0.1_mean_weighted"),
-    ("cross_entropy", "2x9x4x5_channels_last"),
-    ("cross_entropy", "7x17_probs"),
-]
-
-
 def value_and_gradients(function: Callable[..., Tensor], op: str, sample: Sample) -> list[Tensor]:
     leaves = leaves_of(op, sample)
     output = function(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
     return [output, *torch.autograd.grad(output.square().sum(), leaves)]
-
-
-# One with each optional tensor.
-MODE_SAMPLES = {
-    "linear_relu": "7x15_to_9",
-    "log_softmax": "rows_3x17",
-    "nll_loss": "7x5_mean_weighted",
-    "cross_entropy": "7x5_smooth0.1_mean_weighted",
-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastnn
+from fastnn._operators import OPERATORS
 from support import perceptron
 from support.marks import needs_extension
 from support.modules import MODULES, inputs_of, make
-from support.operators import COMPILE_SAMPLES, ours, value_and_gradients
+from support.operator_cases import CASES, COMPILE_SAMPLES, RowCall
+from support.operators import ours, value_and_gradients
 from support.perceptron import OURS, STOCK, loss_and_gradients
 from support.sample_inputs import OPS, sample_input
 
@@ -41,22 +44,27 @@ def test_compile_changes_nothing(fresh_dynamo, op, name):
         assert torch.equal(result, expected)
 
 
+def with_leaves(call: RowCall) -> tuple[list[Any], list[Tensor]]:
+    """The call's arguments, and those of floating point, which want gradients."""
+    arguments = [*call.by_row, *call.shared]
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    return arguments, [leaf.requires_grad_() for leaf in leaves]
+
+
 @needs_extension
 @capability("compile", "`dynamic=True`: one compilation for all batch sizes")
 @pytest.mark.parametrize("op", OPS)
 def test_compile_once_for_all_batch_sizes(fresh_dynamo, op):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours(op), fullgraph=True, backend=counter, dynamic=True)
-    weight = torch.randn(3, 5, requires_grad=True)
     compilations = []
-    for batch in (4, 7, 33):
-        input = torch.randn(batch, 5, requires_grad=True)
-        other = {"linear_relu": weight, "log_softmax": 1}.get(op, torch.arange(batch) % 5)
-        result, eager = compiled(input, other), ours(op)(input, other)
+    for rows in (4, 7, 33):
+        arguments, leaves = with_leaves(CASES[op].rows(rows, 5))
+        result, eager = compiled(*arguments), ours(op)(*arguments)
         assert torch.equal(result, eager)
-        (grad,) = torch.autograd.grad(result.square().sum(), input)
-        (eager_grad,) = torch.autograd.grad(eager.square().sum(), input)
-        assert torch.equal(grad, eager_grad)
+        grads = torch.autograd.grad(result.square().sum(), leaves)
+        eager_grads = torch.autograd.grad(eager.square().sum(), leaves)
+        assert all(map(torch.equal, grads, eager_grads))
         compilations.append(counter.frame_count)
     # The first may take two: Dynamo starts again when it finds that an option isn't a number that
     # varies. No other batch size adds any.
@@ -64,17 +72,11 @@ def test_compile_once_for_all_batch_sizes(fresh_dynamo, op):
 
 
 @needs_extension
-@pytest.mark.parametrize(
-    ("op", "forward", "backward"),
-    [
-        ("linear_relu", "linear_relu", "linear_relu_backward"),
-        ("log_softmax", "log_softmax", "log_softmax_backward"),
-        ("nll_loss", "nll_loss_forward", "nll_loss_backward"),
-        ("cross_entropy", "cross_entropy_forward", "cross_entropy_backward"),
-    ],
-)
-def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, op, forward, backward):
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, operator):
     """One operator each way, and nothing of what it replaces."""
+    op = operator.name
+    forward, backward, *_ = operator.fakes
     graphs: list[set[str]] = []
 
     def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
@@ -83,9 +85,8 @@ def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, op, forward, bac
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    input = torch.randn(4, 5, requires_grad=True)
-    other = {"linear_relu": torch.randn(3, 5), "log_softmax": 1}.get(op, torch.arange(4))
-    torch.compile(ours(op), fullgraph=True, backend=backend)(input, other).sum().backward()
+    arguments, _ = with_leaves(CASES[op].rows(4, 5))
+    torch.compile(ours(op), fullgraph=True, backend=backend)(*arguments).sum().backward()
     in_forward, in_backward = graphs
     assert {call for call in in_forward if "fastnn" in call} == {f"fastnn.{forward}.default"}
     assert {call for call in in_backward if "fastnn" in call} == {f"fastnn.{backward}.default"}

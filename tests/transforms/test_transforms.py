@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import fastnn
 from support import perceptron
 from support.marks import needs_extension, of_functions
+from support.operator_cases import CASES
 from support.operators import TORCH, ours
 from support.perceptron import OURS, STOCK
 from support.sample_inputs import OPS
@@ -55,29 +56,28 @@ def capability(row: str, **options):
 
 def with_options(name: str) -> Callable[[Function], Function]:
     """From an operator's function to one of a single (4, 3) tensor, with the options named."""
-    weight, bias = normal(4, 3), normal(4)
-    target = torch.tensor([0, 2, -100, 1])
-    smooth = {"label_smoothing": 0.1, "weight": class_weights()}
-    probabilities = torch.rand(4, 3, dtype=torch.float64)
-    return {
-        "linear_relu": lambda f: lambda x: f(x, weight, bias),
-        "log_softmax": lambda f: lambda x: f(x, 1),
-        "nll_loss": lambda f: lambda x: f(x, target),
-        "nll_loss-none": lambda f: lambda x: f(x, target, reduction="none"),
-        "cross_entropy": lambda f: lambda x: f(x, target),
-        "cross_entropy-none": lambda f: lambda x: f(x, target, reduction="none"),
-        "cross_entropy-smooth": lambda f: lambda x: f(x, target, **smooth),
-        "cross_entropy-probabilities": lambda f: lambda x: f(x, probabilities),
-    }[name]
+    op, _, option = name.partition("-")
+    (_, *others), shared = CASES[op].rows(4, 3)
+    for target in others:
+        target[2] = -100  # ignored
+    if option == "probabilities":
+        others = [torch.rand(4, 3, dtype=torch.float64)]
+    options = {
+        "": {},
+        "none": {"reduction": "none"},
+        "smooth": {"label_smoothing": 0.1, "weight": class_weights()},
+        "probabilities": {},
+    }[option]
+    return lambda f: lambda x: f(x, *others, *shared, **options)
 
 
-MODE_CASES = (
-    *("linear_relu", "log_softmax", "nll_loss", "nll_loss-none", "cross_entropy"),
-    *("cross_entropy-none", "cross_entropy-smooth", "cross_entropy-probabilities"),
+WITH_OPTIONS = (
+    *("nll_loss-none", "cross_entropy-none", "cross_entropy-smooth"),
+    "cross_entropy-probabilities",
 )
 
 
-@pytest.fixture(params=MODE_CASES)
+@pytest.fixture(params=(*OPS, *WITH_OPTIONS))
 def functions(request, implementation, _seeded) -> tuple[Function, Function]:
     """Our function of one (4, 3) tensor, and torch's."""
     op = request.param.split("-")[0]
@@ -312,14 +312,8 @@ SAMPLES, CLASSES = 64, 10
 
 def batched_case(op: str) -> tuple[Function, tuple[Tensor, ...]]:
     """An operator's function of one sample, and arguments of which each sample has its own."""
-    rows, target = normal(SAMPLES, CLASSES), torch.arange(SAMPLES) % CLASSES
-    weight, bias = normal(CLASSES, CLASSES), normal(CLASSES)
-    return {
-        "linear_relu": (lambda f: lambda row: f(row, weight, bias), (rows,)),
-        "log_softmax": (lambda f: lambda row: f(row, 0), (rows,)),
-        "nll_loss": (lambda f: f, (rows, target)),
-        "cross_entropy": (lambda f: f, (rows, target)),
-    }[op]
+    by_row, shared = CASES[op].rows(SAMPLES, CLASSES)
+    return lambda f: lambda *row: f(*row, *shared), by_row
 
 
 @capability("`torch.func.vmap` without a loop over the samples")
@@ -332,51 +326,71 @@ def test_vmap_takes_the_whole_batch_at_once(implementation, no_loops, op, contex
         assert_close(batch, vmap(make(TORCH[op]))(*arguments))
 
 
+# A call of a backward, and arguments of which each sample has its own.
+BackwardCases = Iterator[tuple[Function, tuple[Tensor, ...]]]
+ONE_IGNORED = (0, 2, -100, 1)
+
+
+def linear_relu_backward_cases(inputs: Tensor) -> BackwardCases:
+    operators, weight = torch.ops.fastnn, normal(3, 3)
+
+    def call(g: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return operators.linear_relu_backward(g, x, weight, y, [True] * 3)
+
+    yield call, (torch.randn_like(inputs), inputs, operators.linear_relu(inputs, weight))
+
+
+def log_softmax_backward_cases(inputs: Tensor) -> BackwardCases:
+    operators = torch.ops.fastnn
+
+    def call(g: Tensor, y: Tensor) -> Tensor:
+        return operators.log_softmax_backward(g, y, 1)
+
+    yield call, (torch.randn_like(inputs), operators.log_softmax(inputs, 2))
+
+
+def nll_loss_backward_cases(inputs: Tensor) -> BackwardCases:
+    operators, target = torch.ops.fastnn, torch.tensor(ONE_IGNORED)
+    for reduction in ("mean", "sum"):
+
+        def call(g: Tensor, x: Tensor, total: Tensor, reduction: str = reduction) -> Tensor:
+            return operators.nll_loss_backward(g, x, target, None, total, -100, reduction)
+
+        totals = [operators.nll_loss_forward(x, target, None, -100, reduction)[1] for x in inputs]
+        yield call, (normal(5), inputs, torch.stack(totals))
+
+
+def cross_entropy_backward_cases(inputs: Tensor) -> BackwardCases:
+    operators, target = torch.ops.fastnn, torch.tensor(ONE_IGNORED)
+    for reduction in ("mean", "sum"):
+        options = (-100, reduction, 0.1)
+
+        def call(g: Tensor, kept: Tensor, total: Tensor, options: tuple = options) -> Tensor:
+            return operators.cross_entropy_backward(g, kept, target, None, None, total, *options)
+
+        forwards = [
+            operators.cross_entropy_forward(x, target, None, *options, True) for x in inputs
+        ]
+        _, kept, _, totals = zip(*forwards, strict=True)
+        yield call, (normal(5), torch.stack(kept), torch.stack(totals))
+
+
+BACKWARD_CASES = {
+    "linear_relu": linear_relu_backward_cases,
+    "log_softmax": log_softmax_backward_cases,
+    "nll_loss": nll_loss_backward_cases,
+    "cross_entropy": cross_entropy_backward_cases,
+}
+
+
 @needs_extension
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_of_a_backward_takes_the_whole_batch_at_once(no_loops, op):
     """As a graph that holds the backward's operator calls it."""
-    operators = torch.ops.fastnn
-    rows, target = normal(5, 4, 3), torch.tensor([0, 2, -100, 1])
-    weight = normal(3, 3)
-    if op == "linear_relu":
-        output = operators.linear_relu(rows, weight)
-        call = lambda g, x, y: operators.linear_relu_backward(g, x, weight, y, [True] * 3)  # noqa: E731
-        cases = [(call, (normal(5, 4, 3), rows, output))]
-    elif op == "log_softmax":
-        call = lambda g, y: operators.log_softmax_backward(g, y, 1)  # noqa: E731
-        cases = [(call, (normal(5, 4, 3), operators.log_softmax(rows, 2)))]
-    else:
-        backward_case = {"nll_loss": nll_loss_backward_case, "cross_entropy": kept_backward_case}[
-            op
-        ]
-        cases = [backward_case(rows, target, reduction) for reduction in ("mean", "sum")]
-    for call, arguments in cases:
+    for call, arguments in BACKWARD_CASES[op](normal(5, 4, 3)):
         each = [call(*sample) for sample in zip(*arguments, strict=True)]
         together = vmap(call)(*arguments)
         assert_close(together, tree_map(lambda *parts: torch.stack(parts), *each))
-
-
-def nll_loss_backward_case(rows: Tensor, target: Tensor, reduction: str):
-    operators = torch.ops.fastnn
-
-    def call(g: Tensor, x: Tensor, total: Tensor) -> Tensor:
-        return operators.nll_loss_backward(g, x, target, None, total, -100, reduction)
-
-    totals = [operators.nll_loss_forward(x, target, None, -100, reduction)[1] for x in rows]
-    return call, (normal(5), rows, torch.stack(totals))
-
-
-def kept_backward_case(rows: Tensor, target: Tensor, reduction: str):
-    options = (-100, reduction, 0.1)
-    operators = torch.ops.fastnn
-
-    def call(g: Tensor, kept: Tensor, total: Tensor) -> Tensor:
-        return operators.cross_entropy_backward(g, kept, target, None, None, total, *options)
-
-    forwards = [operators.cross_entropy_forward(x, target, None, *options, True) for x in rows]
-    _, kept, _, totals = zip(*forwards, strict=True)
-    return call, (normal(5), torch.stack(kept), torch.stack(totals))
 
 
 def graph_sizes(function: Function, arguments: tuple[Tensor, ...]) -> list[int]:
@@ -448,7 +462,7 @@ NANS = {
 
 @needs_extension
 @capability("anomaly mode names the operator and the line")
-@pytest.mark.parametrize("op", NANS)
+@pytest.mark.parametrize("op", OPS)
 def test_anomaly_mode_names_the_operator_and_its_line(op):
     node, function = NANS[op]
     x = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from fastnn._operators import OPERATORS
@@ -74,9 +75,8 @@ see("second", torch.autograd.grad(first, input, ramp(input), allow_unused=True))
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
     name = draw(st.sampled_from(FUNCTIONS))
-    draw_call = {"linear_relu": linear_relu, "log_softmax": log_softmax}.get(name, loss)
-    lines, arguments, options = draw_call(draw, name)
-    stock, ours = ("" if name == "linear_relu" else "F.") + name, f"fastnn.functional.{name}"
+    lines, arguments, options = CALLS[name](draw, name)
+    stock, ours = f"F.{name}" if hasattr(F, name) else name, f"fastnn.functional.{name}"
     call = f"operator({', '.join(['input', *arguments, *options])})"
     if name in MODULES and draw(st.booleans()):
         stock, ours = f"nn.{MODULES[name]}", f"fastnn.nn.{MODULES[name]}"
@@ -136,6 +136,14 @@ def loss(draw: st.DrawFn, name: str) -> Call:
         lines += indices(draw, rest, classes, ignored)
     options = {name: value for name, value in options.items() if value is not None}
     return [*lines, leaves(learned)], ["target"], [f"{n}={v}" for n, v in options.items()]
+
+
+CALLS = {
+    "linear_relu": linear_relu,
+    "log_softmax": log_softmax,
+    "nll_loss": loss,
+    "cross_entropy": loss,
+}
 
 
 def shapes(at_least: int = 0, at_most: int = 4) -> st.SearchStrategy[list[int]]:

@@ -73,6 +73,7 @@ class Check:
     def __init__(self, out: Path, seconds: float) -> None:
         self.out, self.end = out, time.monotonic() + seconds
         self.results: list[Result] = []
+        self.told_to_end = False
         out.mkdir(parents=True, exist_ok=True)
         self.log = out / "log.txt"
         self.log.write_bytes(b"")
@@ -81,21 +82,26 @@ class Check:
         for name in {"summary.json"}.union(*(step.files for step in chosen)):
             (self.out / name).unlink(missing_ok=True)
         running: list[Running] = []
-        try:
-            for phase in sorted({step.phase for step in chosen}):
-                for step in chosen:
-                    if step.phase == phase and (process := self.start(step)) is not None:
-                        running.append(process)
-                while running:
-                    for process in [process for process in running if process.has_ended()]:
-                        running.remove(process)
-                        self.finish(process)
-                    time.sleep(0.1)
-        except KeyboardInterrupt:  # also where this process is told to end
-            for process in running:
-                process.interrupt()
-                self.finish(process)
+        for phase in sorted({step.phase for step in chosen}):
+            for step in chosen:
+                if self.told_to_end:
+                    break
+                if step.phase == phase and (process := self.start(step)) is not None:
+                    running.append(process)
+            while running and not self.told_to_end:
+                for process in [process for process in running if process.has_ended()]:
+                    running.remove(process)
+                    self.finish(process)
+                time.sleep(0.1)
+        for process in running:
+            process.interrupt()
+            self.finish(process)
         return self.results
+
+    def tell_to_end(self, *_: object) -> None:
+        """Handles a signal. An exception could come between a step's start and the list of those
+        that run, and would leave the step behind."""
+        self.told_to_end = True
 
     def finish(self, process: Running) -> None:
         self.save(process.result(self.out))
@@ -291,10 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"gpu-check: {reason}.", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out = options.out.resolve()
     chosen = [step for step in steps(out) if step.name in options.only]
-    results = Check(out, options.seconds).run(chosen)
+    check = Check(out, options.seconds)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, check.tell_to_end)
+    results = check.run(chosen)
     print("\n".join(["", *map(line, results)]))
     failures = [name for result in results for name in result.failures]
     print("".join(f"FAILED  {name}\n" for name in failures[:MOST_NAMES]), end="")

@@ -1,0 +1,114 @@
+"""What the tests that run over all operators ask each of them: a record for each operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from support.sample_inputs import OPS
+from support.small_cases import normal
+
+
+class RowCall(NamedTuple):
+    """The arguments of a call, in float64, in the operator's order.
+
+    Args:
+        by_row: tensors that have a part for each row; the input is the first.
+        shared: what serves all rows, and one row by itself.
+    """
+
+    by_row: tuple[Tensor, ...]
+    shared: tuple[Any, ...]
+
+
+class Cases(NamedTuple):
+    """The cases of one operator; samples are named, for ``sample_input``.
+
+    Args:
+        rows: a call of so many rows, of so many features or classes.
+        every_tensor: a sample with each optional tensor.
+        compiled: samples of each way to call it that a compiler treats in its own way.
+        opcheck: samples of each option, in the layouts that the operator treats in different ways:
+            the fake kernel must give the real one's strides too. The second one goes through all
+            dtypes.
+        several_dimensions: a sample whose output has more than one dimension.
+        four_dimensions: a sample whose output has four, and so may be in channels_last.
+    """
+
+    rows: Callable[[int, int], RowCall]
+    every_tensor: str
+    compiled: tuple[str, ...]
+    opcheck: tuple[str, ...]
+    several_dimensions: str
+    four_dimensions: str
+
+
+def _linear_relu_rows(rows: int, features: int) -> RowCall:
+    return RowCall((normal(rows, features),), (normal(2, features), normal(2)))
+
+
+def _log_softmax_rows(rows: int, classes: int) -> RowCall:
+    return RowCall((normal(rows, classes),), (-1,))
+
+
+def _loss_rows(rows: int, classes: int) -> RowCall:
+    return RowCall((normal(rows, classes), torch.arange(rows) % classes), ())
+
+
+_LOSS_OPCHECK = (
+    *("5_mean", "7x5_none_weighted", "3x5x4_ignore3_none", "2x5x3x4_sum", "uint8_ignore255"),
+    *("2x9x4x5_channels_last", "7x18_input_transposed", "0x5_empty_sum"),
+)
+
+CASES = {
+    "linear_relu": Cases(
+        rows=_linear_relu_rows,
+        every_tensor="7x15_to_9",
+        compiled=("7x15_to_9", "3d_input_no_bias"),
+        opcheck=(
+            *("7x15_to_9", "7x15_to_9_no_bias", "1d_input", "3d_input_reversed", "all_sliced"),
+            *("0x3_to_2", "2x0_to_3", "2x3_to_0"),
+        ),
+        several_dimensions="7x15_to_9",
+        four_dimensions="4d_input_channels_last",
+    ),
+    "log_softmax": Cases(
+        rows=_log_softmax_rows,
+        every_tensor="rows_3x17",
+        compiled=("rows_3x17",),
+        opcheck=(
+            *("0d_dim-1", "3d_dim1", "4d_channels_last_dim1", "transposed_dim0", "expanded_dim1"),
+            "empty_(3,0)_dim1",
+        ),
+        several_dimensions="3d_transposed",
+        four_dimensions="4d_dim1",
+    ),
+    "nll_loss": Cases(
+        rows=_loss_rows,
+        every_tensor="7x5_mean_weighted",
+        compiled=("7x5_mean_weighted", "3x5x4_ignore3_none"),
+        opcheck=_LOSS_OPCHECK,
+        several_dimensions="3x5x4_none",
+        four_dimensions="2x5x3x2x2_none",
+    ),
+    "cross_entropy": Cases(
+        rows=_loss_rows,
+        every_tensor="7x5_smooth0.1_mean_weighted",
+        compiled=(
+            *("7x5_mean", "7x5_smooth0.1_mean_weighted", "2x9x4x5_channels_last", "7x17_probs"),
+        ),
+        opcheck=(
+            *_LOSS_OPCHECK,
+            *("7x5_smooth0.1_mean_weighted", "3x5x4_smooth0.1_none", "channels_last_smooth"),
+            *("7x17_probs", "3x5x4_probs_none_weighted_0.1", "channels_last_probs"),
+            "0x5_probs_empty_none",
+        ),
+        several_dimensions="2x5x3x4_smooth0.1_none_weighted",
+        four_dimensions="2x5x3x2x2_none",
+    ),
+}
+
+COMPILE_SAMPLES = [(op, name) for op in OPS for name in CASES[op].compiled]
