@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
@@ -108,8 +108,10 @@ def check_contents(wheel: Path) -> None:
 
 
 def is_ours(name: str) -> bool:
-    folder, _, file = name.partition("/")
-    return folder.endswith(".dist-info") or (folder == "fastnn" and "/" not in file)
+    """Whether it is the wheel's own record, or lies in one of the packages of fastnn."""
+    path = PurePosixPath(name)
+    in_package = (REPOSITORY / path.parent / "__init__.py").exists()
+    return path.parts[0].endswith(".dist-info") or (path.parts[0] == "fastnn" and in_package)
 
 
 def make_environment(folder: Path) -> Path:
