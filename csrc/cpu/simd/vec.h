@@ -430,6 +430,7 @@ inline vec<A> combine(const ExpParts<A>& exp, ints<A> is_zero, [[maybe_unused]] 
 template <typename A>
 inline vec<A> exp_nonpositive(vec<A> x) {
   using K = ExpConstants<A>;
+  x = vec_max<A>(broadcast(K::lowest), x);  // its exponent fits an integer, if not a result
   const ExpParts<A> parts = exp_parts<A>(x);
   return combine<A>(parts, x <= K::lowest, parts.exponent + K::exponent_bias / 2);
 }
@@ -438,7 +439,7 @@ inline vec<A> exp_nonpositive(vec<A> x) {
 template <typename A>
 inline vec<A> exp(vec<A> x) {
   using K = ExpConstants<A>;
-  x = vec_max<A>(broadcast(K::lowest), x);  // its exponent is a number, if not that of a result
+  x = vec_max<A>(broadcast(K::lowest), x);
   x = x > K::highest ? broadcast(K::highest) : x;
   const ExpParts<A> parts = exp_parts<A>(x);
   return combine<A>(parts, x <= K::lowest, parts.exponent >> 1);
