@@ -131,7 +131,7 @@ def test_same_dtypes_and_numbers_as_torch(implementation, name, autocast_dtype, 
 @inputs
 @pytest.mark.capability("precision", "`torch.autocast` on CUDA: torch's dtypes (on fake tensors)")
 def test_dtypes_on_cuda_are_torchs(implementation, name, autocast_dtype, dtype) -> None:
-    """Of shapes and dtypes alone, so that no GPU is needed."""
+    """Compares shapes and dtypes alone, so that no GPU is needed."""
     ours, theirs = OPERATORS[name]
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)

@@ -58,7 +58,7 @@ def raises_and_changes_nothing(
 @pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
 def test_backward_of_a_target_out_of_range(op, reduction, bad):
     """The forward checks targets; a backward that writes at them must not take its word."""
-    # Of wider dtypes cross_entropy's backward scales what the forward has written there.
+    # In wider dtypes cross_entropy's backward only scales what the forward wrote at the target.
     dtype = torch.bfloat16 if op == "cross_entropy" else torch.float32
     arguments = loss_backward_arguments(op, reduction, dtype)
     arguments["target"] = target_with(bad, (7, 5))

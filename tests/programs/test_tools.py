@@ -51,7 +51,7 @@ NAMES_AND_SHAPES = "`torch.profiler` names forward, backward and step, with shap
 
 @pytest.fixture
 def trace() -> profile:
-    """Of a training step of the perceptron."""
+    """The profile of a training step of the perceptron."""
     model = perceptron.make(OURS)
     optimizer = fastnn.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     inputs = perceptron.batch(ROWS)

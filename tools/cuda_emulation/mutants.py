@@ -47,7 +47,7 @@ def plant(mutant: Mutant, folder: Path) -> None:
 
 
 def build_tests(name: str, folder: Path, objects: list[str]) -> Path:
-    """Of one file, on the sources in the folder before those in csrc."""
+    """The tests of one file, on the sources in the folder before those in csrc."""
     source = Path("tools/cuda_emulation/kernels") / f"{name}.cpp"
     output = folder / f"{name}.o"
     flags = [*PLAIN.flags, "-w", f"-I{folder}", *FLAGS, *torch_includes()]

@@ -21,7 +21,9 @@ constexpr int64_t kDotTerms = 256;
 template <typename T>
 inline bool is_of_dot_products(const Gemm<T>& g) {
   constexpr int64_t kFew = 16;
-  if (g.a.transposed || !g.b.transposed || std::min(g.rows, g.cols + 1) > kFew) return false;
+  const bool lie_along_depth = !g.a.transposed && g.b.transposed;
+  const bool has_few = g.rows <= kFew || g.cols < kFew;
+  if (!lie_along_depth || !has_few) return false;
   // A single column of many rows takes the time of kDotCols.
   const int64_t few = g.cols == 1 && g.rows > kFew ? 2 * kDotCols : std::min(g.rows, g.cols);
   return g.depth >= 2 * few * kLanes<accum<T>>;

@@ -246,7 +246,8 @@ template <typename T, typename A = accum<T>>
 struct GemmScratch {
   A left[(kGemmRows / kTileRows + 1) * panel_size<A>(kTileRows, kGemmDepth)];
   A right[kGroup * panel_size<A>(kTileCols<A>, kGemmDepth)];
-  // Of every tile, or of those at the right edge, where whole vectors don't fit into the output.
+  // The sums of every tile, or of those at the right edge, where whole vectors don't fit into the
+  // output.
   A sums[kGemmRows * (kIsWide<T> ? kTileCols<A> : kGemmCols)];
 };
 
