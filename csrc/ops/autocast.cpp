@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "ops/cross_entropy.h"
-#include "ops/linear_relu.h"
+#include "ops/linear.h"
 #include "ops/log_softmax.h"
 #include "ops/nll_loss.h"
 

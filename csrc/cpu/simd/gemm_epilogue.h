@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cpu/simd/kernels.h"
-#include "cpu/simd/linear_relu.h"
+#include "cpu/simd/linear.h"
 #include "cpu/simd/vec.h"
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {

@@ -3,7 +3,7 @@
 
 #include "cpu/simd/cross_entropy.h"
 #include "cpu/simd/gemm.h"
-#include "cpu/simd/linear_relu.h"
+#include "cpu/simd/linear.h"
 #include "cpu/simd/log_softmax.h"
 #include "cpu/simd/sgd.h"
 

@@ -1,4 +1,4 @@
-#include "ops/linear_relu.h"
+#include "ops/linear.h"
 
 #include <ATen/ops/threshold_backward.h>
 #include <torch/library.h>

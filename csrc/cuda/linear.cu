@@ -1,6 +1,6 @@
 // linear_relu on CUDA: the library's matrix product and a ReLU, or our own product with both; the
 // backward makes mask and bias gradient in one pass, then the library's two products.
-#include "ops/linear_relu.h"
+#include "ops/linear.h"
 
 #include <ATen/Context.h>
 #include <ATen/ops/addmm.h>

@@ -1,4 +1,4 @@
-#include "ops/linear_relu.h"
+#include "ops/linear.h"
 
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>

@@ -1,6 +1,6 @@
 // linear_relu on the CPU: a matrix product with bias and ReLU as its epilogue; the backward makes
 // mask and bias gradient in one pass, then the two products.
-#include "ops/linear_relu.h"
+#include "ops/linear.h"
 
 #include <torch/library.h>
 
