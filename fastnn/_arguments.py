@@ -27,12 +27,14 @@ def _check_number(function: str, name: str, value: object, kind: type) -> None:
         )
 
 
-def check_linear_relu_arguments(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises TypeError for an argument of ``linear_relu`` that is no tensor."""
-    check_tensor("linear_relu", "input", input)
-    check_tensor("linear_relu", "weight", weight)
+def check_linear_arguments(
+    function: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
+    """Raises TypeError for an argument of ``linear`` or ``linear_relu`` that is no tensor."""
+    check_tensor(function, "input", input)
+    check_tensor(function, "weight", weight)
     if bias is not None:
-        check_tensor("linear_relu", "bias", bias)
+        check_tensor(function, "bias", bias)
 
 
 def log_softmax_dim(input: Tensor, dim: int | None, stacklevel: int) -> int:

@@ -62,7 +62,7 @@ def _put_operators_into(graph: fx.Graph) -> None:
 def _linear_before(relu: fx.Node) -> fx.Node | None:
     """The Linear whose output a ReLU alone takes, under the same modes."""
     node = relu.args[0] if relu.args else relu.kwargs.get("input")
-    if not isinstance(node, fx.Node) or node.target is not F.linear or len(node.users) > 1:
+    if not isinstance(node, fx.Node) or node.target is not functional.linear or len(node.users) > 1:
         return None
     between = node.next
     while between is not relu:

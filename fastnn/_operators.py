@@ -58,11 +58,25 @@ class Optimizer(NamedTuple):
     fakes: Mapping[str, Callable[..., None]]
 
 
-# ---- linear_relu ---------------------------------------------------------------------------------
+# ---- linear and linear_relu ----------------------------------------------------------------------
 
 
-def _linear_relu_fake(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_fake(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(input, weight, bias).contiguous()
+
+
+def _linear_backward_fake(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *batch, out_features = grad_output.shape
+    wants_input, wants_weight, wants_bias = output_mask
+    grad_input = grad_weight = None
+    if wants_input and weight is not None:
+        grad_input = grad_output.new_empty((*batch, weight.shape[1]))
+    if wants_weight and input is not None:
+        grad_weight = grad_output.new_empty((out_features, input.shape[-1]))
+    grad_bias = grad_output.new_empty((out_features,)) if wants_bias else None
+    return grad_input, grad_weight, grad_bias
 
 
 def _linear_relu_backward_fake(
@@ -72,20 +86,28 @@ def _linear_relu_backward_fake(
     output: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    *batch, out_features = output.shape
-    wants_input, wants_weight, wants_bias = output_mask
-    grad_input = grad_weight = None
-    if wants_input and weight is not None:
-        grad_input = output.new_empty((*batch, weight.shape[1]))
-    if wants_weight and input is not None:
-        grad_weight = output.new_empty((out_features, input.shape[-1]))
-    return grad_input, grad_weight, output.new_empty((out_features,)) if wants_bias else None
+    return _linear_backward_fake(grad_output, input, weight, output_mask)
 
 
-def _linear_relu_flops(
+def _linear_flops(
     input_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
     return 2 * prod(input_shape) * weight_shape[0]
+
+
+def _linear_backward_flops(
+    grad_output_shape: torch.Size,
+    input_shape: torch.Size | None,
+    weight_shape: torch.Size | None,
+    output_mask: list[bool],
+    **kwargs: Any,
+) -> int:
+    """Each gradient of a factor takes as many as the product itself."""
+    flops = 2 * prod(grad_output_shape)
+    wants_input, wants_weight, _ = output_mask
+    for_input = flops * weight_shape[1] if wants_input and weight_shape is not None else 0
+    for_weight = flops * input_shape[-1] if wants_weight and input_shape is not None else 0
+    return for_input + for_weight
 
 
 def _linear_relu_backward_flops(
@@ -96,13 +118,17 @@ def _linear_relu_backward_flops(
     output_mask: list[bool],
     **kwargs: Any,
 ) -> int:
-    """Each gradient of a factor takes as many as the product itself."""
-    flops = 2 * prod(output_shape)
-    wants_input, wants_weight, _ = output_mask
-    for_input = flops * weight_shape[1] if wants_input and weight_shape is not None else 0
-    for_weight = flops * input_shape[-1] if wants_weight and input_shape is not None else 0
-    return for_input + for_weight
+    return _linear_backward_flops(grad_output_shape, input_shape, weight_shape, output_mask)
 
+
+LINEAR = Operator(
+    name="linear",
+    module="Linear",
+    stock=F.linear,
+    onnx=F.linear,
+    fakes={"linear": _linear_fake, "linear_backward": _linear_backward_fake},
+    flops={"linear": _linear_flops, "linear_backward": _linear_backward_flops},
+)
 
 LINEAR_RELU = Operator(
     name="linear_relu",
@@ -110,11 +136,11 @@ LINEAR_RELU = Operator(
     stock=_tensor_classes.linear_relu,
     onnx=_tensor_classes.linear_relu,
     fakes={
-        "linear_relu": _linear_relu_fake,
+        "linear_relu": _linear_fake,
         "linear_relu_backward": _linear_relu_backward_fake,
     },
     flops={
-        "linear_relu": _linear_relu_flops,
+        "linear_relu": _linear_flops,
         "linear_relu_backward": _linear_relu_backward_flops,
     },
 )
@@ -301,7 +327,7 @@ SGD = Optimizer("SGD", fakes={"sgd_step_": _sgd_step_fake, "sgd_step_.tensor_lr"
 
 # ---- the table -----------------------------------------------------------------------------------
 
-OPERATORS = (LINEAR_RELU, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
+OPERATORS = (LINEAR, LINEAR_RELU, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
 OPTIMIZERS = (SGD,)
 
 # The operators for an export to ONNX, called as those of torch.ops.fastnn.

@@ -31,33 +31,33 @@ from torch import Tensor
 from fastnn import functional, reference
 from fastnn._arguments import (
     check_label_smoothing,
-    check_linear_relu_arguments,
+    check_linear_arguments,
     check_tensor,
     log_softmax_dim,
 )
 from fastnn._function import Loss, Operator, Options, check_weight, operators_for
 from fastnn._torch import in_forward_mode
 
-__all__ = ["CrossEntropy", "LinearReLU", "LogSoftmax", "NLLLoss"]
+__all__ = ["CrossEntropy", "Linear", "LinearReLU", "LogSoftmax", "NLLLoss"]
 
 
-class LinearReLU(Operator):
-    """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear_relu`.
+class Linear(Operator):
+    """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear`.
 
-    The output is kept, and of input and weight what the other one's gradient takes.
+    Of input and weight is kept what the other one's gradient takes.
 
     >>> import torch, fastnn
-    >>> fastnn.autograd.LinearReLU.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
-    tensor([[3., 0.]])
+    >>> fastnn.autograd.Linear.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
+    tensor([[ 3., -1.]])
     """
 
-    _stands_for = staticmethod(functional.linear_relu)
+    _stands_for = staticmethod(functional.linear)
 
     @classmethod
     def apply(cls, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if cls.steps_aside(input, weight, bias):
             return cls._stands_for(input, weight, bias)
-        check_linear_relu_arguments(input, weight, bias)
+        check_linear_arguments(cls._stands_for.__name__, input, weight, bias)
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             # A vector for a weight, a bias that is broadcast: torch takes them.
             return cls._stands_for(input, weight, bias)
@@ -69,16 +69,43 @@ class LinearReLU(Operator):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return operators_for(input, weight, bias).linear(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        Linear.keep(ctx, *_factors_to_keep(ctx, inputs))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
+        return operators_for(grad).linear_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        input, weight = ctx.saved_tensors
+        return _linear_jvp(input, weight, *tangents)
+
+
+class LinearReLU(Linear):
+    """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear_relu`.
+
+    The output is kept, and of input and weight what the other one's gradient takes.
+
+    >>> import torch, fastnn
+    >>> fastnn.autograd.LinearReLU.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
+    tensor([[3., 0.]])
+    """
+
+    _stands_for = staticmethod(functional.linear_relu)
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return operators_for(input, weight, bias).linear_relu(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _ = inputs
-        # Each factor is needed for the other one's derivative alone.
-        wants_input, wants_weight, _ = ctx.needs_input_grad
-        if not in_forward_mode():
-            input, weight = input if wants_weight else None, weight if wants_input else None
-        LinearReLU.keep(ctx, input, weight, output)
+        LinearReLU.keep(ctx, *_factors_to_keep(ctx, inputs), output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -90,15 +117,34 @@ class LinearReLU(Operator):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         input, weight, output = ctx.saved_tensors
-        of_input, of_weight, of_bias = tangents
-        tangent = torch.zeros_like(output)
-        if of_input is not None:
-            tangent = tangent + of_input @ weight.T
-        if of_weight is not None:
-            tangent = tangent + input @ of_weight.T
-        if of_bias is not None:
-            tangent = tangent + of_bias
-        return tangent.masked_fill(output <= 0, 0)
+        return _linear_jvp(input, weight, *tangents).masked_fill(output <= 0, 0)
+
+
+def _factors_to_keep(ctx: Any, inputs: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """Of input and weight what derivatives take: each is needed for the other one's alone."""
+    input, weight, _ = inputs
+    wants_input, wants_weight, _ = ctx.needs_input_grad
+    if in_forward_mode():
+        return input, weight
+    return input if wants_weight else None, weight if wants_input else None
+
+
+def _linear_jvp(
+    input: Tensor,
+    weight: Tensor,
+    of_input: Tensor | None,
+    of_weight: Tensor | None,
+    of_bias: Tensor | None,
+) -> Tensor:
+    terms = []
+    if of_input is not None:
+        terms.append(of_input @ weight.T)
+    if of_weight is not None:
+        terms.append(input @ of_weight.T)
+    if of_bias is not None:
+        # No view of it: PyTorch refuses that as the tangent of an output.
+        terms.append(of_bias + input.new_zeros(*input.shape[:-1], 1))
+    return sum(terms[1:], terms[0])
 
 
 class LogSoftmax(Operator):

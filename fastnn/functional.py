@@ -4,9 +4,9 @@ All take float64, float32, bfloat16 or float16 tensors in any memory layout. Sum
 float32 (float64 for float64 inputs) and the result is rounded once to the input's dtype. Each is
 differentiable any number of times with respect to its floating-point input.
 
-Under :class:`torch.autocast` they follow torch's rules: ``linear_relu`` runs in autocast's dtype,
-``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on CUDA and in its input's
-dtype on the CPU.
+Under :class:`torch.autocast` they follow torch's rules: ``linear`` and ``linear_relu`` run in
+autocast's dtype, ``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on CUDA
+and in its input's dtype on the CPU.
 
 A tensor of a class with a ``__torch_dispatch__`` of its own (quantised weights,
 :class:`torch.distributed.tensor.DTensor`), or of one whose ``__torch_function__`` refuses these
@@ -26,7 +26,7 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 from fastnn import _tensor_classes
 from fastnn._arguments import (
     check_label_smoothing,
-    check_linear_relu_arguments,
+    check_linear_arguments,
     check_loss_arguments,
     check_tensor,
     log_softmax_dim,
@@ -35,7 +35,39 @@ from fastnn._arguments import (
 from fastnn._extension import operators
 from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE, ask_classes, call_torch, need_torch
 
-__all__ = ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"]
+__all__ = ["cross_entropy", "linear", "linear_relu", "log_softmax", "nll_loss"]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``input @ weight.T + bias``: :func:`torch.nn.functional.linear`.
+
+    The backward computes only the gradients asked for. Autograd keeps what torch keeps: the input
+    where the weight wants a gradient, the weight where the input does.
+
+    Args:
+        input: ``(*, in_features)``.
+        weight: ``(out_features, in_features)``, of the input's dtype and device.
+        bias: ``(out_features)``, likewise; or None.
+
+    Returns:
+        ``(*, out_features)``, of the input's dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        RuntimeError: dtypes or devices differ, or the shapes don't fit.
+
+    >>> import torch, fastnn
+    >>> x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
+    >>> torch.allclose(fastnn.functional.linear(x, w, b), x @ w.T + b)
+    True
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return ask_classes(linear, F.linear, (input, weight, bias), input, weight, bias=bias)
+    if not (type(input) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE):
+        check_linear_arguments("linear", input, weight, bias)
+        if need_torch(input, weight, bias):
+            return call_torch(F.linear, input, weight, bias=bias)
+    return operators().linear(input, weight, bias)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,7 +101,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
             linear_relu, _tensor_classes.linear_relu, tensors, input, weight, bias=bias
         )
     if not (type(input) in PLAIN and type(weight) in PLAIN and type(bias) in PLAIN_OR_NONE):
-        check_linear_relu_arguments(input, weight, bias)
+        check_linear_arguments("linear_relu", input, weight, bias)
         if need_torch(input, weight, bias):
             return call_torch(_tensor_classes.linear_relu, input, weight, bias=bias)
     return operators().linear_relu(input, weight, bias)

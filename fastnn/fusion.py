@@ -23,7 +23,8 @@ _OURS: dict[type[Module], type[Module]] = {
     for operator in OPERATORS
     if operator.stock_module is not None
 }
-_STOCK = {ours: stock for stock, ours in _OURS.items()} | {nn.LinearReLU: Linear}
+_OUR_LINEARS = (nn.Linear, nn.LinearReLU)
+_STOCK = {ours: stock for stock, ours in _OURS.items()} | dict.fromkeys(_OUR_LINEARS, Linear)
 
 _Model = TypeVar("_Model", bound=Module)
 
@@ -290,7 +291,7 @@ def _why_apart(linear: Module, follower: object) -> str:
 def _entry(
     path: str, module: Module, state: str, reason: str, container: str | None = None
 ) -> FusionEntry:
-    if type(module) is nn.LinearReLU:
+    if type(module) in _OUR_LINEARS:
         state, reason = FUSED, ""
     return FusionEntry(path, type(module).__name__, LEFT if reason else state, reason, container)
 

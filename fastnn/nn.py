@@ -13,10 +13,35 @@ from torch import Tensor
 
 from fastnn import functional
 
-__all__ = ["CrossEntropyLoss", "LinearReLU", "LogSoftmax", "NLLLoss"]
+__all__ = ["CrossEntropyLoss", "Linear", "LinearReLU", "LogSoftmax", "NLLLoss"]
 
 # The __call__ of each class is for type checkers alone: torch declares that a module's call takes
 # anything and gives anything.
+
+
+class Linear(torch.nn.Linear):
+    r"""``x @ weight.T + bias``; :class:`torch.nn.Linear` with our operator.
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: learn an additive bias (default ``True``).
+        device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
+
+    Shape: input ``(*, in_features)``, output ``(*, out_features)``.
+    Errors and dtypes: see :func:`fastnn.functional.linear`.
+
+    >>> import torch, fastnn
+    >>> fastnn.nn.Linear(20, 30)(torch.randn(128, 20)).shape
+    torch.Size([128, 30])
+    """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias)
 
 
 class LinearReLU(torch.nn.Linear):

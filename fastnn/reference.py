@@ -24,6 +24,8 @@ __all__ = [
     "cross_entropy_forward",
     "cross_entropy_kept_backward",
     "cross_entropy_target_backward",
+    "linear",
+    "linear_backward",
     "linear_relu",
     "linear_relu_backward",
     "log_softmax",
@@ -41,13 +43,13 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return _COMPUTE_DTYPE.get(dtype, dtype)
 
 
-def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``max(input @ weight.T + bias, 0)``; see :func:`fastnn.functional.linear_relu`.
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input @ weight.T + bias``; see :func:`fastnn.functional.linear`.
 
     >>> import torch
     >>> from fastnn import reference
-    >>> reference.linear_relu(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
-    tensor([[3., 0.]])
+    >>> reference.linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
+    tensor([[ 3., -1.]])
     """
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.dtype != input.dtype:
@@ -56,8 +58,52 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
             )
     dtype = _compute_dtype(input.dtype)
     bias = bias if bias is None else bias.to(dtype)
-    linear = torch.nn.functional.linear(input.to(dtype), weight.to(dtype), bias)
-    return linear.relu().to(input.dtype).contiguous()
+    output = torch.nn.functional.linear(input.to(dtype), weight.to(dtype), bias)
+    return output.to(input.dtype).contiguous()
+
+
+def linear_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the three arguments of ``linear``; see :func:`fastnn.functional.linear`.
+
+    Args:
+        grad_output: the gradient of the output.
+        input: may be None where the gradient of ``weight`` is not wanted.
+        weight: may be None where the gradient of ``input`` is not wanted.
+        output_mask: which of the three gradients are wanted; None is returned for the others.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> x, w = torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]])
+    >>> reference.linear_backward(torch.ones(1, 2), x, w, [True, False, False])
+    (tensor([[0., 2.]]), None, None)
+    """
+    dtype = _compute_dtype(grad_output.dtype)
+    grad = grad_output.to(dtype)
+    rows = _matrix_of_rows(grad)
+    grad_input = grad_weight = grad_bias = None
+    if output_mask[0] and weight is not None:
+        grad_input = (grad @ weight.to(dtype)).to(grad_output.dtype)
+    if output_mask[1] and input is not None:
+        grad_weight = (rows.T @ _matrix_of_rows(input).to(dtype)).to(grad_output.dtype)
+    if output_mask[2]:
+        grad_bias = rows.sum(0).to(grad_output.dtype)
+    return grad_input, grad_weight, grad_bias
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``max(input @ weight.T + bias, 0)``; see :func:`fastnn.functional.linear_relu`.
+
+    >>> import torch
+    >>> from fastnn import reference
+    >>> reference.linear_relu(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
+    tensor([[3., 0.]])
+    """
+    return linear(input, weight, bias).relu()
 
 
 def linear_relu_backward(
@@ -84,18 +130,9 @@ def linear_relu_backward(
     >>> reference.linear_relu_backward(torch.ones(1, 2), x, w, y, [True, False, False])
     (tensor([[1., 2.]]), None, None)
     """
-    dtype = _compute_dtype(output.dtype)
     # Where the output is NaN the gradient passes, as in torch.
-    grad = grad_output.to(dtype).masked_fill(output <= 0, 0)
-    rows = _matrix_of_rows(grad)
-    grad_input = grad_weight = grad_bias = None
-    if output_mask[0] and weight is not None:
-        grad_input = (grad @ weight.to(dtype)).to(output.dtype)
-    if output_mask[1] and input is not None:
-        grad_weight = (rows.T @ _matrix_of_rows(input).to(dtype)).to(output.dtype)
-    if output_mask[2]:
-        grad_bias = rows.sum(0).to(output.dtype)
-    return grad_input, grad_weight, grad_bias
+    grad_linear = grad_output.masked_fill(output <= 0, 0)
+    return linear_backward(grad_linear, input, weight, output_mask)
 
 
 def _matrix_of_rows(tensor: Tensor) -> Tensor:

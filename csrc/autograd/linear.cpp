@@ -11,10 +11,12 @@ namespace {
 
 using torch::autograd::variable_list;
 
+// `output` is undefined without the ReLU.
 variable_list composite_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                  const at::Tensor& weight, const at::Tensor& output,
                                  std::array<bool, 3> mask) {
-  const at::Tensor grad_linear = at::threshold_backward(grad_output, output, 0);
+  const at::Tensor grad_linear =
+      output.defined() ? at::threshold_backward(grad_output, output, 0) : grad_output;
   const at::Tensor rows = matrix_of_rows(grad_linear);
   variable_list grads(3);
   if (mask[0]) grads[0] = grad_linear.matmul(weight);
@@ -23,8 +25,9 @@ variable_list composite_backward(const at::Tensor& grad_output, const at::Tensor
   return grads;
 }
 
-struct LinearReLUBackward {
-  static constexpr auto name = "LinearReLUBackward";
+template <bool relu>
+struct LinearBackward {
+  static constexpr auto name = relu ? "LinearReLUBackward" : "LinearBackward";
   using Tensors = std::array<at::Tensor, 3>;
   static constexpr std::array<bool, 3> kOutputs = {false, false, true};
   using Options = std::tuple<>;
@@ -40,7 +43,8 @@ struct LinearReLUBackward {
     }
     BelowAutograd below_autograd;
     auto [grad_input, grad_weight, grad_bias] =
-        linear_relu_backward(grad, optional(input), optional(weight), output, mask);
+        relu ? linear_relu_backward(grad, optional(input), optional(weight), output, mask)
+             : linear_backward(grad, optional(input), optional(weight), mask);
     return {grad_input, grad_weight, grad_bias};
   }
 };
@@ -55,44 +59,58 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_composite(
   return {grads[0], grads[1], grads[2]};
 }
 
-at::Tensor linear_relu_recorded(const at::Tensor& input, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& bias) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_composite(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, std::array<bool, 3> output_mask) {
+  return linear_relu_backward_composite(grad_output, input, weight, at::Tensor(), output_mask);
+}
+
+template <bool relu>
+at::Tensor linear_below_autograd(const at::Tensor& input, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias) {
+  BelowAutograd below_autograd;
+  return relu ? linear_relu(input, weight, bias) : fastnn::linear(input, weight, bias);
+}
+
+template <bool relu>
+at::Tensor linear_recorded(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias) {
   const auto node =
-      make_backward_node<LinearReLUBackward>(input, weight, bias.value_or(at::Tensor()));
-  const at::Tensor output = [&] {
-    BelowAutograd below_autograd;
-    return linear_relu(input, weight, bias);
-  }();
+      make_backward_node<LinearBackward<relu>>(input, weight, bias.value_or(at::Tensor()));
+  const at::Tensor output = linear_below_autograd<relu>(input, weight, bias);
   // Each factor of the product is needed for the other one's gradient alone.
   record(node, output,
          {needs_grad(weight) ? input : at::Tensor(), needs_grad(input) ? weight : at::Tensor(),
-          output},
+          relu ? output : at::Tensor()},
          {});
   return output;
 }
 
-at::Tensor linear_relu_autograd(const at::Tensor& input, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& bias) {
+template <bool relu>
+at::Tensor linear_autograd(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias) {
   if (in_functorch() || has_tangent(input) || has_tangent(weight) || has_tangent(bias) ||
-      !can_fuse_linear_relu(input, weight, bias)) {
-    return linear_relu_composite(input, weight, bias);
+      !can_fuse_linear(input, weight, bias)) {
+    return linear_composite<relu>(input, weight, bias);
   }
   if (needs_grad(input) || needs_grad(weight) || needs_grad(bias)) {
-    return linear_relu_recorded(input, weight, bias);
+    return linear_recorded<relu>(input, weight, bias);
   }
-  BelowAutograd below_autograd;
-  return linear_relu(input, weight, bias);
+  return linear_below_autograd<relu>(input, weight, bias);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
-  m.impl("linear_relu", linear_relu_autograd);
+  m.impl("linear", linear_autograd<false>);
+  m.impl("linear_relu", linear_autograd<true>);
 }
 
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
-  m.impl("linear_relu", linear_relu_composite);
+  m.impl("linear", linear_composite<false>);
+  m.impl("linear_backward", linear_backward_composite);
+  m.impl("linear_relu", linear_composite<true>);
   m.impl("linear_relu_backward", linear_relu_backward_composite);
 }
 

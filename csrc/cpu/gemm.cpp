@@ -97,14 +97,14 @@ void run(const simd::Gemm<T>& args) {
   });
 }
 
-// The library's product, then bias and ReLU in one pass over it.
+// The library's product, and a ReLU in one pass over it with the bias.
 template <typename T>
 void run_library(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias,
                  bool relu, at::Tensor& out) {
   // Where the output is narrower than the sums, the library adds the bias before it rounds.
-  const bool bias_in_gemm = bias && accumulate_dtype(a) != a.scalar_type();
+  const bool bias_in_gemm = bias && (!relu || accumulate_dtype(a) != a.scalar_type());
   bias_in_gemm ? at::addmm_out(out, *bias, a, b) : at::mm_out(out, a, b);
-  if (!relu && (!bias || bias_in_gemm)) return;
+  if (!relu) return;
   const auto epilogue_bias = bias_in_gemm ? std::nullopt : contiguous(bias);
   const int64_t cols = out.size(1);
   T* out_data = data<T>(out);
@@ -114,8 +114,10 @@ void run_library(const at::Tensor& a, const at::Tensor& b, const std::optional<a
   });
 }
 
-at::Tensor gemm(const at::Tensor& left, const at::Tensor& right,
-                const std::optional<at::Tensor>& bias, bool relu) {
+}  // namespace
+
+at::Tensor matmul(const at::Tensor& left, const at::Tensor& right,
+                  const std::optional<at::Tensor>& bias, bool relu) {
   static const Product requested = requested_product("FASTNN_CPU_GEMM");
   const at::Tensor a = as_matrix(left), b = as_matrix(right);
   const int64_t rows = a.size(0), cols = b.size(1), depth = a.size(1);
@@ -137,17 +139,6 @@ at::Tensor gemm(const at::Tensor& left, const at::Tensor& right,
     by_library ? run_library<T>(a, b, bias, relu, out) : run(args);
   });
   return out;
-}
-
-}  // namespace
-
-at::Tensor matmul_bias_relu(const at::Tensor& a, const at::Tensor& b,
-                            const std::optional<at::Tensor>& bias) {
-  return gemm(a, b, bias, /*relu=*/true);
-}
-
-at::Tensor matmul(const at::Tensor& a, const at::Tensor& b) {
-  return gemm(a, b, /*bias=*/std::nullopt, /*relu=*/false);
 }
 
 }  // namespace fastnn::cpu

@@ -7,11 +7,8 @@
 
 namespace fastnn::cpu {
 
-// relu(a @ b + bias), of 2-D matrices of any strides; `bias` (cols) may be absent.
-at::Tensor matmul_bias_relu(const at::Tensor& a, const at::Tensor& b,
-                            const std::optional<at::Tensor>& bias);
-
-// a @ b.
-at::Tensor matmul(const at::Tensor& a, const at::Tensor& b);
+// a @ b (+ bias) (then ReLU), of 2-D matrices of any strides, and a bias (cols).
+at::Tensor matmul(const at::Tensor& a, const at::Tensor& b,
+                  const std::optional<at::Tensor>& bias = std::nullopt, bool relu = false);
 
 }  // namespace fastnn::cpu

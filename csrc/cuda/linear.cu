@@ -1,5 +1,5 @@
-// linear_relu on CUDA: the library's matrix product and a ReLU, or our own product with both; the
-// backward makes mask and bias gradient in one pass, then the library's two products.
+// linear and linear_relu on CUDA: the library's matrix product and a ReLU, or our own product with
+// both; the backward makes mask and bias gradient in one pass, then the library's two products.
 #include "ops/linear.h"
 
 #include <ATen/Context.h>
@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -22,8 +23,9 @@ namespace {
 // ATen's operators would be cast once more: whoever called us has settled the dtype.
 using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-// The largest products that ours is faster for: those with short sums. On an H200 it takes 2 us and
-// 0.03 us for each element of a sum, the library's and the ReLU behind it 5 us or more.
+// The largest products with a ReLU that ours is faster for: those with short sums. On an H200 it
+// takes 2 us and 0.03 us for each element of a sum, the library's and the ReLU behind it 5 us or
+// more.
 struct Largest {
   int64_t depth;
   double multiplications;
@@ -39,7 +41,7 @@ constexpr Largest largest_tiled(at::ScalarType dtype) {
   }
 }
 
-bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
+bool is_for_library(bool relu, at::ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
   if (rows == 0 || cols == 0 || depth == 0) return false;
   switch (requested_product("FASTNN_CUDA_GEMM")) {
     case Product::Library:
@@ -49,6 +51,8 @@ bool is_for_library(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t de
     case Product::Auto:
       break;
   }
+  // Without a ReLU behind it the library takes one launch, as ours does.
+  if (!relu) return true;
   // The library alone has TF32: a layer's rounding would else depend on its batch.
   if (dtype == at::kFloat && at::globalContext().allowTF32CuBLAS()) return true;
   const Largest largest = largest_tiled(dtype);
@@ -65,16 +69,16 @@ int multiprocessors() {
 
 // Without the library's fused ReLU: with some of its kernels that turns NaN into 0.
 at::Tensor library_product(const at::Tensor& input, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias) {
+                           const std::optional<at::Tensor>& bias, bool relu) {
   at::Tensor output = bias ? at::addmm(*bias, input, weight.t()) : at::mm(input, weight.t());
-  return at::relu_(output);
+  return relu ? at::relu_(output) : output;
 }
 
 at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias) {
+                         const std::optional<at::Tensor>& bias, bool relu) {
   const at::Tensor output = at::empty({input.size(0), weight.size(0)}, input.options());
   const auto contiguous_bias = contiguous(bias);
-  dispatch(input.scalar_type(), "linear_relu", [&]<typename T>() {
+  dispatch(input.scalar_type(), "linear", [&]<typename T>() {
     const auto lines = [](const at::Tensor& matrix) {
       return operand(matrix.const_data_ptr<T>(), matrix.stride(0), matrix.stride(1));
     };
@@ -84,7 +88,7 @@ at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
                            .a = lines(input),
                            .b = lines(weight),
                            .bias = const_data_or_null<T>(contiguous_bias),
-                           .relu = true,
+                           .relu = relu,
                            .whole_groups = false,
                            .out = output.data_ptr<T>()};
     launch_gemm(args, multiprocessors(), c10::cuda::getCurrentCUDAStream());
@@ -92,19 +96,18 @@ at::Tensor tiled_product(const at::Tensor& input, const at::Tensor& weight,
   return output;
 }
 
-at::Tensor linear_relu_cuda(const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias) {
-  if (!can_fuse_linear_relu(input, weight, bias)) {
-    return linear_relu_composite(input, weight, bias);
-  }
-  check_linear_relu(input, weight);
+template <bool relu>
+at::Tensor linear_cuda(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias) {
+  if (!can_fuse_linear(input, weight, bias)) return linear_composite<relu>(input, weight, bias);
+  check_linear(relu, input, weight);
   const c10::cuda::CUDAGuard guard(input.device());
   const WithoutAutocast without_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor rows = matrix_of_rows(input);
   const at::Tensor output =
-      is_for_library(input.scalar_type(), rows.size(0), weight.size(0), weight.size(1))
-          ? library_product(rows, weight, bias)
-          : tiled_product(rows, weight, bias);
+      is_for_library(relu, input.scalar_type(), rows.size(0), weight.size(0), weight.size(1))
+          ? library_product(rows, weight, bias, relu)
+          : tiled_product(rows, weight, bias, relu);
   return input.dim() == 2 ? output : output.view(with_last_size(input, weight.size(0)));
 }
 
@@ -144,16 +147,33 @@ void relu_backward(const at::Tensor& grad, const at::Tensor& output, const at::T
   });
 }
 
+at::Tensor library_matmul(const at::Tensor& a, const at::Tensor& b) {
+  return at::mm(a, b);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_cuda(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, std::array<bool, 3> output_mask) {
+  check_linear_backward(grad_output, input, weight, /*output=*/nullptr, output_mask);
+  const c10::cuda::CUDAGuard guard(grad_output.device());
+  const WithoutAutocast without_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor grad = matrix_of_rows(grad_output);
+  const at::Tensor grad_bias = output_mask[2] ? at::sum(grad, 0) : at::Tensor();
+  const auto [grad_input, grad_weight] =
+      factor_gradients(grad, grad_output, input, weight, output_mask, library_matmul);
+  return {grad_input, grad_weight, grad_bias};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cuda(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
     const std::optional<at::Tensor>& weight, const at::Tensor& output,
     std::array<bool, 3> output_mask) {
-  check_linear_relu_backward(grad_output, input, weight, output, output_mask);
+  check_linear_backward(grad_output, input, weight, &output, output_mask);
   const c10::cuda::CUDAGuard guard(output.device());
   const WithoutAutocast without_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor grad = matrix_of_rows(grad_output).contiguous();
   const at::Tensor out = matrix_of_rows(output).contiguous();
-  at::Tensor grad_linear, grad_input, grad_weight, grad_bias;
+  at::Tensor grad_linear, grad_bias;
   if (output_mask[0] || output_mask[1]) grad_linear = at::empty(grad.sizes(), grad.options());
   if (output_mask[2]) {
     // Of no rows the sum is zero, and no kernel runs.
@@ -163,18 +183,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cuda(
   if (grad_linear.defined() || grad_bias.defined())
     relu_backward(grad, out, grad_linear, grad_bias);
 
-  if (output_mask[0]) {
-    grad_input = at::mm(grad_linear, *weight);
-    if (output.dim() != 2) grad_input = grad_input.view(with_last_size(output, weight->size(1)));
-  }
-  if (output_mask[1]) grad_weight = at::mm(grad_linear.t(), matrix_of_rows(*input));
+  const auto [grad_input, grad_weight] =
+      factor_gradients(grad_linear, grad_output, input, weight, output_mask, library_matmul);
   return {grad_input, grad_weight, grad_bias};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, FASTNN_CUDA_KEY, m) {
-  m.impl("linear_relu", linear_relu_cuda);
+  m.impl("linear", linear_cuda<false>);
+  m.impl("linear_backward", linear_backward_cuda);
+  m.impl("linear_relu", linear_cuda<true>);
   m.impl("linear_relu_backward", linear_relu_backward_cuda);
 }
 

@@ -1,6 +1,6 @@
-// The dtype that each operator runs in under torch.autocast: torch's own lists. linear_relu is cast
-// down, as linear is; the losses to float32, and on CUDA log_softmax too, which on the CPU keeps
-// the dtype that it gets.
+// The dtype that each operator runs in under torch.autocast: torch's own lists. linear is cast
+// down, and so is linear_relu; the losses to float32, and on CUDA log_softmax too, which on the CPU
+// keeps the dtype that it gets.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -22,6 +22,7 @@ constexpr auto* kAutocast =
 
 template <c10::DeviceType device>
 void register_common(torch::Library& m) {
+  m.impl("linear", kAutocast<CastPolicy::lower_precision_fp, device, &linear>);
   m.impl("linear_relu", kAutocast<CastPolicy::lower_precision_fp, device, &linear_relu>);
   m.impl("nll_loss", kAutocast<CastPolicy::fp32, device, &as_nll_loss<nll_loss>>);
   m.impl("cross_entropy", kAutocast<CastPolicy::fp32, device, &as_cross_entropy<cross_entropy>>);

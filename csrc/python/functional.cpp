@@ -23,6 +23,7 @@ auto operator_named(const char* name, Result (* /*like*/)(Args...)) {
 
 void define_functional(pybind11::module_& m) {
   using no_gil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("linear", &linear, no_gil());
   m.def("linear_relu", &linear_relu, no_gil());
   m.def("log_softmax", &log_softmax, no_gil());
   m.def("nll_loss", operator_named("fastnn::nll_loss", as_nll_loss<nll_loss>), no_gil());

@@ -130,6 +130,7 @@ def test_an_unknown_instruction_does_not_compile(tmp_path, statement, says):
 def step_with_each_operator() -> None:
     x = torch.randn(4, 6, requires_grad=True)
     hidden = fastnn.functional.linear_relu(x, torch.randn(5, 6), torch.randn(5))
+    hidden = fastnn.functional.linear(hidden, torch.randn(5, 5))
     target = torch.arange(4)
     loss = fastnn.functional.nll_loss(fastnn.functional.log_softmax(hidden, 1), target)
     (loss + fastnn.functional.cross_entropy(hidden, target)).backward()

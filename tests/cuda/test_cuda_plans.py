@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastnn
-from support.operators import check_value_and_gradients, every_dtype
+from support.operators import LINEARS, check_value_and_gradients, every_dtype
 from support.sample_inputs import Sample, sample_input
 
 pytestmark = pytest.mark.on_cuda_kernels
@@ -58,9 +58,10 @@ def test_rows_about_as_long_as_shared_memory(kibibytes, dtype):
 @every_dtype
 @pytest.mark.parametrize("product", ["library", "tiled"])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products(monkeypatch, product, name, dtype):
+@pytest.mark.parametrize("op", LINEARS)
+def test_products(monkeypatch, op, product, name, dtype):
     monkeypatch.setenv("FASTNN_CUDA_GEMM", product)
-    check_value_and_gradients("linear_relu", sample_input("linear_relu", dtype, name))
+    check_value_and_gradients(op, sample_input(op, dtype, name))
 
 
 @every_dtype

@@ -21,6 +21,24 @@ void bias_relu(const Target& target, int64_t rows, int64_t cols, bool has_bias, 
   }
 }
 
+// A block of the columns from `first` on.
+template <typename T>
+void column_sums(const Target& target, int64_t rows, int64_t stride, int64_t first,
+                 int64_t offset) {
+  const auto grad = random_buffer<T>(rows * stride, offset);
+  const int64_t cols = std::min(stride - first, simd::kColumnSums);
+  std::vector<double> sums(cols, 1);
+  target.kernels<T>().column_sums(sums.data(), grad.data() + first, rows, cols, stride);
+  for (int64_t c = 0; c < cols; ++c) {
+    double sum = 1, magnitude = 1;
+    for (int64_t i = first + c; i < rows * stride; i += stride) {
+      sum += grad(i);
+      magnitude += std::abs(grad(i));
+    }
+    expect_close("sums", c, accum<T>(sums[c]), sum, rows, magnitude);
+  }
+}
+
 // A block of the columns from `first` on: the others stay as they are.
 template <typename T>
 void relu_backward(const Target& target, int64_t rows, int64_t stride, int64_t first,
@@ -29,7 +47,7 @@ void relu_backward(const Target& target, int64_t rows, int64_t stride, int64_t f
   const auto output = random_buffer<T>(rows * stride, offset);
   const auto before = random_buffer<T>(rows * stride, offset);
   auto grad_linear = before;
-  const int64_t cols = std::min(stride - first, simd::kReluBackwardCols);
+  const int64_t cols = std::min(stride - first, simd::kColumnSums);
   std::vector<double> sums(cols, 1);
   target.kernels<T>().relu_backward(grad_linear.data() + first, wants_sums ? sums.data() : nullptr,
                                     grad.data() + first, output.data() + first, rows, cols, stride);
@@ -49,7 +67,7 @@ void relu_backward(const Target& target, int64_t rows, int64_t stride, int64_t f
   }
 }
 
-const Test test("linear_relu", [](const Target& target) {
+const Test test("linear", [](const Target& target) {
   for_each_dtype([&]<typename T>() {
     for (const int64_t cols : odd_sizes(target.lanes<T>())) {
       for (const int64_t rows : {0, 1, 7, 131}) {  // 131: more than a block of the bias gradient
@@ -57,13 +75,16 @@ const Test test("linear_relu", [](const Target& target) {
           describe("%s rows=%d cols=%d bias=%d offset=%d", kName<T>, int(rows), int(cols), has_bias,
                    offset);
           bias_relu<T>(target, rows, cols, has_bias, offset);
-          relu_backward<T>(target, rows, cols, /*first=*/0, has_bias, offset);
-          if (cols > 1) relu_backward<T>(target, rows, cols, /*first=*/cols / 2, has_bias, offset);
+          for (const int64_t first : {int64_t(0), cols / 2}) {
+            column_sums<T>(target, rows, cols, first, offset);
+            relu_backward<T>(target, rows, cols, first, has_bias, offset);
+          }
         }
       }
     }
     describe("%s, columns that fill a block", kName<T>);
-    relu_backward<T>(target, 5, simd::kReluBackwardCols + 1, /*first=*/1, true, 0);
+    column_sums<T>(target, 5, simd::kColumnSums + 1, /*first=*/1, 0);
+    relu_backward<T>(target, 5, simd::kColumnSums + 1, /*first=*/1, true, 0);
   });
 });
 

@@ -227,6 +227,15 @@ def test_unfuse_of_a_handwritten_linear_relu():
     assert type(fastnn.unfuse(fastnn.nn.LinearReLU(2, 2))) is nn.Sequential
 
 
+def test_a_handwritten_linear_runs_our_operator_and_unfuses():
+    ours = nn.Sequential(fastnn.nn.Linear(6, 5), nn.Tanh(), fastnn.nn.Linear(5, 3))
+    assert fused_paths(ours) == {"0", "2"}
+    stock = fastnn.unfuse(ours)
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    assert [type(module) for module in stock] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert_same_results(ours, stock, input_of(ours))
+
+
 def test_unfuse_finds_our_classes_below_those_that_torch_makes_of_them():
     ours = nn.Sequential(fastnn.nn.LinearReLU(6, 5), *pair())
     parametrizations.weight_norm(ours[0])

@@ -19,6 +19,7 @@ import fastnn
 from support.modules import CLASSES, LOSSES, MODULES, assert_close, inputs_of, make
 
 all_modules = pytest.mark.parametrize("name", MODULES)
+both_linears = pytest.mark.parametrize("name", ["Linear", "LinearReLU"])
 both_losses = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -73,15 +74,17 @@ def test_repr_is_torchs_under_our_class_name(name):
     assert ours.extra_repr() == stock.extra_repr()
 
 
-def test_linear_relu_repr_without_bias():
-    layer = fastnn.nn.LinearReLU(5, 3, bias=False)
-    assert repr(layer) == "LinearReLU(in_features=5, out_features=3, bias=False)"
+@both_linears
+def test_linear_repr_without_bias(name):
+    layer, _ = make(name, bias=False)
+    assert repr(layer) == f"{name}(in_features=5, out_features=3, bias=False)"
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16], ids=str)
-def test_initialisation_is_torchs_from_the_same_seed(bias, dtype):
-    ours, stock = make("LinearReLU", bias=bias, dtype=dtype)
+@both_linears
+def test_initialisation_is_torchs_from_the_same_seed(name, bias, dtype):
+    ours, stock = make(name, bias=bias, dtype=dtype)
     mine, theirs = dict(ours.named_parameters()), dict(stock.named_parameters())
     assert mine.keys() == theirs.keys()
     for key, parameter in theirs.items():
@@ -100,10 +103,11 @@ def test_outputs_and_gradients_are_torchs(name):
     assert_same_output(name, ours, stock)
 
 
-def test_linear_relu_without_bias():
-    ours, stock = make("LinearReLU", bias=False, dtype=torch.float64)
+@both_linears
+def test_linear_without_bias(name):
+    ours, stock = make(name, bias=False, dtype=torch.float64)
     assert ours.bias is None
-    assert_same_output("LinearReLU", ours, stock)
+    assert_same_output(name, ours, stock)
 
 
 def test_linear_relu_clamps():
@@ -116,12 +120,13 @@ def test_linear_relu_clamps():
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)], ids=str)
-def test_linear_relu_takes_any_leading_dims(leading):
-    ours, stock = make("LinearReLU", dtype=torch.float64)
+@both_linears
+def test_linear_takes_any_leading_dims(name, leading):
+    ours, stock = make(name, dtype=torch.float64)
     x = torch.randn(*leading, 5, dtype=torch.float64)
     output = ours(x)
     assert output.shape == (*leading, 3)
-    assert_close(output, stock(x).relu())
+    assert_close(output, expected(name, stock, (x,)))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (4,), (2, 5), (2, 3, 4)], ids=str)
@@ -132,11 +137,12 @@ def test_log_softmax_takes_any_shape(shape):
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0)], ids=str)
-def test_linear_relu_of_no_features_warns_as_in_torch(sizes):
+@both_linears
+def test_linear_of_no_features_warns_as_in_torch(name, sizes):
     with pytest.warns(UserWarning, match="zero-element") as stock:
         torch.nn.Linear(*sizes)
     with pytest.warns(UserWarning, match="zero-element") as ours:
-        layer = fastnn.nn.LinearReLU(*sizes)
+        layer = getattr(fastnn.nn, name)(*sizes)
     assert len(ours) == len(stock)
     assert layer(torch.ones(2, sizes[0])).shape == (2, sizes[1])
 
@@ -341,7 +347,7 @@ def test_copies_compute_the_same(name, duplicate):
     assert_same_output(name, copied, stock)
 
 
-@pytest.mark.parametrize("name", ["LinearReLU", *LOSSES])
+@pytest.mark.parametrize("name", ["Linear", "LinearReLU", *LOSSES])
 @pytest.mark.capability("saving", "`.to(dtype)`, `half`, `bfloat16`")
 def test_state_moves_with_the_module(name):
     ours = make(name, **options_with_state(name))[0].double()
@@ -362,18 +368,20 @@ def test_weighted_loss_follows_its_inputs_dtype(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_linear_relu_dtype_and_device_arguments(dtype):
+@both_linears
+def test_linear_dtype_and_device_arguments(name, dtype):
     device = torch.get_default_device()
-    ours, stock = make("LinearReLU", dtype=dtype, device=device)
+    ours, stock = make(name, dtype=dtype, device=device)
     assert {parameter.device for parameter in ours.parameters()} == {device}
-    (x,) = inputs_of("LinearReLU", dtype)
+    (x,) = inputs_of(name, dtype)
     output = ours(x)
     assert output.dtype == dtype
-    assert_close(output, stock(x).relu())
+    assert_close(output, expected(name, stock, (x,)))
 
 
-def test_linear_relu_on_the_meta_device():
-    layer = fastnn.nn.LinearReLU(5, 3, device="meta")
+@both_linears
+def test_linear_on_the_meta_device(name):
+    layer, _ = make(name, device="meta")
     assert layer.weight.is_meta
     assert layer.bias.is_meta
     output = layer(torch.empty(7, 2, 5, device="meta"))
@@ -393,28 +401,29 @@ def test_forward_and_backward_on_the_meta_device(name):
     assert inputs[0].grad.shape == inputs[0].shape
 
 
-@pytest.mark.capability("saving", "`nn.utils.skip_init`", operators=["linear_relu"])
-def test_skip_init():
+@pytest.mark.capability("saving", "`nn.utils.skip_init`")
+@both_linears
+def test_skip_init(name):
     options = {"dtype": torch.float64, "device": torch.get_default_device()}
-    layer = torch.nn.utils.skip_init(fastnn.nn.LinearReLU, 5, 3, **options)
-    assert type(layer) is fastnn.nn.LinearReLU
-    stock = make("LinearReLU", dtype=torch.float64)[1]
+    kind = getattr(fastnn.nn, name)
+    layer = torch.nn.utils.skip_init(kind, 5, 3, **options)
+    assert type(layer) is kind
+    stock = make(name, dtype=torch.float64)[1]
     layer.load_state_dict(stock.state_dict())
-    assert_same_output("LinearReLU", layer, stock)
+    assert_same_output(name, layer, stock)
 
 
 @pytest.mark.capability(
-    "saving",
-    "built on the meta device, `to_empty`, `load_state_dict(assign=True)`",
-    operators=["linear_relu"],
+    "saving", "built on the meta device, `to_empty`, `load_state_dict(assign=True)`"
 )
-def test_to_empty_after_meta():
+@both_linears
+def test_to_empty_after_meta(name):
     with torch.device("meta"):
-        layer = fastnn.nn.LinearReLU(5, 3, dtype=torch.float64)
+        layer = getattr(fastnn.nn, name)(5, 3, dtype=torch.float64)
     layer.to_empty(device=torch.get_default_device())
-    stock = make("LinearReLU", dtype=torch.float64)[1]
+    stock = make(name, dtype=torch.float64)[1]
     layer.load_state_dict(stock.state_dict())
-    assert_same_output("LinearReLU", layer, stock)
+    assert_same_output(name, layer, stock)
 
 
 # --- module machinery -----------------------------------------------------------------------------
@@ -471,45 +480,43 @@ class Double(torch.nn.Module):
 
 
 @pytest.mark.capability(
-    "saving",
-    "`weight_norm`, `spectral_norm`, `orthogonal`, pruning; and removed again",
-    operators=["linear_relu"],
+    "saving", "`weight_norm`, `spectral_norm`, `orthogonal`, pruning; and removed again"
 )
-def test_parametrized_weight():
-    ours, stock = make("LinearReLU", dtype=torch.float64)
+@both_linears
+def test_parametrized_weight(name):
+    ours, stock = make(name, dtype=torch.float64)
+    kind = type(ours)
     for layer in (ours, stock):
         parametrize.register_parametrization(layer, "weight", Double())
-    assert isinstance(ours, fastnn.nn.LinearReLU)
-    assert_same_output("LinearReLU", ours, stock)
+    assert isinstance(ours, kind)
+    assert_same_output(name, ours, stock)
     for layer in (ours, stock):
         parametrize.remove_parametrizations(layer, "weight")
-    assert type(ours) is fastnn.nn.LinearReLU
-    assert_same_output("LinearReLU", ours, stock)
+    assert type(ours) is kind
+    assert_same_output(name, ours, stock)
 
 
-def test_weight_norm_and_pruning():
-    ours, stock = make("LinearReLU", dtype=torch.float64)
+@both_linears
+def test_weight_norm_and_pruning(name):
+    ours, stock = make(name, dtype=torch.float64)
     for layer in (ours, stock):
         parametrizations.weight_norm(layer)
-    assert_same_output("LinearReLU", ours, stock)
+    assert_same_output(name, ours, stock)
     for layer in (ours, stock):
         parametrize.remove_parametrizations(layer, "weight")
         prune.l1_unstructured(layer, "weight", amount=0.5)
     assert int((ours.weight == 0).sum()) == 8  # round(0.5 * 15)
-    assert_same_output("LinearReLU", ours, stock)
+    assert_same_output(name, ours, stock)
 
 
-@pytest.mark.capability(
-    "autograd",
-    "`functional_call`: per-sample gradients of a model",
-    operators=["linear_relu"],
-)
-def test_functional_call():
-    layer = fastnn.nn.LinearReLU(5, 3, dtype=torch.float64)
-    _, stock = make("LinearReLU", dtype=torch.float64)
-    (x,) = inputs_of("LinearReLU")
+@pytest.mark.capability("autograd", "`functional_call`: per-sample gradients of a model")
+@both_linears
+def test_functional_call(name):
+    layer, stock = make(name, dtype=torch.float64)
+    layer.reset_parameters()  # others than those of the call
+    (x,) = inputs_of(name)
     output = torch.func.functional_call(layer, dict(stock.named_parameters()), x)
-    assert_close(output, stock(x).relu())
+    assert_close(output, expected(name, stock, (x,)))
 
 
 def test_in_a_sequential_with_apply():

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnn
-from support import stock
 from support.marks import needs_extension
+from support.operators import LINEARS, TORCH, ours
 
 pytestmark = needs_extension
 
@@ -116,12 +116,13 @@ def test_cross_entropys_gradient_of_the_mean(scale, classes, label_smoothing):
 @dtypes
 @pytest.mark.parametrize("shape", [(64, 784, 128), (256, 128, 64), (129, 257, 65), (99, 2000, 57)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
-def test_linear_relu(dtype, shape, scale):
+@pytest.mark.parametrize("op", LINEARS)
+def test_linear(op, dtype, shape, scale):
     rows, depth, cols = shape
     inputs = [torch.randn(rows, depth) * scale, torch.randn(cols, depth), torch.randn(cols) * scale]
     ratios = error_ratios(
-        fastnn.functional.linear_relu,
-        stock.linear_relu,
+        ours(op),
+        TORCH[op],
         [tensor.to(dtype) for tensor in inputs],
     )
     assert max(ratios[:3]) <= ALLOWED  # the bias has too few gradients for a ratio
@@ -129,7 +130,8 @@ def test_linear_relu(dtype, shape, scale):
 
 @dtypes
 @pytest.mark.parametrize("rows", [64, 1000])
-def test_bias_gradient(dtype, rows):
+@pytest.mark.parametrize("op", LINEARS)
+def test_bias_gradient(op, dtype, rows):
     # Whole numbers and a half: no output is so close to zero that its rounding decides whether a
     # gradient counts.
     inputs = [
@@ -138,8 +140,8 @@ def test_bias_gradient(dtype, rows):
         torch.randint(-3, 4, (5000,)) + 0.5,
     ]
     ratios = error_ratios(
-        fastnn.functional.linear_relu,
-        stock.linear_relu,
+        ours(op),
+        TORCH[op],
         [tensor.to(dtype) for tensor in inputs],
     )
     assert ratios[3] <= ALLOWED

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
 from support import stock
+from support.operators import LINEARS, ours
 from support.sample_inputs import Draws
 
 F = torch.nn.functional
@@ -22,6 +23,14 @@ INPUTS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 # Each operator with torch's own, of the same arguments.
 OPERATORS = {
+    "linear": (
+        lambda a: C.linear(a.input, a.weight, a.bias),
+        lambda a: F.linear(a.input, a.weight, a.bias),
+    ),
+    "linear, no bias": (
+        lambda a: C.linear(a.input, a.weight),
+        lambda a: F.linear(a.input, a.weight),
+    ),
     "linear_relu": (
         lambda a: C.linear_relu(a.input, a.weight, a.bias),
         lambda a: stock.linear_relu(a.input, a.weight, a.bias),
@@ -159,14 +168,15 @@ def test_a_disabled_region_is_left_alone(implementation, name) -> None:
         assert ours(a).dtype == theirs(a).dtype
 
 
-@pytest.mark.capability("precision", "nested regions", operators=["linear_relu"])
-def test_nested_regions_take_the_inner_dtype() -> None:
+@pytest.mark.parametrize("op", LINEARS)
+@pytest.mark.capability("precision", "nested regions")
+def test_nested_regions_take_the_inner_dtype(op) -> None:
     a = arguments(torch.float32)
     # Without the cache, which in torch keeps the inner region's casts for the outer one.
     with autocast(dtype=torch.bfloat16, cache_enabled=False):
         with autocast(dtype=torch.float16, cache_enabled=False):
-            assert C.linear_relu(a.input, a.weight, a.bias).dtype == torch.float16
-        assert C.linear_relu(a.input, a.weight, a.bias).dtype == torch.bfloat16
+            assert ours(op)(a.input, a.weight, a.bias).dtype == torch.float16
+        assert ours(op)(a.input, a.weight, a.bias).dtype == torch.bfloat16
 
 
 class CountCasts(TorchDispatchMode):
@@ -183,15 +193,16 @@ class CountCasts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("cache_enabled", [True, False])
-@pytest.mark.capability("precision", "autocast's cache of casts", operators=["linear_relu"])
-def test_a_parameter_is_cast_once_in_a_region_with_the_cache(cache_enabled) -> None:
+@pytest.mark.parametrize("op", LINEARS)
+@pytest.mark.capability("precision", "autocast's cache of casts")
+def test_a_parameter_is_cast_once_in_a_region_with_the_cache(op, cache_enabled) -> None:
     a = arguments(torch.float32)
     with (
         autocast(dtype=torch.bfloat16, cache_enabled=cache_enabled),
         CountCasts(a.weight.shape) as casts,
     ):
-        C.linear_relu(a.input, a.weight, a.bias)
-        C.linear_relu(a.input, a.weight, a.bias)
+        ours(op)(a.input, a.weight, a.bias)
+        ours(op)(a.input, a.weight, a.bias)
     assert casts.count == (1 if cache_enabled else 2)
 
 

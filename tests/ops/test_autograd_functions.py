@@ -15,10 +15,10 @@ from torch.func import grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
-from fastnn.autograd import CrossEntropy, LinearReLU, NLLLoss
+from fastnn.autograd import CrossEntropy, NLLLoss
 from support.marks import needs_extension
 from support.operator_cases import CASES, COMPILE_SAMPLES
-from support.operators import FUNCTIONS, value_and_gradients
+from support.operators import FUNCTIONS, LINEARS, value_and_gradients
 from support.sample_inputs import DTYPES, OPS, sample_input
 from support.small_cases import assert_close, class_weights, normal
 
@@ -83,19 +83,20 @@ def test_the_operators_run_unless_their_result_is_differentiated(op):
 
 
 @needs_extension
+@pytest.mark.parametrize("op", LINEARS)
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, True, True)]
 )
-def test_linear_relu_computes_and_keeps_what_is_wanted(wanted):
+def test_linear_computes_and_keeps_what_is_wanted(op, wanted):
     tensors = [normal(4, 3), normal(2, 3), normal(2)]
     for tensor, wants in zip(tensors, wanted, strict=True):
         tensor.requires_grad_(wants)
-    output = LinearReLU.apply(*tensors)
+    output = FUNCTIONS[op].apply(*tensors)
     kept = [tensor is not None for tensor in output.grad_fn.saved_tensors]
-    assert kept == [wanted[1], wanted[0], True]
+    assert kept == [wanted[1], wanted[0]] + [True] * (op == "linear_relu")
     with Calls() as recorded:
         output.sum().backward()
-    assert list(recorded.calls["linear_relu_backward"][-1]) == list(wanted)
+    assert list(recorded.calls[f"{op}_backward"][-1]) == list(wanted)
     assert [tensor.grad is not None for tensor in tensors] == list(wanted)
 
 
@@ -126,10 +127,11 @@ def test_the_reference_reads_what_a_kernel_keeps(dtype, reduction, smoothing):
     )
 
 
-def test_forward_mode_keeps_both_factors_for_the_call_alone():
+@pytest.mark.parametrize("op", LINEARS)
+def test_forward_mode_keeps_both_factors_for_the_call_alone(op):
     input, weight = normal(4, 3), normal(2, 3)
     gone = weakref.ref(input)
-    output, _ = jvp(lambda x: LinearReLU.apply(x, weight), (input,), (normal(4, 3),))
+    output, _ = jvp(lambda x: FUNCTIONS[op].apply(x, weight), (input,), (normal(4, 3),))
     del input
     gc.collect()
     assert gone() is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from support.bad_calls import as_kernels_raise, exception_of, floats, has_memory, target_with
 from support.marks import needs_extension, trips_device_assert
@@ -151,7 +152,7 @@ def test_cross_entropy_backward_with_bad_label_smoothing():
 
 # By the wrong argument, which comes first: what the error says, and the argument. Of two tensors
 # that don't fit each other the error names one.
-WRONG_FOR_LINEAR_RELU_BACKWARD = {
+WRONG_FOR_LINEAR_BACKWARD = {
     "grad_output of a row less": ("grad_output", lambda: floats(1, 4)),
     "grad_output of a column less": ("grad_output", lambda: floats(2, 3)),
     "grad_output without batch": ("grad_output", lambda: floats(4)),
@@ -172,19 +173,41 @@ WRONG_FOR_LINEAR_RELU_BACKWARD = {
 }
 
 
+def linear_backward_arguments(wrong: str, **output: Tensor) -> dict[str, Any]:
+    _, make = WRONG_FOR_LINEAR_BACKWARD[wrong]
+    tensors = {"grad_output": floats(2, 4), "input": floats(2, 3), "weight": floats(4, 3)}
+    return {**tensors, **output, "output_mask": [True, True, True], wrong.split()[0]: make()}
+
+
 @needs_extension
-@pytest.mark.parametrize("wrong", WRONG_FOR_LINEAR_RELU_BACKWARD)
+@pytest.mark.parametrize("wrong", WRONG_FOR_LINEAR_BACKWARD)
 def test_linear_relu_backward_with_a_wrong_tensor(wrong):
-    arguments = {
-        "grad_output": floats(2, 4),
-        "input": floats(2, 3),
-        "weight": floats(4, 3),
-        "output": floats(2, 4),
-        "output_mask": [True, True, True],
-    }
-    says, make = WRONG_FOR_LINEAR_RELU_BACKWARD[wrong]
-    arguments[wrong.split()[0]] = make()
+    says, _ = WRONG_FOR_LINEAR_BACKWARD[wrong]
+    arguments = linear_backward_arguments(wrong, output=floats(2, 4))
     raises_and_changes_nothing("linear_relu_backward", arguments, RuntimeError, named(says))
+
+
+# Without an output, what doesn't fit the gradient is named.
+NAMED_BESIDE_GRADIENT = {
+    "grad_output of a row less": "input",
+    "grad_output of a column less": "weight",
+    "grad_output without batch": "input",
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("wrong", [w for w in WRONG_FOR_LINEAR_BACKWARD if w[:6] != "output"])
+def test_linear_backward_with_a_wrong_tensor(wrong):
+    says = NAMED_BESIDE_GRADIENT.get(wrong, WRONG_FOR_LINEAR_BACKWARD[wrong][0])
+    arguments = linear_backward_arguments(wrong)
+    raises_and_changes_nothing("linear_backward", arguments, RuntimeError, named(says))
+
+
+@needs_extension
+def test_linear_backward_with_a_gradient_of_no_dimension():
+    arguments = {"grad_output": floats(), "input": None, "weight": None}
+    arguments["output_mask"] = [False, False, True]
+    raises_and_changes_nothing("linear_backward", arguments, RuntimeError, "grad_output")
 
 
 @needs_extension

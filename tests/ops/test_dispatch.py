@@ -22,7 +22,7 @@ import fastnn
 from support.marks import needs_extension, of_functions
 from support.modes import CONTEXTS, FunctionRecorder
 from support.operator_cases import CASES, COMPILE_SAMPLES
-from support.operators import TORCH, ours, value_and_gradients
+from support.operators import LINEARS, TORCH, ours, value_and_gradients
 from support.sample_inputs import OPS, Sample, sample_input
 
 # --- the extension is there -----------------------------------------------------------------------
@@ -38,6 +38,9 @@ def test_the_extension_is_built():
 
 
 SCHEMAS = [
+    "linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool[3] output_mask) "
+    "-> (Tensor, Tensor, Tensor)",
     "linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_relu_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor output, "
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
@@ -154,6 +157,7 @@ def test_devices_without_kernels_get_pytorchs_operators(device, fused):
     functional = fastnn.functional
     with FakeTensorMode(), Recorded() as recorded:
         hidden = functional.linear_relu(*(torch.empty(5, 6, device=device) for _ in range(2)))
+        hidden = functional.linear(hidden, torch.empty(5, 5, device=device))
         target = torch.empty(5, dtype=torch.long, device=device)
         functional.nll_loss(functional.log_softmax(hidden, 1), target)
         functional.cross_entropy(hidden, target)
@@ -204,7 +208,7 @@ def assert_same_outcome(
 def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
     """They have dispatch keys of their own, as other devices have."""
     sample = sample_input(op, torch.float32, CASES[op].every_tensor)
-    for i in range(2 if op == "linear_relu" else 1):
+    for i in range(2 if op in LINEARS else 1):
         with context():
             arguments = list(sample.args)
             # Inference tensors: with others autograd's kernel would be asked first.
@@ -220,7 +224,7 @@ def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
 
 # The arguments that are nested, by their positions.
 NESTED_CASES = [
-    *[("linear_relu", (i,)) for i in range(3)],
+    *[(op, (i,)) for op in LINEARS for i in range(3)],
     ("log_softmax", (0,)),
     *[(op, which) for op in ("nll_loss", "cross_entropy") for which in ((0,), (1,), (2,), (0, 1))],
 ]
@@ -234,8 +238,10 @@ NESTED_CASES = [
 def test_strided_nested_tensors_get_pytorchs_operators(op, positions, context):
     """They say that they are strided, and have a dispatch key of their own."""
     rows, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    linear = [rows, torch.randn(5, 3), torch.randn(5)]
     arguments = {
-        "linear_relu": [rows, torch.randn(5, 3), torch.randn(5)],
+        "linear": linear,
+        "linear_relu": linear,
         "log_softmax": [rows, -1],
         "nll_loss": [rows, target, torch.rand(3)],
         "cross_entropy": [rows, target, torch.rand(3)],
@@ -249,11 +255,12 @@ def test_strided_nested_tensors_get_pytorchs_operators(op, positions, context):
 
 @needs_extension
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_gradients_through_strided_nested_tensors():
+@pytest.mark.parametrize("op", LINEARS)
+def test_gradients_through_strided_nested_tensors(op):
     weight, bias = torch.randn(5, 3, requires_grad=True), torch.randn(5, requires_grad=True)
     parts = [torch.randn(4, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)]
     gradients = []
-    for function in (ours("linear_relu"), TORCH["linear_relu"]):
+    for function in (ours(op), TORCH[op]):
         output = function(torch.nested.as_nested_tensor(parts), weight, bias)
         total = sum(part.square().sum() for part in output.unbind())
         gradients.append(torch.autograd.grad(total, [*parts, weight, bias]))

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastnn
 from support.marks import needs_extension
-from support.operators import TORCH, leaves_of, ours, random_grad_like
+from support.operators import LINEARS, TORCH, leaves_of, ours, random_grad_like
 from support.oracles import assert_within, away_from_kink, expected
 from support.sample_inputs import DTYPES, OPS, Sample, sample_input, sample_names
 from support.small_cases import Function, assert_close, class_indices, class_weights, normal
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 # --- cases: small, in float64, where finite differences are exact to about 1e-8 -------------------
 
 
-def linear_relu_arguments(
+def linear_arguments(
     shape: tuple[int, ...], outputs: int, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Arguments for which no ReLU is near its kink: there finite differences straddle it, and
@@ -43,7 +43,7 @@ def linear_relu_arguments(
 
 
 # One per rank of the input, in this order: no batch, a batch, a sequence.
-LINEAR_RELU_SHAPES = [(3,), (2, 3), (2, 2, 3)]
+LINEAR_SHAPES = [(3,), (2, 3), (2, 2, 3)]
 
 LOSS_SHAPES = [(3,), (4, 3), (2, 3, 2), (2, 3, 2, 1)]  # (C), (N, C), (N, C, d1), (N, C, d1, d2)
 
@@ -78,26 +78,26 @@ SOME_WANTED = list(itertools.product((False, True), repeat=3))[1:]
 
 
 @pytest.mark.parametrize("wanted", SOME_WANTED)
-@pytest.mark.parametrize("shape", LINEAR_RELU_SHAPES)
-@pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`", operators=["linear_relu"])
-def test_linear_relu(implementation, shape, wanted):
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+@pytest.mark.parametrize("op", LINEARS)
+@pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`")
+def test_linear(implementation, op, shape, wanted):
     """With every subset of its arguments wanting a gradient."""
-    inputs = linear_relu_arguments(shape, 4, bias=True)
+    inputs = linear_arguments(shape, 4, bias=True)
     for tensor, wants in zip(inputs, wanted, strict=True):
         tensor.requires_grad_(wants)
-    assert_derivatives(implementation, fastnn.functional.linear_relu, inputs)
+    assert_derivatives(implementation, ours(op), inputs)
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("shape", LINEAR_RELU_SHAPES)
-def test_linear_relu_without_bias(implementation, shape, wanted):
-    inputs = linear_relu_arguments(shape, 4, bias=False)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+@pytest.mark.parametrize("op", LINEARS)
+def test_linear_without_bias(implementation, op, shape, wanted):
+    inputs = linear_arguments(shape, 4, bias=False)
     for tensor, wants in zip(inputs, wanted, strict=False):
         tensor.requires_grad_(wants)
     # Without a batch torch's own linear fails at vmap over jvp, and so does what is made of it.
-    assert_derivatives(
-        implementation, fastnn.functional.linear_relu, inputs, batched_forward=len(shape) > 1
-    )
+    assert_derivatives(implementation, ours(op), inputs, batched_forward=len(shape) > 1)
 
 
 @pytest.mark.parametrize(("shape", "dim"), LOG_SOFTMAX_CASES)
@@ -264,7 +264,7 @@ def test_class_weights_of_indices_may_not_want_gradients(implementation, op, opt
 @pytest.mark.parametrize("changed", ["input", "output"])
 def test_a_saved_tensor_changed_in_place_is_noticed(implementation, changed, create_graph):
     """Rather than giving wrong gradients."""
-    x, weight, bias = linear_relu_arguments((2, 3), 4, bias=True)
+    x, weight, bias = linear_arguments((2, 3), 4, bias=True)
     weight.requires_grad_()
     output = fastnn.functional.linear_relu(x, weight, bias)
     with torch.no_grad():
@@ -274,17 +274,18 @@ def test_a_saved_tensor_changed_in_place_is_noticed(implementation, changed, cre
 
 
 def wanting(wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """The arguments of linear_relu, a batch and a bias, with those leaves that want a gradient."""
-    arguments = linear_relu_arguments((2, 3), 4, bias=True)
+    """The arguments of a linear, a batch and a bias, with those leaves that want a gradient."""
+    arguments = linear_arguments((2, 3), 4, bias=True)
     return tuple(map(Tensor.requires_grad_, arguments, wanted))
 
 
 @pytest.mark.parametrize("wanted", SOME_WANTED)
-def test_linear_relu_keeps_what_torch_keeps(implementation, wanted):
+@pytest.mark.parametrize("op", LINEARS)
+def test_linear_keeps_what_torch_keeps(implementation, op, wanted):
     """The elements of each tensor that the graph holds on to."""
     arguments = wanting(wanted)
     kept = []
-    for function in (fastnn.functional.linear_relu, TORCH["linear_relu"]):
+    for function in (ours(op), TORCH[op]):
         kept.append([])
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: kept[-1].append(tensor.numel()) or tensor, lambda tensor: tensor
@@ -317,12 +318,13 @@ def test_blocks_keep_no_more_memory_than_torchs(implementation, frozen):
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("changed", range(3), ids=["input", "weight", "bias"])
 @pytest.mark.parametrize("wanted", SOME_WANTED)
-def test_linear_relu_after_a_change_in_place(implementation, wanted, changed, create_graph):
+@pytest.mark.parametrize("op", LINEARS)
+def test_linear_after_a_change_in_place(implementation, op, wanted, changed, create_graph):
     """What no gradient is computed from may change before the backward: features that the next
     layer overwrites, weights that an optimizer steps between two losses."""
     arguments = wanting(wanted)
     results = []
-    for function in (fastnn.functional.linear_relu, TORCH["linear_relu"]):
+    for function in (ours(op), TORCH[op]):
         leaves = [tensor for tensor in arguments if tensor.requires_grad]
         output = function(*arguments)
         with torch.no_grad():
@@ -340,14 +342,15 @@ def test_linear_relu_after_a_change_in_place(implementation, wanted, changed, cr
 
 
 @pytest.mark.parametrize("made", range(2), ids=["input", "weight"])
-def test_a_bias_trains_behind_inference_tensors(implementation, made):
+@pytest.mark.parametrize("op", LINEARS)
+def test_a_bias_trains_behind_inference_tensors(implementation, op, made):
     """Features or frozen weights made in inference mode, which autograd refuses to save."""
     arguments = list(wanting((False, False, True)))
     with torch.inference_mode():
         arguments[made] = arguments[made].clone()
     results = [
         torch.autograd.grad(function(*arguments).sum(), arguments[2])
-        for function in (fastnn.functional.linear_relu, TORCH["linear_relu"])
+        for function in (ours(op), TORCH[op])
     ]
     assert_close(*results)
 

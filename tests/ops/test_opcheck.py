@@ -37,6 +37,15 @@ def test_opcheck_for_users(op, name):
 Call = tuple[str, tuple]
 
 
+def linear_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Call]:
+    input, weight, *bias = sample.args
+    wants_bias = len(bias) > 0
+    yield "linear_backward", (grad, input, weight, [True, True, wants_bias])
+    yield "linear_backward", (grad, None, weight, [True, False, wants_bias])
+    yield "linear_backward", (grad, input, None, [False, True, False])
+    yield "linear_backward", (grad, None, None, [False, False, True])
+
+
 def linear_relu_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Call]:
     input, weight, *bias = sample.args
     wants_bias = len(bias) > 0
@@ -70,6 +79,7 @@ def cross_entropy_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterato
 
 
 CALLS = {
+    "linear": linear_calls,
     "linear_relu": linear_relu_calls,
     "log_softmax": log_softmax_calls,
     "nll_loss": nll_loss_calls,

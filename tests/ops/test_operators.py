@@ -14,6 +14,7 @@ import fastnn
 from support.marks import needs_extension
 from support.operator_cases import CASES
 from support.operators import (
+    LINEARS,
     TORCH,
     assert_grads_within,
     check_value_and_gradients,
@@ -48,11 +49,12 @@ def test_value_and_gradients(implementation, op, name, dtype):
 
 
 @every_dtype
-def test_linear_relu_of_a_large_product(dtype):
+@pytest.mark.parametrize("op", LINEARS)
+def test_linear_of_a_large_product(op, dtype):
     """On some processors the library's, on others ours: 512 each way, and some more."""
     input, weight, bias = torch.randn(515, 530), torch.randn(521, 530) / 530**0.5, torch.randn(521)
     args = tuple(value.to(dtype) for value in (input, weight, bias))
-    check_value_and_gradients("linear_relu", Sample("large", args))
+    check_value_and_gradients(op, Sample("large", args))
 
 
 @every_sample
@@ -136,9 +138,7 @@ def test_incoming_gradient_of_stride_zero(implementation, op, dtype):
 @pytest.mark.parametrize(
     ("op", "name"),
     [
-        ("linear_relu", "0x3_to_2"),
-        ("linear_relu", "2x3_to_0"),
-        ("linear_relu", "3d_empty_inner"),
+        *((op, name) for op in LINEARS for name in ("0x3_to_2", "2x3_to_0", "3d_empty_inner")),
         ("log_softmax", "empty_(3,0)_dim1"),
         ("nll_loss", "0x5_empty_none"),
         ("nll_loss", "2x5x0_empty_none"),
@@ -157,17 +157,18 @@ def test_incoming_gradient_without_elements(implementation, op, name, dtype):
 
 
 @every_dtype
-def test_only_the_gradients_asked_for(implementation, dtype):
-    """Each subset of linear_relu's arguments gets the gradients that all together get."""
-    sample = sample_input("linear_relu", dtype, "7x15_to_9")
-    grad_output = random_grad_like("linear_relu", sample)
-    exact = expected("linear_relu", sample, grad_output)
+@pytest.mark.parametrize("op", LINEARS)
+def test_only_the_gradients_asked_for(implementation, op, dtype):
+    """Each subset of a linear's arguments gets the gradients that all together get."""
+    sample = sample_input(op, dtype, "7x15_to_9")
+    grad_output = random_grad_like(op, sample)
+    exact = expected(op, sample, grad_output)
     for wanted in range(1, 8):
         leaves = [arg.detach() for arg in sample.args]
         chosen = [i for i in range(3) if wanted & 1 << i]
         for i in chosen:
             leaves[i].requires_grad_()
-        output = fastnn.functional.linear_relu(*leaves)
+        output = ours(op)(*leaves)
         grads = torch.autograd.grad(output, [leaves[i] for i in chosen], grad_output)
         for i, grad in zip(chosen, grads, strict=True):
             assert_within(f"gradient {i} of {chosen}", grad, exact.grads[i], exact.grad_errors[i])
@@ -190,8 +191,7 @@ def test_same_bits_whether_gradients_are_wanted_or_not(op, name):
 
 # Work enough for two threads, over rows, columns and both; with sums over all rows.
 THREADED = [
-    ("linear_relu", "300x129_to_257"),
-    ("linear_relu", "600x8_to_40"),
+    *((op, name) for op in LINEARS for name in ("300x129_to_257", "600x8_to_40")),
     ("log_softmax", "5000_classes"),
     ("log_softmax", "many_rows"),
     ("log_softmax", "many_columns"),
@@ -364,9 +364,10 @@ def test_one_bad_row_among_many_reaches_the_reduced_loss(implementation, op, bad
 @every_dtype
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("argument", ["input", "weight", "bias"])
-def test_special_values_in_linear_relu(implementation, argument, bad, dtype):
+@pytest.mark.parametrize("op", LINEARS)
+def test_special_values_in_linear(implementation, op, argument, bad, dtype):
     """Sizes that fill vectors and leave tails; one bad value, which reaches a row, a column or
-    all, becomes NaN where it meets a zero, and is clamped or not by its sign."""
+    all, becomes NaN where it meets a zero, and the ReLU clamps it or not by its sign."""
     values = {
         "input": torch.ones(5, 19, dtype=dtype),
         "weight": torch.ones(35, 19, dtype=dtype),
@@ -377,7 +378,7 @@ def test_special_values_in_linear_relu(implementation, argument, bad, dtype):
     values["input"][4] = 0
     values[argument].view(-1)[18] = bad
     sample = Sample("special", tuple(values.values()))
-    assert_specials_are_torch_s("linear_relu", sample)
+    assert_specials_are_torch_s(op, sample)
 
 
 @every_dtype
@@ -514,10 +515,11 @@ def test_probabilities_of_another_dtype_promote_as_in_torch(
     ],
     ids=["bias of one", "bias of two dimensions", "0-d bias", "1-D weight", "integers"],
 )
-def test_linear_relu_takes_what_torch_takes(implementation, arguments):
+@pytest.mark.parametrize("op", LINEARS)
+def test_linear_takes_what_torch_takes(implementation, op, arguments):
     """Torch broadcasts biases and multiplies by vectors; the same operators serve here."""
     args = arguments()
-    assert torch.equal(fastnn.functional.linear_relu(*args), TORCH["linear_relu"](*args))
+    assert torch.equal(ours(op)(*args), TORCH[op](*args))
 
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor], ids=lambda f: f.__name__)

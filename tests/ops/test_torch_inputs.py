@@ -17,20 +17,24 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 from torch.utils._pytree import tree_map
 
 import fastnn
-from support import stock
+from support.operators import TORCH
 from support.sample_inputs import DTYPES, Draws
 
-F = torch.nn.functional
-
-
-# By OpInfo's name: fastnn's function, torch's.
-FUNCTIONS = {
-    "nn.functional.linear": (fastnn.functional.linear_relu, stock.linear_relu),
-    "log_softmax": (fastnn.functional.log_softmax, F.log_softmax),
-    "nn.functional.nll_loss": (fastnn.functional.nll_loss, F.nll_loss),
-    "nn.functional.cross_entropy": (fastnn.functional.cross_entropy, F.cross_entropy),
+# For each operator the name of the OpInfo whose samples it takes.
+OPINFOS = {
+    "linear": "nn.functional.linear",
+    "linear_relu": "nn.functional.linear",
+    "log_softmax": "log_softmax",
+    "nll_loss": "nn.functional.nll_loss",
+    "cross_entropy": "nn.functional.cross_entropy",
 }
-OPS = [op for op in op_db if op.name in FUNCTIONS]
+# Some have several variants, each with samples of its own.
+CASES = [
+    pytest.param(name, op, id=f"{name}-{op.formatted_name}")
+    for name, opinfo in OPINFOS.items()
+    for op in op_db
+    if op.name == opinfo
+]
 
 
 def copied(sample, dtype: torch.dtype | None = None):
@@ -86,10 +90,10 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.formatted_name)
+@pytest.mark.parametrize(("name", "op"), CASES)
 @pytest.mark.capability("inputs", "OpInfo's samples, float64 to float16: values, gradients")
-def test_op_agrees_on_torchs_samples(op, dtype, record_agreement) -> None:
-    ours, theirs = FUNCTIONS[op.name]
+def test_op_agrees_on_torchs_samples(name, op, dtype, record_agreement) -> None:
+    ours, theirs = getattr(fastnn.functional, name), TORCH[name]
     device = torch.get_default_device()
     samples = list(op.sample_inputs(device, dtype, requires_grad=True))
     assert samples
@@ -105,7 +109,7 @@ def test_op_agrees_on_torchs_samples(op, dtype, record_agreement) -> None:
                 run(ours)
         else:
             assert_agrees(run(ours), expected, lambda run=run: run(theirs, torch.float64))
-        record_agreement(op.formatted_name)
+        record_agreement(name)
 
 
 (SGD,) = [info for info in optim_db if info.optim_cls is torch.optim.SGD]

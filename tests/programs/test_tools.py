@@ -17,6 +17,7 @@ from support import perceptron
 from support.capabilities import ALIASES
 from support.marks import needs_extension
 from support.modules import MODULES, inputs_of, make
+from support.operators import LINEARS, TORCH, ours
 from support.perceptron import CLASSES, FEATURES, HIDDEN, OURS
 
 
@@ -30,6 +31,8 @@ ROWS = 7
 # The shapes of the tensors that each operator of the perceptron's training step gets.
 LOGITS, PER_ROW = [ROWS, CLASSES], [ROWS]
 SHAPES = {
+    "linear": [[ROWS, HIDDEN], [CLASSES, HIDDEN], [CLASSES]],
+    "linear_backward": [LOGITS, [ROWS, HIDDEN], [CLASSES, HIDDEN]],
     "linear_relu": [[ROWS, FEATURES], [HIDDEN, FEATURES], [HIDDEN]],
     # The input wants no gradient, for which the weight would be needed.
     "linear_relu_backward": [[ROWS, HIDDEN], [ROWS, FEATURES], [ROWS, HIDDEN]],
@@ -41,6 +44,7 @@ SHAPES = {
     "cross_entropy_backward_": [LOGITS, PER_ROW],
 }
 NODES = {
+    "linear": "LinearBackward",
     "linear_relu": "LinearReLUBackward",
     "log_softmax": "LogSoftmaxBackward",
     "nll_loss": "NLLLossBackward",
@@ -70,7 +74,7 @@ def events_called(trace: profile, name: str) -> list:
 @capability(NAMES_AND_SHAPES)
 @pytest.mark.parametrize("op", NODES)
 def test_profiler_names_each_operator_with_its_shapes(trace, op):
-    for name in (name for name in SHAPES if name.startswith(op)):
+    for name in {op, f"{op}_backward", f"{op}_backward_"} & SHAPES.keys():
         (event,) = events_called(trace, f"fastnn::{name}")
         # Options and scalars have no shape.
         assert [shape for shape in event.input_shapes if shape] == SHAPES[name]
@@ -98,19 +102,21 @@ def test_chrome_trace_has_the_names(trace, tmp_path):
 
 
 @needs_extension
-@capability("FLOPs: `torch.profiler`, `with_flops=True`", operators=["linear_relu"])
+@capability("FLOPs: `torch.profiler`, `with_flops=True`")
+@pytest.mark.parametrize("op", LINEARS)
 @pytest.mark.xfail(
     reason="PyTorch's profiler counts a fixed list of its own operators; use `FlopCounterMode`.",
     raises=AssertionError,
 )
-def test_profiler_counts_flops(trace):
-    (event,) = events_called(trace, "fastnn::linear_relu")
+def test_profiler_counts_flops(trace, op):
+    (event,) = events_called(trace, f"fastnn::{op}")
     assert event.flops
 
 
 @needs_extension
-@capability("FLOPs: `FlopCounterMode`", operators=["linear_relu"])
-def test_flop_counter_counts_the_matrix_products_as_torch_does():
+@capability("FLOPs: `FlopCounterMode`")
+@pytest.mark.parametrize("op", LINEARS)
+def test_flop_counter_counts_the_matrix_products_as_torch_does(op):
     x, w, b = torch.randn(2, 6, 5), torch.randn(3, 5), torch.randn(3)
 
     def flops(function, *inputs_with_gradient):
@@ -122,17 +128,14 @@ def test_flop_counter_counts_the_matrix_products_as_torch_does():
                 result.sum().backward()
         return counter.get_total_flops()
 
-    def linear_then_relu(x, w, b):
-        return torch.relu(torch.nn.functional.linear(x, w, b))
-
     for wanted in ((), (w, b), (x,), (x, w, b)):
-        expected = flops(linear_then_relu, *wanted)
+        expected = flops(TORCH[op], *wanted)
         assert expected > 0
-        assert flops(fastnn.functional.linear_relu, *wanted) == expected
+        assert flops(ours(op), *wanted) == expected
 
 
 @needs_extension
-@capability("FLOPs: `FlopCounterMode`", operators=["linear_relu"])
+@capability("FLOPs: `FlopCounterMode`", operators=LINEARS)
 def test_flop_counter_tells_modules_apart():
     model, inputs = perceptron.make(OURS), perceptron.batch(ROWS)
     with FlopCounterMode(display=False) as counter:

@@ -8,12 +8,13 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fastnn
-from fastnn.functional import cross_entropy, linear_relu, log_softmax, nll_loss
+from fastnn.functional import cross_entropy, linear, linear_relu, log_softmax, nll_loss
 
 x, target = torch.randn(2, 8), torch.tensor([0, 2])
 
 # --- layers and losses ----------------------------------------------------------------------------
 
+assert_type(fastnn.nn.Linear(8, 4)(x), Tensor)
 assert_type(fastnn.nn.LinearReLU(8, 4)(x), Tensor)
 assert_type(fastnn.nn.LogSoftmax(dim=1)(x), Tensor)
 assert_type(fastnn.nn.NLLLoss()(x, target), Tensor)
@@ -22,6 +23,7 @@ assert_type(fastnn.nn.CrossEntropyLoss().decodes(x), Tensor)
 
 # --- functions ------------------------------------------------------------------------------------
 
+assert_type(linear(x, torch.randn(4, 8)), Tensor)
 assert_type(linear_relu(x, torch.randn(4, 8)), Tensor)
 assert_type(log_softmax(x, 1, dtype=torch.float64), Tensor)
 assert_type(nll_loss(x, target, reduction="sum"), Tensor)

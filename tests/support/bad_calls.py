@@ -47,107 +47,115 @@ def indices(*classes: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(classes, dtype=dtype)
 
 
-LINEAR_RELU_CASES = [
-    Case(
-        "linear_relu",
-        f"{argument} is {value!r}",
-        lambda argument=argument, value=value: tuple(
-            value if argument == name else tensor
-            for name, tensor in (
-                ("input", floats(2, 3)),
-                ("weight", floats(4, 3)),
-                ("bias", floats(4)),
-            )
+def linear_cases(op: str) -> list[Case]:
+    """What linear and linear_relu refuse alike."""
+    return [
+        Case(
+            op,
+            f"{argument} is {value!r}",
+            lambda argument=argument, value=value: tuple(
+                value if argument == name else tensor
+                for name, tensor in (
+                    ("input", floats(2, 3)),
+                    ("weight", floats(4, 3)),
+                    ("bias", floats(4)),
+                )
+            ),
+            TypeError,
+            (op, argument, "must be Tensor", type(value).__name__),
+        )
+        for argument, value in (
+            *(("input", "abc"), ("input", None), ("input", [1.0, 2.0]), ("weight", None)),
+            *(("weight", 3.0), ("bias", 1.0), ("bias", "abc")),
+        )
+    ] + [
+        Case(
+            op,
+            "weight of another dtype",
+            lambda: (floats(2, 3), floats(4, 3, dtype=torch.float64), floats(4)),
+            RuntimeError,
+            (op, "weight", "Float", "Double"),
         ),
-        TypeError,
-        ("linear_relu", argument, "must be Tensor", type(value).__name__),
-    )
-    for argument, value in (
-        *(("input", "abc"), ("input", None), ("input", [1.0, 2.0]), ("weight", None)),
-        *(("weight", 3.0), ("bias", 1.0), ("bias", "abc")),
-    )
-] + [
-    Case(
-        "linear_relu",
-        "weight of another dtype",
-        lambda: (floats(2, 3), floats(4, 3, dtype=torch.float64), floats(4)),
-        RuntimeError,
-        ("linear_relu", "weight", "Float", "Double"),
-    ),
-    Case(
-        "linear_relu",
-        "bias of another dtype",
-        lambda: (floats(2, 3), floats(4, 3), floats(4, dtype=torch.bfloat16)),
-        RuntimeError,
-        ("linear_relu", "bias", "Float", "BFloat16"),
-    ),
-    Case(
-        "linear_relu",
-        "weight on another device",
-        lambda: (floats(2, 3), floats(4, 3).to("meta")),
-        RuntimeError,
-        ("linear_relu", "weight", DEVICE, "meta"),
-        unlike_torch="without a bias torch returns uninitialised memory",
-        reference_too=False,
-    ),
-    Case(
-        "linear_relu",
-        "bias on another device",
-        lambda: (floats(2, 3), floats(4, 3), floats(4).to("meta")),
-        RuntimeError,
-        ("linear_relu", "bias", DEVICE, "meta"),
-        reference_too=False,
-    ),
-    Case(
-        "linear_relu",
-        "input on another device",
-        lambda: (floats(2, 3).to("meta"), floats(4, 3), floats(4)),
-        RuntimeError,
-        ("linear_relu", "weight", DEVICE, "meta"),
-        reference_too=False,
-    ),
-    Case(
-        "linear_relu",
-        "in_features differ",
-        lambda: (floats(2, 5), floats(4, 3), floats(4)),
-        RuntimeError,
-        ("input", "weight", r"[\[(]?2, ?5|2x5", "3"),
-    ),
-    Case(
-        "linear_relu",
-        "in_features differ in 3-D",
-        lambda: (floats(2, 2, 5), floats(4, 3)),
-        RuntimeError,
-        ("input", "weight", "5", "3"),
-    ),
-    Case(
-        "linear_relu",
-        "in_features differ in 1-D",
-        lambda: (floats(5), floats(4, 3)),
-        RuntimeError,
-        ("input", "weight", "5", "3"),
-    ),
-    Case(
-        "linear_relu",
-        "bias of another length",
-        lambda: (floats(2, 3), floats(4, 3), floats(5)),
-        RuntimeError,
-        ("bias", "4", "5"),
-    ),
-    Case(
-        "linear_relu",
-        "0-d input",
-        lambda: (floats(), floats(4, 3), floats(4)),
-        RuntimeError,
-        ("0", "linear"),
-    ),
-    Case(
-        "linear_relu",
-        "3-D weight",
-        lambda: (floats(2, 3), floats(1, 4, 3), floats(4)),
-        RuntimeError,
-        ("3D|3-D|3 dim|weight",),
-    ),
+        Case(
+            op,
+            "bias of another dtype",
+            lambda: (floats(2, 3), floats(4, 3), floats(4, dtype=torch.bfloat16)),
+            RuntimeError,
+            (op, "bias", "Float", "BFloat16"),
+        ),
+        Case(
+            op,
+            "weight on another device",
+            lambda: (floats(2, 3), floats(4, 3).to("meta")),
+            RuntimeError,
+            (op, "weight", DEVICE, "meta"),
+            unlike_torch="without a bias torch returns uninitialised memory",
+            reference_too=False,
+        ),
+        Case(
+            op,
+            "bias on another device",
+            lambda: (floats(2, 3), floats(4, 3), floats(4).to("meta")),
+            RuntimeError,
+            (op, "bias", DEVICE, "meta"),
+            reference_too=False,
+        ),
+        Case(
+            op,
+            "input on another device",
+            lambda: (floats(2, 3).to("meta"), floats(4, 3), floats(4)),
+            RuntimeError,
+            (op, "weight", DEVICE, "meta"),
+            reference_too=False,
+        ),
+        Case(
+            op,
+            "in_features differ",
+            lambda: (floats(2, 5), floats(4, 3), floats(4)),
+            RuntimeError,
+            ("input", "weight", r"[\[(]?2, ?5|2x5", "3"),
+        ),
+        Case(
+            op,
+            "in_features differ in 3-D",
+            lambda: (floats(2, 2, 5), floats(4, 3)),
+            RuntimeError,
+            ("input", "weight", "5", "3"),
+        ),
+        Case(
+            op,
+            "in_features differ in 1-D",
+            lambda: (floats(5), floats(4, 3)),
+            RuntimeError,
+            ("input", "weight", "5", "3"),
+        ),
+        Case(
+            op,
+            "bias of another length",
+            lambda: (floats(2, 3), floats(4, 3), floats(5)),
+            RuntimeError,
+            ("bias", "4", "5"),
+        ),
+        Case(
+            op,
+            "0-d input",
+            lambda: (floats(), floats(4, 3), floats(4)),
+            RuntimeError,
+            ("0", "linear"),
+        ),
+        Case(
+            op,
+            "3-D weight",
+            lambda: (floats(2, 3), floats(1, 4, 3), floats(4)),
+            RuntimeError,
+            ("3D|3-D|3 dim|weight",),
+        ),
+    ]
+
+
+LINEAR_CASES = linear_cases("linear")
+LINEAR_RELU_CASES = [
+    *linear_cases("linear_relu"),
     Case(
         "linear_relu",
         "complex input",
@@ -611,7 +619,7 @@ CROSS_ENTROPY_CASES = [
     ),
 ]
 
-CASES = LINEAR_RELU_CASES + LOG_SOFTMAX_CASES + NLL_LOSS_CASES + CROSS_ENTROPY_CASES
+CASES = LINEAR_CASES + LINEAR_RELU_CASES + LOG_SOFTMAX_CASES + NLL_LOSS_CASES + CROSS_ENTROPY_CASES
 
 
 def is_found_by_the_kernel(error: type[Exception], says: tuple[str, ...]) -> bool:

@@ -28,12 +28,8 @@ SECTIONS = {
     "inputs": "PyTorch's own test inputs",
 }
 COLUMNS = tuple(record.name for record in (*OPERATORS, *OPTIMIZERS))
-# Other names that tests' parameters have for them: modules, torch's OpInfos.
-ALIASES = {
-    **{operator.module: operator.name for operator in OPERATORS},
-    **{f"nn.functional.{operator.name}": operator.name for operator in OPERATORS},
-    "nn.functional.linear": "linear_relu",
-}
+# Other names that tests' parameters have for them: their modules.
+ALIASES = {operator.module: operator.name for operator in OPERATORS}
 
 HEADER = """\
 # What works with what

@@ -10,6 +10,7 @@ from support.sample_inputs import Draws
 
 # Each module, the one whose place it takes, and arguments for both.
 MODULES = {
+    "Linear": (fastnn.nn.Linear, torch.nn.Linear, {"in_features": 5, "out_features": 3}),
     "LinearReLU": (fastnn.nn.LinearReLU, torch.nn.Linear, {"in_features": 5, "out_features": 3}),
     "LogSoftmax": (fastnn.nn.LogSoftmax, torch.nn.LogSoftmax, {"dim": -1}),
     "NLLLoss": (fastnn.nn.NLLLoss, torch.nn.NLLLoss, {}),

@@ -46,7 +46,7 @@ class Cases(NamedTuple):
     four_dimensions: str
 
 
-def _linear_relu_rows(rows: int, features: int) -> RowCall:
+def _linear_rows(rows: int, features: int) -> RowCall:
     return RowCall((normal(rows, features),), (normal(2, features), normal(2)))
 
 
@@ -63,18 +63,21 @@ _LOSS_OPCHECK = (
     *("2x9x4x5_channels_last", "7x18_input_transposed", "0x5_empty_sum"),
 )
 
-CASES = {
-    "linear_relu": Cases(
-        rows=_linear_relu_rows,
-        every_tensor="7x15_to_9",
-        compiled=("7x15_to_9", "3d_input_no_bias"),
-        opcheck=(
-            *("7x15_to_9", "7x15_to_9_no_bias", "1d_input", "3d_input_reversed", "all_sliced"),
-            *("0x3_to_2", "2x0_to_3", "2x3_to_0"),
-        ),
-        several_dimensions="7x15_to_9",
-        four_dimensions="4d_input_channels_last",
+_LINEAR = Cases(
+    rows=_linear_rows,
+    every_tensor="7x15_to_9",
+    compiled=("7x15_to_9", "3d_input_no_bias"),
+    opcheck=(
+        *("7x15_to_9", "7x15_to_9_no_bias", "1d_input", "3d_input_reversed", "all_sliced"),
+        *("0x3_to_2", "2x0_to_3", "2x3_to_0"),
     ),
+    several_dimensions="7x15_to_9",
+    four_dimensions="4d_input_channels_last",
+)
+
+CASES = {
+    "linear": _LINEAR,
+    "linear_relu": _LINEAR,
     "log_softmax": Cases(
         rows=_log_softmax_rows,
         every_tensor="rows_3x17",

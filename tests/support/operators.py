@@ -20,9 +20,12 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 TORCH: dict[str, Callable[..., Tensor]] = {operator.name: operator.stock for operator in OPERATORS}
 
+# Those that share all but the ReLU.
+LINEARS = ("linear", "linear_relu")
 
 # The Functions of fastnn.autograd.
 FUNCTIONS = {
+    "linear": fastnn.autograd.Linear,
     "linear_relu": fastnn.autograd.LinearReLU,
     "log_softmax": fastnn.autograd.LogSoftmax,
     "nll_loss": fastnn.autograd.NLLLoss,

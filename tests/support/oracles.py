@@ -23,7 +23,13 @@ from support.sample_inputs import Sample
 
 # The arguments whose gradients the fused operators compute. (Class probabilities and class weights
 # that want a gradient take torch's own path: test_gradients.py.)
-DIFFERENTIABLE = {"linear_relu": 3, "log_softmax": 1, "nll_loss": 1, "cross_entropy": 1}
+DIFFERENTIABLE = {
+    "linear": 3,
+    "linear_relu": 3,
+    "log_softmax": 1,
+    "nll_loss": 1,
+    "cross_entropy": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,11 @@ class Expected:
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    before = _before_relu(input, weight, bias)
+    before = linear(input, weight, bias)
     return torch.where(before > 0, before, 0.0)
 
 
-def _before_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = input.double().reshape(-1, input.shape[-1]) if input.numel() else input.double()
     products = torch.tensordot(rows, weight.double(), dims=([-1], [1]))
     products = products.reshape(*input.shape[:-1], weight.shape[0])
@@ -145,6 +151,7 @@ def cross_entropy(input: Tensor, *args, **kwargs) -> Tensor:
 
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "linear": linear,
     "linear_relu": linear_relu,
     "log_softmax": log_softmax,
     "nll_loss": nll_loss,
@@ -180,13 +187,13 @@ def smallest_step(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps
 
 
-def _linear_relu_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _linear_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
     input, weight, *bias = (arg.double().abs() for arg in sample.args)
     u = unit_roundoff(accumulation_dtype(sample.args[0].dtype))
     features, outputs = input.shape[-1], weight.shape[0]
     grad = grad_output.abs().reshape(-1, outputs) if grad_output.numel() else None
     rows = input.reshape(-1, features) if input.numel() else None
-    value = growth(features) * u * _before_relu(input, weight, *bias) + _product_rounding(sample)
+    value = growth(features) * u * linear(input, weight, *bias) + _product_rounding(sample)
     if grad is None or rows is None:  # every product and sum is one of zeros
         return value, [torch.zeros_like(arg) for arg in (input, weight, *bias)]
     count = growth(rows.shape[0]) * u
@@ -202,7 +209,7 @@ def _product_rounding(sample: Sample) -> Tensor | float:
     dtype = sample.args[0].dtype
     if torch.get_default_device().type != "cuda" or accumulation_dtype(dtype) == dtype:
         return 0.0
-    return unit_roundoff(dtype) * _before_relu(*sample.args[:2]).abs()
+    return unit_roundoff(dtype) * linear(*sample.args[:2]).abs()
 
 
 def _log_softmax_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -290,7 +297,8 @@ def _cross_entropy_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, 
 
 
 _ERRORS: dict[str, Callable[[Sample, Tensor], tuple[Tensor, list[Tensor]]]] = {
-    "linear_relu": _linear_relu_errors,
+    "linear": _linear_errors,
+    "linear_relu": _linear_errors,
     "log_softmax": _log_softmax_errors,
     "nll_loss": _nll_loss_errors,
     "cross_entropy": _cross_entropy_errors,
@@ -324,9 +332,9 @@ def away_from_kink(sample: Sample, grad_output: Tensor) -> Tensor:
     """linear_relu's incoming gradient, zeroed where the sign of ``input @ weight.T + bias`` is
     within the roundings of zero: there either side's gradient is right. The bound is the worst
     case, n roundings all in one direction, to hold for torch's operators too."""
-    magnitude = _before_relu(*(arg.double().abs() for arg in sample.args))
+    magnitude = linear(*(arg.double().abs() for arg in sample.args))
     u = unit_roundoff(accumulation_dtype(sample.args[0].dtype))
-    doubtful = _before_relu(*sample.args).abs() <= (
+    doubtful = linear(*sample.args).abs() <= (
         (sample.args[0].shape[-1] + 2) * u * magnitude
         + smallest_step(sample.args[0].dtype)
         + _product_rounding(sample)

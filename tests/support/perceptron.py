@@ -14,7 +14,7 @@ import fastnn
 from support.sample_inputs import Draws
 
 FEATURES, HIDDEN, CLASSES = 6, 8, 5
-USES = ("linear_relu", "log_softmax", "nll_loss", "cross_entropy")
+USES = ("linear_relu", "linear", "log_softmax", "nll_loss", "cross_entropy")
 
 
 class LinearThenReLU(nn.Linear):
@@ -26,6 +26,7 @@ class LinearThenReLU(nn.Linear):
 
 OURS = fastnn.nn
 STOCK = SimpleNamespace(
+    Linear=nn.Linear,
     LinearReLU=LinearThenReLU,
     LogSoftmax=nn.LogSoftmax,
     NLLLoss=nn.NLLLoss,
@@ -39,7 +40,7 @@ class Perceptron(nn.Module):
     def __init__(self, kind: Any) -> None:
         super().__init__()
         self.hidden = kind.LinearReLU(FEATURES, HIDDEN)
-        self.output = nn.Linear(HIDDEN, CLASSES)
+        self.output = kind.Linear(HIDDEN, CLASSES)
         self.log_softmax = kind.LogSoftmax(1)
         self.nll_loss = kind.NLLLoss(weight=torch.linspace(0.5, 1.5, CLASSES))
         self.cross_entropy = kind.CrossEntropyLoss(label_smoothing=0.1)

@@ -140,7 +140,7 @@ Build = Callable[[Maker], tuple[tuple[Any, ...], dict[str, Any]]]
 VECTOR_SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 79, 81)
 
 
-def _linear_relu_specs() -> Iterator[tuple[str, Build]]:
+def _linear_specs() -> Iterator[tuple[str, Build]]:
     def spec(input_shape, outputs, bias=True, layouts=("contiguous",) * 3, shift=0.0):
         def build(make: Maker):
             features = input_shape[-1]
@@ -159,7 +159,7 @@ def _linear_relu_specs() -> Iterator[tuple[str, Build]]:
 
     sizes = (
         (0, 3, 2),  # an empty batch
-        (2, 0, 3),  # no features: relu(bias) alone
+        (2, 0, 3),  # no features: the bias alone
         (2, 3, 0),  # no outputs
         (1, 1, 1),  # the least
         (1, 9, 7),  # one row: a library may take it for a matrix-vector product
@@ -201,8 +201,9 @@ def _linear_relu_specs() -> Iterator[tuple[str, Build]]:
         yield f"bias_{layout}", spec((10, 18), 11, layouts=(plain, plain, layout))
     yield "all_sliced", spec((10, 18), 11, layouts=("sliced",) * 3)
 
-    yield "none_active", spec((6, 9), 10, shift=-30.0)  # every output is clamped: zero gradients
-    yield "all_active", spec((6, 9), 10, shift=30.0)  # none is: a plain Linear
+    # Every output is negative: the ReLU clamps them all, and the gradients are zero. Then none is.
+    yield "none_active", spec((6, 9), 10, shift=-30.0)
+    yield "all_active", spec((6, 9), 10, shift=30.0)
 
 
 def _log_softmax_specs() -> Iterator[tuple[str, Build]]:
@@ -455,7 +456,8 @@ def _probability_specs() -> Iterator[tuple[str, Build]]:
 
 
 _SPECS_OF = {
-    "linear_relu": _linear_relu_specs,
+    "linear": _linear_specs,
+    "linear_relu": _linear_specs,
     "log_softmax": _log_softmax_specs,
     "nll_loss": _nll_loss_specs,
     "cross_entropy": _cross_entropy_specs,

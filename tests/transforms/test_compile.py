@@ -20,7 +20,7 @@ from support import perceptron
 from support.marks import needs_extension
 from support.modules import MODULES, inputs_of, make
 from support.operator_cases import CASES, COMPILE_SAMPLES, RowCall
-from support.operators import ours, value_and_gradients
+from support.operators import LINEARS, ours, value_and_gradients
 from support.perceptron import OURS, STOCK, loss_and_gradients
 from support.sample_inputs import OPS, sample_input
 
@@ -99,8 +99,9 @@ def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, operator):
 @pytest.mark.parametrize(
     ("wanted", "kept"), [("input", "weight"), ("weight", "input"), ("bias", None)]
 )
-def test_a_compiled_linear_relu_keeps_only_what_its_gradient_needs(fresh_dynamo, wanted, kept):
-    """Beside the output, from whose sign the backward takes its mask."""
+@pytest.mark.parametrize("op", LINEARS)
+def test_a_compiled_linear_keeps_only_what_its_gradient_needs(fresh_dynamo, op, wanted, kept):
+    """With a ReLU the output too, from whose sign the backward takes its mask."""
     shapes = {"input": (4, 5), "weight": (3, 5), "bias": (3,)}
     results: list[list[torch.fx.Node]] = []
 
@@ -110,9 +111,11 @@ def test_a_compiled_linear_relu_keeps_only_what_its_gradient_needs(fresh_dynamo,
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     arguments = [torch.randn(shape, requires_grad=name == wanted) for name, shape in shapes.items()]
-    torch.compile(ours("linear_relu"), fullgraph=True, backend=backend)(*arguments)
+    torch.compile(ours(op), fullgraph=True, backend=backend)(*arguments)
     _output, *saved = results[0]
-    expected = {(4, 3), shapes[kept]} if kept else {(4, 3)}
+    expected = {shapes[kept]} if kept else set()
+    if op == "linear_relu":
+        expected.add((4, 3))
     assert {tuple(tensor.meta["val"].shape) for tensor in saved} == expected
 
 

@@ -166,7 +166,7 @@ def run_onnx(path: Path, *inputs: Tensor) -> Tensor:
 @deprecated
 @of_no_kernels
 @onnx_packages
-@capability("export", "`torch.onnx.export`, run in onnxruntime", operators=perceptron.USES[:2])
+@capability("export", "`torch.onnx.export`, run in onnxruntime", operators=perceptron.USES[:3])
 @pytest.mark.parametrize("exporter", [dynamo_exporter, trace_exporter], ids=["dynamo", "trace"])
 def test_onnx_runs_a_model(tmp_path, exporter):
     """In ONNX's own operators."""

@@ -34,7 +34,7 @@ import fastnn
 from support import perceptron
 from support.marks import needs_extension, of_functions
 from support.operator_cases import CASES
-from support.operators import TORCH, ours
+from support.operators import LINEARS, TORCH, ours
 from support.perceptron import OURS, STOCK
 from support.sample_inputs import OPS
 from support.small_cases import Function, assert_close, class_weights, normal
@@ -331,6 +331,15 @@ BackwardCases = Iterator[tuple[Function, tuple[Tensor, ...]]]
 ONE_IGNORED = (0, 2, -100, 1)
 
 
+def linear_backward_cases(inputs: Tensor) -> BackwardCases:
+    operators, weight = torch.ops.fastnn, normal(3, 3)
+
+    def call(g: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return operators.linear_backward(g, x, weight, [True] * 3)
+
+    yield call, (torch.randn_like(inputs), inputs)
+
+
 def linear_relu_backward_cases(inputs: Tensor) -> BackwardCases:
     operators, weight = torch.ops.fastnn, normal(3, 3)
 
@@ -376,6 +385,7 @@ def cross_entropy_backward_cases(inputs: Tensor) -> BackwardCases:
 
 
 BACKWARD_CASES = {
+    "linear": linear_backward_cases,
     "linear_relu": linear_relu_backward_cases,
     "log_softmax": log_softmax_backward_cases,
     "nll_loss": nll_loss_backward_cases,
@@ -427,13 +437,14 @@ def test_func_transforms_take_bytes_in_several_dimensions(implementation):
         assert_close(gradient, exact)
 
 
-@capability("`torch.func.vmap` over weights", operators=["linear_relu"])
-def test_linear_relu_of_weights_of_their_own_for_each_sample(implementation):
+@capability("`torch.func.vmap` over weights")
+@pytest.mark.parametrize("op", LINEARS)
+def test_linear_of_weights_of_their_own_for_each_sample(implementation, op):
     """An ensemble: vmap over the weights too."""
     inputs, weights, biases = normal(5, 4, 3), normal(5, 2, 3), normal(5, 2)
-    outputs = vmap(fastnn.functional.linear_relu)(inputs, weights, biases)
+    outputs = vmap(ours(op))(inputs, weights, biases)
     each = zip(inputs, weights, biases, strict=True)
-    assert_close(outputs, torch.stack([TORCH["linear_relu"](*arguments) for arguments in each]))
+    assert_close(outputs, torch.stack([TORCH[op](*arguments) for arguments in each]))
 
 
 # --- anomaly mode ---------------------------------------------------------------------------------
@@ -441,6 +452,10 @@ def test_linear_relu_of_weights_of_their_own_for_each_sample(implementation):
 # By operator: its node's name, and a way to a NaN in its backward (0 * inf, inf - inf, inf / inf).
 INFINITE = torch.full((3,), torch.inf)
 NANS = {
+    "linear": (
+        "LinearBackward",
+        lambda x: fastnn.functional.linear(x, x.new_zeros(2, 3), x.new_ones(2)) * torch.inf,
+    ),
     "linear_relu": (
         "LinearReLUBackward",
         lambda x: fastnn.functional.linear_relu(x, x.new_zeros(2, 3), x.new_ones(2)) * torch.inf,

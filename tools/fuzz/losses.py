@@ -98,7 +98,7 @@ def programs(draw: st.DrawFn) -> Program:
 Call = tuple[list[str], list[str], list[str]]
 
 
-def linear_relu(draw: st.DrawFn, name: str) -> Call:
+def linear(draw: st.DrawFn, name: str) -> Call:
     features, outputs = draw(SIZES), draw(SIZES)
     tensors = {"input": (*draw(shapes(at_most=2)), features), "weight": (outputs, features)}
     if draw(st.booleans()):
@@ -139,7 +139,8 @@ def loss(draw: st.DrawFn, name: str) -> Call:
 
 
 CALLS = {
-    "linear_relu": linear_relu,
+    "linear": linear,
+    "linear_relu": linear,
     "log_softmax": log_softmax,
     "nll_loss": loss,
     "cross_entropy": loss,

@@ -13,6 +13,7 @@ template <typename T>
 const Kernels<T>& kernels() {
   static constexpr Kernels<T> table = {
       .bias_relu = bias_relu<T>,
+      .column_sums = column_sums<T>,
       .relu_backward = relu_backward<T>,
       .gemm = gemm<T>,
       .gemm_scratch = kGemmScratchBytes<T>,

@@ -75,7 +75,7 @@ constexpr int64_t kGemmRows = 256;
 constexpr int64_t kGemmCols = 512;
 
 // Few enough columns for their sums to stay in the nearest cache.
-constexpr int64_t kReluBackwardCols = 1024;
+constexpr int64_t kColumnSums = 1024;
 
 constexpr int64_t kNoBadTarget = INT64_MAX;
 
@@ -84,8 +84,10 @@ struct Kernels {
   // out[r, c] = max(out[r, c] + bias[c], 0) for rows [begin, end); bias may be null.
   void (*bias_relu)(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end);
 
-  // grad_linear = output > 0 ? grad : 0, and its sum over rows added to sums (may be null), for a
-  // block of at most kReluBackwardCols columns of rows that are `stride` apart.
+  // The sum over rows added to sums, for a block of at most kColumnSums columns of rows that are
+  // `stride` apart.
+  void (*column_sums)(double* sums, const T* grad, int64_t rows, int64_t cols, int64_t stride);
+  // grad_linear = output > 0 ? grad : 0, and its column_sums (`sums` may be null).
   void (*relu_backward)(T* grad_linear, double* sums, const T* grad, const T* output, int64_t rows,
                         int64_t cols, int64_t stride);
 

@@ -1,4 +1,4 @@
-// linear_relu: bias and ReLU over the GEMM's output, and their backward.
+// linear and linear_relu: bias and ReLU over the GEMM's output, and their backward.
 #pragma once
 
 #include <algorithm>
@@ -35,39 +35,28 @@ FASTNN_KERNEL void bias_relu(T* out, const T* bias, int64_t cols, int64_t begin,
   }
 }
 
-// The gradient where the output is positive.
-template <typename T>
-inline vec<accum<T>> mask(const T* grad, const T* output, int64_t n) {
-  return load_up_to(output, n) <= 0 ? vec<accum<T>>{} : load_up_to(grad, n);
-}
-
-// Sums are taken over short blocks of rows, and over the blocks in double: a column's error grows
-// with the block, not with the number of rows.
-template <typename T>
-inline void relu_backward_wide(T* grad_linear, double* sums, const T* grad, const T* output,
-                               int64_t rows, int64_t cols, int64_t stride) {
-  using A = accum<T>;
+// Adds a block's sums over rows to `sums`, unless that is null; value(i, n) makes the n values from
+// index i on. Sums are taken over short blocks of rows, and over the blocks in double: a column's
+// error grows with the block, not with the number of rows.
+template <typename A, typename F>
+inline void sum_wide_rows(double* sums, int64_t rows, int64_t cols, int64_t stride, F value) {
   constexpr int64_t kBlock = 64, kGroup = 4;
   for (int64_t first = 0; first < rows; first += kBlock) {
-    A block[kReluBackwardCols] = {};
+    A block[kColumnSums] = {};
     const int64_t last = std::min(first + kBlock, rows);
-    const auto mask_rows = [&]<int64_t N>(int64_t r, std::integral_constant<int64_t, N>) {
+    const auto sum_rows = [&]<int64_t N>(int64_t r, std::integral_constant<int64_t, N>) {
       for_each_vector<A>(0, cols, [&](int64_t c, int64_t n) {
-        vec<A> masked[N];
+        vec<A> values[N];
 #pragma GCC unroll 4
-        for (int64_t k = 0; k < N; ++k) {
-          const int64_t i = (r + k) * stride + c;
-          masked[k] = mask(grad + i, output + i, n);
-          store_up_to(grad_linear + i, n, masked[k]);
-        }
-        vec<A> sum = masked[0];
-        if constexpr (N == kGroup) sum = (sum + masked[1]) + (masked[2] + masked[3]);
+        for (int64_t k = 0; k < N; ++k) values[k] = value((r + k) * stride + c, n);
+        vec<A> sum = values[0];
+        if constexpr (N == kGroup) sum = (sum + values[1]) + (values[2] + values[3]);
         store(block + c, load(block + c) + sum);
       });
     };
     int64_t r = first;
-    for (; r + kGroup <= last; r += kGroup) mask_rows(r, std::integral_constant<int64_t, kGroup>());
-    for (; r < last; ++r) mask_rows(r, std::integral_constant<int64_t, 1>());
+    for (; r + kGroup <= last; r += kGroup) sum_rows(r, std::integral_constant<int64_t, kGroup>());
+    for (; r < last; ++r) sum_rows(r, std::integral_constant<int64_t, 1>());
     if (sums == nullptr) continue;
     for (int64_t c = 0; c < cols; ++c) sums[c] += block[c];
   }
@@ -75,10 +64,8 @@ inline void relu_backward_wide(T* grad_linear, double* sums, const T* grad, cons
 
 // Rows of few columns, in one piece: `cols` vectors hold as many rows as a vector has lanes, and
 // the next ones have the same columns in the same lanes.
-template <typename T>
-inline void relu_backward_narrow(T* grad_linear, double* sums, const T* grad, const T* output,
-                                 int64_t rows, int64_t cols) {
-  using A = accum<T>;
+template <typename A, typename F>
+inline void sum_narrow_rows(double* sums, int64_t rows, int64_t cols, F value) {
   constexpr int64_t kBlock = 64;
   const int64_t elements = rows * cols, group = cols * kLanes<A>;
   for (int64_t first = 0; first < elements; first += kBlock * group) {
@@ -86,9 +73,7 @@ inline void relu_backward_narrow(T* grad_linear, double* sums, const T* grad, co
     const int64_t last = std::min(first + kBlock * group, elements);
     for (int64_t g = first; g < last; g += group) {
       for_each_vector<A>(0, std::min(group, last - g), [&](int64_t i, int64_t n) {
-        const vec<A> masked = mask(grad + g + i, output + g + i, n);
-        store_up_to(grad_linear + g + i, n, masked);
-        store(block + i, load(block + i) + masked);
+        store(block + i, load(block + i) + value(g + i, n));
       });
     }
     if (sums == nullptr) continue;
@@ -98,14 +83,31 @@ inline void relu_backward_narrow(T* grad_linear, double* sums, const T* grad, co
   }
 }
 
+template <typename A, typename F>
+inline void sum_rows(double* sums, int64_t rows, int64_t cols, int64_t stride, F value) {
+  if (cols == stride && cols < kNarrow) {
+    sum_narrow_rows<A>(sums, rows, cols, value);
+  } else {
+    sum_wide_rows<A>(sums, rows, cols, stride, value);
+  }
+}
+
+template <typename T>
+FASTNN_KERNEL void column_sums(double* sums, const T* grad, int64_t rows, int64_t cols,
+                               int64_t stride) {
+  sum_rows<accum<T>>(sums, rows, cols, stride,
+                     [&](int64_t i, int64_t n) { return load_up_to(grad + i, n); });
+}
+
 template <typename T>
 FASTNN_KERNEL void relu_backward(T* grad_linear, double* sums, const T* grad, const T* output,
                                  int64_t rows, int64_t cols, int64_t stride) {
-  if (cols == stride && cols < kNarrow) {
-    relu_backward_narrow(grad_linear, sums, grad, output, rows, cols);
-  } else {
-    relu_backward_wide(grad_linear, sums, grad, output, rows, cols, stride);
-  }
+  using A = accum<T>;
+  sum_rows<A>(sums, rows, cols, stride, [&](int64_t i, int64_t n) {
+    const vec<A> masked = load_up_to(output + i, n) <= 0 ? vec<A>{} : load_up_to(grad + i, n);
+    store_up_to(grad_linear + i, n, masked);
+    return masked;
+  });
 }
 
 }  // namespace fastnn::simd::FASTNN_SIMD_TARGET
