@@ -6,6 +6,8 @@ much as the checks do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from fastnn._torch import legacy_reduction, softmax_dim
@@ -35,6 +37,38 @@ def check_linear_arguments(
     check_tensor(function, "weight", weight)
     if bias is not None:
         check_tensor(function, "bias", bias)
+
+
+def mlp_layers(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    activations: Sequence[str | None] | None,
+) -> tuple[list[Tensor], list[Tensor | None], list[bool]]:
+    """The weights, the biases, and whether a ReLU follows, of each layer of ``mlp``.
+
+    Raises TypeError for what is no tensor, ValueError for lists that don't fit each other.
+    """
+    weights = list(weights)
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if activations is None:
+        activations = ["relu"] * (len(weights) - 1) + [None] * bool(weights)
+    for i, weight in enumerate(weights):
+        check_tensor("mlp", f"weights[{i}]", weight)
+    for i, bias in enumerate(biases):
+        if bias is not None:
+            check_tensor("mlp", f"biases[{i}]", bias)
+    for i, activation in enumerate(activations):
+        if activation not in ("relu", None):
+            raise ValueError(f"mlp(): activations[{i}] must be 'relu' or None, not {activation!r}")
+    if not weights:
+        raise ValueError("mlp(): expected weights of one layer or more, but got none")
+    for name, values in (("biases", biases), ("activations", activations)):
+        if len(values) != len(weights):
+            raise ValueError(
+                f"mlp(): expected {name} for {len(weights)} layers, as there are weights, but got "
+                f"{len(values)}"
+            )
+    return weights, biases, [activation is not None for activation in activations]
 
 
 def log_softmax_dim(input: Tensor, dim: int | None, stacklevel: int) -> int:

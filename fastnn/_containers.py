@@ -1,4 +1,5 @@
-"""Modules that run a Linear and the ReLU behind it as one operator where nothing sees the halves.
+"""Modules that run their Linear layers and the ReLUs behind them as one operator, where nothing
+sees what lies between them.
 
 The layers stay PyTorch's own. Their container gets a class that looks at them at each call: a layer
 that is hooked, exchanged, parametrized or compiled is run by itself from then on, and a layer that
@@ -10,7 +11,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import Linear, Module, Parameter, ReLU, Sequential
 from torch.nn import functional as F
 
 from fastnn import _torch
-from fastnn.functional import linear_relu
+from fastnn.functional import linear, linear_relu, mlp
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
@@ -50,8 +50,8 @@ _BLOCKS = (
 # ---- what runs in a row --------------------------------------------------------------------------
 
 
-def linears_run_by(container: Module) -> list[tuple[str, Module, object]]:
-    """The Linears that a container runs, each with its path from there and what runs next."""
+def linears_run_by(container: Module) -> list[tuple[str, Module, str]]:
+    """The Linears that a container runs, each with its path from there and why it is left."""
     kind = stock_class(type(container))
     block = _block_of(kind)
     if _torch.has_own_forward(container) or (block and block.method in vars(container)):
@@ -59,13 +59,26 @@ def linears_run_by(container: Module) -> list[tuple[str, Module, object]]:
     if block:
         linear = getattr(container, block.linear, None)
         follower = getattr(container, block.activation, None)
-        return [(block.linear, linear, follower)] if isinstance(linear, Linear) else []
-    row = [*_row(container), ("", None)] if _runs_a_row(kind) else []
-    return [
-        (path, module, follower)
-        for (path, module), (_, follower) in pairwise(row)
-        if isinstance(module, Linear)
-    ]
+        if not isinstance(linear, Linear):
+            return []
+        return [(block.linear, linear, _why_apart(linear, follower))]
+    row = _row(container) if _runs_a_row(kind) else ()
+    return [(path, module, _why_left(module)) for path, module in row if isinstance(module, Linear)]
+
+
+def is_fused(container: Module) -> bool:
+    """Whether its class runs layers by our operators."""
+    return isinstance(container, Fused) or type(container).forward is run_row
+
+
+def can_be_fused(container: Module) -> bool:
+    """Whether it runs a layer that may be ours; hooks may be gone when it is called."""
+    kind = stock_class(type(container))
+    block = _block_of(kind)
+    return any(
+        type(linear) is Linear and (not block or is_relu(getattr(container, block.activation)))
+        for _, linear, _ in linears_run_by(container)
+    )
 
 
 def _row(sequential: Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -85,7 +98,7 @@ def _runs_a_row(kind: type) -> bool:
     """Whether a class calls its children one after another, as nn.Sequential does."""
     return (
         issubclass(kind, Sequential)
-        and kind.forward in (Sequential.forward, _run_row)
+        and kind.forward in (Sequential.forward, run_row)
         and kind.__iter__ is Sequential.__iter__
         and _torch.call_methods(kind) == _torch.call_methods(Module)
     )
@@ -110,21 +123,23 @@ def is_relu(follower: object) -> bool:
     return type(follower) is ReLU or follower in _RELU_FUNCTIONS
 
 
-def why_apart(linear: Module, follower: object) -> str:
-    """Why a Linear and what is run behind it can't be one operator now; empty where they can."""
-    if type(linear) is not Linear:
-        return "a subclass of Linear, whose forward may be its own"
+def _why_apart(linear: Module, follower: object) -> str:
+    """Why a block's Linear and its activation can't be one operator now; empty where they can."""
     if not is_relu(follower):
         name = getattr(follower, "__name__", type(follower).__name__)
-        return (
-            f"followed by {name}, not by ReLU"
-            if follower
-            else "nothing follows it in its Sequential"
-        )
+        return f"followed by {name}, not by ReLU"
+    why = _why_left(linear)
+    if not why and isinstance(follower, Module) and _torch.is_observed(follower):
+        return "hooks or a forward of its own on the ReLU behind it"
+    return why
+
+
+def _why_left(linear: Module) -> str:
+    """Why a Linear can't be run by our operator now; empty where it can."""
+    if type(linear) is not Linear:
+        return "a subclass of Linear, whose forward may be its own"
     if _torch.is_observed(linear):
         return "hooks or a forward of its own on it"
-    if isinstance(follower, Module) and _torch.is_observed(follower):
-        return "hooks or a forward of its own on the ReLU behind it"
     parameters, own = _torch.parameters(linear), vars(linear)
     for name in ("weight", "bias"):
         if name not in parameters or name in own:
@@ -164,26 +179,37 @@ _STOCK = tuple(one if _torch.is_its_own(one) else None for one in _in_use())
 # ---- how it is run -------------------------------------------------------------------------------
 
 
-def _run_row(self: Sequential, input: Any) -> Any:
+def run_row(self: Sequential, input: Any) -> Any:
+    """The forward of a fused ``Sequential``: Linears and ReLUs in a row become one operator."""
     if why_all_apart():
         return Sequential.forward(self, input)
-    linear = None  # waits for what is run next
+    chain: list[Linear] = []
+    activations: list[str | None] = []
     for _, module in _row(self):
-        if linear is not None:
-            if not why_apart(linear, module):
-                input, linear = _run_pair(linear, input), None
-                continue
-            input, linear = linear(input), None
-        if type(module) is Linear:
-            linear = module
+        kind = type(module)
+        if kind is Linear and not _why_left(module):
+            chain.append(module)
+            activations.append(None)
+        elif kind is ReLU and chain and activations[-1] is None and not _torch.is_observed(module):
+            activations[-1] = "relu"
         else:
+            if chain:
+                input = _run_chain(chain, activations, input)
+                chain, activations = [], []
             input = module(input)
-    return input if linear is None else linear(input)
+    return _run_chain(chain, activations, input) if chain else input
 
 
-def _run_pair(linear: Linear, input: Tensor) -> Tensor:
-    parameters = _torch.parameters(linear)
-    return linear_relu(input, parameters["weight"], parameters["bias"])
+def _run_chain(chain: list[Linear], activations: list[str | None], input: Tensor) -> Tensor:
+    parameters = [_torch.parameters(linear) for linear in chain]
+    weights, biases = [own["weight"] for own in parameters], [own["bias"] for own in parameters]
+    if len(chain) > 1:
+        return mlp(input, weights, biases, activations)
+    return (linear_relu if activations[0] else linear)(input, weights[0], biases[0])
+
+
+def _run_pair(layer: Linear, input: Tensor) -> Tensor:
+    return _run_chain([layer], ["relu"], input)
 
 
 class _WithoutReLU:
@@ -202,7 +228,7 @@ def _run_block(method: Callable[..., Any], block: Block) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(self: Module, *args: Any, **kwargs: Any) -> Any:
         linear, activation = getattr(self, block.linear), getattr(self, block.activation)
-        apart = why_apart(linear, activation) or why_all_apart()
+        apart = _why_apart(linear, activation) or why_all_apart()
         return method(self if apart else _WithoutReLU(self, block), *args, **kwargs)
 
     return run
@@ -225,9 +251,14 @@ class Fused(Module):
 
     def __prepare_scriptable__(self) -> Module:
         """What torch.jit.script reads instead: its compiler knows PyTorch's own class."""
-        stock = _torch.copy_with_own_children(self)
-        stock.__class__ = stock_class(type(self))
-        return stock
+        return as_stock(self, stock_class(type(self)))
+
+
+def as_stock(module: Module, kind: type[Module]) -> Module:
+    """A copy of another class over the same children."""
+    stock = _torch.copy_with_own_children(module)
+    stock.__class__ = kind
+    return stock
 
 
 def _new(stock: type) -> Module:
@@ -236,14 +267,14 @@ def _new(stock: type) -> Module:
 
 
 def fused_class(stock: type) -> type:
-    """The class that runs the pairs of a container as one operator; other classes as they are."""
+    """The class that runs a container's layers by our operators; other classes as they are."""
     block = _block_of(stock)
     return _fused_class(stock, block) if block or _runs_a_row(stock) else stock
 
 
 @functools.cache
 def _fused_class(stock: type, block: Block | None) -> type:
-    method, run = "forward", _run_row
+    method, run = "forward", run_row
     if block is not None:
         method, run = block.method, _run_block(getattr(stock, block.method), block)
     # Tools tell PyTorch's modules by the package of their class.

@@ -121,6 +121,69 @@ def _linear_relu_backward_flops(
     return _linear_backward_flops(grad_output_shape, input_shape, weight_shape, output_mask)
 
 
+def _mlp_forward_fake(
+    input: Tensor, weights: list[Tensor], biases: list[Tensor | None], relu: list[bool]
+) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        outputs.append(_linear_fake(outputs[-1] if outputs else input, weight, bias))
+    return outputs
+
+
+def _mlp_backward_fake(
+    grad_output: Tensor,
+    inputs: list[Tensor | None],
+    weights: list[Tensor | None],
+    output: Tensor | None,
+    relu: list[bool],
+    output_mask: list[bool],
+) -> list[Tensor]:
+    layers = len(weights)
+    *batch, features = grad_output.shape
+    of_weights, of_biases, of_input = [], [], []
+    for i in reversed(range(layers)):
+        layer_input, weight = inputs[i], weights[i]
+        if output_mask[1 + i] and layer_input is not None:
+            of_weights.append(grad_output.new_empty((features, layer_input.shape[-1])))
+        if output_mask[1 + layers + i]:
+            of_biases.append(grad_output.new_empty((features,)))
+        if weight is None:  # no gradient goes further
+            break
+        features = weight.shape[1]
+    if output_mask[0]:
+        of_input.append(grad_output.new_empty((*batch, features)))
+    return [*of_input, *reversed(of_weights), *reversed(of_biases)]
+
+
+def _mlp_flops(
+    input_shape: torch.Size, weights_shape: list[torch.Size], *args: Any, **kwargs: Any
+) -> int:
+    return 2 * prod(input_shape[:-1]) * sum(map(prod, weights_shape))
+
+
+def _mlp_backward_flops(
+    grad_output_shape: torch.Size,
+    inputs_shape: list[torch.Size | None],
+    weights_shape: list[torch.Size | None],
+    output_shape: torch.Size | None,
+    relu: list[bool],
+    output_mask: list[bool],
+    **kwargs: Any,
+) -> int:
+    rows, features, products = prod(grad_output_shape[:-1]), grad_output_shape[-1], 0
+    wanted = [w or b for w, b in zip(output_mask[1:], output_mask[1 + len(relu) :], strict=False)]
+    first = 0 if output_mask[0] or True not in wanted else wanted.index(True)
+    for i in reversed(range(first, len(relu))):
+        input_shape, weight_shape = inputs_shape[i], weights_shape[i]
+        if output_mask[1 + i] and input_shape is not None:
+            products += features * input_shape[-1]
+        if weight_shape is None or not (i > first or output_mask[0]):
+            break
+        products += prod(weight_shape)
+        features = weight_shape[1]
+    return 2 * rows * products
+
+
 LINEAR = Operator(
     name="linear",
     module="Linear",
@@ -327,22 +390,34 @@ SGD = Optimizer("SGD", fakes={"sgd_step_": _sgd_step_fake, "sgd_step_.tensor_lr"
 
 # ---- the table -----------------------------------------------------------------------------------
 
+# Operators over lists of layers. `onnx` and `stock` take the lists of reference.mlp and of
+# functional.mlp.
+MLP = Operator(
+    name="mlp",
+    module="MLP",
+    stock=_tensor_classes.mlp,
+    onnx=reference.mlp,
+    fakes={"mlp_forward": _mlp_forward_fake, "mlp_backward": _mlp_backward_fake},
+    flops={"mlp": _mlp_flops, "mlp_forward": _mlp_flops, "mlp_backward": _mlp_backward_flops},
+)
+CHAINS = (MLP,)
+
 OPERATORS = (LINEAR, LINEAR_RELU, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
 OPTIMIZERS = (SGD,)
 
 # The operators for an export to ONNX, called as those of torch.ops.fastnn.
-ONNX = SimpleNamespace(**{operator.name: operator.onnx for operator in OPERATORS})
+ONNX = SimpleNamespace(**{operator.name: operator.onnx for operator in (*OPERATORS, *CHAINS)})
 
 
 def register() -> None:
     """Tells PyTorch the fake kernels and the FLOPs of the extension, which is loaded."""
-    for record in (*OPERATORS, *OPTIMIZERS):
+    for record in (*OPERATORS, *CHAINS, *OPTIMIZERS):
         for name, fake in record.fakes.items():
             register_fake(f"fastnn::{name}")(fake)
     when_imported("torch.utils.flop_counter", _register_flops)
 
 
 def _register_flops(counter: ModuleType) -> None:
-    for operator in OPERATORS:
+    for operator in (*OPERATORS, *CHAINS):
         for name, formula in operator.flops.items():
             counter.register_flop_formula(getattr(torch.ops.fastnn, name))(formula)

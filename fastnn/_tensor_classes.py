@@ -7,7 +7,7 @@ functions. A class is asked with our function first, and one that hands it on ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -26,6 +26,22 @@ PLAIN_OR_NONE = PLAIN | {type(None)}
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """PyTorch's own functions for this operator; each of the others has one in PyTorch."""
     return F.relu(F.linear(input, weight, bias))
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    activations: Sequence[str | None] | None = None,
+) -> Tensor:
+    """Likewise, layer by layer."""
+    if activations is None:
+        activations = ["relu"] * (len(weights) - 1) + [None]
+    for weight, bias, activation in zip(
+        weights, biases or [None] * len(weights), activations, strict=True
+    ):
+        input = (linear_relu if activation == "relu" else F.linear)(input, weight, bias)
+    return input
 
 
 def need_torch(*tensors: Tensor | None) -> bool:

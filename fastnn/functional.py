@@ -4,9 +4,9 @@ All take float64, float32, bfloat16 or float16 tensors in any memory layout. Sum
 float32 (float64 for float64 inputs) and the result is rounded once to the input's dtype. Each is
 differentiable any number of times with respect to its floating-point input.
 
-Under :class:`torch.autocast` they follow torch's rules: ``linear`` and ``linear_relu`` run in
-autocast's dtype, ``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on CUDA
-and in its input's dtype on the CPU.
+Under :class:`torch.autocast` they follow torch's rules: ``linear``, ``linear_relu`` and ``mlp`` run
+in autocast's dtype, ``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on
+CUDA and in its input's dtype on the CPU.
 
 A tensor of a class with a ``__torch_dispatch__`` of its own (quantised weights,
 :class:`torch.distributed.tensor.DTensor`), or of one whose ``__torch_function__`` refuses these
@@ -17,6 +17,8 @@ operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message name
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +33,12 @@ from fastnn._arguments import (
     check_tensor,
     log_softmax_dim,
     loss_reduction,
+    mlp_layers,
 )
 from fastnn._extension import operators
 from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE, ask_classes, call_torch, need_torch
 
-__all__ = ["cross_entropy", "linear", "linear_relu", "log_softmax", "nll_loss"]
+__all__ = ["cross_entropy", "linear", "linear_relu", "log_softmax", "mlp", "nll_loss"]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,6 +108,53 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         if need_torch(input, weight, bias):
             return call_torch(_tensor_classes.linear_relu, input, weight, bias=bias)
     return operators().linear_relu(input, weight, bias)
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    activations: Sequence[str | None] | None = None,
+) -> Tensor:
+    r"""Linear layers in a row, each with a ReLU behind it or not, as one operator: a multilayer
+    perceptron.
+
+    Autograd has one node for all of them. Its backward computes only the gradients asked for, and
+    hands the gradient from one layer's product to the next, which has the ReLU's mask applied to
+    it. It keeps what torch keeps: a layer's input where its weight wants a gradient, its weight
+    where a layer before it does. Where the backward is differentiated itself, the layers' outputs
+    are computed anew.
+
+    Args:
+        input: ``(*, in_features)``.
+        weights: each layer's, ``(out_features, in_features)``, of the input's dtype and device;
+            one or more.
+        biases: each layer's, ``(out_features)``, likewise; or None (default: none has one).
+        activations: ``"relu"`` or None for each layer (default: ReLU behind all but the last).
+
+    Returns:
+        ``(*, out_features)`` of the last layer, of the input's dtype.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: the lists are not of one length, or are empty; an activation is another.
+        RuntimeError: dtypes or devices differ, or the shapes don't fit.
+
+    >>> import torch, fastnn
+    >>> x, w1, w2 = torch.randn(4, 3), torch.randn(8, 3), torch.randn(2, 8)
+    >>> y = fastnn.functional.mlp(x, [w1, w2])
+    >>> torch.allclose(y, torch.relu(x @ w1.T) @ w2.T, atol=1e-6)
+    True
+    """
+    if has_torch_function_variadic(input, *weights, *(biases or ())):
+        tensors = (input, *weights, *(biases or ()))
+        lists = {"biases": biases, "activations": activations}
+        return ask_classes(mlp, _tensor_classes.mlp, tensors, input, weights, **lists)
+    check_tensor("mlp", "input", input)
+    weights, biases, relu = mlp_layers(weights, biases, activations)
+    if need_torch(input, *weights, *biases):
+        return call_torch(_tensor_classes.mlp, input, weights, biases, activations)
+    return operators().mlp(input, weights, biases, relu)
 
 
 def log_softmax(

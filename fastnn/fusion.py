@@ -25,6 +25,7 @@ _OURS: dict[type[Module], type[Module]] = {
 }
 _OUR_LINEARS = (nn.Linear, nn.LinearReLU)
 _STOCK = {ours: stock for stock, ours in _OURS.items()} | dict.fromkeys(_OUR_LINEARS, Linear)
+_STOCK[nn.MLP] = Sequential
 
 _Model = TypeVar("_Model", bound=Module)
 
@@ -110,10 +111,11 @@ class FusionReport:
 def fuse(
     model: _Model, *, inplace: bool = False, trace: bool = False, verbose: bool = False
 ) -> _Model:
-    r"""Puts a model's Linear-ReLU pairs, losses and log-softmaxes on fastnn's operators.
+    r"""Puts a model's Linear layers, losses and log-softmaxes on fastnn's operators.
 
-    A container that runs a ``Linear`` and then a ``ReLU`` learns to run both as one operator: a
-    ``Sequential`` (also one inside of another), ``TransformerEncoderLayer``,
+    A ``Sequential`` (also one inside of another) learns to run each of its ``Linear`` layers by our
+    operator: with the ``ReLU`` behind it, and several in a row as one ``mlp``. So does a container
+    that runs a ``Linear`` and then a ``ReLU``: ``TransformerEncoderLayer``,
     ``TransformerDecoderLayer``, timm's ``Mlp``, and the feed-forward blocks of the BERT and T5 of
     transformers. The layers stay PyTorch's, with their parameters, hooks and names; a layer that
     is run by itself computes what it always did. The container looks at its layers at each call,
@@ -154,9 +156,7 @@ def fuse(
         )
     model = _to_change(model, inplace)
     for module in list(model.modules()):
-        runs = _containers.linears_run_by(module)
-        pairs = (_is_pair(linear, follower) for _, linear, follower in runs)
-        if not isinstance(module, _containers.Fused) and any(pairs):
+        if not _containers.is_fused(module) and _containers.can_be_fused(module):
             module.__class__ = _containers.fused_class(type(module))
         elif type(module) in _OURS and not _torch.has_own_forward(module):
             module.__class__ = _OURS[type(module)]
@@ -183,8 +183,8 @@ def fusion_report(model: Module) -> FusionReport:
     >>> print(fastnn.fusion_report(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))))
     module  path  run by       state         reason
     Linear  0     (the model)  can be fused
-    Linear  2     (the model)  left          nothing follows it in its Sequential
-    1 can be fused, 1 left
+    Linear  2     (the model)  can be fused
+    2 can be fused
     """
     _check_module(model)
     return FusionReport((*_linear_entries(model), *_loss_entries(model)))
@@ -264,28 +264,19 @@ def _without_ours(kind: type) -> type:
 # ---- the report's entries ------------------------------------------------------------------------
 
 
-def _is_pair(linear: Module, follower: object) -> bool:
-    """Whether a container of both is worth fusing; hooks may be gone when it is called."""
-    return type(linear) is Linear and _containers.is_relu(follower)
-
-
 def _linear_entries(model: Module) -> Iterator[FusionEntry]:
     seen: set[str] = set()
     for path, module in model.named_modules():
-        state = FUSED if isinstance(module, _containers.Fused) else FUSIBLE
+        state = FUSED if _containers.is_fused(module) else FUSIBLE
         entries = [
-            _entry(_join(path, name), linear, state, _why_apart(linear, follower), path)
-            for name, linear, follower in _containers.linears_run_by(module)
+            _entry(_join(path, name), linear, state, why or _containers.why_all_apart(), path)
+            for name, linear, why in _containers.linears_run_by(module)
         ]
         if isinstance(module, Linear):
             entries = [_entry(path, module, FUSED, _why_alone(model, path))]
         # An outer Sequential has looked through the inner ones.
         yield from (entry for entry in entries if entry.path not in seen)
         seen.update(entry.path for entry in entries)
-
-
-def _why_apart(linear: Module, follower: object) -> str:
-    return _containers.why_apart(linear, follower) or _containers.why_all_apart()
 
 
 def _entry(

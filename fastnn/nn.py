@@ -6,14 +6,17 @@ parents'.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastnn import functional
+from fastnn import _containers, functional
 
-__all__ = ["CrossEntropyLoss", "Linear", "LinearReLU", "LogSoftmax", "NLLLoss"]
+__all__ = ["MLP", "CrossEntropyLoss", "Linear", "LinearReLU", "LogSoftmax", "NLLLoss"]
 
 # The __call__ of each class is for type checkers alone: torch declares that a module's call takes
 # anything and gives anything.
@@ -73,6 +76,65 @@ class LinearReLU(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear_relu(input, self.weight, self.bias)
+
+
+class MLP(torch.nn.Sequential):
+    r"""A multilayer perceptron: ``Linear`` layers with ``ReLU`` between them, as one operator.
+
+    A :class:`torch.nn.Sequential` of :class:`torch.nn.Linear` and :class:`torch.nn.ReLU`, with its
+    keys: state dicts go both ways. Where a hook sees what lies between the layers, or a layer has
+    been exchanged, parametrized or quantized, they run one by one, as in a model of
+    :func:`fastnn.fuse`.
+
+    Args:
+        in_features: size of each input row.
+        hidden_features: size of the layer in between, or of each of them.
+        out_features: size of each output row.
+        bias: whether the layers learn an additive bias (default ``True``).
+        device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
+
+    Shape: input ``(*, in_features)``, output ``(*, out_features)``.
+    Errors and dtypes: see :func:`fastnn.functional.mlp`.
+
+    >>> import torch, fastnn
+    >>> model = fastnn.nn.MLP(784, (128, 64), 10)
+    >>> model(torch.randn(32, 784)).shape
+    torch.Size([32, 10])
+    >>> list(fastnn.nn.MLP(784, 128, 10, bias=False).state_dict())
+    ['0.weight', '2.weight']
+    """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Sequence[int],
+        out_features: int,
+        bias: bool = True,
+        device: torch.types.Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        hidden = [hidden_features] if isinstance(hidden_features, int) else [*hidden_features]
+        sizes = [in_features, *hidden, out_features]
+        layers: list[torch.nn.Module] = []
+        for size, next_size in pairwise(sizes):
+            layers += [torch.nn.Linear(size, next_size, bias, device, dtype), torch.nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+    forward = _containers.run_row
+
+    def __getitem__(self, index: slice | int) -> torch.nn.Module:
+        # A part of the layers is no MLP of sizes; torch's way would call the constructor.
+        if isinstance(index, slice):
+            return torch.nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """What torch.jit.script reads instead: its compiler knows PyTorch's own class."""
+        return _containers.as_stock(self, torch.nn.Sequential)
 
 
 class LogSoftmax(torch.nn.LogSoftmax):

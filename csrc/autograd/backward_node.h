@@ -13,17 +13,33 @@
 #include <optional>
 #include <thread>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "autograd/node_pointer.h"
+#include "autograd/transforms.h"
 
 namespace fastnn {
 
+// What autograd keeps of such tensors.
+template <typename Tensors>
+struct SavedAs {
+  using type = std::array<torch::autograd::SavedVariable, std::tuple_size_v<Tensors>>;
+};
+template <>
+struct SavedAs<std::vector<at::Tensor>> {
+  using type = std::vector<torch::autograd::SavedVariable>;
+};
+
 // `Op` describes the backward:
 //   name                what profilers, anomaly mode and grad_fn show
-//   Tensors             std::array of the tensors it needs, absent ones undefined
-//   kOutputs            for each of them, whether it is the forward's result
+//   Tensors             the tensors it needs, absent ones undefined: std::array, or std::vector
+//                       where their number is known at the call
+//   kOutputs            for each of them, or the first ones, whether it is the forward's result
+//   is_needed(i, count, composite)
+//                       whether the backward takes tensor i, where that may differ: composite, it
+//                       may take more; the others are then undefined, and may have been written to
 //   Options             std::tuple of numbers it needs
 //   backward(grad_output, tensors, options, needs_input_grad)
 //                       the gradients of the inputs that the node was made for; the tensors are
@@ -34,7 +50,8 @@ class BackwardNode : public torch::autograd::Node {
   using variable_list = torch::autograd::variable_list;
 
   void save(const typename Op::Tensors& tensors, const typename Op::Options& options) {
-    for (size_t i = 0; i < tensors.size(); ++i) saved_[i] = {tensors[i], Op::kOutputs[i]};
+    if constexpr (kVaries) saved_.resize(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) saved_[i] = {tensors[i], is_output(i)};
     options_ = options;
   }
 
@@ -44,7 +61,8 @@ class BackwardNode : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto tensors = unpack_saved();
+    const bool composite = grads[0].defined() && backward_must_be_composite(grads[0]);
+    auto tensors = unpack_saved(composite);
     if (std::exchange(releasing_thread_, {}) == std::this_thread::get_id()) reset_saved();
     return backward(grads[0], std::move(tensors), options_, needs_input_grad());
   }
@@ -64,7 +82,7 @@ class BackwardNode : public torch::autograd::Node {
   // Compiled autograd: what its cache is keyed by, and the call that it puts in its graph.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(std::string(Op::name));
-    for (size_t i = 0; i < saved_.size(); ++i) args.collect(saved_[i], Op::kOutputs[i]);
+    for (size_t i = 0; i < saved_.size(); ++i) args.collect(saved_[i], is_output(i));
     std::apply([&](const auto&... option) { (args.collect(option), ...); }, options_);
   }
 
@@ -93,6 +111,21 @@ class BackwardNode : public torch::autograd::Node {
   }
 
  private:
+  static constexpr bool kVaries = std::is_same_v<typename Op::Tensors, std::vector<at::Tensor>>;
+
+  static constexpr bool is_output(size_t i) {
+    return i < Op::kOutputs.size() && Op::kOutputs[i];
+  }
+  static bool is_needed(size_t i, size_t count, bool composite) {
+    if constexpr (kVaries) return Op::is_needed(i, count, composite);
+    return true;
+  }
+  static typename Op::Tensors with_room_for(size_t count) {
+    typename Op::Tensors tensors;
+    if constexpr (kVaries) tensors.resize(count);
+    return tensors;
+  }
+
   static variable_list backward(const at::Tensor& grad_output, typename Op::Tensors&& tensors,
                                 const typename Op::Options& options,
                                 const std::vector<bool>& needs_input_grad) {
@@ -104,7 +137,7 @@ class BackwardNode : public torch::autograd::Node {
                                     const std::vector<at::IValue>& values) {
     torch::dynamo::autograd::PackedArgs args(values);
     const auto list = args.unpack<variable_list>();
-    typename Op::Tensors tensors;
+    auto tensors = with_room_for(list.size());
     std::copy(list.begin(), list.end(), tensors.begin());
     typename Op::Options options;
     std::apply(
@@ -113,11 +146,12 @@ class BackwardNode : public torch::autograd::Node {
     return backward(grads[0], std::move(tensors), options, args.unpack<std::vector<bool>>());
   }
 
-  typename Op::Tensors unpack_saved() {
-    typename Op::Tensors tensors;
+  typename Op::Tensors unpack_saved(bool composite) {
+    auto tensors = with_room_for(saved_.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
+      if (!is_needed(i, tensors.size(), composite)) continue;
       // A saved result holds no reference to its node, which would be a cycle: it gets it here.
-      tensors[i] = Op::kOutputs[i] ? saved_[i].unpack(pointer_to(*this)) : saved_[i].unpack();
+      tensors[i] = is_output(i) ? saved_[i].unpack(pointer_to(*this)) : saved_[i].unpack();
     }
     return tensors;
   }
@@ -127,7 +161,7 @@ class BackwardNode : public torch::autograd::Node {
   }
 
   variable_list pack_saved() {
-    const auto tensors = unpack_saved();
+    const auto tensors = unpack_saved(/*composite=*/true);
     return {tensors.begin(), tensors.end()};
   }
 
@@ -137,7 +171,7 @@ class BackwardNode : public torch::autograd::Node {
     return needs;
   }
 
-  std::array<torch::autograd::SavedVariable, std::tuple_size_v<typename Op::Tensors>> saved_;
+  typename SavedAs<typename Op::Tensors>::type saved_;
   typename Op::Options options_;
   std::thread::id releasing_thread_;  // none: no release is announced
 };

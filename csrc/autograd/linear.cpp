@@ -1,6 +1,5 @@
 #include "ops/linear.h"
 
-#include <ATen/ops/threshold_backward.h>
 #include <torch/library.h>
 
 #include "autograd/backward_node.h"
@@ -10,20 +9,6 @@ namespace fastnn {
 namespace {
 
 using torch::autograd::variable_list;
-
-// `output` is undefined without the ReLU.
-variable_list composite_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                 const at::Tensor& weight, const at::Tensor& output,
-                                 std::array<bool, 3> mask) {
-  const at::Tensor grad_linear =
-      output.defined() ? at::threshold_backward(grad_output, output, 0) : grad_output;
-  const at::Tensor rows = matrix_of_rows(grad_linear);
-  variable_list grads(3);
-  if (mask[0]) grads[0] = grad_linear.matmul(weight);
-  if (mask[1]) grads[1] = rows.t().matmul(matrix_of_rows(input));
-  if (mask[2]) grads[2] = rows.sum(0);
-  return grads;
-}
 
 template <bool relu>
 struct LinearBackward {
@@ -38,26 +23,18 @@ struct LinearBackward {
     const auto& [input, weight, output] = tensors;
     const std::array<bool, 3> mask = {needs_input_grad[0], needs_input_grad[1],
                                       needs_input_grad[2]};
-    if (backward_must_be_composite(grad)) {
-      return composite_backward(grad, input, weight, output, mask);
-    }
-    BelowAutograd below_autograd;
-    auto [grad_input, grad_weight, grad_bias] =
-        relu ? linear_relu_backward(grad, optional(input), optional(weight), output, mask)
-             : linear_backward(grad, optional(input), optional(weight), mask);
+    const auto [grad_input, grad_weight, grad_bias] = [&] {
+      const auto x = optional(input), w = optional(weight);
+      if (backward_must_be_composite(grad)) {
+        return linear_relu_backward_composite(grad, x, w, output, mask);
+      }
+      BelowAutograd below_autograd;
+      return relu ? linear_relu_backward(grad, x, w, output, mask)
+                  : linear_backward(grad, x, w, mask);
+    }();
     return {grad_input, grad_weight, grad_bias};
   }
 };
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_composite(
-    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
-    const std::optional<at::Tensor>& weight, const at::Tensor& output,
-    std::array<bool, 3> output_mask) {
-  const variable_list grads =
-      composite_backward(grad_output, input.value_or(at::Tensor()), weight.value_or(at::Tensor()),
-                         output, output_mask);
-  return {grads[0], grads[1], grads[2]};
-}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_composite(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& input,

@@ -1,6 +1,7 @@
 #include "cpu/gemm.h"
 
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
 #include <memory>
@@ -8,6 +9,7 @@
 
 #include "cpu/gemm_jobs.h"
 #include "cpu/launch.h"
+#include "cpu/matrix.h"
 #include "ops/product.h"
 
 namespace fastnn::cpu {
@@ -42,30 +44,15 @@ bool library_is_faster(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t
                                 : multiplies_floats_faster(rows, cols, depth, packs);
 }
 
-// A tensor as it is where one of its strides is 1, else a copy.
-at::Tensor as_matrix(const at::Tensor& tensor) {
-  const auto lies_well = [](int64_t outer_size, int64_t outer, int64_t inner_size, int64_t inner) {
-    return inner == 1 && (outer >= inner_size || outer_size <= 1);
+// An operand of one row or column counts as lying along the depth.
+template <typename T>
+simd::Gemm<T> with_vectors_along_depth(simd::Gemm<T> args) {
+  const auto is_vector = [](int64_t lines, const simd::Matrix<T>& matrix, bool transposed) {
+    return lines == 1 && matrix.transposed == transposed && matrix.stride == 1;
   };
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  return lies_well(sizes[0], strides[0], sizes[1], strides[1]) ||
-                 lies_well(sizes[1], strides[1], sizes[0], strides[0])
-             ? tensor
-             : tensor.contiguous();
-}
-
-template <typename T>
-simd::Matrix<T> operand(const at::Tensor& matrix) {
-  const bool transposed = matrix.stride(1) != 1;
-  return {const_data<T>(matrix), matrix.stride(transposed ? 1 : 0), transposed};
-}
-
-// A right operand of one column counts as transposed: its elements lie along the depth.
-template <typename T>
-simd::Matrix<T> right_operand(const at::Tensor& matrix) {
-  const bool is_vector = matrix.size(1) == 1 && matrix.stride(0) == 1;
-  if (is_vector) return {const_data<T>(matrix), matrix.size(0), /*transposed=*/true};
-  return operand<T>(matrix);
+  if (is_vector(args.rows, args.a, true)) args.a = {args.a.data, args.depth, false};
+  if (is_vector(args.cols, args.b, false)) args.b = {args.b.data, args.depth, true};
+  return args;
 }
 
 // This thread's memory for packed operands, kept: to map it anew would cost more than small
@@ -97,46 +84,108 @@ void run(const simd::Gemm<T>& args) {
   });
 }
 
-// The library's product, and a ReLU in one pass over it with the bias.
+// A product as the library takes it.
+struct LibraryProduct {
+  at::Tensor a;
+  at::Tensor b;
+  std::optional<at::Tensor> bias;
+  at::Tensor out;
+};
+
+// The passes over the library's product that make ours of it.
 template <typename T>
-void run_library(const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias,
-                 bool relu, at::Tensor& out) {
-  // Where the output is narrower than the sums, the library adds the bias before it rounds.
-  const bool bias_in_gemm = bias && (!relu || accumulate_dtype(a) != a.scalar_type());
-  bias_in_gemm ? at::addmm_out(out, *bias, a, b) : at::mm_out(out, a, b);
-  if (!relu) return;
-  const auto epilogue_bias = bias_in_gemm ? std::nullopt : contiguous(bias);
-  const int64_t cols = out.size(1);
-  T* out_data = data<T>(out);
-  const T* bias_data = const_data_or_null<T>(epilogue_bias);
-  at::parallel_for(0, out.size(0), grain(cols), [&](int64_t begin, int64_t end) {
-    kernels<T>().bias_relu(out_data, bias_data, cols, begin, end);
+void mask_product(const simd::Gemm<T>& args) {
+  at::parallel_for(0, args.rows, grain(args.cols), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * args.cols;
+    kernels<T>().relu_backward(args.out + first, /*sums=*/nullptr, args.out + first,
+                               args.mask + first, end - begin, args.cols, args.cols);
   });
+}
+
+template <typename T>
+void step_by_product(const simd::Gemm<T>& args) {
+  const simd::SteppedParam<T>& of = *args.step;
+  at::parallel_for(0, args.rows * args.cols, kGrain, [&](int64_t begin, int64_t end) {
+    const auto step = [&](auto kernel, auto* buffer) {
+      kernel(of.param + begin, args.out + begin, buffer ? buffer + begin : nullptr, end - begin,
+             of.options, /*grad_scale=*/1);
+    };
+    of.wide_momentum_buffer ? step(kernels<T>().sgd_step_wide, of.wide_momentum_buffer)
+                            : step(kernels<T>().sgd_step, of.momentum_buffer);
+  });
+}
+
+template <typename T>
+void run_library(const simd::Gemm<T>& args, LibraryProduct product) {
+  auto& [a, b, bias, out] = product;
+  // Where the output is narrower than the sums, the library adds the bias before it rounds.
+  const bool bias_in_gemm = bias && (!args.relu || accumulate_dtype(a) != a.scalar_type());
+  bias_in_gemm ? at::addmm_out(out, *bias, a, b) : at::mm_out(out, a, b);
+  if (args.relu) {
+    const T* bias_data = bias_in_gemm ? nullptr : args.bias;
+    at::parallel_for(0, args.rows, grain(args.cols), [&](int64_t begin, int64_t end) {
+      kernels<T>().bias_relu(args.out, bias_data, args.cols, begin, end);
+    });
+  }
+  if (args.mask) mask_product(args);
+  if (args.step) step_by_product(args);
+}
+
+template <typename T>
+bool is_for_library(const simd::Gemm<T>& args) {
+  static const Product requested = requested_product("FASTNN_CPU_GEMM");
+  if (requested != Product::Auto) return requested == Product::Library;
+  return library_is_faster(kDtype<T>, args.rows, args.cols, args.depth,
+                           kernels<T>().gemm_packs(args));
+}
+
+// Raw memory as the library takes it.
+template <typename T>
+at::Tensor as_tensor(const T* memory, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  return at::from_blob(const_cast<T*>(memory), sizes, strides, at::TensorOptions(kDtype<T>));
+}
+template <typename T>
+at::Tensor as_tensor(const simd::Matrix<T>& matrix, int64_t rows, int64_t cols) {
+  const int64_t row_stride = matrix.transposed ? 1 : matrix.stride;
+  const int64_t col_stride = matrix.transposed ? matrix.stride : 1;
+  return as_tensor(matrix.data, {rows, cols}, {row_stride, col_stride});
 }
 
 }  // namespace
 
+template <typename T>
+void multiply(const simd::Gemm<T>& of) {
+  const simd::Gemm<T> args = with_vectors_along_depth(of);
+  if (!is_for_library(args)) return run(args);
+  LibraryProduct product{.a = as_tensor(args.a, args.rows, args.depth),
+                         .b = as_tensor(args.b, args.depth, args.cols),
+                         .bias = std::nullopt,
+                         .out = as_tensor(args.out, {args.rows, args.cols}, {args.cols, 1})};
+  if (args.bias) product.bias = as_tensor(args.bias, {args.cols}, {1});
+  run_library(args, product);
+}
+template void multiply(const simd::Gemm<double>&);
+template void multiply(const simd::Gemm<float>&);
+template void multiply(const simd::Gemm<simd::bfloat16>&);
+template void multiply(const simd::Gemm<simd::float16>&);
+
 at::Tensor matmul(const at::Tensor& left, const at::Tensor& right,
                   const std::optional<at::Tensor>& bias, bool relu) {
-  static const Product requested = requested_product("FASTNN_CPU_GEMM");
   const at::Tensor a = as_matrix(left), b = as_matrix(right);
   const int64_t rows = a.size(0), cols = b.size(1), depth = a.size(1);
   at::Tensor out = empty_result({rows, cols}, a.scalar_type());
   dispatch(a.scalar_type(), "matmul", [&]<typename T>() {
     const auto contiguous_bias = contiguous(bias);
-    const simd::Gemm<T> args{.rows = rows,
-                             .cols = cols,
-                             .depth = depth,
-                             .a = operand<T>(a),
-                             .b = right_operand<T>(b),
-                             .bias = const_data_or_null<T>(contiguous_bias),
-                             .relu = relu,
-                             .out = data<T>(out)};
-    const bool by_library =
-        requested == Product::Auto
-            ? library_is_faster(a.scalar_type(), rows, cols, depth, kernels<T>().gemm_packs(args))
-            : requested == Product::Library;
-    by_library ? run_library<T>(a, b, bias, relu, out) : run(args);
+    const simd::Gemm<T> of{.rows = rows,
+                           .cols = cols,
+                           .depth = depth,
+                           .a = operand<T>(a),
+                           .b = operand<T>(b),
+                           .bias = const_data_or_null<T>(contiguous_bias),
+                           .relu = relu,
+                           .out = data<T>(out)};
+    const simd::Gemm<T> args = with_vectors_along_depth(of);
+    is_for_library(args) ? run_library(args, {a, b, contiguous_bias, out}) : run(args);
   });
   return out;
 }

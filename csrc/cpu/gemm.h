@@ -5,10 +5,16 @@
 
 #include <optional>
 
+#include "cpu/simd/kernels.h"
+
 namespace fastnn::cpu {
 
 // a @ b (+ bias) (then ReLU), of 2-D matrices of any strides, and a bias (cols).
 at::Tensor matmul(const at::Tensor& a, const at::Tensor& b,
                   const std::optional<at::Tensor>& bias = std::nullopt, bool relu = false);
+
+// The same of raw memory, with any epilogue. T: a storage type of the kernels.
+template <typename T>
+void multiply(const simd::Gemm<T>& args);
 
 }  // namespace fastnn::cpu

@@ -7,6 +7,7 @@
 #include <c10/util/Half.h>
 
 #include <string_view>
+#include <type_traits>
 
 #include "cpu/capability.h"
 #include "cpu/memory.h"
@@ -26,6 +27,13 @@ template <typename F>
 void dispatch_scalars(at::ScalarType dtype, std::string_view op, F f) {
   dispatch_storage<c10::BFloat16, c10::Half>(dtype, op, f);
 }
+
+// PyTorch's name for the kernels' storage type T.
+template <typename T>
+constexpr at::ScalarType kDtype = std::is_same_v<T, double>           ? at::kDouble
+                                  : std::is_same_v<T, float>          ? at::kFloat
+                                  : std::is_same_v<T, simd::bfloat16> ? at::kBFloat16
+                                                                      : at::kHalf;
 
 // Elements below which waking a second thread costs more than it gains.
 constexpr int64_t kGrain = 1 << 14;

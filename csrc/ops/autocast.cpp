@@ -1,12 +1,13 @@
 // The dtype that each operator runs in under torch.autocast: torch's own lists. linear is cast
-// down, and so is linear_relu; the losses to float32, and on CUDA log_softmax too, which on the CPU
-// keeps the dtype that it gets.
+// down, and so are linear_relu and mlp; the losses to float32, and on CUDA log_softmax too, which
+// on the CPU keeps the dtype that it gets.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include "ops/cross_entropy.h"
 #include "ops/linear.h"
 #include "ops/log_softmax.h"
+#include "ops/mlp.h"
 #include "ops/nll_loss.h"
 
 namespace fastnn {
@@ -20,10 +21,31 @@ constexpr auto* kAutocast =
     &at::autocast::WrapFunction<policy, device, std::remove_pointer_t<decltype(function)>,
                                 std::remove_pointer_t<decltype(function)>, function>::type::call;
 
+// For lists WrapFunction knows no cast.
+template <c10::DeviceType device>
+at::Tensor mlp_under_autocast(const at::Tensor& input, at::TensorList weights,
+                              const OptionalTensors& biases, const Flags& relu) {
+  const c10::impl::ExcludeDispatchKeyGuard below_autocast(
+      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const at::Tensor& tensor) {
+    return at::autocast::cached_cast(dtype, tensor, device);
+  };
+  std::vector<at::Tensor> cast_weights;
+  OptionalTensors cast_biases;
+  for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
+  for (size_t i = 0; i < biases.size(); ++i) {
+    const std::optional<at::Tensor> bias = biases.get(i);
+    cast_biases.push_back(bias ? std::optional(cast(*bias)) : std::nullopt);
+  }
+  return mlp(cast(input), cast_weights, cast_biases, relu);
+}
+
 template <c10::DeviceType device>
 void register_common(torch::Library& m) {
   m.impl("linear", kAutocast<CastPolicy::lower_precision_fp, device, &linear>);
   m.impl("linear_relu", kAutocast<CastPolicy::lower_precision_fp, device, &linear_relu>);
+  m.impl("mlp", mlp_under_autocast<device>);
   m.impl("nll_loss", kAutocast<CastPolicy::fp32, device, &as_nll_loss<nll_loss>>);
   m.impl("cross_entropy", kAutocast<CastPolicy::fp32, device, &as_cross_entropy<cross_entropy>>);
 }

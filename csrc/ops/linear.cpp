@@ -2,6 +2,7 @@
 
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/threshold_backward.h>
 #include <torch/library.h>
 
 #include "ops/checks.h"
@@ -90,6 +91,20 @@ template at::Tensor linear_composite<false>(const at::Tensor&, const at::Tensor&
                                             const std::optional<at::Tensor>&);
 template at::Tensor linear_composite<true>(const at::Tensor&, const at::Tensor&,
                                            const std::optional<at::Tensor>&);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_composite(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask) {
+  const at::Tensor grad_linear =
+      output.defined() ? at::threshold_backward(grad_output, output, 0) : grad_output;
+  const at::Tensor rows = matrix_of_rows(grad_linear);
+  at::Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) grad_input = grad_linear.matmul(*weight);
+  if (output_mask[1]) grad_weight = rows.t().matmul(matrix_of_rows(*input));
+  if (output_mask[2]) grad_bias = rows.sum(0);
+  return {grad_input, grad_weight, grad_bias};
+}
 
 void check_linear(bool relu, const at::Tensor& input, const at::Tensor& weight) {
   TORCH_CHECK(input.size(-1) == weight.size(1), operator_name(relu),

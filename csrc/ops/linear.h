@@ -37,6 +37,12 @@ template <bool relu>
 at::Tensor linear_composite(const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias);
 
+// Likewise the backwards; without the ReLU `output` is undefined.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_composite(
+    const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
+    const std::optional<at::Tensor>& weight, const at::Tensor& output,
+    std::array<bool, 3> output_mask);
+
 // What the launchers of all devices share.
 
 // Raises unless input's last dimension fits weight's.

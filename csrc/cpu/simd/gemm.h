@@ -1,4 +1,4 @@
-// Matrix product with bias and ReLU as its epilogue. The output is computed in tiles whose sums
+// Matrix product with its epilogue. The output is computed in tiles whose sums
 // stay in registers: for each step along the depth, every row's value of the left operand,
 // broadcast, times a row of the right operand's panel. Both operands are packed into such panels
 // first, where they are transposed and converted; a left operand that needs neither is read where
@@ -277,8 +277,10 @@ template <typename T, typename A = accum<T>>
 inline void multiply_panel(const Gemm<T>& g, const Left<A>& left, const Split& rows, Range cols,
                            const A* panel, int64_t depth, bool first, bool last, A* scratch_sums) {
   const int64_t vecs = ceil_div<int64_t>(size(cols), kLanes<A>);
-  const bool sums_in_place = kIsWide<T> && size(cols) == vecs * kLanes<A>;
-  const bool finish = last && (!sums_in_place || g.bias || g.relu);
+  // A gradient that is used up at once needs no place in the output.
+  const bool is_used_up = g.step && first && last;
+  const bool sums_in_place = kIsWide<T> && size(cols) == vecs * kLanes<A> && !is_used_up;
+  const bool finish = last && (!sums_in_place || g.bias || g.relu || g.mask || g.step);
   GemmTile<A> tile;
   tile.b = panel;
   tile.b_step = size(cols);

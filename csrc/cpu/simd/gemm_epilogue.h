@@ -5,6 +5,7 @@
 
 #include "cpu/simd/kernels.h"
 #include "cpu/simd/linear.h"
+#include "cpu/simd/sgd.h"
 #include "cpu/simd/vec.h"
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
@@ -17,17 +18,43 @@ inline int64_t size(Range range) {
   return range.end - range.begin;
 }
 
+// Steps the parameter whose gradient a product is, where the tile of these rows and columns is.
+template <typename T, typename B>
+inline void step_tile(const Gemm<T>& g, B* momentum_buffer, Range rows, Range cols,
+                      const accum<T>* sums, int64_t stride) {
+  using A = accum<T>;
+  const SGDFormula<A> formula(g.step->options);
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    for (int64_t c = cols.begin; c < cols.end; c += kLanes<A>) {
+      const int64_t n = std::min(kLanes<A>, cols.end - c), i = r * g.cols + c;
+      const auto load_n = [&](const auto* from) { return load_up_to(from, n); };
+      const auto store_n = [&](auto* to, vec<A> value) { store_up_to(to, n, value); };
+      const vec<A> grad = rounded<T>(load(sums + (c - cols.begin)));
+      formula.step(g.step->param + i, grad, momentum_buffer ? momentum_buffer + i : nullptr, load_n,
+                   store_n);
+    }
+    sums += stride;
+  }
+}
+
 // out = epilogue(sums) for the tile of these rows and columns.
 template <typename T>
 inline void finish_tile(const Gemm<T>& g, Range rows, Range cols, const accum<T>* sums,
                         int64_t stride) {
   using A = accum<T>;
+  if (g.step) {
+    A* const wide_buffer = g.step->wide_momentum_buffer;
+    return wide_buffer ? step_tile(g, wide_buffer, rows, cols, sums, stride)
+                       : step_tile(g, g.step->momentum_buffer, rows, cols, sums, stride);
+  }
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     for (int64_t c = cols.begin; c < cols.end; c += kLanes<A>) {
-      const int64_t n = std::min(kLanes<A>, cols.end - c);
+      const int64_t n = std::min(kLanes<A>, cols.end - c), i = r * g.cols + c;
       vec<A> value = load(sums + (c - cols.begin));
       if (g.bias) value += load_up_to(g.bias + c, n);
-      store_up_to(g.out + r * g.cols + c, n, g.relu ? relu<A>(value) : value);
+      if (g.relu) value = relu<A>(value);
+      if (g.mask) value = masked<A>(value, load_up_to(g.mask + i, n));
+      store_up_to(g.out + i, n, value);
     }
     sums += stride;
   }

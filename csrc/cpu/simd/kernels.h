@@ -50,8 +50,19 @@ struct Matrix {
   bool transposed;
 };
 
-// out = a @ b (+ bias) (then ReLU), with a of (rows, depth) and b of (depth, cols). out is
-// contiguous; bias, one value for each column, may be null.
+// A parameter that a step of SGD changes, as sgd_step takes it: one of the buffers may be given.
+template <typename T>
+struct SteppedParam {
+  T* param;
+  T* momentum_buffer;
+  accum<T>* wide_momentum_buffer;
+  SGDOptions options;
+};
+
+// out = a @ b (+ bias) (then ReLU), or zero where `mask` is not positive, with a of (rows, depth)
+// and b of (depth, cols). out is contiguous, and so is mask; bias is one value for each column.
+// Where there is a parameter to step, the product is its gradient, and what out then holds is
+// undefined. Bias, mask and step may be null.
 template <typename T>
 struct Gemm {
   int64_t rows;
@@ -59,8 +70,10 @@ struct Gemm {
   int64_t depth;
   Matrix<T> a;
   Matrix<T> b;
-  const T* bias;
-  bool relu;
+  const T* bias = nullptr;
+  bool relu = false;
+  const T* mask = nullptr;
+  const SteppedParam<T>* step = nullptr;
   T* out;
 };
 

@@ -14,6 +14,12 @@ inline vec<A> relu(vec<A> x) {
   return x <= 0 ? vec<A>{} : x;
 }
 
+// The ReLU's backward: a gradient by the ReLU's output.
+template <typename A>
+inline vec<A> masked(vec<A> grad, vec<A> output) {
+  return output <= 0 ? vec<A>{} : grad;
+}
+
 // Rows of fewer columns than this would leave many lanes of their vectors empty.
 constexpr int64_t kNarrow = 64;
 
@@ -104,9 +110,9 @@ FASTNN_KERNEL void relu_backward(T* grad_linear, double* sums, const T* grad, co
                                  int64_t rows, int64_t cols, int64_t stride) {
   using A = accum<T>;
   sum_rows<A>(sums, rows, cols, stride, [&](int64_t i, int64_t n) {
-    const vec<A> masked = load_up_to(output + i, n) <= 0 ? vec<A>{} : load_up_to(grad + i, n);
-    store_up_to(grad_linear + i, n, masked);
-    return masked;
+    const vec<A> value = masked<A>(load_up_to(grad + i, n), load_up_to(output + i, n));
+    store_up_to(grad_linear + i, n, value);
+    return value;
   });
 }
 

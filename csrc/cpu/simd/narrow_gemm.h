@@ -14,7 +14,7 @@ template <typename T>
 inline bool is_narrow(const Gemm<T>& g) {
   using A = accum<T>;
   return g.rows >= kLanes<A> && g.cols <= kNarrowCols<A> && g.depth <= kShortRow<A> &&
-         !g.a.transposed;
+         !g.a.transposed && !g.step;
 }
 
 template <typename T>
@@ -29,13 +29,15 @@ inline void narrow_gemm(const Gemm<T>& g, const GemmBlock& block) {
   }
   for (int64_t row = block.rows.begin; row < block.rows.end; row += kLanes<A>) {
     const int64_t count = std::min(kLanes<A>, block.rows.end - row);
-    TransposedRows<A> left, out;
+    TransposedRows<A> left, mask, out;
     if (g.depth != 0) left.load_rows(g.a.data + row * g.a.stride, g.a.stride, g.depth, count);
+    if (g.mask) mask.load_rows(g.mask + row * g.cols, g.cols, g.cols, count);
     for (int64_t c = 0; c < g.cols; ++c) {
       vec<A> sum = {};
       for (int64_t p = 0; p < g.depth; ++p) sum += load(left.at(p)) * right[c][p];
       if (g.bias) sum += load_scalar(g.bias + c);
-      store(out.at(c), g.relu ? relu<A>(sum) : sum);
+      if (g.relu) sum = relu<A>(sum);
+      store(out.at(c), g.mask ? masked<A>(sum, load(mask.at(c))) : sum);
     }
     out.store_rows(g.out + row * g.cols, g.cols, count);
   }

@@ -6,32 +6,56 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
+// A step's numbers in the type that it is computed in.
+template <typename A>
+struct SGDFormula {
+  A lr;
+  A momentum;
+  A keep;
+  A weight_decay;
+  A sign;
+  bool nesterov;
+  bool is_first_step;
+
+  explicit SGDFormula(const SGDOptions& options)
+      : lr(A(options.lr)),
+        momentum(A(options.momentum)),
+        keep(A(1 - options.dampening)),
+        weight_decay(A(options.weight_decay)),
+        sign(options.maximize ? A(-1) : A(1)),
+        nesterov(options.nesterov),
+        is_first_step(options.is_first_step) {
+  }
+
+  // Steps a vector of a parameter and its momentum buffer, which may be null; `load` and `store`
+  // are a vector's.
+  template <typename T, typename B, typename Load, typename Store>
+  void step(T* param, vec<A> grad, B* momentum_buffer, Load load, Store store) const {
+    const vec<A> x = load(param);
+    vec<A> d = sign * grad;
+    if (weight_decay != 0) d += weight_decay * x;
+    if (momentum_buffer) {
+      const vec<A> b = is_first_step ? d : momentum * load(momentum_buffer) + keep * d;
+      store(momentum_buffer, b);
+      d = nesterov ? d + momentum * b : b;
+    }
+    store(param, x - lr * d);
+  }
+};
+
 // `momentum_buffer` is of T or of what it is computed in.
 template <typename T, typename B>
 FASTNN_KERNEL void sgd_step(T* param, T* grad, B* momentum_buffer, int64_t n,
                             const SGDOptions& options, double grad_scale) {
   using A = accum<T>;
-  const A lr = A(options.lr);
-  const A momentum = A(options.momentum);
-  const A keep = A(1 - options.dampening);
-  const A weight_decay = A(options.weight_decay);
-  const A sign = options.maximize ? A(-1) : A(1);
-
+  const SGDFormula<A> formula(options);
   const auto step = [&](auto load, auto store, int64_t i) {
-    const vec<A> x = load(param + i);
     vec<A> g = load(grad + i);
     if (grad_scale != 1) {
       g /= A(grad_scale);
       store(grad + i, g);
     }
-    vec<A> d = sign * g;
-    if (weight_decay != 0) d += weight_decay * x;
-    if (momentum_buffer) {
-      const vec<A> b = options.is_first_step ? d : momentum * load(momentum_buffer + i) + keep * d;
-      store(momentum_buffer + i, b);
-      d = options.nesterov ? d + momentum * b : b;
-    }
-    store(param + i, x - lr * d);
+    formula.step(param + i, g, momentum_buffer ? momentum_buffer + i : nullptr, load, store);
   };
 
   const auto load_whole = [](const auto* from) { return load(from); };

@@ -172,6 +172,16 @@ inline void store(T* to, vec<accum<T>> value) {
   }
 }
 
+// What is loaded of a value that is stored as T.
+template <typename T>
+inline vec<accum<T>> rounded(vec<accum<T>> value) {
+  if constexpr (sizeof(T) == sizeof(accum<T>)) {
+    return value;
+  } else {
+    return widen(narrow(value, T{}), T{});
+  }
+}
+
 // All bits of the first n lanes.
 template <typename A>
 inline ints<A> first_lanes(int64_t n) {
