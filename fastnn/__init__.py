@@ -14,9 +14,12 @@ PyTorch's, the time is not:
 from fastnn import autograd, functional, nn, optim, reference
 from fastnn._extension import is_available
 from fastnn.fusion import FusionReport, fuse, fusion_report, unfuse
+from fastnn.training import StepReport, TrainStep, train_step
 
 __all__ = [
     "FusionReport",
+    "StepReport",
+    "TrainStep",
     "__version__",
     "autograd",
     "functional",
@@ -26,6 +29,7 @@ __all__ = [
     "nn",
     "optim",
     "reference",
+    "train_step",
     "unfuse",
 ]
 

@@ -93,16 +93,24 @@ def is_zero_tensor(tensor: torch.Tensor) -> bool:
         return False
 
 
+def has_tensor_hooks(tensor: torch.Tensor) -> bool:
+    """Whether the backward calls hooks of a leaf; True where that can't be told."""
+    try:
+        return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+    except AttributeError:
+        return True
+
+
 # ---- optimizers ----------------------------------------------------------------------------------
 
 _global_pre_hooks = _find("torch.optim.optimizer._global_optimizer_pre_hooks", otherwise=True)
 _global_post_hooks = _find("torch.optim.optimizer._global_optimizer_post_hooks", otherwise=True)
 
 
-def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step has hooks or a profiler is on; True where that can't be told."""
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step has hooks; True where that can't be told."""
     try:
-        hooks = (
+        return bool(
             optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
             or _global_pre_hooks
@@ -110,8 +118,12 @@ def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
         )
     except AttributeError:
         return True
+
+
+def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step has hooks or a profiler is on; True where that can't be told."""
     # The compiler can't trace the second question.
-    return True if hooks else not is_compiling() and profiler_enabled()
+    return has_step_hooks(optimizer) or (not is_compiling() and profiler_enabled())
 
 
 # A scheduler replaces its optimizer's step with one that has the mark, and that sets the note by
@@ -171,6 +183,11 @@ def parameters(module: torch.nn.Module) -> dict[str, Any]:
     Tensors in their places, and None, are there too.
     """
     return module._parameters
+
+
+def buffers(module: torch.nn.Module) -> dict[str, Any]:
+    """A module's own buffers; writing to it exchanges them."""
+    return module._buffers
 
 
 def call_methods(kind: type[torch.nn.Module]) -> tuple[Any, ...]:

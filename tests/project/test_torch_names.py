@@ -46,6 +46,7 @@ OF_FORWARD_MODE = {"_current_level"}
 OF_MODULES = {
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_buffers",
     "_call_impl",
     "_compiled_call_impl",
     "_forward_hooks",
@@ -55,7 +56,7 @@ OF_MODULES = {
 }
 OF_OPTIMIZERS = {"_opt_called", "_optimizer_step_post_hooks", "_optimizer_step_pre_hooks"}
 OF_STEPS = {"_wrapped_by_lr_sched"}
-OF_TENSORS = {"_is_zerotensor"}
+OF_TENSORS = {"_backward_hooks", "_is_zerotensor", "_post_accumulate_grad_hooks"}
 OF_TRANSFORMER_LAYERS = {"_ff_block"}
 
 
@@ -235,6 +236,8 @@ def test_without_their_attributes_all_is_taken_to_be_observed():
     assert fastnn._torch.is_step_observed(Bare())
     assert not fastnn._torch.has_scheduler_mark(Bare())
     assert not fastnn._torch.is_zero_tensor(Bare())
+    assert fastnn._torch.has_tensor_hooks(Bare())
+    assert fastnn._torch.has_step_hooks(Bare())
 
 
 def test_without_its_level_forward_mode_is_taken_to_be_on(monkeypatch):
