@@ -49,7 +49,7 @@ build: $(VENV)/.built ## build the extension and its environment
 # exporters, the examples and the build.
 QUICK := $(addprefix ops/test_,operators.py gradients.py accuracy.py errors.py backward_errors.py \
         dispatch.py opcheck.py tensor_classes.py autocast.py) \
-    nn optim transforms/test_transforms.py docs/test_docs.py \
+    nn optim training transforms/test_transforms.py docs/test_docs.py \
     $(addprefix programs/test_,training.py saving.py tools.py) \
     $(addprefix project/test_,torch_names.py package.py makefile.py)
 check: lint build ## the quick lane, for each commit: lint, types, the main tests: 3 minutes

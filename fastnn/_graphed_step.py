@@ -175,8 +175,8 @@ def why_not_captured(program: Program) -> str:
         _why_not_loss(program.loss_fn),
         _why_not_optimizer(program),
         _why_not_modes(),
-        *(_why_not_module(module) for module in program.modules()),
-        *(_why_not_parameter(param) for param in params),
+        *map(_why_not_parameter, params),
+        *map(_why_not_module, program.modules()),
     )
     return next(filter(None, reasons), "")
 

@@ -128,10 +128,17 @@ def _without_autocast(program: Program) -> AbstractContextManager[Any]:
     """As in a loop whose autocast ends before the backward: operators of the backward keep their
     dtypes, and no cast of a parameter outlives the parameter's step."""
     device = program.device_type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not _has_autocast(device):
         return nullcontext()
     torch.clear_autocast_cache()
     return torch.autocast(device, enabled=False)
+
+
+def _has_autocast(device: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device)
+    except RuntimeError:  # there is none for this type of device
+        return False
 
 
 class OrdinaryStep:

@@ -93,6 +93,97 @@ def test_a_graph_reads_the_learning_rate_at_each_replay():
     assert not torch.equal(parameters[0].detach().cpu(), before[0])
 
 
+# ---- train_step, which captures by itself ----
+
+
+def train_step_and_loop(scheduler=None, **options):
+    """The same training by ``train_step`` and by the loop: a function that takes a step of both."""
+    torch.manual_seed(0)
+    models = []
+    for _ in range(2):
+        model = torch.nn.Sequential(
+            fastnn.nn.LinearReLU(20, 33), torch.nn.BatchNorm1d(33), torch.nn.Linear(33, 10)
+        )
+        models.append(model.cuda())
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [fastnn.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
+    schedulers = [scheduler(optimizer) for optimizer in optimizers] if scheduler else []
+    step = fastnn.train_step(models[0], functional.cross_entropy, optimizers[0], **options)
+
+    def train(seed: int, rows: int = 64) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, 20, generator=generator).cuda()
+        target = torch.randint(10, (rows,), generator=generator).cuda()
+        loss = functional.cross_entropy(models[1](x), target)
+        optimizers[1].zero_grad()
+        loss.backward()
+        if norm := options.get("clip_grad_norm"):
+            torch.nn.utils.clip_grad_norm_(models[1].parameters(), norm)
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        torch.testing.assert_close(step(x, target), loss.detach())
+        for one in schedulers:
+            one.step()
+        values = [list(model.state_dict().values()) for model in models]
+        assert_agrees(*values)
+        assert all(parameter.grad is None for parameter in models[0].parameters())
+
+    return step, train, models, optimizers
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.1}], ids=str)
+def test_train_step_replays_the_loop(options):
+    step, train, _, _ = train_step_and_loop(**options)
+    for index in range(10):
+        train(index, rows=64 if index % 5 else 17)
+    assert step.report().way == "CUDA graph", step.report()
+    captures = step._ways[1]._known.values()
+    assert sum(not isinstance(known, int) for known in captures) == 1
+
+
+def test_train_step_follows_a_scheduler():
+    step, train, _, _ = train_step_and_loop(lambda one: torch.optim.lr_scheduler.StepLR(one, 6))
+    for index in range(15):
+        train(index)
+    assert step.report().way == "CUDA graph", step.report()
+
+
+def test_train_step_sees_what_changes_after_a_capture():
+    step, train, models, optimizers = train_step_and_loop()
+    for index in range(5):
+        train(index)
+    for optimizer in optimizers:
+        optimizer.load_state_dict(optimizer.state_dict())  # other tensors
+    train(5)
+    for model in models:
+        model[0].weight.data = model[0].weight.data * 0.5
+    train(6)
+    for model in models:
+        model.eval()
+    train(7)
+    seen = []
+    models[0][0].register_forward_hook(lambda *_: seen.append(1))
+    train(8)
+    assert seen == [1]
+    assert step.report().way == "ordinary"
+
+
+def test_train_step_leaves_what_can_t_be_captured():
+    class Waits(torch.nn.ReLU):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    Waits.__module__ = torch.nn.ReLU.__module__  # as if PyTorch had such a module
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), Waits()).cuda()
+    optimizer = fastnn.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = fastnn.train_step(model, functional.cross_entropy, optimizer)
+    x, target = torch.randn(8, 4).cuda(), (torch.arange(8) % 3).cuda()
+    losses = [step(x, target).item() for _ in range(8)]
+    assert sorted(losses, reverse=True) == losses
+    assert step.report().reasons["CUDA graph"].startswith("its capture failed")
+
+
 def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
     loss = functional.cross_entropy(logits, target)
     return [loss, *torch.autograd.grad(loss, logits)]

@@ -40,6 +40,7 @@ from support.small_training import (
     OPTIONS,
     SIZES,
     STEPS,
+    batch,
     expected_outcome,
     make_model,
     make_optimizer,
@@ -119,6 +120,50 @@ def test_distributed_data_parallel_with_a_layer_that_is_not_used(tmp_path):
     for results, untouched in processes.run_ranks(tmp_path, RANKS, train_with_idle_layer):
         assert_as_in_one_process(results)
         assert untouched
+
+
+# --- train_step -----------------------------------------------------------------------------------
+
+
+def train_replicated_by_train_step(rank: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    model = DistributedDataParallel(make_model(), **options)
+    optimizer = make_optimizer(model.parameters())
+    step = fastnn.train_step(model, fastnn.nn.CrossEntropyLoss(), optimizer)
+    for index in range(STEPS):
+        step(*(tensor[rows_of(rank)] for tensor in batch(index)))
+    return outcome(model.module, optimizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}], ids=str)
+def test_train_step_over_distributed_data_parallel(tmp_path, options):
+    for results in processes.run_ranks(tmp_path, RANKS, train_replicated_by_train_step, options):
+        assert_as_in_one_process(results)
+
+
+def accumulate_replicated(rank: int, by_hand: bool, options: dict[str, Any]) -> dict[str, Tensor]:
+    model = DistributedDataParallel(make_model(), **options)
+    optimizer, loss_fn = make_optimizer(model.parameters()), fastnn.nn.CrossEntropyLoss()
+    step = fastnn.train_step(model, loss_fn, optimizer, accumulate=2)
+    for index in range(STEPS):
+        input, target = (tensor[rows_of(rank)] for tensor in batch(index))
+        if not by_hand:
+            step(input, target)
+            continue
+        (loss_fn(model(input), target) / 2).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return outcome(model.module, optimizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}], ids=str)
+def test_train_step_accumulates_over_distributed_data_parallel(tmp_path, options):
+    runs = []
+    for by_hand in (False, True):
+        folder = tmp_path / str(by_hand)
+        folder.mkdir()
+        runs.append(processes.run_ranks(folder, RANKS, accumulate_replicated, by_hand, options))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
 # --- a sharded optimizer --------------------------------------------------------------------------

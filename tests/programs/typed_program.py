@@ -51,3 +51,13 @@ assert_type(fastnn.fuse(torch.nn.Sequential()), torch.nn.Sequential)
 assert_type(fastnn.unfuse(fastnn.nn.LinearReLU(8, 4)), torch.nn.Module)
 assert_type(fastnn.fusion_report(Model()).left[0].reason, str)
 assert_type(fastnn.is_available(), bool)
+
+# --- training -------------------------------------------------------------------------------------
+
+step = fastnn.train_step(Model(), fastnn.nn.CrossEntropyLoss(), optimizer, accumulate=2)
+assert_type(step, fastnn.TrainStep)
+assert_type(fastnn.train_step(Model(), cross_entropy, stock, clip_grad_norm=1.0)(x, target), Tensor)
+assert_type(step(x, target), Tensor)
+assert_type(step((x, x), {"labels": target}), Tensor)
+assert_type(step.report().reasons["fused"], str)
+step.flush()

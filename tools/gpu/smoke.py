@@ -9,6 +9,7 @@ The tests of the whole suite ask more, and take longer to say so.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ class Smoke:
                 yield f"{name} {tuple(shape)}", lambda s=shape, c=call: self.rows(c, s, dtype)
         for options in ({}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}):
             yield f"SGD {options}", lambda o=options: self.sgd(o, dtype)
+            yield f"train_step {options}", lambda o=options: self.train_step(o, dtype)
 
     def linear_relu(self, shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> str:
         with environment("FASTNN_CUDA_GEMM", kind):
@@ -203,6 +205,38 @@ class Smoke:
         error = _error(*(torch.cat([one.detach() for one in list]) for list in (params, exact)))
         assert error <= TOLERANCES[dtype], f"{error:.1e}"
         return f"{error:.1e}"
+
+    def train_step(self, options: dict, dtype: torch.dtype) -> str:
+        """Beside the loop, through two learning rates and a batch of another size."""
+        model = torch.nn.Sequential(
+            fastnn.nn.LinearReLU(65, 31), torch.nn.BatchNorm1d(31), torch.nn.Linear(31, 10)
+        ).to(self.device, dtype)
+        models = [model, copy.deepcopy(model)]
+        ours, theirs = (fastnn.optim.SGD(one.parameters(), lr=0.01, **options) for one in models)
+        schedulers = [torch.optim.lr_scheduler.StepLR(one, 8) for one in (ours, theirs)]
+        step = fastnn.train_step(models[0], functional.cross_entropy, ours, clip_grad_norm=1.0)
+        losses: list[list[Tensor]] = [[], []]
+        for index in range(16):
+            rows = 17 if index % 8 == 7 else 64
+            input = self.normal(rows, 65, dtype=dtype)
+            (target,) = self.targets((rows, 10), dtype)
+            losses[0].append(step(input, target))
+            loss = functional.cross_entropy(models[1](input), target)
+            theirs.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
+            theirs.step()
+            losses[1].append(loss.detach())
+            for scheduler in schedulers:
+                scheduler.step()
+        way = step.report().way
+        assert self.device == "cpu" or way == "CUDA graph", step.report()
+        flat = [torch.cat([p.detach().flatten() for p in one.parameters()]) for one in models]
+        pairs = (flat, map(torch.stack, losses))
+        error = max(_error(*pair) for pair in pairs)
+        # Both round alike, but that the library may choose another product in a graph.
+        assert error <= 16 * TOLERANCES[dtype], f"{error:.1e}"
+        return f"{error:.1e} by the {way} way"
 
 
 def _no_target(*_: object) -> tuple[()]:
