@@ -4,9 +4,10 @@
     python examples/mnist.py --data DIR          the full MNIST, from its four IDX files
     python examples/mnist.py --help              all flags
 
-The network is the multilayer perceptron 784-128-64-10. Both backends start from the same weights
-and see the same batches in the same order, so that their losses agree up to rounding and only the
-time differs.
+The network is the multilayer perceptron 784-128-64-10. It is trained with fastnn in the ordinary
+loop, with fastnn in one call a step (fastnn.train_step), and with stock PyTorch. All start from the
+same weights and see the same batches in the same order, so that their losses agree up to rounding
+and only the time differs.
 """
 
 from __future__ import annotations
@@ -31,8 +32,15 @@ BUNDLED_TEST_IMAGES = 1_500
 # The bundled digits are split the same way whatever --seed is: a seed changes the training only.
 SPLIT_SEED = 0
 WARM_UP_STEPS = 20
-LABELS = {"fastnn": "fastnn", "torch": "PyTorch"}
-COLORS = {"fastnn": "#d1495b", "torch": "#30638e"}
+LABELS = {"fastnn": "fastnn", "train_step": "train_step", "torch": "PyTorch"}
+COLORS = {"fastnn": "#d1495b", "train_step": "#edae49", "torch": "#30638e"}
+# The curves coincide up to rounding: PyTorch's goes below as a broad band and fastnn's on top as
+# thin lines, so that all can be seen.
+LINES = {
+    "torch": {"linewidth": 5, "alpha": 0.4},
+    "train_step": {"linewidth": 2.2},
+    "fastnn": {"linewidth": 1.3, "linestyle": "--"},
+}
 
 
 class DemoError(Exception):
@@ -49,7 +57,7 @@ class Options:
     batch_size: int = 64
     seed: int = 0
     loss: str = "nll"
-    backend: str = "both"
+    backend: str = "all"
     threads: int | None = None
     data: Path | None = None
     plot: Path | None = None
@@ -57,7 +65,7 @@ class Options:
     @property
     def backends(self) -> tuple[str, ...]:
         """The backends to train, in the order in which they are reported."""
-        return ("fastnn", "torch") if self.backend == "both" else (self.backend,)
+        return tuple(LABELS) if self.backend == "all" else (self.backend,)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,20 @@ class Learner:
         loss.backward()
         self.optimizer.step()
         return loss.item()
+
+
+@dataclass
+class OneCallLearner(Learner):
+    """The same, but that a training step is one call."""
+
+    def __post_init__(self) -> None:
+        import fastnn
+
+        self.train_step = fastnn.train_step(self.model, self.criterion, self.optimizer)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Take one training step on a batch and return its loss."""
+        return self.train_step(images, labels).item()
 
 
 @dataclass(frozen=True)
@@ -184,7 +206,16 @@ def build_fastnn(options: Options) -> Learner:
     return Learner(model, criterion, optimizer)
 
 
-BUILDERS: dict[str, Callable[[Options], Learner]] = {"fastnn": build_fastnn, "torch": build_torch}
+def build_train_step(options: Options) -> Learner:
+    """Build fastnn's classifier with a training step in one call."""
+    return OneCallLearner(**vars(build_fastnn(options)))
+
+
+BUILDERS: dict[str, Callable[[Options], Learner]] = {
+    "fastnn": build_fastnn,
+    "train_step": build_train_step,
+    "torch": build_torch,
+}
 
 
 def build(backend: str, options: Options) -> Learner:
@@ -201,7 +232,7 @@ def check_same_weights(first: nn.Module, second: nn.Module) -> None:
     """
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
-        raise DemoError("The two backends start from different weights, so they don't compare.")
+        raise DemoError("The backends start from different weights, so they don't compare.")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -228,7 +259,7 @@ def evaluate(model: nn.Module, digits: Digits) -> float:
 
 
 def epoch_order(backends: Sequence[str], epoch: int) -> list[str]:
-    """Return which backend trains first in an epoch: they take turns, so that noise hits both."""
+    """Return which backend trains first in an epoch: they take turns, so that noise hits all."""
     return list(backends) if epoch % 2 == 0 else list(reversed(backends))
 
 
@@ -246,7 +277,8 @@ def train(options: Options, training: Digits, test: Digits) -> list[Run]:
     """Train every backend asked for, epoch by epoch in turns, and return their results."""
     learners = {backend: build(backend, options) for backend in options.backends}
     models = [learner.model for learner in learners.values()]
-    check_same_weights(models[0], models[-1])
+    for model in models[1:]:
+        check_same_weights(models[0], model)
     for backend in learners:
         warm_up(backend, options, training)
 
@@ -255,10 +287,10 @@ def train(options: Options, training: Digits, test: Digits) -> list[Run]:
     steps = math.ceil(len(training) / options.batch_size)
     bar = progress_bar(steps * options.epochs * len(learners))
     for epoch in range(options.epochs):
-        # Shuffled once for both backends: the same batches, and no copying on the clock.
+        # Shuffled once for all backends: the same batches, and no copying on the clock.
         shuffled = training[torch.randperm(len(training), generator=generator)]
         for backend in epoch_order(options.backends, epoch):
-            bar.set_description(f"{LABELS[backend]:7} epoch {epoch + 1}/{options.epochs}")
+            bar.set_description(f"{LABELS[backend]:10} epoch {epoch + 1}/{options.epochs}")
             learner, run = learners[backend], runs[backend]
             losses, seconds = train_epoch(learner, shuffled, options.batch_size, bar)
             accuracy = evaluate(learner.model, test)
@@ -300,7 +332,7 @@ def describe_setup(options: Options, training: Digits, test: Digits) -> str:
     threads = torch.get_num_threads()
     source = "bundled digits" if options.data is None else str(options.data)
     parts = [f"torch {torch.__version__}", f"{threads} thread{'s' if threads > 1 else ''}"]
-    if "fastnn" in options.backends:
+    if needs_fastnn(options):
         parts.append(describe_fastnn())
     return (
         f"{', '.join(parts)}\n"
@@ -308,6 +340,11 @@ def describe_setup(options: Options, training: Digits, test: Digits) -> str:
         f"MLP 784-128-64-10, {options.loss} loss, batch {options.batch_size}, SGD lr {options.lr}, "
         f"momentum {options.momentum}, seed {options.seed}"
     )
+
+
+def needs_fastnn(options: Options) -> bool:
+    """Return whether a backend to be trained is fastnn's."""
+    return options.backends != ("torch",)
 
 
 def describe_fastnn() -> str:
@@ -335,8 +372,8 @@ def loss_difference(first: Run, second: Run) -> float:
 
 def format_table(runs: Sequence[Run]) -> str:
     """Return the results per epoch, the backends side by side, then the comparison."""
-    width = 10 * len(runs)
-    names = "".join(f"{LABELS[run.backend]:>10}" for run in runs)
+    width = 11 * len(runs)
+    names = "".join(f"{LABELS[run.backend]:>11}" for run in runs)
     lines = [
         f"{'':5}"
         + "".join(f"   {title:>{width}}" for title in ("train loss", "test acc", "seconds")),
@@ -344,24 +381,26 @@ def format_table(runs: Sequence[Run]) -> str:
     ]
     for number, epochs in enumerate(zip(*(run.epochs for run in runs), strict=True), start=1):
         losses = "".join(_format_loss(epoch.loss) for epoch in epochs)
-        accuracies = "".join(f"{epoch.accuracy:10.4f}" for epoch in epochs)
-        seconds = "".join(f"{epoch.seconds:10.3f}" for epoch in epochs)
+        accuracies = "".join(f"{epoch.accuracy:11.4f}" for epoch in epochs)
+        seconds = "".join(f"{epoch.seconds:11.3f}" for epoch in epochs)
         lines.append(f"{number:5}   {losses}   {accuracies}   {seconds}")
-    totals = "".join(f"{run.seconds:10.3f}" for run in runs)
+    totals = "".join(f"{run.seconds:11.3f}" for run in runs)
     lines.append(f"total{'':{2 * (width + 3)}}   {totals}")
-    if len(runs) == 2:
-        fused, stock = runs
+    *ours, stock = runs
+    lines += [""] if ours else []
+    for run in ours:
+        name, ratio = LABELS[run.backend], time_ratio(run, stock)
+        difference = loss_difference(run, stock)
         lines += [
-            "",
-            f"PyTorch's time / fastnn's time: {time_ratio(fused, stock):.2f}",
-            f"largest difference of the epoch losses: {loss_difference(fused, stock):.1e}",
+            f"PyTorch's time / {name}'s time: {ratio:.2f}",
+            f"largest difference of the epoch losses: {difference:.1e}",
         ]
     return "\n".join(lines)
 
 
 def _format_loss(loss: float) -> str:
     # A run that diverges ends in losses of any size: they too must fit their column.
-    return f"{loss:10.4f}" if loss < 1e4 else f"{loss:10.1e}"
+    return f"{loss:11.4f}" if loss < 1e4 else f"{loss:11.1e}"
 
 
 def smooth(losses: Sequence[float], window: int) -> np.ndarray:
@@ -387,15 +426,13 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
 
 
 def _draw_losses(axes, runs: Sequence[Run]) -> None:
-    # The curves coincide up to rounding: the last one, PyTorch's, goes below as a broad band and
-    # fastnn's on top as a thin line, so that both can be seen.
     for run in reversed(runs):
         per_epoch = len(run.batch_losses) // len(run.epochs)
         window = max(1, per_epoch // 20)
         curve = smooth(run.batch_losses, window)
         position = (np.arange(len(curve)) + window) / per_epoch
-        style = {"linewidth": 5, "alpha": 0.4} if run is not runs[0] else {"linewidth": 1.3}
-        axes.plot(position, curve, color=COLORS[run.backend], label=LABELS[run.backend], **style)
+        color, label = COLORS[run.backend], LABELS[run.backend]
+        axes.plot(position, curve, color=color, label=label, **LINES[run.backend])
     axes.set(title="Training loss", xlabel="epoch", ylabel=f"loss (mean of {window} batches)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -409,18 +446,17 @@ def _draw_times(axes, runs: Sequence[Run]) -> None:
         offset = (index - (len(runs) - 1) / 2) * width
         seconds = [epoch.seconds for epoch in run.epochs]
         label = f"{LABELS[run.backend]}: {run.seconds:.2f} s in all"
+        if run is not runs[-1]:
+            label += f", {time_ratio(run, runs[-1]):.2f}x as fast"
         axes.bar(numbers + offset, seconds, width, color=COLORS[run.backend], label=label)
     # Whole epochs only, also where there is but one.
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_xlim(0.4, len(numbers) + 0.6)
-    title = "Training time per epoch"
-    if len(runs) == 2:
-        title += f" (PyTorch / fastnn: {time_ratio(*runs):.2f})"
-    axes.set(title=title, xlabel="epoch", ylabel="seconds")
+    axes.set(title="Training time per epoch", xlabel="epoch", ylabel="seconds")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.margins(y=0.25)  # room for the legend above the bars
-    axes.legend(loc="upper center", ncols=len(runs))
+    axes.margins(y=0.35)  # room for the legend above the bars
+    axes.legend(loc="upper center", ncols=min(len(runs), 2))
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -492,9 +528,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
     add(
         "--backend",
-        choices=["fastnn", "torch", "both"],
+        choices=[*LABELS, "all"],
         default=default.backend,
-        help="what to train with",
+        help="what to train with; train_step: fastnn, a training step in one call",
     )
     add(
         "--threads",
@@ -532,7 +568,7 @@ def require_fastnn() -> None:
 
 def run_demo(options: Options) -> list[Run]:
     """Train as the options say, print the comparison and draw the plot."""
-    if "fastnn" in options.backends:
+    if needs_fastnn(options):
         require_fastnn()
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -7,6 +7,9 @@
 # of what fastnn computes in one piece: lines `m*x + b`, clipped at zero.
 
 # %%
+import copy
+
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from torch import nn
@@ -118,3 +121,18 @@ fused = fastnn.fuse(stock)
 train(fused, steps=500, lr=0.01)
 print(fused)
 print("the same numbers:", torch.allclose(fused(x), stock(x)))
+
+# %% [markdown]
+# ## In one call
+#
+# `train_step` makes one call of the lines in the loop: forward, loss, backward and update. The
+# losses are the loop's, and so are the parameters and the optimizer's state: either may go on where
+# the other stopped.
+
+# %%
+model = nn.Sequential(fastnn.nn.LinearReLU(1, 50), nn.Linear(50, 1))
+twin = copy.deepcopy(model)
+optimizer = fastnn.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+step = fastnn.train_step(model, mse_loss, optimizer)
+losses = [step(x, y).item() for _ in range(500)]
+print("the loop's losses:", np.allclose(losses, train(twin, steps=500, lr=0.01)))

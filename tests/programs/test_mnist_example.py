@@ -92,7 +92,7 @@ def write_mnist(folder: Path, suffix: str = ".gz") -> Path:
 # ---- the whole demo ------------------------------------------------------------------------------
 
 
-def test_script_trains_both_backends_and_draws(tmp_path):
+def test_script_trains_all_backends_and_draws(tmp_path):
     result = run_script("--epochs", "1", "--threads", "1", "--plot", "out.png", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"torch {torch.__version__}, 1 thread," in result.stdout
@@ -100,25 +100,27 @@ def test_script_trains_both_backends_and_draws(tmp_path):
     kernels = f"{instruction_set} kernels" if fastnn.is_available() else "plain PyTorch"
     assert f"fastnn {fastnn.__version__} ({kernels}" in result.stdout
     assert "8,500 training and 1,500 test images" in result.stdout
-    row = re.search(r"^ +1((?: +[\d.]+){6})$", result.stdout, re.MULTILINE)
+    row = re.search(r"^ +1((?: +[\d.]+){9})$", result.stdout, re.MULTILINE)
     assert row, result.stdout
-    ours, theirs, our_accuracy, their_accuracy, our_seconds, their_seconds = map(
-        float, row[1].split()
-    )
+    numbers = [float(number) for number in row[1].split()]
+    losses, accuracies, seconds = numbers[:3], numbers[3:6], numbers[6:]
     # Below the loss of a uniform guess: it learned something in its one epoch.
-    assert 0 < ours < math.log(10)
-    assert abs(ours - theirs) <= EPOCH_TOLERANCE + 1e-4  # the table shows four digits
-    assert our_accuracy == pytest.approx(their_accuracy, abs=0.01)
-    assert our_accuracy > 0.15  # a guess gets 0.1; one epoch at the default lr gets 0.29
-    total = re.search(r"^total +([\d.]+) +([\d.]+)$", result.stdout, re.MULTILINE)
+    assert 0 < losses[0] < math.log(10)
+    assert losses == pytest.approx(
+        [losses[-1]] * 3, abs=EPOCH_TOLERANCE + 1e-4
+    )  # the table shows four digits
+    assert accuracies == pytest.approx([accuracies[-1]] * 3, abs=0.01)
+    assert accuracies[0] > 0.15  # a guess gets 0.1; one epoch at the default lr gets 0.29
+    total = re.search(r"^total((?: +[\d.]+){3})$", result.stdout, re.MULTILINE)
     assert total, result.stdout
-    assert [float(total[1]), float(total[2])] == [our_seconds, their_seconds]
-    ratio = re.search(r"PyTorch's time / fastnn's time: ([\d.]+)", result.stdout)
-    assert ratio, result.stdout
-    assert float(ratio[1]) == pytest.approx(their_seconds / our_seconds, rel=0.1)  # few digits
-    difference = re.search(r"largest difference of the epoch losses: (\S+)", result.stdout)
-    assert difference, result.stdout
-    assert float(difference[1]) <= EPOCH_TOLERANCE
+    assert [float(number) for number in total[1].split()] == seconds
+    for name, ours in (("fastnn", seconds[0]), ("train_step", seconds[1])):
+        ratio = re.search(rf"PyTorch's time / {name}'s time: ([\d.]+)", result.stdout)
+        assert ratio, result.stdout
+        assert float(ratio[1]) == pytest.approx(seconds[2] / ours, rel=0.1)  # few digits
+    differences = re.findall(r"largest difference of the epoch losses: (\S+)", result.stdout)
+    assert len(differences) == 2, result.stdout
+    assert max(map(float, differences)) <= EPOCH_TOLERANCE
     assert "Plot: out.png" in result.stdout
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "batch/s" not in result.stderr  # no progress bar where stderr is no terminal
@@ -133,11 +135,12 @@ FAST = [{"lr": 0.03}, {"momentum": 0.9}]
 def test_losses_agree_step_by_step(bundled, loss, fast):
     training, test = bundled
     few = training[torch.arange(670)]  # eleven batches, the last one of 30
-    ours, theirs = mnist.train(mnist.Options(epochs=2, loss=loss, **fast), few, test)
-    assert (ours.backend, theirs.backend) == ("fastnn", "torch")
-    assert len(ours.batch_losses) == len(theirs.batch_losses) == 22
-    difference = np.abs(np.subtract(ours.batch_losses, theirs.batch_losses))
-    assert difference.max() <= STEP_TOLERANCE
+    runs = mnist.train(mnist.Options(epochs=2, loss=loss, **fast), few, test)
+    assert [run.backend for run in runs] == ["fastnn", "train_step", "torch"]
+    assert [len(run.batch_losses) for run in runs] == [22, 22, 22]
+    for run in runs[:-1]:
+        difference = np.abs(np.subtract(run.batch_losses, runs[-1].batch_losses))
+        assert difference.max() <= STEP_TOLERANCE
 
 
 @pytest.mark.parametrize("loss", ["nll", "cross_entropy"])
@@ -151,7 +154,8 @@ def test_losses_fall(bundled, loss, fast):
         assert second.loss < first.loss - 0.3
         assert second.accuracy > 0.7
         assert min(first.seconds, second.seconds) > 0
-    assert mnist.loss_difference(*runs) <= FAST_EPOCH_TOLERANCE
+    for run in runs[:-1]:
+        assert mnist.loss_difference(run, runs[-1]) <= FAST_EPOCH_TOLERANCE
 
 
 def test_both_loss_flags_train_alike(bundled):
@@ -179,6 +183,14 @@ def test_fastnn_backend_is_built_from_fastnn():
     assert type(learner.criterion) is fastnn.nn.NLLLoss
     assert type(learner.optimizer) is fastnn.optim.SGD
     assert (learner.optimizer.defaults["lr"], learner.optimizer.defaults["momentum"]) == (0.01, 0.9)
+
+
+def test_train_step_backend_is_fastnn_s_in_one_call():
+    one, loop = (mnist.build(backend, mnist.Options()) for backend in ("train_step", "fastnn"))
+    mnist.check_same_weights(one.model, loop.model)
+    assert isinstance(one.train_step, fastnn.TrainStep)
+    assert type(one.criterion) is type(loop.criterion)
+    assert type(one.optimizer) is type(loop.optimizer)
 
 
 def test_same_seed_same_run_other_seed_other_run(bundled):
@@ -289,11 +301,13 @@ def test_backends_take_turns_and_see_the_same_batches(bundled, monkeypatch):
     monkeypatch.setattr(mnist, "train_epoch", record)
     mnist.train(mnist.Options(epochs=3), *bundled)
     ours, theirs = fastnn.optim.SGD, torch.optim.SGD
-    assert [kind for kind, _ in seen] == [ours, theirs, theirs, ours, ours, theirs]
+    turn = [ours, ours, theirs]
+    assert [kind for kind, _ in seen] == [*turn, *reversed(turn), *turn]
     orders = [labels for _, labels in seen]
     for epoch in range(3):
-        assert torch.equal(orders[2 * epoch], orders[2 * epoch + 1])
-    assert not torch.equal(orders[0], orders[2])  # shuffled anew in each epoch
+        first, *others = orders[3 * epoch : 3 * epoch + 3]
+        assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(orders[0], orders[3])  # shuffled anew in each epoch
 
 
 def test_accuracy():
@@ -310,16 +324,25 @@ def make_run(backend: str, losses: list[float], seconds: float) -> mnist.Run:
     return mnist.Run(backend, epochs, batch_losses=[losses[0]] * 10 * len(losses))
 
 
-def test_table_of_two_backends():
-    runs = [make_run("fastnn", [2.0, 1.0], 0.5), make_run("torch", [2.0, 1.25], 1.0)]
+def test_table_of_all_backends():
+    runs = [
+        make_run("fastnn", [2.0, 1.0], 0.5),
+        make_run("train_step", [2.0, 1.125], 0.4),
+        make_run("torch", [2.0, 1.25], 1.0),
+    ]
     lines = mnist.format_table(runs).splitlines()
-    assert lines[1].split() == ["epoch", *["fastnn", "PyTorch"] * 3]
-    assert lines[2].split() == ["1", "2.0000", "2.0000", "0.5000", "0.5000", "0.500", "1.000"]
-    assert lines[3].split() == ["2", "1.0000", "1.2500", "0.5000", "0.5000", "0.500", "1.000"]
-    assert lines[4].split() == ["total", "1.000", "2.000"]
+    assert lines[1].split() == ["epoch", *["fastnn", "train_step", "PyTorch"] * 3]
+    others = [*["0.5000"] * 3, "0.500", "0.400", "1.000"]
+    assert lines[2].split() == ["1", "2.0000", "2.0000", "2.0000", *others]
+    assert lines[3].split() == ["2", "1.0000", "1.1250", "1.2500", *others]
+    assert lines[4].split() == ["total", "1.000", "0.800", "2.000"]
     assert len({len(line) for line in lines[:5]}) == 1  # the columns line up
-    assert lines[-2] == "PyTorch's time / fastnn's time: 2.00"
-    assert lines[-1] == "largest difference of the epoch losses: 2.5e-01"
+    assert lines[-4:] == [
+        "PyTorch's time / fastnn's time: 2.00",
+        "largest difference of the epoch losses: 2.5e-01",
+        "PyTorch's time / train_step's time: 2.50",
+        "largest difference of the epoch losses: 1.2e-01",
+    ]
 
 
 def test_table_of_one_backend_compares_nothing():
@@ -341,7 +364,7 @@ def test_a_nan_loss_is_not_hidden_from_the_difference():
     assert math.isnan(mnist.loss_difference(diverged, make_run("torch", [1.0, 1.0, 3.0], 1.0)))
 
 
-@pytest.mark.parametrize("backends", [("fastnn", "torch"), ("torch",)])
+@pytest.mark.parametrize("backends", [tuple(mnist.LABELS), ("torch",)])
 def test_plot_shows_curves_and_bars(tmp_path, backends, monkeypatch):
     from matplotlib import pyplot as plt
 
@@ -618,7 +641,7 @@ def test_defaults():
         batch_size=64,
         seed=0,
         loss="nll",
-        backend="both",
+        backend="all",
         threads=None,
         data=None,
         plot=None,

@@ -66,6 +66,7 @@ def test_the_script_fits():
     # Two lines can't follow the bend; many follow it, and the noise a little.
     assert many < quadratic < two < 2
     assert "the same numbers: True" in process.stdout
+    assert "the loop's losses: True" in process.stdout
 
 
 def test_the_committed_notebook_is_the_script_s():
