@@ -62,7 +62,7 @@ def linears_run_by(container: Module) -> list[tuple[str, Module, str]]:
         if not isinstance(linear, Linear):
             return []
         return [(block.linear, linear, _why_apart(linear, follower))]
-    row = _row(container) if _runs_a_row(kind) else ()
+    row = row_of(container) if runs_a_row(kind) else ()
     return [(path, module, _why_left(module)) for path, module in row if isinstance(module, Linear)]
 
 
@@ -81,20 +81,20 @@ def can_be_fused(container: Module) -> bool:
     )
 
 
-def _row(sequential: Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def row_of(sequential: Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Paths and modules that a Sequential runs in a row, with those of Sequentials inside of it."""
     for name, module in _torch.submodules(sequential).items():
         if (
             isinstance(module, Sequential)
-            and _runs_a_row(type(module))
+            and runs_a_row(type(module))
             and not _torch.is_observed(module)
         ):
-            yield from _row(module, f"{prefix}{name}.")
+            yield from row_of(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module
 
 
-def _runs_a_row(kind: type) -> bool:
+def runs_a_row(kind: type) -> bool:
     """Whether a class calls its children one after another, as nn.Sequential does."""
     return (
         issubclass(kind, Sequential)
@@ -138,6 +138,11 @@ def _why_left(linear: Module) -> str:
     """Why a Linear can't be run by our operator now; empty where it can."""
     if type(linear) is not Linear:
         return "a subclass of Linear, whose forward may be its own"
+    return why_not_plain(linear)
+
+
+def why_not_plain(linear: Module) -> str:
+    """Why a Linear is more than its weight and bias now; empty where it is not."""
     if _torch.is_observed(linear):
         return "hooks or a forward of its own on it"
     parameters, own = _torch.parameters(linear), vars(linear)
@@ -185,7 +190,7 @@ def run_row(self: Sequential, input: Any) -> Any:
         return Sequential.forward(self, input)
     chain: list[Linear] = []
     activations: list[str | None] = []
-    for _, module in _row(self):
+    for _, module in row_of(self):
         kind = type(module)
         if kind is Linear and not _why_left(module):
             chain.append(module)
@@ -269,7 +274,7 @@ def _new(stock: type) -> Module:
 def fused_class(stock: type) -> type:
     """The class that runs a container's layers by our operators; other classes as they are."""
     block = _block_of(stock)
-    return _fused_class(stock, block) if block or _runs_a_row(stock) else stock
+    return _fused_class(stock, block) if block or runs_a_row(stock) else stock
 
 
 @functools.cache

@@ -1,10 +1,76 @@
-"""A training step in one call of the extension."""
+"""A training step in one call of the extension: a chain of linear layers, cross entropy and SGD."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-from fastnn._step import Batch, Program
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import (
+    CrossEntropyLoss,
+    Dropout,
+    Flatten,
+    Identity,
+    Linear,
+    LogSoftmax,
+    Module,
+    NLLLoss,
+    ReLU,
+)
+
+from fastnn import _containers, _torch, functional, nn
+from fastnn._extension import extension
+from fastnn._step import Batch, Program, has_autocast, note_scheduled_step, note_update
+from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE
+from fastnn.optim import SGD
+from fastnn.optim._hooks import has_replaced_step
+
+_LINEARS = {Linear: False, nn.Linear: False, nn.LinearReLU: True}  # whether a ReLU is part of it
+_LOG_SOFTMAXES = (LogSoftmax, nn.LogSoftmax)
+_CROSS_ENTROPIES: tuple[Any, ...] = (
+    *(CrossEntropyLoss, nn.CrossEntropyLoss),
+    *(F.cross_entropy, functional.cross_entropy),
+)
+_NLL_LOSSES: tuple[Any, ...] = (NLLLoss, nn.NLLLoss, F.nll_loss, functional.nll_loss)
+
+
+class _CannotFuse(Exception):
+    """Says why a step is left to the loop."""
+
+
+class _Chain(NamedTuple):
+    """What a model does.
+
+    Args:
+        params: each layer's weight and bias; the latter may be None.
+        relu: whether a ReLU follows, for each layer.
+        flattens: whether the input is made a matrix first.
+        has_log_softmax: whether the last layer's output goes through one.
+    """
+
+    params: list[Tensor | None]
+    relu: list[bool]
+    flattens: bool
+    has_log_softmax: bool
+
+
+class _Plan(NamedTuple):
+    """A call, but for its batch.
+
+    Args:
+        chain: what the model does.
+        groups: each parameter's group in the optimizer; None where it is frozen or missing.
+        loss: the options of cross_entropy.
+        takes_probabilities: whether the targets may be class probabilities.
+    """
+
+    chain: _Chain
+    groups: list[dict[str, Any] | None]
+    loss: dict[str, Any]
+    takes_probabilities: bool
 
 
 class FusedStep:
@@ -12,14 +78,196 @@ class FusedStep:
 
     name = "fused"
 
+    def __init__(self) -> None:
+        self._step: Any = None if extension is None else extension.MLPStep()
+        self._plan: _Plan  # of the program that has last been looked at
+
     def why_not(self, program: Program) -> str:
         """Why no call can be fused."""
-        return "this version of fastnn fuses no whole step"
+        try:
+            self._plan = _plan(program)
+        except _CannotFuse as reason:
+            return str(reason)
+        return ""
 
     def why_not_batch(self, program: Program, batch: Batch) -> str:
         """Why this batch can't."""
-        return ""
+        chain, input, target = self._plan.chain, *batch
+        for name, value in (("input", input), ("target", target)):
+            if type(value) not in PLAIN:
+                return f"the {name} is no plain tensor but {type(value).__name__}"
+        if input.dim() != 2 and not chain.flattens:
+            return "the input is no matrix"
+        if target.is_floating_point() and not self._plan.takes_probabilities:
+            return "the target is no class index"
+        return extension.MLPStep.why_not_batch(input, target, chain.params[0])
 
     def run(self, program: Program, batch: Batch) -> Tensor:
         """Runs a call."""
-        raise NotImplementedError
+        plan, (input, target) = self._plan, batch
+        loss = self._step.run(
+            input.flatten(1) if plan.chain.flattens else input,
+            target,
+            params=plan.chain.params,
+            relu=plan.chain.relu,
+            groups=plan.groups,
+            state=program.optimizer.state,
+            **plan.loss,
+        )
+        program.optimizer.zero_grad()
+        note_scheduled_step(program)
+        note_update(program)
+        return loss
+
+
+def _plan(program: Program) -> _Plan:
+    _check_setting(program)
+    chain = _chain_of(program.model)
+    return _Plan(
+        chain,
+        _groups_of(program.optimizer, chain.params),
+        *_loss_options(program.loss_fn, chain),
+    )
+
+
+def _refuse(why: str) -> None:
+    if why:
+        raise _CannotFuse(why)
+
+
+def _check_setting(program: Program) -> None:
+    if extension is None:
+        raise _CannotFuse("the extension is not there")
+    if program.accumulate > 1:
+        raise _CannotFuse("gradients are accumulated")
+    if program.clip_grad_norm is not None:
+        raise _CannotFuse("gradients are clipped")
+    if is_compiling() or _torch.tracing_state() is not None:
+        raise _CannotFuse("it is being compiled or traced")
+    _refuse(_containers.why_all_apart())
+    if torch.is_anomaly_enabled():
+        raise _CannotFuse("anomalies are looked for")
+    if has_autocast("cpu"):
+        raise _CannotFuse("under autocast")
+    if _torch.in_forward_mode() or _torch.running_transform() is not None:
+        raise _CannotFuse("it is being transformed")
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def _chain_of(model: Module) -> _Chain:
+    params: list[Tensor | None] = []
+    relu: list[bool] = []
+    flattens = has_log_softmax = False
+    for module in _modules_in_a_row(model):
+        kind = type(module)
+        if has_log_softmax:
+            raise _CannotFuse(f"{kind.__name__} follows the log-softmax")
+        if kind in _LINEARS:
+            _refuse(_containers.why_not_plain(module))
+            own = _torch.parameters(module)
+            params += (own["weight"], own["bias"])
+            relu.append(_LINEARS[kind])
+        elif _torch.is_observed(module):
+            raise _CannotFuse(f"hooks or a forward of its own on {kind.__name__}")
+        elif kind is ReLU and relu:
+            relu[-1] = True
+        elif kind is Flatten and not relu and _flattens_all(module):
+            flattens = True
+        elif kind in _LOG_SOFTMAXES and relu and module.dim in (1, -1):
+            has_log_softmax = True
+        elif not (kind is Identity or (kind is Dropout and not (module.training and module.p))):
+            raise _CannotFuse(f"{kind.__name__} is no layer of a chain")
+    if not relu:
+        raise _CannotFuse("the model has no Linear")
+    return _Chain(params, relu, flattens, has_log_softmax)
+
+
+def _flattens_all(flatten: Any) -> bool:
+    return flatten.start_dim == 1 and flatten.end_dim == -1
+
+
+def _modules_in_a_row(model: Module) -> Iterable[Module]:
+    kind = type(model)
+    if kind in _LINEARS:
+        return [model]
+    if not _containers.runs_a_row(_containers.stock_class(kind)):
+        raise _CannotFuse(f"{kind.__name__} is no Sequential, and may compute anything")
+    if _torch.is_observed(model):
+        raise _CannotFuse(f"hooks or a forward of its own on {kind.__name__}")
+    return (module for _, module in _containers.row_of(model))
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def _loss_options(loss_fn: Callable[..., Any], chain: _Chain) -> tuple[dict[str, Any], bool]:
+    """The options of cross_entropy, and whether targets may be probabilities."""
+    kind = type(loss_fn) if isinstance(loss_fn, Module) else loss_fn
+    if chain.has_log_softmax:
+        if kind not in _NLL_LOSSES:
+            raise _CannotFuse("the loss behind a log-softmax is no NLLLoss")
+    elif kind not in _CROSS_ENTROPIES:
+        raise _CannotFuse("the loss is no cross entropy")
+    options: dict[str, Any] = {
+        "weight": None,
+        "ignore_index": -100,
+        "reduction": "mean",
+        "label_smoothing": 0.0,
+    }
+    if isinstance(loss_fn, Module):
+        if _torch.is_observed(loss_fn):
+            raise _CannotFuse("hooks or a forward of its own on the loss")
+        options.update((name, getattr(loss_fn, name, value)) for name, value in options.items())
+    weight, reduction = options["weight"], options["reduction"]
+    if reduction not in ("mean", "sum"):
+        raise _CannotFuse("the loss is not reduced to a number")
+    if type(options["ignore_index"]) is not int or type(options["label_smoothing"]) is not float:
+        raise _CannotFuse("an option of the loss is of another type")
+    if type(weight) not in PLAIN_OR_NONE or (weight is not None and weight.requires_grad):
+        raise _CannotFuse("the classes' weight is no plain tensor")
+    return options, not chain.has_log_softmax
+
+
+# ---- the optimizer -------------------------------------------------------------------------------
+
+
+def _groups_of(optimizer: Any, params: list[Tensor | None]) -> list[dict[str, Any] | None]:
+    if type(optimizer) is not SGD:
+        raise _CannotFuse(f"the optimizer is {type(optimizer).__name__}, not fastnn.optim.SGD")
+    if _torch.is_step_observed(optimizer) or has_replaced_step(optimizer):
+        raise _CannotFuse("hooks on the optimizer or a step of its own")
+    if "zero_grad" in vars(optimizer):
+        raise _CannotFuse("a zero_grad of the optimizer's own")
+    for name in ("grad_scale", "found_inf"):
+        if getattr(optimizer, name, None) is not None:
+            raise _CannotFuse("gradients are scaled")
+    owner: dict[int, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        _check_group(optimizer, group)
+        owner.update((id(param), group) for param in group["params"])
+    groups = [_group_of(param, owner) for param in params]
+    _refuse(extension.MLPStep.why_not(params, optimizer.state))
+    return groups
+
+
+def _group_of(param: Tensor | None, owner: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    if param is None or not param.requires_grad:
+        return None
+    if id(param) not in owner:
+        raise _CannotFuse("a parameter is none of the optimizer's")
+    if _torch.has_tensor_hooks(param):
+        raise _CannotFuse("hooks on a parameter")
+    return owner[id(param)]
+
+
+def _check_group(optimizer: SGD, group: dict[str, Any]) -> None:
+    numbers = (group[name] for name in ("momentum", "dampening", "weight_decay"))
+    lr = group["lr"]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise _CannotFuse("an option of the optimizer is no number")
+    if type(lr) not in (int, float) and not (type(lr) is Tensor and lr.is_cpu):
+        raise _CannotFuse("the learning rate is no number")
+    if not optimizer._is_fusable(group):
+        raise _CannotFuse("the optimizer's step is to be differentiated")

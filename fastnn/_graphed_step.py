@@ -23,6 +23,7 @@ from fastnn._step import (
     Batch,
     OrdinaryStep,
     Program,
+    note_scheduled_step,
     note_update,
     run_loop,
 )
@@ -137,8 +138,7 @@ class Capture:
         # What Python would have noted, had it run.
         increment_version(program.parameters())
         _set_gradients((param, None) for param in program.parameters())
-        if has_scheduler(program):
-            _torch.note_step_for_schedulers(program.optimizer)
+        note_scheduled_step(program)
         note_update(program)
         return self._loss.clone()
 
@@ -150,11 +150,6 @@ def _do_nothing() -> None:
 def _set_gradients(gradients: Any) -> None:
     for param, grad in gradients:
         param.grad = grad
-
-
-def has_scheduler(program: Program) -> bool:
-    """Whether a scheduler watches the optimizer's steps."""
-    return _torch.has_scheduler_mark(program.optimizer.step)
 
 
 # ---- what can be captured ------------------------------------------------------------------------

@@ -128,13 +128,14 @@ def _without_autocast(program: Program) -> AbstractContextManager[Any]:
     """As in a loop whose autocast ends before the backward: operators of the backward keep their
     dtypes, and no cast of a parameter outlives the parameter's step."""
     device = program.device_type
-    if not _has_autocast(device):
+    if not has_autocast(device):
         return nullcontext()
     torch.clear_autocast_cache()
     return torch.autocast(device, enabled=False)
 
 
-def _has_autocast(device: str) -> bool:
+def has_autocast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
     try:
         return torch.is_autocast_enabled(device)
     except RuntimeError:  # there is none for this type of device
@@ -172,6 +173,12 @@ def flush(program: Program) -> None:
             before.keep_for_update()
             update(program)
         note_update(program)
+
+
+def note_scheduled_step(program: Program) -> None:
+    """Tells a scheduler that the optimizer has stepped, where its step was not called."""
+    if _torch.has_scheduler_mark(program.optimizer.step):
+        _torch.note_step_for_schedulers(program.optimizer)
 
 
 def note_update(program: Program) -> None:

@@ -19,6 +19,7 @@
 
 #include "autograd/node_pointer.h"
 #include "autograd/transforms.h"
+#include "ops/operands.h"
 
 namespace fastnn {
 
@@ -175,11 +176,6 @@ class BackwardNode : public torch::autograd::Node {
   typename Op::Options options_;
   std::thread::id releasing_thread_;  // none: no release is announced
 };
-
-// A saved tensor as an operator's optional argument: absent where it was saved undefined.
-inline std::optional<at::Tensor> optional(const at::Tensor& saved) {
-  return saved.defined() ? std::optional(saved) : std::nullopt;
-}
 
 // The node of a result computed from these inputs; made before it, so that nodes are numbered in
 // the order of the calls.

@@ -43,6 +43,11 @@ const T* const_data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor ? const_data<T>(*tensor) : nullptr;
 }
 
+// A tensor as an operator's optional argument: absent where it is undefined.
+inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
 inline at::ScalarType accumulate_dtype(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }

@@ -2,6 +2,7 @@
 // the build, and what the dispatcher is too slow for.
 #include "cpu/capability.h"
 #include "python/functional.h"
+#include "python/mlp_step.h"
 #include "python/optimizer_state.h"
 #include "python/sgd.h"
 
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("group"), py::kw_only(), py::arg("lr"), py::arg("grad_scale"), py::arg("found_inf"),
         py::arg("float32_momentum"), py::arg("all_or_nothing"),
         "Steps the parameters of a group; returns those left for torch's own path.");
+  fastnn::python::define_mlp_step(m);
   m.def("clear_gradients", &fastnn::python::clear_gradients, py::arg("params"),
         "Sets the parameters' gradients to None.");
 }

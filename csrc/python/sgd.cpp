@@ -2,7 +2,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "ops/sgd.h"
@@ -27,11 +26,6 @@ struct Batches {
   Batch later;
   py::list rest;  // those that the operator doesn't take
 };
-
-py::handle momentum_buffer_key() {
-  static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
-  return key;
-}
 
 bool takes_buffer(const at::Tensor& param, const py::object& buffer) {
   return buffer.is_none() || (THPVariable_CheckExact(buffer.ptr()) &&
@@ -65,13 +59,6 @@ Batches batches_of(const py::list& params, const py::dict& state, bool has_momen
   return batches;
 }
 
-// Zeros where the step may be skipped.
-at::Tensor new_buffer(const at::Tensor& param, bool float32_momentum, bool may_be_skipped) {
-  const bool is_float32 = float32_momentum && is_state_dtype(at::kFloat, param);
-  const auto options = param.options().dtype(is_float32 ? at::kFloat : param.scalar_type());
-  return may_be_skipped ? at::zeros_like(param, options) : at::empty_like(param, options);
-}
-
 void step(const Batch& batch, const SGDOptions& options, const SGDScalars& scalars) {
   if (batch.params.empty()) return;
   py::gil_scoped_release no_gil;
@@ -83,18 +70,37 @@ void step(const Batch& batch, const SGDOptions& options, const SGDScalars& scala
 
 }  // namespace
 
+SGDOptions sgd_options(py::handle group) {
+  return {.lr = 0,
+          .momentum = number_in(group, "momentum"),
+          .dampening = number_in(group, "dampening"),
+          .weight_decay = number_in(group, "weight_decay"),
+          .nesterov = truth_in(group, "nesterov"),
+          .maximize = truth_in(group, "maximize"),
+          .is_first_step = true};
+}
+
+bool has_float32_momentum(py::handle group) {
+  return group.contains("float32_momentum") && truth_in(group, "float32_momentum");
+}
+
+py::handle momentum_buffer_key() {
+  static PyObject* const key = PyUnicode_InternFromString("momentum_buffer");
+  return key;
+}
+
+at::Tensor new_momentum_buffer(const at::Tensor& param, bool float32) {
+  const bool is_float32 = float32 && is_state_dtype(at::kFloat, param);
+  return at::empty_like(param, param.options().dtype(is_float32 ? at::kFloat : param.scalar_type()))
+      .detach();
+}
+
 py::list sgd_step_group(const py::list& params, const py::dict& state, py::handle group,
                         const std::variant<double, at::Tensor>& lr,
                         const std::optional<at::Tensor>& grad_scale,
                         const std::optional<at::Tensor>& found_inf, bool float32_momentum,
                         bool all_or_nothing) {
-  SGDOptions options{.lr = 0,
-                     .momentum = number_in(group, "momentum"),
-                     .dampening = number_in(group, "dampening"),
-                     .weight_decay = number_in(group, "weight_decay"),
-                     .nesterov = truth_in(group, "nesterov"),
-                     .maximize = truth_in(group, "maximize"),
-                     .is_first_step = true};
+  SGDOptions options = sgd_options(group);
   SGDScalars scalars{std::nullopt, grad_scale, found_inf};
   if (const double* number = std::get_if<double>(&lr)) {
     options.lr = *number;
@@ -106,11 +112,13 @@ py::list sgd_step_group(const py::list& params, const py::dict& state, py::handl
 
   Batch& first = batches.first;
   for (const at::Tensor& param : first.params) {
-    first.buffers.push_back(new_buffer(param, float32_momentum, found_inf.has_value()));
+    first.buffers.push_back(new_momentum_buffer(param, float32_momentum));
+    // For a step that is skipped.
+    if (found_inf) first.buffers.back().zero_();
   }
   step(first, options, scalars);
   for (size_t i = 0; i < batches.first_params.size(); ++i) {
-    save_state(state, batches.first_params[i], momentum_buffer_key(), first.buffers[i].detach());
+    save_state(state, batches.first_params[i], momentum_buffer_key(), first.buffers[i]);
   }
   options.is_first_step = false;
   step(batches.later, options, scalars);

@@ -6,7 +6,18 @@
 #include <optional>
 #include <variant>
 
+#include "ops/sgd_options.h"
+
 namespace fastnn::python {
+
+// A group's options but for its learning rate, which may be a tensor.
+SGDOptions sgd_options(pybind11::handle group);
+bool has_float32_momentum(pybind11::handle group);
+
+// What a parameter's momentum buffer is stored under, and a new one; of float32 where that is asked
+// for and the parameter is narrower.
+pybind11::handle momentum_buffer_key();
+at::Tensor new_momentum_buffer(const at::Tensor& param, bool float32);
 
 // Steps the parameters that have a gradient and that the operator takes, with the group's options;
 // writes the momentum buffers of those whose first step it is into `state`. Returns the other

@@ -1,0 +1,10 @@
+// MLPStep for Python: its parameters with the optimizer's options and state.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace fastnn::python {
+
+void define_mlp_step(pybind11::module_& m);
+
+}  // namespace fastnn::python
