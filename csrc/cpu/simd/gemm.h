@@ -272,34 +272,87 @@ inline Left<A> prepare_left(const Gemm<T>& g, const Split& rows, Range depths, A
   return {scratch, stride, false};
 }
 
-// All tiles of one panel of the right operand, for one block of depths.
+// A block's part of the depth, with what all its tiles share.
 template <typename T, typename A = accum<T>>
-inline void multiply_panel(const Gemm<T>& g, const Left<A>& left, const Split& rows, Range cols,
-                           const A* panel, int64_t depth, bool first, bool last, A* scratch_sums) {
-  const int64_t vecs = ceil_div<int64_t>(size(cols), kLanes<A>);
+struct BlockDepths {
+  const Gemm<T>& g;
+  const Split& rows;
+  Left<A> left;
+  int64_t depth;
+  bool first;
+  bool last;
+};
+
+// The tile of these rows and one panel of the right operand. `scratch` has room for the sums of the
+// panel's columns in all rows.
+template <typename T, typename A = accum<T>>
+inline void multiply_panel(const BlockDepths<T>& of, int64_t row_part, Range cols, const A* panel,
+                           A* scratch) {
+  const Gemm<T>& g = of.g;
+  const Range rows = of.rows[row_part];
+  const int64_t row = rows.begin - of.rows.all.begin, vecs = ceil_div(size(cols), kLanes<A>);
   // A gradient that is used up at once needs no place in the output.
-  const bool is_used_up = g.step && first && last;
+  const bool is_used_up = g.step && of.first && of.last;
   const bool sums_in_place = kIsWide<T> && size(cols) == vecs * kLanes<A> && !is_used_up;
-  const bool finish = last && (!sums_in_place || g.bias || g.relu || g.mask || g.step);
-  GemmTile<A> tile;
-  tile.b = panel;
-  tile.b_step = size(cols);
-  tile.depth = depth;
-  tile.stride = sums_in_place ? g.cols : vecs * kLanes<A>;
-  tile.add = !first;
-  tile.sums = scratch_sums;
-  for (int64_t i = 0; i < rows.parts; ++i) {
-    const Range tile_rows = rows[i];
-    const int64_t n = size(tile_rows);
-    tile.a = left.data + left.stride * (left.in_place ? tile_rows.begin - rows.all.begin : i);
-    tile.a_row = left.in_place ? left.stride : 1;
-    tile.a_step = left.in_place ? 1 : n;
-    if constexpr (kIsWide<T>) {
-      if (sums_in_place) tile.sums = g.out + tile_rows.begin * g.cols + cols.begin;
+  GemmTile<A> tile{.a = of.left.data + of.left.stride * (of.left.in_place ? row : row_part),
+                   .a_row = of.left.in_place ? of.left.stride : 1,
+                   .a_step = of.left.in_place ? 1 : size(rows),
+                   .b = panel,
+                   .b_step = size(cols),
+                   .depth = of.depth,
+                   .sums = scratch + row * vecs * kLanes<A>,
+                   .stride = vecs * kLanes<A>,
+                   .add = !of.first};
+  if constexpr (kIsWide<T>) {
+    if (sums_in_place) {
+      tile.sums = g.out + rows.begin * g.cols + cols.begin;
+      tile.stride = g.cols;
     }
-    kTileFunctions<A>.of[n - 1][vecs - 1](tile);
-    if (finish) finish_tile(g, tile_rows, cols, tile.sums, tile.stride);
-    if (!sums_in_place) tile.sums += n * tile.stride;
+  }
+  kTileFunctions<A>.of[size(rows) - 1][vecs - 1](tile);
+  const bool finish = of.last && (!sums_in_place || g.bias || g.relu || g.mask || g.step);
+  if (finish) finish_tile(g, rows, cols, tile.sums, tile.stride);
+}
+
+// The panels of the right operand that are packed at a time, `stride` apart.
+template <typename A>
+struct Panels {
+  const Split& cols;
+  Range parts;
+  const A* data;
+  int64_t stride;
+
+  const A* at(int64_t part) const {
+    return data + (part - parts.begin) * stride;
+  }
+};
+
+// Panel by panel, each of which stays in the nearest cache.
+template <typename T, typename A = accum<T>>
+inline void multiply_panels(const BlockDepths<T>& of, const Panels<A>& panels, A* scratch) {
+  for (int64_t j = panels.parts.begin; j < panels.parts.end; ++j) {
+    const Range cols = panels.cols[j];
+    // The sums of every tile have their place, or one panel's, which are done with at once.
+    A* const sums =
+        kIsWide<T> ? scratch : scratch + (cols.begin - panels.cols.all.begin) * size(of.rows.all);
+    for (int64_t i = 0; i < of.rows.parts; ++i) multiply_panel(of, i, cols, panels.at(j), sums);
+  }
+}
+
+// Row by row of tiles, for a gradient that is used up at once: what it steps is read in longer runs
+// of memory, and brought near a tile ahead.
+template <typename T, typename A = accum<T>>
+inline void step_panels(const BlockDepths<T>& of, const Panels<A>& panels, A* scratch) {
+  const auto [begin, end] = panels.parts;
+  for (int64_t i = 0; i < of.rows.parts; ++i) {
+    for (int64_t j = begin; j < end; ++j) {
+      const bool ends_row = j + 1 == end;
+      if (!ends_row) prefetch_step(of.g, of.rows[i], panels.cols[j + 1]);
+      if (ends_row && i + 1 < of.rows.parts) {
+        prefetch_step(of.g, of.rows[i + 1], panels.cols[begin]);
+      }
+      multiply_panel(of, i, panels.cols[j], panels.at(j), scratch);
+    }
   }
 }
 
@@ -313,17 +366,21 @@ inline void tiled_gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
   const Operand<T> right = operand(g.b, !g.b.transposed, g.cols, g.depth);
   for (int64_t d = 0; d < blocks.parts; ++d) {
     const Range depths = blocks[d];
-    const Left<A> left = prepare_left(g, rows, depths, scratch.left);
+    const BlockDepths<T> of{.g = g,
+                            .rows = rows,
+                            .left = prepare_left(g, rows, depths, scratch.left),
+                            .depth = size(depths),
+                            .first = d == 0,
+                            .last = d + 1 == blocks.parts};
     const int64_t stride = panel_size<A>(kTileCols<A>, size(depths));
     for (int64_t group = 0; group < cols.parts; group += kGroup) {
-      const Range panels = {group, std::min(group + kGroup, cols.parts)};
-      pack(right, cols, panels, depths, scratch.right, stride);
-      for (int64_t j = panels.begin; j < panels.end; ++j) {
-        A* sums = scratch.sums;
-        if (!kIsWide<T>) sums += (cols[j].begin - block.cols.begin) * size(block.rows);
-        multiply_panel(g, left, rows, cols[j], scratch.right + (j - group) * stride, size(depths),
-                       d == 0, d + 1 == blocks.parts, sums);
-      }
+      const Panels<A> panels{.cols = cols,
+                             .parts = {group, std::min(group + kGroup, cols.parts)},
+                             .data = scratch.right,
+                             .stride = stride};
+      pack(right, cols, panels.parts, depths, scratch.right, stride);
+      g.step&& blocks.parts == 1 ? step_panels(of, panels, scratch.sums)
+                                 : multiply_panels(of, panels, scratch.sums);
     }
   }
 }

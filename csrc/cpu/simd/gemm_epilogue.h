@@ -18,6 +18,25 @@ inline int64_t size(Range range) {
   return range.end - range.begin;
 }
 
+// Has the memory of a tile that will be stepped brought near while its gradient is computed: the
+// rows of a tile are too short and too far apart for the processor to foresee them.
+template <typename T>
+inline void prefetch_step(const Gemm<T>& g, Range rows, Range cols) {
+  constexpr int64_t kLine = 64;
+  const auto prefetch = [&](const auto* data) {
+    if (data == nullptr) return;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const auto* row = data + r * g.cols;
+      for (int64_t c = cols.begin; c < cols.end; c += kLine / int64_t(sizeof(*data))) {
+        __builtin_prefetch(row + c, /*rw=*/1);
+      }
+    }
+  };
+  prefetch(g.step->param);
+  prefetch(g.step->momentum_buffer);
+  prefetch(g.step->wide_momentum_buffer);
+}
+
 // Steps the parameter whose gradient a product is, where the tile of these rows and columns is.
 template <typename T, typename B>
 inline void step_tile(const Gemm<T>& g, B* momentum_buffer, Range rows, Range cols,
