@@ -7,14 +7,14 @@ from benchmarks.cases import (
     cross_entropy,
     linear_relu,
     log_softmax,
-    mlp,
     nll_loss,
     overhead,
     sgd,
+    train_step,
 )
 from benchmarks.device import CPU, CUDA, Device
 
-_FILES = (linear_relu, cross_entropy, log_softmax, nll_loss, sgd, mlp)
+_FILES = (linear_relu, cross_entropy, log_softmax, nll_loss, sgd, train_step)
 
 
 def all_cases(device: Device = CPU) -> list[Case]:

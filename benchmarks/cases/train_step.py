@@ -1,4 +1,4 @@
-"""The whole training step of the MNIST MLP, in an ordinary loop."""
+"""The whole training step of the MNIST MLP: in an ordinary loop, and by ``train_step``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,34 @@ from benchmarks.cases.jax_step import JaxStep
 from benchmarks.cases.sgd import OPTIONS, optimizers
 from benchmarks.device import CPU
 
-BATCH = 64
-WIDTHS = (784, 128, 64, 10)
 CHECKED_STEPS = 3
 # float32 rounds a weight of 0.03 to 2e-9, which is 1e-4 of the 2e-5 that three steps move it.
 TOLERANCE = 1e-3
-LOSSES = {"CrossEntropyLoss": "cross_entropy", "LogSoftmax+NLLLoss": "nll"}
 # The generated code calls the kernels from C++ instead of from Python.
 CPP_WRAPPER = {"cpp_wrapper": True}
+
+
+class Program(NamedTuple):
+    """What is trained: a model of these widths on batches of this size."""
+
+    batch: int
+    widths: tuple[int, ...]
+    loss: str
+
+    @property
+    def flops(self) -> float:
+        """Each layer's product and its two gradients; nobody asks for the images' gradient."""
+        products = [2.0 * self.batch * ins * outs for ins, outs in pairwise(self.widths)]
+        return 3 * sum(products) - products[0]
+
+
+MNIST = (784, 128, 64, 10)
+PROGRAMS = {
+    "CrossEntropyLoss": Program(64, MNIST, "cross_entropy"),
+    "LogSoftmax+NLLLoss": Program(64, MNIST, "nll"),
+    "batch of 256": Program(256, MNIST, "cross_entropy"),
+    "784-512-256-10": Program(64, (784, 512, 256, 10), "cross_entropy"),
+}
 
 Step = Callable[[Tensor, Tensor], Tensor]
 #: Makes the step out of the model, its loss and the optimizer.
@@ -34,49 +55,46 @@ MakeStep = Callable[[nn.Module, nn.Module, Optimizer], Step]
 
 
 def cases() -> list[Case]:
-    return [_case(label, loss) for label, loss in LOSSES.items()]
+    return [
+        _case(op, label, program, make_step)
+        for label, program in PROGRAMS.items()
+        for op, make_step in (("MLP step", as_written), ("train_step", as_train_step))
+    ]
 
 
 def cuda_cases() -> list[Case]:
-    return cases()[:1]
+    return cases()[:2]
 
 
-def _case(label: str, loss: str) -> Case:
+def _case(op: str, label: str, program: Program, make_step: MakeStep) -> Case:
     return Case(
-        op="MLP step",
+        op=op,
         label=label,
         dtype=torch.float32,
         mode="step",
-        inputs=_batch,
-        contenders=partial(_contenders, loss),
-        reference=TrainingStep("reference", partial(_stock_model, loss), optimizers()["SGD"]),
-        work=Work(flops=_flops()),
+        inputs=partial(_batch, program),
+        contenders=partial(_contenders, program, make_step),
+        reference=TrainingStep("reference", program, _stock_model, optimizers()["SGD"]),
+        work=Work(flops=program.flops),
         tolerance=TOLERANCE,
     )
 
 
-def _flops() -> float:
-    """Each layer's product and its two gradients; nobody asks for the images' gradient."""
-    products = [2.0 * BATCH * ins * outs for ins, outs in pairwise(WIDTHS)]
-    return 3 * sum(products) - products[0]
+def _batch(program: Program, generator: torch.Generator) -> Inputs:
+    images = normal(generator, program.batch, program.widths[0], dtype=torch.float32)
+    return Inputs((images, classes(generator, program.widths[-1], program.batch)))
 
 
-def _batch(generator: torch.Generator) -> Inputs:
-    images = normal(generator, BATCH, WIDTHS[0], dtype=torch.float32)
-    return Inputs((images, classes(generator, WIDTHS[-1], BATCH)))
-
-
-def _contenders(loss: str) -> list[Contender]:
+def _contenders(program: Program, make_step: MakeStep) -> list[Contender]:
     made = optimizers()
-    stock = partial(_stock_model, loss)
     return [
-        TrainingStep("fastnn", partial(_fused_model, loss), made["fastnn"]),
-        TrainingStep("torch", stock, made["SGD"]),
-        TrainingStep("torch, SGD fused", stock, made["SGD fused"]),
-        *_compiled_steps(stock),
+        TrainingStep("fastnn", program, _fused_model, made["fastnn"], make_step),
+        TrainingStep("torch", program, _stock_model, made["SGD"]),
+        TrainingStep("torch, SGD fused", program, _stock_model, made["SGD fused"]),
+        *_compiled_steps(program),
         JaxStep(
             "jax.jit",
-            initial_weights,
+            partial(initial_weights, program),
             **OPTIONS,
             checked_steps=CHECKED_STEPS,
             devices=(CPU.name,),
@@ -84,19 +102,20 @@ def _contenders(loss: str) -> list[Contender]:
     ]
 
 
-def _compiled_steps(build: Callable[[], tuple[nn.Module, nn.Module]]) -> list[Contender]:
+def _compiled_steps(program: Program) -> list[Contender]:
     """The compiler is given more and more of the step, at last all of it as one graph.
 
     Each takes it ten seconds: in a GPU's few minutes only the first and the last, the best, run.
     """
     on_cpu = {"devices": (CPU.name,)}
     fused, foreach = (optimizers()[name] for name in ("SGD fused", "SGD foreach"))
-    loss = TrainingStep("torch.compile, SGD fused", build, fused, with_loss_compiled, compiled=True)
+    of = (program, _stock_model)
+    loss = TrainingStep("torch.compile, SGD fused", *of, fused, with_loss_compiled, compiled=True)
     parts = TrainingStep(
-        "torch.compile, SGD compiled", build, foreach, with_parts_compiled, compiled=True, **on_cpu
+        "torch.compile, SGD compiled", *of, foreach, with_parts_compiled, compiled=True, **on_cpu
     )
     wholes = [
-        TracedStep(f"torch.compile, {name}", build, foreach, make, compiled=True, **where)
+        TracedStep(f"torch.compile, {name}", *of, foreach, make, compiled=True, **where)
         for name, make, where in (
             ("one function", as_one_function, on_cpu),
             ("one function, cpp_wrapper", partial(as_one_function, options=CPP_WRAPPER), on_cpu),
@@ -107,29 +126,26 @@ def _compiled_steps(build: Callable[[], tuple[nn.Module, nn.Module]]) -> list[Co
     return [loss, parts, *wholes]
 
 
-def _stock_model(loss: str) -> tuple[nn.Sequential, nn.Module]:
-    (a, b), (c, d), (e, f) = pairwise(WIDTHS)
-    layers = [nn.Linear(a, b), nn.ReLU(), nn.Linear(c, d), nn.ReLU(), nn.Linear(e, f)]
-    if loss == "nll":
+def _stock_model(program: Program) -> tuple[nn.Sequential, nn.Module]:
+    layers: list[nn.Module] = []
+    for ins, outs in pairwise(program.widths):
+        layers += [nn.Linear(ins, outs), nn.ReLU()]
+    layers.pop()
+    if program.loss == "nll":
         return nn.Sequential(*layers, nn.LogSoftmax(dim=1)), nn.NLLLoss()
     return nn.Sequential(*layers), nn.CrossEntropyLoss()
 
 
-def _fused_model(loss: str) -> tuple[nn.Sequential, nn.Module]:
-    # The last layer has no ReLU to be fused with.
-    linear = getattr(fastnn.nn, "Linear", nn.Linear)
-    (a, b), (c, d), (e, f) = pairwise(WIDTHS)
-    layers = [fastnn.nn.LinearReLU(a, b), fastnn.nn.LinearReLU(c, d), linear(e, f)]
-    if loss == "nll":
-        return nn.Sequential(*layers, fastnn.nn.LogSoftmax(dim=1)), fastnn.nn.NLLLoss()
-    return nn.Sequential(*layers), fastnn.nn.CrossEntropyLoss()
+def _fused_model(program: Program) -> tuple[nn.Module, nn.Module]:
+    model, loss = _stock_model(program)
+    return fastnn.fuse(model), fastnn.fuse(loss)
 
 
-def initial_weights() -> list[Tensor]:
+def initial_weights(program: Program) -> list[Tensor]:
     """Weights and biases that every contender starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, _ = _stock_model("cross_entropy")
+        model, _ = _stock_model(program)
     return [parameter.detach() for parameter in model.parameters()]
 
 
@@ -139,6 +155,11 @@ def initial_weights() -> list[Tensor]:
 def as_written(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
     """The ordinary loop's body."""
     return _body(_loss_of(model, criterion), optimizer.zero_grad, optimizer.step)
+
+
+def as_train_step(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
+    """One call of ours."""
+    return fastnn.train_step(model, criterion, optimizer)
 
 
 def with_loss_compiled(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
@@ -227,7 +248,8 @@ def _body(loss_of: Step, zero_grad: Callable[[], None], update: Callable[[], obj
 class TrainingStep(Contender):
     """zero_grad, model, loss, backward, step; the weights stay from call to call."""
 
-    build: Callable[[], tuple[nn.Module, nn.Module]]
+    program: Program
+    build: Callable[[Program], tuple[nn.Module, nn.Module]]
     make_optimizer: Callable
     make_step: MakeStep = as_written
 
@@ -241,11 +263,11 @@ class TrainingStep(Contender):
         return partial(self.step, *inputs.args)
 
     def _build(self, images: Tensor) -> None:
-        model, criterion = self.build()
+        model, criterion = self.build(self.program)
         model.to(images)  # their dtype and device
         self.params = list(model.parameters())
         with torch.no_grad():
-            for param, value in zip(self.params, initial_weights(), strict=True):
+            for param, value in zip(self.params, initial_weights(self.program), strict=True):
                 param.copy_(value)
         self.step = self.make_step(model, criterion, self.make_optimizer(self.params))
 
@@ -253,7 +275,7 @@ class TrainingStep(Contender):
         """The losses of some steps, and how far each parameter went."""
         call = self.bind(inputs)
         losses = [call().detach() for _ in range(CHECKED_STEPS)]
-        moves = zip(self.params, initial_weights(), strict=True)
+        moves = zip(self.params, initial_weights(self.program), strict=True)
         return losses + [new.detach() - old.to(new.device) for new, old in moves]
 
 
