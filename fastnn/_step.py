@@ -279,8 +279,11 @@ def _itself(value: Any) -> Any:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    if tensor.layout != torch.strided:
+        return False
+    strides = tensor.stride()
+    return 0 in strides and any(
+        stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape, strict=True)
     )
 
 

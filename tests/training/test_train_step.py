@@ -362,6 +362,21 @@ def test_under_autocast_as_in_a_loop_whose_autocast_ends_before_the_backward():
     assert same(ours.everything(), theirs.everything())
 
 
+def test_autocast_is_off_in_backward_and_step():
+    training, seen = small(), []
+
+    def note(*_: object) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+
+    training.model.register_forward_hook(note)
+    training.model[0].weight.register_hook(note)
+    training.optimizer.register_step_pre_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(training.step(), 0)
+        note()
+    assert seen == [True, False, False, True]
+
+
 def test_on_the_meta_device():
     with torch.device("meta"):
         model = nn.Linear(3, 2)
