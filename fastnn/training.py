@@ -52,6 +52,9 @@ class TrainStep:
     ``copy.deepcopy`` and ``pickle`` take its model and optimizer along, which then belong together
     as these do; a copy begins with nothing accumulated, as copied parameters have no gradients.
 
+    Args:
+        program: what ``train_step`` was called with.
+
     >>> import torch, fastnn
     >>> model = torch.nn.Linear(8, 3)
     >>> optimizer = fastnn.optim.SGD(model.parameters(), lr=0.1)
