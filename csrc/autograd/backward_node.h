@@ -38,9 +38,9 @@ struct SavedAs<std::vector<at::Tensor>> {
 //   Tensors             the tensors it needs, absent ones undefined: std::array, or std::vector
 //                       where their number is known at the call
 //   kOutputs            for each of them, or the first ones, whether it is the forward's result
-//   is_needed(i, count, composite)
-//                       whether the backward takes tensor i, where that may differ: composite, it
-//                       may take more; the others are then undefined, and may have been written to
+//   give_history(tensors, grad_output, edges, options)
+//                       where the forward made what it keeps without a graph: gives it one, which
+//                       leads to the node's edges, for a backward that is differentiated itself
 //   Options             std::tuple of numbers it needs
 //   backward(grad_output, tensors, options, needs_input_grad)
 //                       the gradients of the inputs that the node was made for; the tensors are
@@ -62,8 +62,8 @@ class BackwardNode : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool composite = grads[0].defined() && backward_must_be_composite(grads[0]);
-    auto tensors = unpack_saved(composite);
+    auto tensors = unpack_saved();
+    give_history(tensors, grads[0]);
     if (std::exchange(releasing_thread_, {}) == std::this_thread::get_id()) reset_saved();
     return backward(grads[0], std::move(tensors), options_, needs_input_grad());
   }
@@ -117,9 +117,11 @@ class BackwardNode : public torch::autograd::Node {
   static constexpr bool is_output(size_t i) {
     return i < Op::kOutputs.size() && Op::kOutputs[i];
   }
-  static bool is_needed(size_t i, size_t count, bool composite) {
-    if constexpr (kVaries) return Op::is_needed(i, count, composite);
-    return true;
+  void give_history(typename Op::Tensors& tensors, const at::Tensor& grad_output) const {
+    if constexpr (requires { &Op::give_history; }) {
+      if (!grad_output.defined() || !backward_must_be_composite(grad_output)) return;
+      Op::give_history(tensors, grad_output, next_edges(), options_);
+    }
   }
   static typename Op::Tensors with_room_for(size_t count) {
     typename Op::Tensors tensors;
@@ -147,10 +149,9 @@ class BackwardNode : public torch::autograd::Node {
     return backward(grads[0], std::move(tensors), options, args.unpack<std::vector<bool>>());
   }
 
-  typename Op::Tensors unpack_saved(bool composite) {
+  typename Op::Tensors unpack_saved() {
     auto tensors = with_room_for(saved_.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      if (!is_needed(i, tensors.size(), composite)) continue;
       // A saved result holds no reference to its node, which would be a cycle: it gets it here.
       tensors[i] = is_output(i) ? saved_[i].unpack(pointer_to(*this)) : saved_[i].unpack();
     }
@@ -162,7 +163,7 @@ class BackwardNode : public torch::autograd::Node {
   }
 
   variable_list pack_saved() {
-    const auto tensors = unpack_saved(/*composite=*/true);
+    const auto tensors = unpack_saved();
     return {tensors.begin(), tensors.end()};
   }
 

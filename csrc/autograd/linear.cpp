@@ -1,9 +1,10 @@
-#include "ops/linear.h"
+#include "autograd/linear.h"
 
 #include <torch/library.h>
 
 #include "autograd/backward_node.h"
 #include "autograd/transforms.h"
+#include "ops/linear.h"
 
 namespace fastnn {
 namespace {
@@ -49,17 +50,32 @@ at::Tensor linear_below_autograd(const at::Tensor& input, const at::Tensor& weig
   return relu ? linear_relu(input, weight, bias) : fastnn::linear(input, weight, bias);
 }
 
+// Each factor of the product is needed for the other one's gradient alone.
+template <bool relu>
+void record_linear(const NodePointer<BackwardNode<LinearBackward<relu>>>& node,
+                   const at::Tensor& output, const at::Tensor& input, const at::Tensor& weight) {
+  const auto has_edge = [&](size_t i) { return node->next_edge(i).is_valid(); };
+  record(node, output,
+         {has_edge(1) ? input : at::Tensor(), has_edge(0) ? weight : at::Tensor(),
+          relu ? output : at::Tensor()},
+         {});
+}
+
+template <bool relu>
+void give_history(const at::Tensor& output, const at::Tensor& input, const at::Tensor& weight,
+                  torch::autograd::edge_list&& edges) {
+  const auto node = make_node<BackwardNode<LinearBackward<relu>>>();
+  node->set_next_edges(std::move(edges));
+  record_linear<relu>(node, output, input, weight);
+}
+
 template <bool relu>
 at::Tensor linear_recorded(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias) {
   const auto node =
       make_backward_node<LinearBackward<relu>>(input, weight, bias.value_or(at::Tensor()));
   const at::Tensor output = linear_below_autograd<relu>(input, weight, bias);
-  // Each factor of the product is needed for the other one's gradient alone.
-  record(node, output,
-         {needs_grad(weight) ? input : at::Tensor(), needs_grad(input) ? weight : at::Tensor(),
-          relu ? output : at::Tensor()},
-         {});
+  record_linear<relu>(node, output, input, weight);
   return output;
 }
 
@@ -77,6 +93,12 @@ at::Tensor linear_autograd(const at::Tensor& input, const at::Tensor& weight,
 }
 
 }  // namespace
+
+void give_linear_history(const at::Tensor& output, bool relu, const at::Tensor& input,
+                         const at::Tensor& weight, torch::autograd::edge_list edges) {
+  return relu ? give_history<true>(output, input, weight, std::move(edges))
+              : give_history<false>(output, input, weight, std::move(edges));
+}
 
 TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("linear", linear_autograd<false>);

@@ -1,8 +1,10 @@
 #include "ops/mlp.h"
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "autograd/backward_node.h"
+#include "autograd/linear.h"
 #include "autograd/transforms.h"
 
 namespace fastnn {
@@ -16,29 +18,6 @@ Flags as_flags(const std::vector<bool>& values) {
   return flags;
 }
 
-// What the node keeps of a chain of layers: what the gradients take, and after it what makes the
-// layers' outputs anew. Only a backward that is itself differentiated needs these, as functions of
-// the layers before; so that parameters may be written to before any other, as in torch.
-struct SavedChain {
-  std::optional<at::Tensor> output;
-  std::vector<at::Tensor> inputs;      // where they are needed
-  std::vector<at::Tensor> weights;     // likewise
-  at::Tensor first_input;              // of the first layer with a wanted gradient
-  std::vector<at::Tensor> parameters;  // all weights, then all biases
-
-  static size_t layers(size_t count) {
-    return (count - 2) / 4;
-  }
-  std::vector<at::Tensor> as_list() const {
-    std::vector<at::Tensor> list = {output.value_or(at::Tensor())};
-    list.insert(list.end(), inputs.begin(), inputs.end());
-    list.insert(list.end(), weights.begin(), weights.end());
-    list.push_back(first_input);
-    list.insert(list.end(), parameters.begin(), parameters.end());
-    return list;
-  }
-};
-
 OptionalTensors optional_tensors(at::TensorList tensors) {
   OptionalTensors result;
   result.reserve(tensors.size());
@@ -46,49 +25,47 @@ OptionalTensors optional_tensors(at::TensorList tensors) {
   return result;
 }
 
-// The chain's backward with what the layers get computed anew, from the first that has a gradient.
-std::vector<at::Tensor> differentiable_backward(const at::Tensor& grad, at::TensorList saved,
-                                                const Flags& relu, const Flags& mask) {
-  const size_t layers = relu.size();
-  const at::TensorList weights = saved.slice(2 + 2 * layers, layers);
-  const at::TensorList biases = saved.slice(2 + 3 * layers, layers);
-  const WantedGradients wanted(mask);
-  at::Tensor output = saved[1 + 2 * layers];
-  std::vector<at::Tensor> inputs(layers);
-  for (size_t i = 0; i < layers; ++i) {
-    if (!wanted.reaches(i)) continue;
-    inputs[i] = output;
-    output =
-        mlp_composite(output, weights[i], optional_tensors(biases[i]), as_flags({relu.get(i)}));
-  }
-  return mlp_backward_composite(grad, optional_tensors(inputs), optional_tensors(weights), output,
-                                relu, mask);
-}
-
+// What the node keeps of a chain: its output where a ReLU made that, each layer's input, each
+// layer's weight; undefined where no gradient takes it.
 struct MLPBackward {
   static constexpr auto name = "MLPBackward";
   using Tensors = std::vector<at::Tensor>;
   static constexpr std::array<bool, 1> kOutputs = {true};
   using Options = std::tuple<std::vector<bool>>;
 
-  static bool is_needed(size_t i, size_t count, bool composite) {
-    return composite || i < 1 + 2 * SavedChain::layers(count);
+  // The layers' outputs get the nodes that they had got from the layers by themselves: so they are
+  // functions of the parameters, whose values may have changed since, as in torch.
+  static void give_history(Tensors& saved, const at::Tensor& grad,
+                           const torch::autograd::edge_list& edges, const Options& options) {
+    const auto& [relu] = options;
+    const size_t layers = relu.size();
+    const auto input = saved.begin() + 1, weight = input + layers;
+    torch::autograd::Edge input_edge = edges[0];
+    for (size_t i = 0; i + 1 < layers; ++i) {
+      const auto &weight_edge = edges[1 + i], &bias_edge = edges[1 + layers + i];
+      if (!input_edge.is_valid() && !weight_edge.is_valid() && !bias_edge.is_valid()) continue;
+      at::Tensor& output = input[i + 1];
+      output = output.defined() ? output.variable_data() : no_values_like(grad, weight[i + 1]);
+      give_linear_history(output, relu[i], input[i], weight[i],
+                          {input_edge, weight_edge, bias_edge});
+      input_edge = torch::autograd::impl::gradient_edge(output);
+    }
   }
 
   static variable_list backward(const at::Tensor& grad, Tensors&& saved, const Options& options,
                                 const std::vector<bool>& needs_input_grad) {
     const auto& [relu_flags] = options;
     const Flags relu = as_flags(relu_flags), mask = as_flags(needs_input_grad);
+    const size_t layers = relu.size();
+    const at::TensorList list = saved;
+    const OptionalTensors inputs = optional_tensors(list.slice(1, layers));
+    const OptionalTensors weights = optional_tensors(list.slice(1 + layers, layers));
     const std::vector<at::Tensor> grads = [&] {
-      const at::TensorList list = saved;
-      const size_t layers = relu.size();
       if (backward_must_be_composite(grad)) {
-        return differentiable_backward(grad, list, relu, mask);
+        return mlp_backward_composite(grad, inputs, weights, optional(list[0]), relu, mask);
       }
       BelowAutograd below_autograd;
-      return mlp_backward(grad, optional_tensors(list.slice(1, layers)),
-                          optional_tensors(list.slice(1 + layers, layers)), optional(list[0]), relu,
-                          mask);
+      return mlp_backward(grad, inputs, weights, optional(list[0]), relu, mask);
     }();
     variable_list result(needs_input_grad.size());
     auto next = grads.begin();
@@ -96,6 +73,14 @@ struct MLPBackward {
       if (needs_input_grad[i]) result[i] = *next++;
     }
     return result;
+  }
+
+ private:
+  // The output before a layer of this weight, of which nothing but its node is needed.
+  static at::Tensor no_values_like(const at::Tensor& grad, const at::Tensor& weight) {
+    auto sizes = grad.sym_sizes().vec();
+    sizes.back() = weight.sym_size(1);
+    return at::empty_symint(sizes, weight.options());
   }
 };
 
@@ -131,18 +116,16 @@ struct Chain {
   std::vector<at::Tensor> to_save(const std::vector<at::Tensor>& outputs) const {
     const size_t layers = weights.size();
     const WantedGradients wanted(needed_gradients());
-    SavedChain saved;
-    if (relu.get(layers - 1)) saved.output = outputs.back();
+    std::vector<at::Tensor> saved = {relu.get(layers - 1) ? outputs.back() : at::Tensor()};
     for (size_t i = 0; i < layers; ++i) {
-      const at::Tensor& layer_input = i == 0 ? input : outputs[i - 1];
       const bool masks = i > 0 && wanted.passes(i) && relu.get(i - 1);
-      saved.inputs.push_back(wanted.weight(i) || masks ? layer_input : at::Tensor());
-      saved.weights.push_back(wanted.passes(i) ? weights[i] : at::Tensor());
-      if (wanted.reaches(i) && !saved.first_input.defined()) saved.first_input = layer_input;
+      const at::Tensor& layer_input = i == 0 ? input : outputs[i - 1];
+      saved.push_back(wanted.weight(i) || masks ? layer_input : at::Tensor());
     }
-    saved.parameters.assign(weights.begin(), weights.end());
-    saved.parameters.insert(saved.parameters.end(), biases.begin(), biases.end());
-    return saved.as_list();
+    for (size_t i = 0; i < layers; ++i) {
+      saved.push_back(wanted.passes(i) ? weights[i] : at::Tensor());
+    }
+    return saved;
   }
 };
 
@@ -183,6 +166,10 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
 // vmap: over the whole batch at once; without these it loops over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("mlp", mlp_composite);
+  m.impl("mlp_backward", mlp_backward_composite);
+}
+// is_grads_batched=True: it can't loop over what returns a list.
+TORCH_LIBRARY_IMPL(fastnn, Batched, m) {
   m.impl("mlp_backward", mlp_backward_composite);
 }
 
