@@ -172,7 +172,7 @@ def _mlp_backward_flops(
 ) -> int:
     rows, features, products = prod(grad_output_shape[:-1]), grad_output_shape[-1], 0
     wanted = [w or b for w, b in zip(output_mask[1:], output_mask[1 + len(relu) :], strict=False)]
-    first = 0 if output_mask[0] or True not in wanted else wanted.index(True)
+    first = 0 if output_mask[0] else [*wanted, True].index(True)
     for i in reversed(range(first, len(relu))):
         input_shape, weight_shape = inputs_shape[i], weights_shape[i]
         if output_mask[1 + i] and input_shape is not None:

@@ -217,7 +217,7 @@ def mlp_backward(
     of_input, *of_parameters = output_mask
     of_weights, of_biases = of_parameters[:layers], of_parameters[layers:]
     wanted = [w or b for w, b in zip(of_weights, of_biases, strict=True)]
-    first = 0 if of_input or True not in wanted else wanted.index(True)
+    first = 0 if of_input else [*wanted, True].index(True)
     outputs = [*inputs[1:], output]
     grad, weight_grads, bias_grads = grad_output, [], []
     for i in reversed(range(first, layers)):

@@ -204,6 +204,7 @@ std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_output,
                                          const Flags& output_mask) {
   check_mlp_backward(grad_output, inputs, weights, output, relu, output_mask);
   const WantedGradients wanted(output_mask);
+  if (!wanted.reaches(weights.size() - 1)) return {};
   const BackwardOperands of(grad_output, inputs, weights, output, relu, wanted);
   const Gradients grads(of, wanted);
   dispatch(grad_output.scalar_type(), "mlp_backward", [&]<typename T>() {
