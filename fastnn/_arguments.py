@@ -40,18 +40,18 @@ def check_linear_arguments(
 
 
 def mlp_layers(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
+    weights: list[Tensor],
+    biases: list[Tensor | None] | None,
     activations: Sequence[str | None] | None,
 ) -> tuple[list[Tensor], list[Tensor | None], list[bool]]:
     """The weights, the biases, and whether a ReLU follows, of each layer of ``mlp``.
 
     Raises TypeError for what is no tensor, ValueError for lists that don't fit each other.
     """
-    weights = list(weights)
-    biases = [None] * len(weights) if biases is None else list(biases)
+    biases = [None] * len(weights) if biases is None else biases
     if activations is None:
         activations = ["relu"] * (len(weights) - 1) + [None] * bool(weights)
+    activations = list(activations)
     for i, weight in enumerate(weights):
         check_tensor("mlp", f"weights[{i}]", weight)
     for i, bias in enumerate(biases):

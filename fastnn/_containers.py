@@ -68,7 +68,8 @@ def linears_run_by(container: Module) -> list[tuple[str, Module, str]]:
 
 def is_fused(container: Module) -> bool:
     """Whether its class runs layers by our operators."""
-    return isinstance(container, Fused) or type(container).forward is run_row
+    # A scripted module's class has no forward.
+    return isinstance(container, Fused) or getattr(type(container), "forward", None) is run_row
 
 
 def can_be_fused(container: Module) -> bool:

@@ -62,6 +62,11 @@ else:
     _operators.register()
 
 
+def is_tracing() -> bool:
+    """Whether torch.jit.trace looks on, or the exporter to ONNX that is made of it."""
+    return not is_compiling() and tracing_state() is not None
+
+
 def operators() -> Any:
     """What holds the operators as functions: the extension, torch.ops.fastnn or plain PyTorch."""
     # While torch.compile, torch.export or torch.jit.trace look on, the callable that they know. It

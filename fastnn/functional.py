@@ -35,7 +35,7 @@ from fastnn._arguments import (
     loss_reduction,
     mlp_layers,
 )
-from fastnn._extension import operators
+from fastnn._extension import is_tracing, operators
 from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE, ask_classes, call_torch, need_torch
 
 __all__ = ["cross_entropy", "linear", "linear_relu", "log_softmax", "mlp", "nll_loss"]
@@ -146,6 +146,7 @@ def mlp(
     >>> torch.allclose(y, torch.relu(x @ w1.T) @ w2.T, atol=1e-6)
     True
     """
+    weights, biases = list(weights), None if biases is None else list(biases)
     if has_torch_function_variadic(input, *weights, *(biases or ())):
         tensors = (input, *weights, *(biases or ()))
         lists = {"biases": biases, "activations": activations}
@@ -154,6 +155,10 @@ def mlp(
     weights, biases, relu = mlp_layers(weights, biases, activations)
     if need_torch(input, *weights, *biases):
         return call_torch(_tensor_classes.mlp, input, weights, biases, activations)
+    if is_tracing():  # torch.jit.trace takes no operator over lists of what may be absent
+        for weight, bias, has_relu in zip(weights, biases, relu, strict=True):
+            input = (linear_relu if has_relu else linear)(input, weight, bias)
+        return input
     return operators().mlp(input, weights, biases, relu)
 
 
