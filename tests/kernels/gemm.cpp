@@ -309,6 +309,94 @@ const Test test("gemm", [](const Target& target) {
   });
 });
 
+// ---- what a backward does with its products, bit for bit ----
+
+// The product where the mask is positive or NaN, zero elsewhere.
+template <typename T>
+void masked(const Target& target, simd::Gemm<T> arguments, const Buffer<T>& product, int jobs) {
+  auto mask = random_values<T>(product.size(), Values::Integers);  // some of them zero
+  if (mask.size() != 0) mask[random_index(mask.size())] = from_double<T>(NAN);
+  arguments.mask = mask.data();
+  Buffer<T> expected = product;
+  for (int64_t i = 0; i < expected.size(); ++i) {
+    if (mask(i) <= 0) expected[i] = from_double<T>(0);
+  }
+  expect_same_bits("masked product", multiply(target, arguments, /*offset=*/1, jobs, 1), expected);
+}
+
+template <typename T, typename B>
+simd::SteppedParam<T> stepped_param(Buffer<T>& param, B* momentum_buffer,
+                                    const SGDOptions& options) {
+  if (options.momentum == 0) return {param.data(), nullptr, nullptr, options};
+  if constexpr (std::is_same_v<T, B>) {
+    return {param.data(), momentum_buffer, nullptr, options};
+  } else {
+    return {param.data(), nullptr, momentum_buffer, options};
+  }
+}
+
+// The parameter and its momentum buffer of B as sgd_step leaves them, where the product is the
+// gradient.
+template <typename T, typename B>
+void stepped(const Target& target, simd::Gemm<T> arguments, const Buffer<T>& product,
+             const SGDOptions& options, int jobs) {
+  const int64_t n = product.size();
+  auto param = random_buffer<T>(n, 1), expected_param = param;
+  auto momentum_buffer = random_buffer<B>(n, 1), expected_buffer = momentum_buffer;
+  const auto step = stepped_param(param, momentum_buffer.data(), options);
+  arguments.step = &step;
+  multiply(target, arguments, /*offset=*/0, jobs, 1);
+
+  Buffer<T> grad = product;
+  const auto expected = stepped_param(expected_param, expected_buffer.data(), options);
+  if (expected.wide_momentum_buffer) {
+    target.kernels<T>().sgd_step_wide(expected.param, grad.data(), expected.wide_momentum_buffer, n,
+                                      options, /*grad_scale=*/1);
+  } else {
+    target.kernels<T>().sgd_step(expected.param, grad.data(), expected.momentum_buffer, n, options,
+                                 /*grad_scale=*/1);
+  }
+  expect_same_bits("stepped param", param, expected_param);
+  expect_same_bits("momentum_buffer", momentum_buffer, expected_buffer);
+}
+
+// lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step
+const SGDOptions kSteps[] = {
+    {0.1, 0, 0, 0, false, false, false},    {0.1, 0, 0, 0.01, false, true, false},
+    {0.1, 0.9, 0, 0, false, false, true},   {0.1, 0.9, 0.3, 0.01, false, false, false},
+    {0.1, 0.9, 0, 0.01, true, true, false}, {0.1, 0.9, 0, 0, true, false, true},
+};
+
+const Test backward_test("gemm_backward", [](const Target& target) {
+  for_each_dtype([&]<typename T>() {
+    const int64_t lanes = target.lanes<T>();
+    int n = 0;
+    for (const Size& size : sizes(Tile(lanes, lanes * sizeof(accum<T>)))) {
+      const Problem<T> problem(size, n % 2 ? Values::Integers : Values::Reals);
+      // As of a gradient passed on, and of a weight's.
+      const Options options{.a_transposed = n % 3 == 1, .b_transposed = n % 3 == 2};
+      const Stored<T> a(problem.a, size.rows, size.depth, options.a_transposed, options);
+      const Stored<T> b(problem.b, size.cols, size.depth, !options.b_transposed, options);
+      const simd::Gemm<T> arguments{.rows = size.rows,
+                                    .cols = size.cols,
+                                    .depth = size.depth,
+                                    .a = {a.memory.data(), a.stride, options.a_transposed},
+                                    .b = {b.memory.data(), b.stride, options.b_transposed},
+                                    .out = nullptr};
+      const auto product = multiply(target, arguments, /*offset=*/0, 1, 1);
+      const int jobs = n % 4 == 3 ? 64 : 1, step = n % std::size(kSteps);
+      describe("%s rows=%d cols=%d depth=%d layout=%d jobs=%d step=%d", kName<T>, int(size.rows),
+               int(size.cols), int(size.depth), n % 3, jobs, step);
+      masked<T>(target, arguments, product, jobs);
+      stepped<T, T>(target, arguments, product, kSteps[step], jobs);
+      if constexpr (!std::is_same_v<T, accum<T>>) {
+        stepped<T, accum<T>>(target, arguments, product, kSteps[step], jobs);
+      }
+      ++n;
+    }
+  });
+});
+
 // That the blocks, in their order, cover the output row by row of blocks, and none is too large.
 void blocks_cover(const Size& size, int64_t threads) {
   const cpu::GemmJobs jobs(size.rows, size.cols, size.depth, threads);

@@ -6,6 +6,17 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
+// a * b, rounded. Of two products in a sum the compiler makes one part of a fused multiply-add, in
+// each kernel another: steps would differ in their last bits.
+template <typename A>
+inline vec<A> rounded_product(A a, vec<A> b) {
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(a * b);
+#else
+  return a * b;
+#endif
+}
+
 // A step's numbers in the type that it is computed in.
 template <typename A>
 struct SGDFormula {
@@ -13,7 +24,7 @@ struct SGDFormula {
   A momentum;
   A keep;
   A weight_decay;
-  A sign;
+  bool maximize;
   bool nesterov;
   bool is_first_step;
 
@@ -22,7 +33,7 @@ struct SGDFormula {
         momentum(A(options.momentum)),
         keep(A(1 - options.dampening)),
         weight_decay(A(options.weight_decay)),
-        sign(options.maximize ? A(-1) : A(1)),
+        maximize(options.maximize),
         nesterov(options.nesterov),
         is_first_step(options.is_first_step) {
   }
@@ -32,10 +43,11 @@ struct SGDFormula {
   template <typename T, typename B, typename Load, typename Store>
   void step(T* param, vec<A> grad, B* momentum_buffer, Load load, Store store) const {
     const vec<A> x = load(param);
-    vec<A> d = sign * grad;
+    vec<A> d = maximize ? -grad : grad;
     if (weight_decay != 0) d += weight_decay * x;
     if (momentum_buffer) {
-      const vec<A> b = is_first_step ? d : momentum * load(momentum_buffer) + keep * d;
+      const vec<A> b =
+          is_first_step ? d : momentum * load(momentum_buffer) + rounded_product(keep, d);
       store(momentum_buffer, b);
       d = nesterov ? d + momentum * b : b;
     }
