@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 
 import fastnn
-from fastnn._operators import OPERATORS, OPTIMIZERS
-from support import stock
+from fastnn._operators import CHAINS, OPERATORS, OPTIMIZERS
+from support import chains, stock
 from support.marks import needs_extension
 from support.modules import MODULES
 from support.operator_cases import CASES
 
 pytestmark = pytest.mark.cpu_only("of no kernels")
 
-every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+# Those over lists of layers have tests of their own: test_mlp.py.
+EVERY = (*OPERATORS, *CHAINS)
+every_operator = pytest.mark.parametrize("operator", EVERY, ids=lambda operator: operator.name)
 
 
 def parameters(function) -> dict[str, object]:
@@ -28,9 +30,10 @@ def parameters(function) -> dict[str, object]:
 
 
 def test_every_function_module_and_optimizer_is_in_the_table():
-    functions, modules = zip(*((o.name, o.module) for o in OPERATORS), strict=True)
+    functions, modules = zip(*((o.name, o.module) for o in EVERY), strict=True)
     assert set(functions) == set(fastnn.functional.__all__)
-    assert set(modules) == set(fastnn.nn.__all__) == set(MODULES)
+    assert set(modules) == set(fastnn.nn.__all__)
+    assert {operator.module for operator in OPERATORS} == set(MODULES)
     assert {optimizer.name for optimizer in OPTIMIZERS} == set(fastnn.optim.__all__)
 
 
@@ -40,6 +43,9 @@ def test_the_stock_function_has_the_same_arguments(operator):
     assert parameters(operator.stock) == parameters(ours)
     if hasattr(F, operator.name):
         assert operator.stock is getattr(F, operator.name)
+    elif operator in CHAINS:
+        chain = chains.make((5, 4, 3), (2,))
+        assert torch.equal(chain.run(operator.stock), chain.run(chains.stock))
     else:
         by_row, shared = CASES[operator.name].rows(4, 3)
         composite = getattr(stock, operator.name)
@@ -64,11 +70,11 @@ def test_the_onnx_function_is_called_as_the_operator(operator):
 def test_every_operator_that_computes_has_a_fake_kernel():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
     # These only call the operator of their forward, whose fake kernel then runs.
-    names -= {"fastnn::nll_loss", "fastnn::cross_entropy"}
-    records = (*OPERATORS, *OPTIMIZERS)
+    names -= {"fastnn::nll_loss", "fastnn::cross_entropy", "fastnn::mlp"}
+    records = (*EVERY, *OPTIMIZERS)
     assert {f"fastnn::{fake}" for record in records for fake in record.fakes} == names
 
 
 @every_operator
 def test_flops_are_of_operators_with_fake_kernels(operator):
-    assert operator.flops.keys() <= operator.fakes.keys()
+    assert operator.flops.keys() <= {operator.name, *operator.fakes}

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fastnn
-from fastnn.functional import cross_entropy, linear, linear_relu, log_softmax, nll_loss
+from fastnn.functional import cross_entropy, linear, linear_relu, log_softmax, mlp, nll_loss
 
 x, target = torch.randn(2, 8), torch.tensor([0, 2])
 
@@ -16,6 +16,8 @@ x, target = torch.randn(2, 8), torch.tensor([0, 2])
 
 assert_type(fastnn.nn.Linear(8, 4)(x), Tensor)
 assert_type(fastnn.nn.LinearReLU(8, 4)(x), Tensor)
+assert_type(fastnn.nn.MLP(8, 4, 2)(x), Tensor)
+assert_type(fastnn.nn.MLP(8, (4, 4), 2, bias=False, dtype=torch.float32)(x), Tensor)
 assert_type(fastnn.nn.LogSoftmax(dim=1)(x), Tensor)
 assert_type(fastnn.nn.NLLLoss()(x, target), Tensor)
 assert_type(fastnn.nn.CrossEntropyLoss(label_smoothing=0.1)(x, target), Tensor)
@@ -25,6 +27,8 @@ assert_type(fastnn.nn.CrossEntropyLoss().decodes(x), Tensor)
 
 assert_type(linear(x, torch.randn(4, 8)), Tensor)
 assert_type(linear_relu(x, torch.randn(4, 8)), Tensor)
+assert_type(mlp(x, [torch.randn(4, 8)]), Tensor)
+assert_type(mlp(x, [torch.randn(4, 8)], [None], ("relu",)), Tensor)
 assert_type(log_softmax(x, 1, dtype=torch.float64), Tensor)
 assert_type(nll_loss(x, target, reduction="sum"), Tensor)
 assert_type(cross_entropy(x, target, label_smoothing=0.1), Tensor)

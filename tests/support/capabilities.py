@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnn._operators import OPERATORS, OPTIMIZERS
+from fastnn._operators import CHAINS, OPERATORS, OPTIMIZERS
 
 SECTIONS = {
     "compile": "torch.compile",
@@ -27,7 +27,7 @@ SECTIONS = {
     "tools": "Tools",
     "inputs": "PyTorch's own test inputs",
 }
-COLUMNS = tuple(record.name for record in (*OPERATORS, *OPTIMIZERS))
+COLUMNS = tuple(record.name for record in (*OPERATORS, *CHAINS, *OPTIMIZERS))
 # Other names that tests' parameters have for them: their modules.
 ALIASES = {operator.module: operator.name for operator in OPERATORS}
 
