@@ -32,9 +32,9 @@ def square_pair() -> nn.Sequential:
 # --- a layer by itself is PyTorch's ---------------------------------------------------------------
 
 
-def test_only_containers_of_pairs_change_their_class():
+def test_only_containers_of_linears_change_their_class():
     stock = nn.Sequential(
-        nn.Sequential(*pair()), nn.Sequential(nn.Linear(5, 5), nn.Tanh()), nn.ReLU()
+        nn.Sequential(*pair()), nn.Sequential(nn.LayerNorm(5), nn.Tanh()), nn.ReLU()
     )
     fused = fastnn.fuse(stock)
     changed = {
@@ -175,7 +175,7 @@ def test_hooks_on_an_inner_sequential_see_its_input_and_output(register):
     x = input_of(stock)
     ours, theirs = observed(fastnn.fuse(stock)), observed(copy.deepcopy(stock))
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 PARTS = {
@@ -209,10 +209,20 @@ def negated(graph_module: fx.GraphModule, inputs: list[Tensor]) -> typing.Callab
     return lambda *args: tuple(-output for output in graph_module(*args))
 
 
+# Of these the Linear still runs by our operator, whose sums are in another order: its path.
+STILL_FUSED = {
+    "another activation": {"0"},
+    "inserted": {"0"},
+    "deleted": {"0"},
+    "forward of the ReLU": {"0"},
+    "wrapped": {"0.0"},
+}
+
+
 @pytest.mark.parametrize("change", PARTS)
 @pytest.mark.parametrize("first", ["fuse", "change"])
 def test_layers_that_are_changed(change, first):
-    """Before fuse or after it: the numbers are stock's, to the bit, as nothing runs fused."""
+    """Before fuse or after it: the numbers are stock's, to the bit where nothing runs fused."""
     torch.manual_seed(0)
     stock = nn.Sequential(*pair())
     x = input_of(stock)
@@ -223,8 +233,10 @@ def test_layers_that_are_changed(change, first):
         model.eval()
     fused = fastnn.fuse(fused, inplace=True)
     torch._dynamo.reset()
-    assert torch.equal(fused(x), stock(x))
-    assert fused_paths(fused) == set()
+    still_fused = STILL_FUSED.get(change, set())
+    near = {"rtol": 1e-5, "atol": 1e-6} if still_fused else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(fused(x), stock(x), **near)
+    assert fused_paths(fused) == still_fused
     fastnn.unfuse(fused, inplace=True)
     assert torch.equal(fused(x), stock(x))
 

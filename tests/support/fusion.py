@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler_util import FunctionEvent
 
 import fastnn
 from support.sample_inputs import SEED, Draws
@@ -22,12 +23,23 @@ def reason(model: nn.Module, path: str) -> str:
     return next(e.reason for e in fastnn.fusion_report(fused).left if e.path == path)
 
 
+OURS = ("fastnn::linear", "fastnn::linear_relu", "fastnn::mlp")
+_OPERATORS = (*OURS, "aten::linear", "aten::relu", "aten::relu_")
+
+
 def operators_of(model: nn.Module, x: Tensor) -> list[str]:
-    """What the model's call runs, of the operators that matter here."""
+    """What the model's call runs, of the operators that matter here; not what these run."""
     with torch.profiler.profile() as profile:
         model(x)
-    names = ("fastnn::linear_relu", "aten::linear", "aten::relu", "aten::relu_")
-    return [event.name for event in profile.events() if event.name in names]
+    calls = [event for event in profile.events() if event.name in _OPERATORS]
+    return [call.name for call in calls if not any(_is_within(call, other) for other in calls)]
+
+
+def _is_within(call: FunctionEvent, other: FunctionEvent) -> bool:
+    while call := call.cpu_parent:
+        if call is other:
+            return True
+    return False
 
 
 def input_of(model: nn.Module) -> Tensor:
