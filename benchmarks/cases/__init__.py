@@ -5,8 +5,10 @@ from __future__ import annotations
 from benchmarks.case import Case
 from benchmarks.cases import (
     cross_entropy,
+    linear,
     linear_relu,
     log_softmax,
+    mlp,
     nll_loss,
     overhead,
     sgd,
@@ -14,7 +16,7 @@ from benchmarks.cases import (
 )
 from benchmarks.device import CPU, CUDA, Device
 
-_FILES = (linear_relu, cross_entropy, log_softmax, nll_loss, sgd, train_step)
+_FILES = (linear_relu, linear, mlp, cross_entropy, log_softmax, nll_loss, sgd, train_step)
 
 
 def all_cases(device: Device = CPU) -> list[Case]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnn
+from support.operators import LINEARS
 
 pytestmark = pytest.mark.large
 
@@ -119,29 +120,36 @@ def test_nll_loss():
     check_loss("nll_loss", large(*SHORT_ROWS), torch.randint(SHORT_ROWS[1], SHORT_ROWS[:1]))
 
 
-def test_linear_relu_of_a_large_output():
+every_linear = pytest.mark.parametrize("op", LINEARS)
+
+
+@every_linear
+def test_linear_of_a_large_output(op):
     rows, cols = 65_539, 32_771
-    check_product(normal(rows, 3), normal(cols, 3), incoming=large(rows, cols))
+    check_product(op, normal(rows, 3), normal(cols, 3), incoming=large(rows, cols))
 
 
-def test_linear_relu_of_a_large_input():
+@every_linear
+def test_linear_of_a_large_input(op):
     rows, depth = 524_387, 4099
     weight = normal(3, depth) / depth**0.5
-    check_product(large(rows, depth), weight, incoming=normal(rows, 3))
+    check_product(op, large(rows, depth), weight, incoming=normal(rows, 3))
 
 
-def check_product(input: Tensor, weight: Tensor, incoming: Tensor) -> None:
+def check_product(op: str, input: Tensor, weight: Tensor, incoming: Tensor) -> None:
     bias = normal(len(weight))
     leaves = [leaf.requires_grad_() for leaf in (input, weight, bias)]
-    out = fastnn.functional.linear_relu(*leaves)
+    out = getattr(fastnn.functional, op)(*leaves)
     grad_input, grad_weight, grad_bias = torch.autograd.grad(out, leaves, incoming)
     input, weight, bias, out = (tensor.detach() for tensor in (*leaves, out))
 
     exact_weight, exact_bias = torch.zeros(2, dtype=torch.float64)
     for part in parts((len(input), max(input.shape[1], out.shape[1]))):
         x = input[part].double()
-        assert_near(out[part], F.linear(x, weight.double(), bias.double()).relu(), input.shape[1])
-        grad = incoming[part].double() * (out[part] > 0)
+        exact_out, grad = F.linear(x, weight.double(), bias.double()), incoming[part].double()
+        if op == "linear_relu":
+            exact_out, grad = exact_out.relu(), grad * (out[part] > 0)
+        assert_near(out[part], exact_out, input.shape[1])
         assert_near(grad_input[part], grad @ weight.double(), out.shape[1])
         exact_weight = exact_weight + grad.t() @ x
         exact_bias = exact_bias + grad.sum(0)

@@ -25,8 +25,14 @@ from fastnn._extension import build_info
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW_PATHS = ("subwarp", "warp", "block", "split")
+LINEARS = (functional.linear, functional.linear_relu)
 # (rows, depth, columns)
 PRODUCTS = ((1, 9, 7), (33, 64, 65), (130, 72, 264), (300, 31, 8))
+
+
+def mlp(input: Tensor, weight: Tensor, bias: Tensor, last: Tensor) -> Tensor:
+    """Two layers, of which the last has no bias."""
+    return functional.mlp(input, [weight, last], [bias, None])
 
 
 def main() -> None:
@@ -102,18 +108,22 @@ class Launches:
         with environment("FASTNN_CUDA_GEMM", "tiled"), torch.no_grad():
             for rows, depth, cols in PRODUCTS:
                 args = self.normal(rows, depth), self.normal(cols, depth), self.normal(cols)
-                functional.linear_relu(*args)
-                functional.linear_relu(*args[:2])
+                for linear in LINEARS:
+                    linear(*args)
+                    linear(*args[:2])
         for rows, cols, offset in ((1, 7, 0), (33, 64, 0), (700, 81, 3), (3000, 40, 1)):
             leaves = [self.normal(rows, 0), self.normal(cols, 0), self.normal(cols)]
-            self.backward(functional.linear_relu, leaves[:2], (rows, cols))
-            self.backward(functional.linear_relu, leaves, (rows, cols), offset=offset)
+            for linear in LINEARS:
+                self.backward(linear, leaves[:2], (rows, cols))
+                self.backward(linear, leaves, (rows, cols), offset=offset)
 
     def library_products(self) -> None:
         with environment("FASTNN_CUDA_GEMM", "library"):
             for rows, depth, cols in PRODUCTS:
                 leaves = [self.normal(rows, depth), self.normal(cols, depth), self.normal(cols)]
-                self.backward(functional.linear_relu, leaves, (rows, cols))
+                for linear in LINEARS:
+                    self.backward(linear, leaves, (rows, cols))
+                self.backward(mlp, [*leaves, self.normal(5, cols)], (rows, 5))
 
     def backward(
         self, function, inputs: Sequence[Tensor], shape, *args, offset: int = 0, **kwargs

@@ -69,6 +69,8 @@ class Smoke:
         for shape, kind in product(PRODUCTS, ("tiled", "library")):
             name = f"linear_relu {'x'.join(map(str, shape))} {kind}"
             yield name, lambda s=shape, k=kind: self.linear_relu(s, k, dtype)
+            yield name.replace("_relu", ""), lambda s=shape, k=kind: self.linear(s, k, dtype)
+            yield name.replace("linear_relu", "mlp"), lambda s=shape, k=kind: self.mlp(s, k, dtype)
             yield f"{name} of NaN", lambda s=shape, k=kind: self.special_values(s, k, dtype)
         yield "ReLU epilogue of the library", lambda: self.library_epilogue(dtype)
         if dtype == torch.float32:
@@ -83,6 +85,31 @@ class Smoke:
     def linear_relu(self, shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> str:
         with environment("FASTNN_CUDA_GEMM", kind):
             return self.product(shape, dtype, TOLERANCES[dtype])
+
+    def linear(self, shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> str:
+        def exact(_value: Tensor, *leaves: Tensor) -> Tensor:
+            return F.linear(*leaves)
+
+        leaves = self.product_leaves(shape, dtype)
+        with environment("FASTNN_CUDA_GEMM", kind):
+            return self.against_float64(functional.linear, exact, leaves, dtype, TOLERANCES[dtype])
+
+    def mlp(self, shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> str:
+        """Two layers, so twice the roundings: what is passed between them is rounded too."""
+        input, weight, bias = self.product_leaves(shape, dtype)
+        last = self.normal(shape[1], shape[2], dtype=dtype) / shape[2] ** 0.5
+
+        def ours(input: Tensor, weight: Tensor, bias: Tensor, last: Tensor) -> Tensor:
+            return functional.mlp(input, [weight, last], [bias, None])
+
+        def exact(_value: Tensor, input: Tensor, weight: Tensor, bias: Tensor, last: Tensor):
+            # What is a rounding error from zero may be on its other side: ReLU as we took it.
+            hidden = functional.linear_relu(*(t.to(dtype) for t in (input, weight, bias)))
+            return F.linear(torch.where(hidden > 0, F.linear(input, weight, bias), 0.0), last)
+
+        with environment("FASTNN_CUDA_GEMM", kind):
+            leaves = [input, weight, bias, last]
+            return self.against_float64(ours, exact, leaves, dtype, 2 * TOLERANCES[dtype])
 
     def product(self, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> str:
         def exact(value: Tensor, *leaves: Tensor) -> Tensor:
