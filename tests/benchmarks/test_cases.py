@@ -11,13 +11,15 @@ import torch
 
 from benchmarks import verify, worker
 from benchmarks.case import Function, Inputs, Unavailable
-from benchmarks.cases import all_cases, cross_entropy, mlp, overhead, sgd
+from benchmarks.cases import all_cases, cross_entropy, overhead, sgd, train_step
 from benchmarks.device import CPU, CUDA, Device
 
 pytestmark = pytest.mark.cpu_only("the benchmarks")
 
+MNIST = train_step.PROGRAMS["CrossEntropyLoss"]
 
-@pytest.mark.parametrize("make", [mlp._batch, overhead._row_and_target])
+
+@pytest.mark.parametrize("make", [partial(train_step._batch, MNIST), overhead._row_and_target])
 def test_inputs_are_drawn_where_the_generator_is(make, monkeypatch):
     generator = SimpleNamespace(device=torch.device("meta"))
     drawn: list[torch.device] = []
@@ -41,8 +43,9 @@ def _meta_inputs(make) -> Inputs:
 
 
 def test_what_contenders_make_themselves_lies_where_the_inputs_are():
-    step = next(one for one in mlp._contenders("cross_entropy") if one.name == "torch")
-    step.bind(_meta_inputs(mlp._batch))
+    steps = train_step._contenders(MNIST, train_step.as_written)
+    step = next(one for one in steps if one.name == "torch")
+    step.bind(_meta_inputs(partial(train_step._batch, MNIST)))
     optimizer = next(one for one in sgd.step_contenders() if one.name == "SGD")
     shapes = [(2, 3), (4,)]
     optimizer.bind(_meta_inputs(partial(sgd.parameters_and_gradients, shapes=shapes)))
@@ -154,7 +157,7 @@ def test_compiled_steps_train_as_the_reference_and_hold_their_backward(fresh_dyn
     """All contenders in one process, as the benchmark has them: they share a limit."""
     from torch._dynamo.utils import counters
 
-    case = next(case for case in mlp.cases() if case.label == "LogSoftmax+NLLLoss")
+    case = next(case for case in train_step.cases() if case.label == "LogSoftmax+NLLLoss")
     inputs = verify.check_inputs(case, torch.Generator().manual_seed(0))
     reference = verify.expected(case, inputs)
     graphs, breaks = {}, {}
@@ -180,13 +183,13 @@ def test_compiled_steps_train_as_the_reference_and_hold_their_backward(fresh_dyn
 def test_a_step_that_the_compiler_can_not_trace_is_unavailable(monkeypatch):
     import torch._dynamo
 
-    case = mlp.cases()[0]
-    traced = [one for one in case.contenders() if isinstance(one, mlp.TracedStep)]
+    case = train_step.cases()[0]
+    traced = [one for one in case.contenders() if isinstance(one, train_step.TracedStep)]
     monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())  # as in an older torch
     assert len(traced) == 4
     for contender in traced:
         with pytest.raises(Unavailable, match="can't trace a backward"):
-            contender.check(mlp._batch(torch.Generator()))
+            contender.check(train_step._batch(MNIST, torch.Generator()))
 
 
 def small_vocabulary(rows: int, features: int) -> Inputs:
