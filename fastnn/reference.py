@@ -168,7 +168,7 @@ def mlp_forward(
     biases: Sequence[Tensor | None],
     relu: Sequence[bool],
 ) -> list[Tensor]:
-    """The outputs of all layers of ``mlp``, whose arguments it has.
+    """The outputs of all layers; for the arguments see :func:`fastnn.reference.mlp`.
 
     >>> import torch
     >>> from fastnn import reference
