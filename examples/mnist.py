@@ -445,9 +445,9 @@ def _draw_times(axes, runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         offset = (index - (len(runs) - 1) / 2) * width
         seconds = [epoch.seconds for epoch in run.epochs]
-        label = f"{LABELS[run.backend]}: {run.seconds:.2f} s in all"
+        label = f"{LABELS[run.backend]}: {run.seconds:.2f} s"
         if run is not runs[-1]:
-            label += f", {time_ratio(run, runs[-1]):.2f}x as fast"
+            label += f" ({time_ratio(run, runs[-1]):.2f} x as fast)"
         axes.bar(numbers + offset, seconds, width, color=COLORS[run.backend], label=label)
     # Whole epochs only, also where there is but one.
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -455,8 +455,8 @@ def _draw_times(axes, runs: Sequence[Run]) -> None:
     axes.set(title="Training time per epoch", xlabel="epoch", ylabel="seconds")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.margins(y=0.35)  # room for the legend above the bars
-    axes.legend(loc="upper center", ncols=min(len(runs), 2))
+    axes.margins(y=0.45)  # room for the legend above the bars
+    axes.legend(loc="upper center", ncols=1)
 
 
 # ---- command line --------------------------------------------------------------------------------
