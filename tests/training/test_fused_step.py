@@ -398,7 +398,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Any, Any]], type[E
     "other features": (lambda x, t: (x[:, 1:], t), RuntimeError, "in_features"),
     "target of int32": (lambda x, t: (x, t.int()), RuntimeError, "target"),
     "input of another dtype": (lambda x, t: (x.double(), t), RuntimeError, "dtype"),
-    "no tensor": (lambda x, t: (x.tolist(), t), TypeError, "Tensor"),
+    "no tensor": (lambda x, t: (x.numpy(), t), TypeError, "Tensor"),
 }
 
 

@@ -315,6 +315,15 @@ def test_another_lr_is_captured_anew_and_one_that_always_changes_never(fake):
     assert len(way._known) <= MOST_CAPTURES
 
 
+def test_the_capture_that_is_used_stays(fake):
+    way, one = GraphedStep(), program()
+    for _ in range(WARM_UP_CALLS):
+        run(way, one, 4)
+    for rows in range(5, 5 + 3 * MOST_CAPTURES):
+        run(way, one, 4), run(way, one, rows)
+    assert fake.made == [(4, FEATURES)]
+
+
 def test_what_can_t_be_captured_runs_as_it_is_and_says_why(fake, monkeypatch, as_on_a_gpu):
     way, one = GraphedStep(), program()
     monkeypatch.setattr(fake, "error", "operation not permitted\nand more")
