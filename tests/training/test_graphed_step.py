@@ -3,6 +3,8 @@ need a GPU: tests/cuda/test_cuda.py."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -116,23 +118,31 @@ def test_other_batches_have_other_keys():
     assert len({capture_key(one, one_batch) for one_batch in batches}) == len(batches)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        lambda on: torch.set_float32_matmul_precision("medium" if on else "highest"),
-        lambda on: torch.use_deterministic_algorithms(on),
-        lambda on: setattr(torch.backends.cudnn, "benchmark", on),
-    ],
-    ids=["precision", "determinism", "benchmark"],
-)
+@contextmanager
+def precision() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def determinism() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def cudnn_benchmark() -> AbstractContextManager[None]:
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True)
+
+
+@pytest.mark.parametrize("setting", [precision, determinism, cudnn_benchmark])
 def test_a_setting_changes_the_key(setting):
     one = program()
     key = capture_key(one, batch(0))
-    setting(True)
-    try:
-        assert capture_key(one, batch(0)) != key
-    finally:
-        setting(False)
+    with setting():
+        changed = capture_key(one, batch(0))
+    assert changed != key
     assert capture_key(one, batch(0)) == key
 
 
