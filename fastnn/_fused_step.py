@@ -23,7 +23,7 @@ from torch.nn import (
 
 from fastnn import _containers, _torch, functional, nn
 from fastnn._extension import extension
-from fastnn._step import Batch, Program, has_autocast, note_scheduled_step, note_update
+from fastnn._step import Batch, Program, has_autocast, note_scheduled_step, note_update, update
 from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE
 from fastnn.optim import SGD
 from fastnn.optim._hooks import has_replaced_step
@@ -105,19 +105,38 @@ class FusedStep:
     def run(self, program: Program, batch: Batch) -> Tensor:
         """Runs a call."""
         plan, (input, target) = self._plan, batch
-        loss = self._step.run(
+        # What is added up or clipped has to be there as a whole.
+        stores = program.accumulate > 1 or program.clip_grad_norm is not None
+        loss, grads = self._step.run(
             input.flatten(1) if plan.chain.flattens else input,
             target,
             params=plan.chain.params,
             relu=plan.chain.relu,
             groups=plan.groups,
             state=program.optimizer.state,
+            stores=stores,
+            scale=1 / program.accumulate,
             **plan.loss,
         )
-        program.optimizer.zero_grad()
-        note_scheduled_step(program)
+        if program.accumulated == 0:
+            program.optimizer.zero_grad()
+        if stores:
+            _add_gradients(plan.chain.params, grads)
+            if not program.updates_next:
+                program.accumulated += 1
+                return loss
+            update(program)
+        else:
+            note_scheduled_step(program)
         note_update(program)
         return loss
+
+
+@torch.no_grad()
+def _add_gradients(params: list[Tensor | None], grads: list[Tensor | None]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        if param is not None and grad is not None:
+            param.grad = grad if param.grad is None else param.grad.add_(grad)
 
 
 def _plan(program: Program) -> _Plan:
@@ -138,10 +157,6 @@ def _refuse(why: str) -> None:
 def _check_setting(program: Program) -> None:
     if extension is None:
         raise _CannotFuse("the extension is not there")
-    if program.accumulate > 1:
-        raise _CannotFuse("gradients are accumulated")
-    if program.clip_grad_norm is not None:
-        raise _CannotFuse("gradients are clipped")
     if is_compiling() or _torch.tracing_state() is not None:
         raise _CannotFuse("it is being compiled or traced")
     _refuse(_containers.why_all_apart())

@@ -98,9 +98,13 @@ struct Steps {
       : layers(of.size()), first(of.size()) {
     params.reserve(2 * of.size());  // so that none moves
     const auto step = [&](size_t i, const StepParam& param, ParamGradient<T>& grad, T* place) {
-      if (!param.options) return;
-      grad = {place, &params.emplace_back(stepped<T>(param))};
+      if (!param.wants_gradient()) return;
       first = std::min(first, i);
+      if (param.grad.defined()) {
+        grad.grad = data<T>(param.grad);
+      } else {
+        grad = {place, &params.emplace_back(stepped<T>(param))};
+      }
     };
     for (size_t i = 0; i < of.size(); ++i) {
       step(i, of[i].weight, layers[i].weight, places.weight_grad);
@@ -137,12 +141,12 @@ struct LossAndGradient {
 
 // Raises for a bad target.
 LossAndGradient loss_of(const at::Tensor& logits, const at::Tensor& target,
-                        const LossOptions& options) {
+                        const LossOptions& options, double scale) {
   const auto [loss, kept, lse, total_weight] =
       cross_entropy_forward(logits, target, options, /*keep=*/true);
-  if (!keeps_gradient(logits)) {
-    const at::Tensor one = scalar_tensor(1, logits.scalar_type());
-    cross_entropy_backward_(one, kept, target, optional(lse), total_weight, options);
+  if (scale != 1 || !keeps_gradient(logits)) {
+    const at::Tensor grad_output = scalar_tensor(scale, logits.scalar_type());
+    cross_entropy_backward_(grad_output, kept, target, optional(lse), total_weight, options);
   }
   return {loss, kept};
 }
@@ -171,7 +175,8 @@ char* MLPStep::memory(int64_t bytes) {
 
 template <typename T>
 at::Tensor MLPStep::run_as(const at::Tensor& given_input, const at::Tensor& target,
-                           c10::ArrayRef<StepLayer> layers, const LossOptions& options) {
+                           c10::ArrayRef<StepLayer> layers, const LossOptions& options,
+                           double scale) {
   const at::Tensor input = as_matrix(given_input);
   const int64_t rows = input.size(0);
   const at::Tensor logits =
@@ -182,7 +187,7 @@ at::Tensor MLPStep::run_as(const at::Tensor& given_input, const at::Tensor& targ
   const Places<T> places(pieces, rows, layers);
   const auto chained = chain(input, logits, layers, places);
   mlp_forward<T>(rows, chained);
-  const auto [loss, grad] = loss_of(logits, target, options);
+  const auto [loss, grad] = loss_of(logits, target, options, scale);
   // Nothing was changed so far, and nothing raises from here on.
   const Steps<T> steps(layers, places);
   if (steps.first < layers.size()) {
@@ -196,13 +201,13 @@ at::Tensor MLPStep::run_as(const at::Tensor& given_input, const at::Tensor& targ
 }
 
 at::Tensor MLPStep::run(const at::Tensor& input, const at::Tensor& target,
-                        c10::ArrayRef<StepLayer> layers, const LossOptions& loss) {
+                        c10::ArrayRef<StepLayer> layers, const LossOptions& loss, double scale) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   check_layers(input, layers);
   at::Tensor result;
   dispatch(input.scalar_type(), "train_step",
-           [&]<typename T>() { result = run_as<T>(input, target, layers, loss); });
+           [&]<typename T>() { result = run_as<T>(input, target, layers, loss, scale); });
   bump_versions(layers);
   return result;
 }

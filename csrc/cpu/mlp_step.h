@@ -14,11 +14,17 @@
 
 namespace fastnn::cpu {
 
-// A contiguous parameter and how it is stepped; without options it is not.
+// A contiguous parameter, and what becomes of it: its gradient is stored, or it is stepped, or
+// neither.
 struct StepParam {
   at::Tensor param;
-  at::Tensor momentum_buffer;  // undefined without momentum; of the dtypes that sgd_step_ takes
+  at::Tensor grad;  // where to; undefined where it is not stored
   std::optional<SGDOptions> options;
+  at::Tensor momentum_buffer;  // undefined without momentum; of the dtypes that sgd_step_ takes
+
+  bool wants_gradient() const {
+    return grad.defined() || options;
+  }
 };
 
 struct StepLayer {
@@ -30,14 +36,15 @@ struct StepLayer {
 class MLPStep {
  public:
   // Trains on a batch and returns its loss. The last layer's output are the logits of
-  // cross_entropy, reduced by 'mean' or 'sum'. Raises for bad input before anything is changed.
+  // cross_entropy, reduced by 'mean' or 'sum'. Gradients are `scale` times those of the loss.
+  // Raises for bad input before anything is changed.
   at::Tensor run(const at::Tensor& input, const at::Tensor& target, c10::ArrayRef<StepLayer> layers,
-                 const LossOptions& loss);
+                 const LossOptions& loss, double scale);
 
  private:
   template <typename T>
   at::Tensor run_as(const at::Tensor& input, const at::Tensor& target,
-                    c10::ArrayRef<StepLayer> layers, const LossOptions& loss);
+                    c10::ArrayRef<StepLayer> layers, const LossOptions& loss, double scale);
   // At least so many bytes, of which nothing is kept.
   char* memory(int64_t bytes);
 

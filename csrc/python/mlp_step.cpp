@@ -22,13 +22,20 @@ namespace py = pybind11;
 // The parameters as the optimizer steps them, with the momentum buffers that a first step makes.
 class OptimizerState {
  public:
-  explicit OptimizerState(const py::dict& state) : state_(state), reader_(state) {
+  // Where it `stores` gradients, no parameter is stepped.
+  OptimizerState(const py::dict& state, bool stores)
+      : state_(state), reader_(state), stores_(stores) {
   }
 
   // A parameter of this group, or of none.
   cpu::StepParam step_of(PyObject* object, py::handle group) {
-    cpu::StepParam of{.param = THPVariable_Unpack(object), .momentum_buffer = {}, .options = {}};
+    cpu::StepParam of{};
+    of.param = THPVariable_Unpack(object);
     if (group.is_none()) return of;
+    if (stores_) {
+      of.grad = at::empty_like(of.param).detach();
+      return of;
+    }
     of.options = options_of(group);
     if (of.options->momentum == 0) return of;
     const py::object buffer = reader_.find(object, momentum_buffer_key());
@@ -61,6 +68,7 @@ class OptimizerState {
 
   const py::dict& state_;
   StateReader reader_;
+  bool stores_;
   PyObject* group_ = nullptr;
   SGDOptions options_{};
   std::vector<std::pair<PyObject*, at::Tensor>> made_;
@@ -135,19 +143,34 @@ std::string why_not_batch(const at::Tensor& input, const at::Tensor& target,
   return target.requires_grad() ? "the target requires a gradient" : "";
 }
 
-at::Tensor run(cpu::MLPStep& step, const at::Tensor& input, const at::Tensor& target,
-               const py::list& params, const std::vector<bool>& relu, const py::list& groups,
-               const py::dict& state, const std::optional<at::Tensor>& weight, int64_t ignore_index,
-               std::string_view reduction, double label_smoothing) {
-  OptimizerState optimizer(state);
+// The stored gradients, in the order of the parameters; None where there is none.
+py::list gradients_of(const std::vector<cpu::StepLayer>& layers) {
+  py::list grads;
+  const auto add = [&](const at::Tensor& grad) {
+    grads.append(grad.defined() ? py::cast(grad) : py::none());
+  };
+  for (const cpu::StepLayer& layer : layers) {
+    add(layer.weight.grad);
+    add(layer.bias ? layer.bias->grad : at::Tensor());
+  }
+  return grads;
+}
+
+std::pair<at::Tensor, py::list> run(cpu::MLPStep& step, const at::Tensor& input,
+                                    const at::Tensor& target, const py::list& params,
+                                    const std::vector<bool>& relu, const py::list& groups,
+                                    const py::dict& state, const std::optional<at::Tensor>& weight,
+                                    int64_t ignore_index, std::string_view reduction,
+                                    double label_smoothing, bool stores, double scale) {
+  OptimizerState optimizer(state, stores);
   const auto layers = step_layers(params, groups, relu, optimizer);
   const LossOptions loss{weight, ignore_index, parse_reduction(reduction), label_smoothing};
   const at::Tensor result = [&] {
     py::gil_scoped_release no_gil;
-    return step.run(input, target, layers, loss);
+    return step.run(input, target, layers, loss, scale);
   }();
   optimizer.save_made();
-  return result;
+  return {result, gradients_of(layers)};
 }
 
 }  // namespace
@@ -159,12 +182,14 @@ void define_mlp_step(py::module_& m) {
                   "Why such parameters can't be trained on; empty where they can. None is skipped.")
       .def_static("why_not_batch", &why_not_batch, py::arg("input"), py::arg("target"),
                   py::arg("param"), "Why such a batch can't be trained on; empty where it can.")
-      .def(
-          "run", &run, py::arg("input"), py::arg("target"), py::kw_only(), py::arg("params"),
-          py::arg("relu"), py::arg("groups"), py::arg("state"), py::arg("weight"),
-          py::arg("ignore_index"), py::arg("reduction"), py::arg("label_smoothing"),
-          "Trains on a batch and returns its loss. params: each layer's weight and bias, which "
-          "may be None; groups: each parameter's group in the optimizer, None where it is frozen.");
+      .def("run", &run, py::arg("input"), py::arg("target"), py::kw_only(), py::arg("params"),
+           py::arg("relu"), py::arg("groups"), py::arg("state"), py::arg("weight"),
+           py::arg("ignore_index"), py::arg("reduction"), py::arg("label_smoothing"),
+           py::arg("stores"), py::arg("scale"),
+           "Trains on a batch; returns its loss and the gradients. params: each layer's weight and "
+           "bias, which may be None; groups: each parameter's group in the optimizer, None where "
+           "it is frozen; stores: whether the gradients are stored, instead of stepped along; "
+           "scale: what the loss's are multiplied by.");
 }
 
 }  // namespace fastnn::python
