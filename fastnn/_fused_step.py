@@ -258,31 +258,25 @@ def _groups_of(optimizer: Any, params: list[Tensor | None]) -> list[dict[str, An
     for name in ("grad_scale", "found_inf"):
         if getattr(optimizer, name, None) is not None:
             raise _CannotFuse("gradients are scaled")
-    owner: dict[int, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         _check_group(optimizer, group)
-        owner.update((id(param), group) for param in group["params"])
-    groups = [_group_of(param, owner) for param in params]
-    _refuse(extension.MLPStep.why_not(params, optimizer.state))
+    groups = extension.MLPStep.groups_of(params, optimizer.param_groups, optimizer.state)
+    if type(groups) is str:
+        raise _CannotFuse(groups)
     return groups
 
 
-def _group_of(param: Tensor | None, owner: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
-    if param is None or not param.requires_grad:
-        return None
-    if id(param) not in owner:
-        raise _CannotFuse("a parameter is none of the optimizer's")
-    if _torch.has_tensor_hooks(param):
-        raise _CannotFuse("hooks on a parameter")
-    return owner[id(param)]
-
-
 def _check_group(optimizer: SGD, group: dict[str, Any]) -> None:
-    numbers = (group[name] for name in ("momentum", "dampening", "weight_decay"))
+    for name in ("momentum", "dampening", "weight_decay"):
+        if type(group[name]) not in _NUMBERS:
+            raise _CannotFuse("an option of the optimizer is no number")
     lr = group["lr"]
-    if not all(type(number) in (int, float) for number in numbers):
-        raise _CannotFuse("an option of the optimizer is no number")
-    if type(lr) not in (int, float) and not (type(lr) is Tensor and lr.is_cpu):
+    if type(lr) not in _NUMBERS and not (type(lr) is Tensor and lr.is_cpu):
         raise _CannotFuse("the learning rate is no number")
     if not optimizer._is_fusable(group):
         raise _CannotFuse("the optimizer's step is to be differentiated")
+    if type(group["params"]) is not list:
+        raise _CannotFuse("the optimizer's parameters are no list")
+
+
+_NUMBERS = (int, float)

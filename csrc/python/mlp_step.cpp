@@ -5,8 +5,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <string>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 #include "cpu/mlp_step.h"
@@ -89,22 +89,30 @@ std::vector<cpu::StepLayer> step_layers(const py::list& params, const py::list& 
 }
 
 // Whether the backward of an ordinary loop would call anything for this parameter.
-bool has_hooks(const at::Tensor& param) {
-  const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(param);
+bool has_hooks(py::handle object, const at::Tensor& param) {
+  namespace autograd = torch::autograd::impl;
+  if (!autograd::hooks(param).empty() || autograd::post_acc_grad_hooks(param)) {
+    // Those that have been removed leave something behind.
+    for (const char* name : {"_backward_hooks", "_post_accumulate_grad_hooks"}) {
+      if (py::cast<bool>(py::bool_(object.attr(name)))) return true;
+    }
+  }
+  const auto accumulator = autograd::try_get_grad_accumulator(param);
   return accumulator && !(accumulator->post_hooks().empty() && accumulator->pre_hooks().empty() &&
                           accumulator->tensor_pre_hooks().empty());
 }
 
 // Why a parameter can't be stepped in place; empty where it can.
-const char* why_not_param(const at::Tensor& param, const at::Tensor& first) {
+std::string_view why_not_param(py::handle object, const at::Tensor& param,
+                               const at::Tensor& first) {
   if (!param.is_cpu() || !can_step(param)) return "a parameter is no plain tensor on the CPU";
   if (param.scalar_type() != first.scalar_type()) return "parameters have several dtypes";
   if (!param.is_contiguous()) return "a parameter is not contiguous";
-  return has_hooks(param) ? "hooks on a parameter's gradient" : "";
+  return has_hooks(object, param) ? "hooks on a parameter" : "";
 }
 
 // Likewise for what the optimizer remembers of it.
-const char* why_not_buffer(const py::object& buffer, const at::Tensor& param) {
+std::string_view why_not_buffer(const py::object& buffer, const at::Tensor& param) {
   if (buffer.is_none()) return "";
   if (!THPVariable_CheckExact(buffer.ptr())) return "a momentum buffer is no plain tensor";
   const at::Tensor& tensor = THPVariable_Unpack(buffer.ptr());
@@ -112,26 +120,64 @@ const char* why_not_buffer(const py::object& buffer, const at::Tensor& param) {
   return fits ? "" : "a momentum buffer is laid out unlike its parameter";
 }
 
-std::string why_not(const py::list& params, const py::dict& state) {
+// The groups of an optimizer by their parameters.
+class Owners {
+ public:
+  explicit Owners(const py::list& param_groups) {
+    for (const py::handle group : param_groups) {
+      for (const py::handle param : py::list(group["params"])) {
+        owners_.emplace_back(param.ptr(), group.ptr());
+      }
+    }
+  }
+  // Most often the parameters come in the optimizer's order: the search goes on where it ended.
+  PyObject* find(PyObject* param) {
+    for (size_t tried = 0; tried < owners_.size(); ++tried) {
+      const auto& [owned, group] = owners_[next_];
+      next_ = next_ + 1 == owners_.size() ? 0 : next_ + 1;
+      if (owned == param) return group;
+    }
+    return nullptr;
+  }
+
+ private:
+  std::vector<std::pair<PyObject*, PyObject*>> owners_;
+  size_t next_ = 0;
+};
+
+// Each parameter's group, None where it is frozen or missing; or why the parameters can't be
+// trained on.
+std::variant<py::list, std::string_view> groups_of(const py::list& params,
+                                                   const py::list& param_groups,
+                                                   const py::dict& state) {
   StateReader reader(state);
+  Owners owners(param_groups);
+  py::list groups;
   std::vector<at::Tensor> tensors, buffers;
   for (const py::handle object : params) {
-    if (object.is_none()) continue;
+    if (object.is_none()) {
+      groups.append(py::none());
+      continue;
+    }
     const at::Tensor& param = THPVariable_Unpack(object.ptr());
-    const py::object buffer = reader.find(object.ptr(), momentum_buffer_key());
+    PyObject* const group = param.requires_grad() ? owners.find(object.ptr()) : Py_None;
+    if (group == nullptr) return "a parameter is none of the optimizer's";
+    groups.append(py::handle(group));
     tensors.push_back(param);
-    for (const std::string_view why :
-         {why_not_param(param, tensors[0]), why_not_buffer(buffer, param)}) {
-      if (!why.empty()) return std::string(why);
+    const py::object buffer = reader.find(object.ptr(), momentum_buffer_key());
+    for (const auto why :
+         {why_not_param(object, param, tensors[0]), why_not_buffer(buffer, param)}) {
+      if (!why.empty()) return why;
     }
     if (!buffer.is_none()) buffers.push_back(THPVariable_Unpack(buffer.ptr()));
   }
   const TensorLists lists{tensors, {}, {{"momentum_buffers", buffers}}};
-  return any_share_memory(lists) ? "parameters share memory" : "";
+  if (any_share_memory(lists)) return "parameters share memory";
+  return groups;
 }
 
-std::string why_not_batch(const at::Tensor& input, const at::Tensor& target,
-                          const at::Tensor& param) {
+std::string_view why_not_batch(const at::Tensor& input, const at::Tensor& target,
+                               const at::Tensor& param) {
   if (!input.is_cpu() || !can_step(input)) return "the input is no plain tensor on the CPU";
   if (input.scalar_type() != param.scalar_type()) return "the input has another dtype";
   if (input.dim() < 2 || input.size(0) == 0) return "the input is no batch";
@@ -178,8 +224,10 @@ std::pair<at::Tensor, py::list> run(cpu::MLPStep& step, const at::Tensor& input,
 void define_mlp_step(py::module_& m) {
   py::class_<cpu::MLPStep>(m, "MLPStep", "Training steps of a chain of linear layers.")
       .def(py::init<>())
-      .def_static("why_not", &why_not, py::arg("params"), py::arg("state"),
-                  "Why such parameters can't be trained on; empty where they can. None is skipped.")
+      .def_static(
+          "groups_of", &groups_of, py::arg("params"), py::arg("param_groups"), py::arg("state"),
+          "Each parameter's group, None where it is frozen or missing; or a string: why the "
+          "parameters can't be trained on.")
       .def_static("why_not_batch", &why_not_batch, py::arg("input"), py::arg("target"),
                   py::arg("param"), "Why such a batch can't be trained on; empty where it can.")
       .def("run", &run, py::arg("input"), py::arg("target"), py::kw_only(), py::arg("params"),
