@@ -28,6 +28,8 @@ from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE
 from fastnn.optim import SGD
 from fastnn.optim._hooks import has_replaced_step
 
+_MLPStep: Any = getattr(extension, "MLPStep", None)
+
 _LINEARS = {Linear: False, nn.Linear: False, nn.LinearReLU: True}  # whether a ReLU is part of it
 _LOG_SOFTMAXES = (LogSoftmax, nn.LogSoftmax)
 _CROSS_ENTROPIES: tuple[Any, ...] = (
@@ -79,7 +81,7 @@ class FusedStep:
     name = "fused"
 
     def __init__(self) -> None:
-        self._step: Any = None if extension is None else extension.MLPStep()
+        self._step: Any = None if _MLPStep is None else _MLPStep()
         self._plan: _Plan  # of the program that has last been looked at
 
     def why_not(self, program: Program) -> str:
@@ -100,7 +102,7 @@ class FusedStep:
             return "the input is no matrix"
         if target.is_floating_point() and not self._plan.takes_probabilities:
             return "the target is no class index"
-        return extension.MLPStep.why_not_batch(input, target, chain.params[0])
+        return _MLPStep.why_not_batch(input, target, chain.params[0])
 
     def run(self, program: Program, batch: Batch) -> Tensor:
         """Runs a call."""
@@ -155,8 +157,8 @@ def _refuse(why: str) -> None:
 
 
 def _check_setting(program: Program) -> None:
-    if extension is None:
-        raise _CannotFuse("the extension is not there")
+    if _MLPStep is None:
+        raise _CannotFuse("the extension for the CPU is not there")
     if is_compiling() or _torch.tracing_state() is not None:
         raise _CannotFuse("it is being compiled or traced")
     _refuse(_containers.why_all_apart())
@@ -260,7 +262,7 @@ def _groups_of(optimizer: Any, params: list[Tensor | None]) -> list[dict[str, An
             raise _CannotFuse("gradients are scaled")
     for group in optimizer.param_groups:
         _check_group(optimizer, group)
-    groups = extension.MLPStep.groups_of(params, optimizer.param_groups, optimizer.state)
+    groups = _MLPStep.groups_of(params, optimizer.param_groups, optimizer.state)
     if type(groups) is str:
         raise _CannotFuse(groups)
     return groups

@@ -57,6 +57,7 @@ class Emulation:
         """The sources that CPU and CUDA share as one: torch's headers are then compiled once."""
         folders = ("csrc/ops", "csrc/autograd", "csrc/python")
         paths = [path for folder in folders for path in sorted((REPOSITORY / folder).glob("*.cpp"))]
+        paths.remove(REPOSITORY / "csrc/python/mlp_step.cpp")  # the CPU's alone
         path = self.folder / "common.cpp"
         write_if_new(path, "".join(f'#include "{source}"\n' for source in paths))
         return path

@@ -3,6 +3,7 @@
 
 #include "cpu/capability.h"
 #include "cuda_emulation/runtime.h"
+#include "python/mlp_step.h"
 
 #if defined(FASTNN_EMULATION_PTX)
 #include "ptx/allocator.h"
@@ -17,6 +18,11 @@ const char* capability() {
 }
 
 }  // namespace fastnn::cpu
+
+namespace fastnn::python {
+void define_mlp_step(pybind11::module_& /*m*/) {
+}
+}  // namespace fastnn::python
 
 namespace fastnn::cuda_emulation {
 namespace {
