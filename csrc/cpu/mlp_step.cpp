@@ -154,8 +154,9 @@ LossAndGradient loss_of(const at::Tensor& logits, const at::Tensor& target,
 void bump_versions(c10::ArrayRef<StepLayer> layers) {
   const auto bump = [](const StepParam& of) {
     if (!of.options) return;
-    torch::autograd::impl::bump_version(of.param);
-    if (of.momentum_buffer.defined()) torch::autograd::impl::bump_version(of.momentum_buffer);
+    for (const at::Tensor& tensor : {of.param, of.momentum_buffer}) {
+      if (tensor.defined() && !tensor.is_inference()) torch::autograd::impl::bump_version(tensor);
+    }
   };
   for (const StepLayer& layer : layers) {
     bump(layer.weight);

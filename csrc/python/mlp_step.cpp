@@ -116,7 +116,7 @@ std::string_view why_not_buffer(const py::object& buffer, const at::Tensor& para
   if (buffer.is_none()) return "";
   if (!THPVariable_CheckExact(buffer.ptr())) return "a momentum buffer is no plain tensor";
   const at::Tensor& tensor = THPVariable_Unpack(buffer.ptr());
-  const bool fits = can_step_state(param, tensor) && tensor.is_contiguous();
+  const bool fits = tensor.is_cpu() && can_step_state(param, tensor) && tensor.is_contiguous();
   return fits ? "" : "a momentum buffer is laid out unlike its parameter";
 }
 
