@@ -29,6 +29,22 @@
   T* const name = reinterpret_cast<T*>(name##_as_bytes)
 #endif
 
+// One store of 16 or 8 bytes to global memory. The compiler takes an assignment apart into stores
+// of the elements where those are chosen one by one, as by a mask. Not __stwb: loads couldn't pass
+// it. They may pass this, so that what is stored must depend on what was loaded from the same
+// place.
+#ifndef FASTNN_STORE_WHOLE
+__device__ inline void store_in_one_instruction(uint4* p, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w));
+}
+__device__ inline void store_in_one_instruction(uint2* p, uint2 words) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(words.x),
+               "r"(words.y));
+}
+#define FASTNN_STORE_WHOLE(p, words) store_in_one_instruction(p, words)
+#endif
+
 // 2^x in one instruction: off by two units in the last place, and 0 where it would be subnormal.
 #ifndef FASTNN_EXP2
 __device__ inline float exp2_in_one_instruction(float x) {

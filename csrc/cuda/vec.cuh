@@ -77,15 +77,14 @@ __device__ inline Vec<T> load_vec(const T* p, bool aligned) {
   return result;
 }
 
-// One store of 16 or 8 bytes. Not an assignment of what they are: the compiler takes that apart
-// into stores of its elements where those are chosen one by one, as by a mask.
+// One store of 16 or 8 bytes.
 template <typename V>
 __device__ inline void store_whole(void* p, const V& value) {
   using Bits = std::conditional_t<sizeof(V) == sizeof(uint4), uint4, uint2>;
   static_assert(sizeof(V) == sizeof(Bits));
   Bits bits;
   memcpy(&bits, &value, sizeof(bits));
-  __stwb(static_cast<Bits*>(p), bits);
+  FASTNN_STORE_WHOLE(static_cast<Bits*>(p), bits);
 }
 
 template <typename T>
@@ -107,6 +106,18 @@ template <typename T>
 __device__ inline void to_accum(const Vec<T>& vec, accum<T> (&values)[kVecSize<T>]) {
 #pragma unroll
   for (int i = 0; i < kVecSize<T>; ++i) values[i] = to_accum(vec.values[i]);
+}
+
+// Two at a time: one instruction for each, where the compiler takes two for every second one.
+__device__ inline void to_accum(const Vec<c10::BFloat16>& vec,
+                                float (&values)[kVecSize<c10::BFloat16>]) {
+#pragma unroll
+  for (int i = 0; i < kVecSize<c10::BFloat16>; i += 2) {
+    uint32_t pair;
+    memcpy(&pair, &vec.values[i], sizeof(pair));
+    const uint32_t bits[2] = {pair << 16, pair & 0xFFFF0000};
+    memcpy(&values[i], bits, sizeof(bits));
+  }
 }
 
 template <typename T>

@@ -17,6 +17,7 @@ namespace fastnn::cuda_emulation {
 struct Kernel {
   const char* name;
   LaunchConfig config;
+  size_t max_dynamic_bytes;
   size_t max_shared_bytes;
   const std::function<void()>& thread_body;
 };

@@ -39,9 +39,11 @@ Settings& current_settings() {
   return settings;
 }
 
-size_t max_shared_bytes(const void* kernel) {
+// Of dynamic memory, and of all with what the kernel declares.
+std::pair<size_t, size_t> max_shared_bytes_of(const void* kernel) {
   const auto found = opted_in.find(kernel);
-  return found == opted_in.end() ? kMaxShared : std::max(kMaxShared, found->second);
+  if (found == opted_in.end()) return {kMaxShared, kMaxShared};
+  return {std::max(kMaxShared, found->second), kMaxSharedOptIn};
 }
 
 // What cudaGetLastError() would report after the launch.
@@ -57,9 +59,9 @@ void check_config(const Kernel& kernel) {
   check(block.x <= kMaxThreads && block.y <= kMaxThreads && block.z <= kMaxBlockZ &&
             uint64_t(block.x) * block.y * block.z <= kMaxThreads,
         text("block", {block.x, block.y, block.z}) + " is too large");
-  check(dynamic_shared_bytes <= kernel.max_shared_bytes,
+  check(dynamic_shared_bytes <= kernel.max_dynamic_bytes,
         std::to_string(dynamic_shared_bytes) + " bytes of shared memory are more than " +
-            std::to_string(kernel.max_shared_bytes));
+            std::to_string(kernel.max_dynamic_bytes));
 }
 
 // In which order the blocks of a grid run, and the threads of a block.
@@ -146,7 +148,8 @@ void allow_dynamic_shared_memory(const void* kernel, size_t bytes) {
 void run_grid(const char* kernel_name, const void* kernel_address, const LaunchConfig& config,
               const std::function<void()>& thread_body) {
   const std::lock_guard lock(mutex);
-  const Kernel kernel{kernel_name, config, max_shared_bytes(kernel_address), thread_body};
+  const auto [max_dynamic_bytes, max_shared_bytes] = max_shared_bytes_of(kernel_address);
+  const Kernel kernel{kernel_name, config, max_dynamic_bytes, max_shared_bytes, thread_body};
   check_config(kernel);
   ++launches;
   blockDim = config.block;

@@ -196,14 +196,17 @@ T __ldg(const T* address) {
 }
 
 // A store of a vector as one. By its bytes: they are part of an array of another type.
+#define FASTNN_STORE_WHOLE(p, words) ::fastnn::cuda_emulation::store_whole(p, words)
+
+namespace fastnn::cuda_emulation {
 template <typename T>
-void __stwb(T* address, T value,
-            fastnn::cuda_emulation::Site site = fastnn::cuda_emulation::Site::current()) {
+void store_whole(T* address, T value, Site site = Site::current()) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) {
-    fastnn::cuda_emulation::fail("misaligned address of a vector store", site);
+    fail("misaligned address of a vector store", site);
   }
   std::memcpy(static_cast<void*>(address), &value, sizeof(T));
 }
+}  // namespace fastnn::cuda_emulation
 
 // --- arithmetic
 

@@ -327,6 +327,14 @@ void test_amounts_of_shared_memory() {
   };
   expect(allow(50000) == cudaSuccess, "cudaFuncSetAttribute");
   launch_nothing(1, 32, 50000);
+  expect_fault([] { launch_nothing(1, 32, 50001); },
+               {"50001 bytes of shared memory are more than"});
+  expect(cudaFuncSetAttribute(use_shared_bytes<40 << 10>,
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, 24 << 10) == cudaSuccess,
+         "cudaFuncSetAttribute");
+  use_bytes(use_shared_bytes<40 << 10>, 24 << 10);
+  expect_fault([&] { use_bytes(use_shared_bytes<40 << 10>, (24 << 10) + 1); },
+               {"65537 bytes of shared memory, more than 65536"});
   expect_fault([&] { allow(100 << 10); }, {"more than any block may have"});
 }
 
