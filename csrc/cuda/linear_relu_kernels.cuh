@@ -142,8 +142,9 @@ struct ReluBackwardPlan {
 template <typename T>
 ReluBackwardPlan plan_relu_backward(const ReluBackwardArgs<T>& args) {
   constexpr int64_t kWidth = kVecSize<T>;
-  // Enough to occupy the largest GPU with blocks of 256 threads.
-  constexpr int64_t kBlocks = 1024;
+  // One wave of an H100 or H200: six to each multiprocessor, for 39 registers to a thread. A few
+  // more would take a second one.
+  constexpr int64_t kBlocks = 768;
   // Fewer would not be worth a block's sums, nor more partial sums the time to add them.
   constexpr int64_t kMinRowsToThread = 8;
   constexpr int64_t kMaxPartials = 512;

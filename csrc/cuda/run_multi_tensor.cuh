@@ -15,14 +15,17 @@ inline bool is_our_device(at::Device device) {
 }
 
 // As a number that a kernel on `device` can read: a copy where it has to be. Nothing waits for that
-// but a CPU, whose kernels would read it too early.
+// but a CPU, whose kernels would read it too early. Pinned memory is copied first: its owner may
+// write to it before the device has read it, whereas other memory is read at once.
 inline std::optional<at::Tensor> on_device(const std::optional<at::Tensor>& scalar,
                                            at::Device device) {
   if (!scalar) return std::nullopt;
   const bool is_readable =
       scalar->scalar_type() == at::kFloat || scalar->scalar_type() == at::kDouble;
-  return scalar->to(device, is_readable ? scalar->scalar_type() : at::kDouble,
-                    /*non_blocking=*/!device.is_cpu());
+  const at::Tensor number =
+      !device.is_cpu() && scalar->is_cpu() && scalar->is_pinned() ? scalar->clone() : *scalar;
+  return number.to(device, is_readable ? number.scalar_type() : at::kDouble,
+                   /*non_blocking=*/!device.is_cpu());
 }
 
 inline DeviceScalar device_scalar(const std::optional<at::Tensor>& scalar) {

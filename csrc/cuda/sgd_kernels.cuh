@@ -12,9 +12,14 @@ constexpr int kSGDThreads = 256;
 // To a multiprocessor at the least: for more, ptxas would spill registers on 8.6.
 constexpr int kSGDBlocks = 4;
 
+// Vectors that a thread steps, and those that it has in flight at once: of each of the tensors.
+constexpr int kSGDVectors = 4;
+template <typename T>
+constexpr int kSGDVectorsAtOnce = sizeof(T) == 2 ? 1 : 2;  // more would spill registers
+
 // Elements that one block steps.
 template <typename T>
-constexpr int64_t kSGDChunk = 4 * kSGDThreads * kVecSize<T>;
+constexpr int64_t kSGDChunk = kSGDVectors * kSGDThreads * kVecSize<T>;
 
 // What a launch takes beside its tensors.
 struct SGDArgs {
@@ -84,18 +89,25 @@ struct SGDPointers {
     if (kMomentum) buffer[i] = B(b);
   }
 
-  // The vector at element i, a 16-byte boundary in all.
+  struct Vectors {
+    Vec<T> x, g;
+    Vec<B> b[kBufferVecs];
+  };
+  // Those at element i, a 16-byte boundary in all.
   template <typename A>
-  __device__ void step_vector(const SGDStep<A, kMomentum>& step, int64_t i) const {
-    Vec<T> x = load_vec(param + i, /*aligned=*/true);
-    Vec<T> g = load_vec(grad + i, /*aligned=*/true);
-    Vec<B> b[kBufferVecs] = {};
+  __device__ Vectors load(const SGDStep<A, kMomentum>& step, int64_t i) const {
+    Vectors at{load_vec(param + i, /*aligned=*/true), load_vec(grad + i, /*aligned=*/true), {}};
     if (kMomentum && !step.is_first_step) {
 #pragma unroll
       for (int v = 0; v < kBufferVecs; ++v) {
-        b[v] = load_vec(buffer + i + v * kVecSize<B>, /*aligned=*/true);
+        at.b[v] = load_vec(buffer + i + v * kVecSize<B>, /*aligned=*/true);
       }
     }
+    return at;
+  }
+  template <typename A>
+  __device__ void step_and_store(const SGDStep<A, kMomentum>& step, int64_t i, Vectors at) const {
+    auto& [x, g, b] = at;
 #pragma unroll
     for (int j = 0; j < kVecSize<T>; ++j) {
       B& stored = b[j / kVecSize<B>].values[j % kVecSize<B>];
@@ -135,14 +147,29 @@ __global__ void __launch_bounds__(kSGDThreads, kSGDBlocks)
   // Vectors are counted from the boundary at or before the first element, so that all are aligned
   // and only the first and the last may stick out.
   const int before = elements_past_boundary(at.param);
-  for (int64_t v = int64_t(threadIdx.x) * kVecSize<T>; v < kSGDChunk<T>;
-       v += kSGDThreads * kVecSize<T>) {
-    const int64_t i = begin - before + v;
-    if (i >= 0 && i + kVecSize<T> <= n) {
-      at.step_vector(step, i);
-    } else {
-      for (int64_t j = i; j < i + kVecSize<T>; ++j) {
-        if (j >= 0 && j < n) at.step_element(step, j);
+  const int64_t first = begin - before + int64_t(threadIdx.x) * kVecSize<T>;
+  const auto is_whole = [&](int64_t i) { return i >= 0 && i + kVecSize<T> <= n; };
+#pragma unroll 1
+  for (int round = 0; round < kSGDVectors; round += kSGDVectorsAtOnce<T>) {
+    // All that are loaded at once before any is stored: the compiler doesn't know that tensors
+    // don't overlap.
+    const auto element = [&](int u) {
+      return first + int64_t(round + u) * (kSGDThreads * kVecSize<T>);
+    };
+    typename SGDPointers<T, B, kMomentum>::Vectors loaded[kSGDVectorsAtOnce<T>];
+#pragma unroll
+    for (int u = 0; u < kSGDVectorsAtOnce<T>; ++u) {
+      if (is_whole(element(u))) loaded[u] = at.load(step, element(u));
+    }
+#pragma unroll
+    for (int u = 0; u < kSGDVectorsAtOnce<T>; ++u) {
+      const int64_t i = element(u);
+      if (is_whole(i)) {
+        at.step_and_store(step, i, loaded[u]);
+      } else {
+        for (int64_t j = i; j < i + kVecSize<T>; ++j) {
+          if (j >= 0 && j < n) at.step_element(step, j);
+        }
       }
     }
   }

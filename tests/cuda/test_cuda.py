@@ -93,6 +93,32 @@ def test_a_graph_reads_the_learning_rate_at_each_replay():
     assert not torch.equal(parameters[0].detach().cpu(), before[0])
 
 
+def test_a_step_reads_a_pinned_learning_rate_as_it_was():
+    """It may be written again before the device has come to the step."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+    parameter.grad = torch.ones(3, device="cuda")
+    lr = torch.tensor(0.5, device="cpu").pin_memory()
+    optimizer = fastnn.optim.SGD([parameter], lr=lr, fused=True)
+    torch.cuda._sleep(100_000_000)  # some 50 ms
+    optimizer.step()
+    lr.fill_(100.0)
+    assert parameter.tolist() == [-0.5] * 3
+
+
+def test_momentum_buffers_made_in_a_graph():
+    """As in torch, each replay is a first step: it sets the buffer to the gradient."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+    parameter.grad = torch.ones(3, device="cuda")
+    optimizer = fastnn.optim.SGD([parameter], lr=0.25, momentum=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(2):
+        graph.replay()
+    assert parameter.tolist() == [-0.5] * 3
+    assert optimizer.state[parameter]["momentum_buffer"].tolist() == [1.0] * 3
+
+
 # ---- train_step, which captures by itself ----
 
 
