@@ -40,18 +40,21 @@ void with_kind(const Operands& operands, F f) {
   return f.template operator()<TargetKind::Index>();
 }
 
+// The most rows of which each block of the forward adds up the weights itself, and one block alone.
+constexpr int64_t kWeighedByEach = 1024;
+constexpr int64_t kWeighedByOne = 8192;
+
 // What 'mean' divides by, from the targets alone.
 template <typename T>
-void run_target_weights(const Operands& operands, const at::Tensor& total_weight) {
-  constexpr int64_t kRowsOfBlock = 4 * kMaxRowThreads;
-  const int64_t rows = operands.layout.rows();
-  const int64_t blocks = clamp(ceil_div<int64_t>(rows, kRowsOfBlock), 1, kMaxSummingBlocks);
-  const BlockSums sums(blocks, total_weight.options());
+void run_target_weights(const CrossEntropyArgs<T>& args, int64_t rows, const at::Tensor& total) {
+  const int64_t blocks = rows <= kWeighedByOne ? 1
+                                               : clamp(ceil_div<int64_t>(rows, 4 * kMaxRowThreads),
+                                                       1, kMaxSummingBlocks);
+  const BlockSums sums(blocks, total.options());
+  const LossResult<T> result{.loss = nullptr, .total_weight = data<accum<T>>(total), .mean = false};
   FASTNN_LAUNCH((sum_target_weights_kernel<T>), static_cast<unsigned>(blocks), kMaxRowThreads, 0,
-                c10::cuda::getCurrentCUDAStream(), operands.indices(), rows,
-                operands.layout.classes, operands.options.ignore_index,
-                const_data_or_null<T>(operands.options.weight), sums.data());
-  run_finish_loss<T>(sums, /*empty=*/false, at::Reduction::Sum, nullptr, total_weight);
+                c10::cuda::getCurrentCUDAStream(), args, rows, sums.data(), result);
+  run_finish_loss(sums, /*empty=*/false, result);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cuda(
@@ -74,11 +77,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     const Plan plan = plan_of<Op>(layout);
     const BlockSums sums(summing_blocks(plan), input.options());
     const Tensors<T> tensors{{op.args.logits, op.args.target_probs},
-                             Op::kMaps ? data<T>(kept) : nullptr};
+                             keep ? data<T>(kept) : nullptr};
     run_rows(op, plan, layout, tensors, input.options(), sums.data());
     // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
-    run_finish_loss<T>(sums, /*empty=*/input.numel() == 0, options.reduction,
-                       per_row ? nullptr : data<T>(loss), total_weight);
+    run_finish_loss(sums, /*empty=*/input.numel() == 0, op.result);
   };
   dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
     with_kind(operands, [&]<TargetKind Kind>() {
@@ -88,18 +90,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
           .args = operands.as<T>(),
           .losses = per_row ? data<T>(loss) : nullptr,
           .max = max,
-          .log_sum = max ? max + layout.rows() : nullptr};
+          .log_sum = max ? max + layout.rows() : nullptr,
+          .result = {.loss = per_row ? nullptr : data<T>(loss),
+                     .total_weight = data<A>(total_weight),
+                     .mean = options.is_mean()}};
       if (!keep) {
         run(forward);
       } else if constexpr (!kKeepsGradient<T>) {
         run(CrossEntropyCopyingRows<T, Kind>{forward});
       } else if (!options.is_mean()) {
-        run(CrossEntropyGradientRows<T, Kind>{forward, A(1), nullptr});
+        run(CrossEntropyGradientRows<T, Kind>{forward, A(1)});
       } else if (operands.probabilities) {
         const A rows = static_cast<A>(std::max<int64_t>(layout.rows(), 1));
-        run(CrossEntropyGradientRows<T, Kind>{forward, A(1) / rows, nullptr});
+        run(CrossEntropyGradientRows<T, Kind>{forward, A(1) / rows});
+      } else if (layout.rows() <= kWeighedByEach) {
+        run(CrossEntropyGradientRows<T, Kind>{forward, A(1), nullptr, layout.rows()});
       } else {
-        run_target_weights<T>(operands, total_weight);
+        run_target_weights(forward.args, layout.rows(), total_weight);
         run(CrossEntropyGradientRows<T, Kind>{forward, A(1), data<A>(total_weight)});
       }
     });

@@ -16,6 +16,10 @@ namespace fastnn::cuda {
 
 enum class TargetKind { Index, SmoothedIndex, Probabilities };
 
+// Vectors that a thread has in flight: with class weights beside four it would spill registers.
+template <TargetKind Kind>
+inline constexpr int kVectorsBesideWeights = Kind == TargetKind::SmoothedIndex ? 2 : 4;
+
 // What a row's gradient takes.
 template <typename A>
 struct GradientRow {
@@ -46,19 +50,22 @@ struct CrossEntropyArgs {
     if (inner == 1) return row * classes + c;
     return (row / inner * classes + c) * inner + row % inner;
   }
-  __device__ int64_t class_of(int64_t row) const {
-    return class_of_row(target, row, classes, ignore_index);
+  __device__ int64_t checked(int64_t t) const {
+    return checked_class(t, classes, ignore_index);
   }
-  // The row's class, and what q has there, which it returns.
-  __device__ A set_target(GradientRow<A>& row, int64_t position) const {
-    row.target = class_of(position);
+  // The row's class from its target, and what q has there, which it returns.
+  __device__ A set_target(GradientRow<A>& row, int64_t t) const {
+    row.target = checked(t);
     if (row.target >= 0) row.at_target = keep * class_weight_at(weight, row.target);
     return row.at_target;
   }
   template <int N>
   __device__ void weights(Classes c, A (&w)[N]) const {
 #pragma unroll
-    for (int j = 0; j < N; ++j) w[j] = class_weight_at(weight, c.at(j));
+    for (int j = 0; j < N; ++j) w[j] = A(1);
+    if (weight == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < N; ++j) w[j] = to_accum(weight[c.at(j)]);
   }
   // The spread part of q with probabilities.
   template <int N>
@@ -71,22 +78,28 @@ struct CrossEntropyArgs {
   template <TargetKind Kind, int N>
   __device__ void gradient(const GradientRow<A>& row, Classes c, const A (&x)[N], const A (&p)[N],
                            A (&out)[N]) const {
-    A q[N];
-    if constexpr (Kind == TargetKind::Probabilities) {
-      spread(c, p, q);
-    } else {
-      if constexpr (Kind == TargetKind::SmoothedIndex) weights(c, q);
+    A q[N] = {};
+    if constexpr (Kind == TargetKind::SmoothedIndex) {
+      weights(c, q);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        q[j] = Kind == TargetKind::SmoothedIndex ? uniform * q[j] : A(0);
-        if (c.at(j) == row.target) q[j] += row.at_target;
-      }
+      for (int j = 0; j < N; ++j) q[j] *= uniform;
+    } else if constexpr (Kind == TargetKind::Probabilities) {
+      spread(c, p, q);
     }
-    // Not grad * (total * softmax - q), which would be rounded twice at the target.
+    // Not grad * (total * softmax - q), which would be rounded twice.
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const A softmax = std::exp((x[j] - row.max) - row.log_sum);
-      out[j] = row.grad_times_total * softmax - row.grad * q[j];
+      out[j] = row.grad_times_total * exp_for<T>(x[j] - row.max, row.log_sum);
+      if constexpr (Kind != TargetKind::Index) out[j] -= row.grad * q[j];
+    }
+    if constexpr (Kind != TargetKind::Probabilities) {
+      if (!c.may_hold(row.target, N)) [[likely]]
+        return;
+      const int distance = int(row.target - c.first);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (j * int(c.step) == distance) out[j] -= row.grad * row.at_target;
+      }
     }
   }
 };
@@ -100,18 +113,27 @@ struct CrossEntropyForwardRows : RowDefaults {
   static constexpr bool kHasSpread = Kind != TargetKind::Index;
   using State = std::conditional_t<kHasSpread, SpreadState<T>, SoftmaxState<T>>;
   struct Row {
+    int64_t target;  // until it is checked by whatever looks at it
+    A at_target;     // the logit there
+    A weight;        // of the row: 0 where it doesn't count
     A max;
     A log_sum;
     A spread_loss;
   };
   static constexpr int kReduceInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = false, kSums = true;
+  // Whether or not a gradient is wanted: sums of other groups of classes would round otherwise.
+  static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
   CrossEntropyArgs<T> args;
   T* losses;   // may be null
   A* max;      // where a copy of the logits is kept, or null
   A* log_sum;  // likewise
+  LossResult<T> result;
 
+  __device__ void begin(Row& row, int64_t position) const {
+    if constexpr (kIndices) row.target = args.target[position];
+  }
   template <int N>
   __device__ void reduce(State& state, const Row&, Classes c,
                          const A (&x)[kReduceInputs][N]) const {
@@ -128,27 +150,34 @@ struct CrossEntropyForwardRows : RowDefaults {
       state.add(x[0], q);
     }
   }
+  __device__ void read_ahead(Row& row, int64_t position) const {
+    row.weight = A(1);
+    if constexpr (kIndices) {
+      const int64_t t = args.checked(row.target);
+      row.weight = t < 0 ? A(0) : class_weight_at(args.weight, t);
+      row.at_target = t < 0 ? A(0) : to_accum(args.logits[args.element(position, t)]);
+    }
+  }
   __device__ void finish(Row& row, const State& state, int64_t) const {
     if constexpr (kHasSpread) {
       const A unit = kIndices ? args.uniform : A(1);
-      row = {state.softmax.max, std::log(state.softmax.sum), A(0)};
+      row.max = state.softmax.max;
+      row.log_sum = std::log(state.softmax.sum);
       // Of no classes the sum is 0, and the log of theirs -inf.
       if (args.classes != 0) row.spread_loss = unit * (state.q * row.log_sum - state.q_x);
     } else {
-      row = {state.max, std::log(state.sum), A(0)};
+      row.max = state.max;
+      row.log_sum = std::log(state.sum);
     }
   }
   __device__ void report(const Row& row, int64_t position, LossSums& sums) const {
     A loss = kHasSpread && overflows(row) ? overflowing_loss(row, position) : row.spread_loss;
-    A weight = A(1);
     if constexpr (kIndices) {
-      const int64_t t = args.class_of(position);
-      if (t >= 0) {
-        const A x = to_accum(args.logits[args.element(position, t)]);
-        weight = class_weight_at(args.weight, t);
-        loss -= args.keep * weight * ((x - row.max) - row.log_sum);
+      // Whatever its weight: that of a class that counts may be 0, and its logit infinite.
+      if (args.checked(row.target) >= 0) {
+        loss -= args.keep * row.weight * ((row.at_target - row.max) - row.log_sum);
       } else {
-        loss = weight = A(0);
+        loss = A(0);
       }
     }
     if (max) {
@@ -157,7 +186,10 @@ struct CrossEntropyForwardRows : RowDefaults {
     }
     if (losses) losses[position] = T(loss);
     sums.loss += loss;
-    sums.weight += weight;
+    sums.weight += row.weight;
+  }
+  __device__ void conclude(const LossSums& sums) const {
+    result.set(sums);
   }
 
  private:
@@ -183,20 +215,25 @@ struct CrossEntropyForwardRows : RowDefaults {
 // The forward that also writes a copy of the logits.
 template <typename Storage, TargetKind Kind>
 struct CrossEntropyCopyingRows : CrossEntropyForwardRows<Storage, Kind> {
-  using A = accum<Storage>;
-  using Row = typename CrossEntropyForwardRows<Storage, Kind>::Row;
-  static constexpr int kMapInputs = 1;
-  static constexpr bool kMaps = true;
-
-  template <int N>
-  __device__ void map(const Row&, Classes, const A (&x)[1][N], A (&out)[N]) const {
-#pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = x[0][j];
-  }
+  static constexpr bool kCopies = true;
 };
 
-// The forward that also writes the gradient times `scale`, divided by the total weight where that
-// isn't null.
+// The weight of the targets of rows [0, rows) that are this block's, one of `blocks`. All of its
+// threads call this, and get the result.
+template <typename T>
+__device__ double target_weight_of(const CrossEntropyArgs<T>& args, int64_t block, int64_t blocks,
+                                   int64_t rows) {
+  SumState<double> state = SumState<double>::none();
+#pragma unroll 4
+  for (int64_t row = block * blockDim.x + threadIdx.x; row < rows; row += blocks * blockDim.x) {
+    const int64_t t = args.checked(args.target[row]);
+    state.sum += t < 0 ? accum<T>(0) : class_weight_at(args.weight, t);
+  }
+  return reduce_block(state).sum;
+}
+
+// The forward that also writes the gradient times `scale`, divided by the weight of all targets:
+// what is in memory, or what each block finds out for itself, of few rows.
 template <typename Storage, TargetKind Kind>
 struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
   using A = accum<Storage>;
@@ -209,18 +246,25 @@ struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
   static constexpr bool kMaps = true;
 
   A scale;
-  const A* total_weight;
+  const A* total_weight = nullptr;
+  int64_t weighed_rows = 0;  // of which each block adds up the weights, or 0
 
+  __device__ void start() {
+    if (weighed_rows > 0) {
+      scale *= reciprocal(A(target_weight_of(this->args, 0, 1, weighed_rows)));
+    } else if (total_weight) {
+      scale *= reciprocal(*total_weight);
+    }
+  }
   __device__ void finish(Row& row, const State& state, int64_t position) const {
     Forward::finish(row, state, position);
-    const A grad = total_weight ? scale * reciprocal(*total_weight) : scale;
-    row.gradient = {row.max, row.log_sum, grad, A(0), 0, A(0)};
+    row.gradient = {row.max, row.log_sum, scale, A(0), 0, A(0)};
     A total = A(0);
     if constexpr (Forward::kHasSpread) {
       total = Forward::kIndices ? this->args.uniform * state.q : state.q;
     }
-    if constexpr (Forward::kIndices) total += this->args.set_target(row.gradient, position);
-    row.gradient.grad_times_total = grad * total;
+    if constexpr (Forward::kIndices) total += this->args.set_target(row.gradient, row.target);
+    row.gradient.grad_times_total = scale * total;
   }
   __device__ bool skips(const Row& row) const {
     return row.gradient.target < 0;
@@ -240,6 +284,7 @@ struct CrossEntropyBackwardRows : RowDefaults {
   using State = std::conditional_t<kIndices, NoState, SumState<A>>;
   using Row = GradientRow<A>;
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
+  static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
   CrossEntropyArgs<T> args;
   const A* max;
@@ -252,7 +297,7 @@ struct CrossEntropyBackwardRows : RowDefaults {
   __device__ void begin(Row& row, int64_t position) const {
     row = {max[position], log_sum[position], grad.of(position), A(0), 0, A(0)};
     if constexpr (kIndices) {
-      A total = args.set_target(row, position);
+      A total = args.set_target(row, args.target[position]);
       if constexpr (Kind == TargetKind::SmoothedIndex) {
         total += weighted_uniform_sum ? *weighted_uniform_sum : uniform_sum;
       }
@@ -310,20 +355,18 @@ struct ScaleGradientRows : RowDefaults {
   }
 };
 
-// Each block's part of what 'mean' divides by.
+// What 'mean' divides by: each block's part, or the whole from one block.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    sum_target_weights_kernel(const int64_t* target, int64_t rows, int64_t classes,
-                              int64_t ignore_index, const T* weight, LossSums* sums_of_block) {
-  LossSums sums = LossSums::none();
-  const int64_t step = int64_t(gridDim.x) * blockDim.x;
-#pragma unroll 4
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += step) {
-    const int64_t t = class_of_row(target, row, classes, ignore_index);
-    sums.weight += t < 0 ? accum<T>(0) : class_weight_at(weight, t);
+    sum_target_weights_kernel(CrossEntropyArgs<T> args, int64_t rows, LossSums* sums_of_block,
+                              LossResult<T> result) {
+  const LossSums sums{0, target_weight_of(args, blockIdx.x, gridDim.x, rows)};
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    result.set(sums);
+  } else {
+    sums_of_block[blockIdx.x] = sums;
   }
-  sums = reduce_block(sums);
-  if (threadIdx.x == 0) sums_of_block[blockIdx.x] = sums;
 }
 
 // sum * factor, in double: a sum of thousands of equal terms would be off by as many ulps. One

@@ -43,7 +43,7 @@ struct LogSoftmaxBackwardRows : RowDefaults {
   template <int N>
   __device__ void map(const Row& row, Classes, const A (&x)[2][N], A (&out)[N]) const {
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = x[0][j] - std::exp(x[1][j]) * row.sum;
+    for (int j = 0; j < N; ++j) out[j] = x[0][j] - exp_for<T>(x[1][j]) * row.sum;
   }
 };
 

@@ -11,11 +11,9 @@
 
 namespace fastnn::cuda {
 
-// The class index of a row, or -1 where the row doesn't count: ignored, or out of range. The assert
+// The class index t, or -1 where its row doesn't count: ignored, or out of range. The assert
 // reports the latter (as torch's); nothing is read or written at it even where asserts are off.
-__device__ inline int64_t class_of_row(const int64_t* target, int64_t row, int64_t classes,
-                                       int64_t ignore_index) {
-  const int64_t t = target[row];
+__device__ inline int64_t checked_class(int64_t t, int64_t classes, int64_t ignore_index) {
   if (t == ignore_index) return -1;
   const bool target_in_range = t >= 0 && t < classes;
   CUDA_KERNEL_ASSERT(target_in_range && "Target is out of bounds");
@@ -48,25 +46,35 @@ struct IncomingGrad {
   }
 };
 
-// One block adds up what the others have left, in a fixed order; loss may be null. Over no weight
-// 'mean' is NaN, also where label smoothing's share of the loss did not vanish with the weights.
+// Where a loss over all rows goes; loss may be null. Over no weight 'mean' is NaN, also where label
+// smoothing's share of the loss did not vanish with the weights.
+template <typename T>
+struct LossResult {
+  T* loss;
+  accum<T>* total_weight;
+  bool mean;
+
+  __device__ void set(const LossSums& sums) const {
+    *total_weight = accum<T>(sums.weight);
+    if (loss == nullptr) return;
+    double value = sums.loss;
+    if (mean) {
+      value = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : value / sums.weight;
+    }
+    *loss = T(accum<T>(value));
+  }
+};
+
+// One block adds up what the others have left, in a fixed order.
 inline constexpr int kFinishThreads = 512;
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_loss_kernel(const LossSums* of_block, int64_t blocks, bool mean, T* loss,
-                       accum<T>* total_weight) {
+    finish_loss_kernel(const LossSums* of_block, int64_t blocks, LossResult<T> result) {
   LossSums sums = LossSums::none();
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sums.merge(of_block[i]);
   sums = reduce_block(sums);
-  if (threadIdx.x != 0) return;
-  *total_weight = accum<T>(sums.weight);
-  if (loss == nullptr) return;
-  double result = sums.loss;
-  if (mean) {
-    result = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : result / sums.weight;
-  }
-  *loss = T(accum<T>(result));
+  if (threadIdx.x == 0) result.set(sums);
 }
 
 }  // namespace fastnn::cuda

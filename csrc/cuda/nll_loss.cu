@@ -35,13 +35,15 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input
                               .classes = input.size(class_dim(input)),
                               .ignore_index = options.ignore_index,
                               .weight = const_data_or_null<T>(class_weight),
-                              .losses = per_row ? data<T>(loss) : nullptr};
+                              .losses = per_row ? data<T>(loss) : nullptr,
+                              .result = {.loss = per_row ? nullptr : data<T>(loss),
+                                         .total_weight = data<accum<T>>(total_weight),
+                                         .mean = options.is_mean()}};
     if (blocks > 0) {
       FASTNN_LAUNCH((nll_loss_kernel<T>), static_cast<unsigned>(blocks), kNLLThreads, 0,
                     c10::cuda::getCurrentCUDAStream(), args, sums.data());
     }
-    run_finish_loss<T>(sums, /*empty=*/false, options.reduction, per_row ? nullptr : data<T>(loss),
-                       total_weight);
+    run_finish_loss(sums, /*empty=*/false, args.result);
   });
   return {loss, total_weight};
 }

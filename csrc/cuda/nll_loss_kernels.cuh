@@ -19,6 +19,7 @@ struct NLLLossArgs {
   int64_t ignore_index;
   const T* weight;
   T* losses;
+  LossResult<T> result;
 };
 
 inline constexpr int kNLLThreads = 256;
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(kNLLThreads)
 #pragma unroll
     for (int u = 0; u < kNLLUnroll; ++u) {
       const int64_t row = base + u * kNLLThreads + threadIdx.x;
-      t[u] = row < args.rows ? class_of_row(args.target, row, args.classes, args.ignore_index) : -1;
+      t[u] =
+          row < args.rows ? checked_class(args.target[row], args.classes, args.ignore_index) : -1;
     }
 #pragma unroll
     for (int u = 0; u < kNLLUnroll; ++u) {
@@ -55,7 +57,12 @@ __global__ void __launch_bounds__(kNLLThreads)
     }
   }
   sums = reduce_block(sums);
-  if (threadIdx.x == 0) sums_of_block[blockIdx.x] = sums;
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    args.result.set(sums);
+  } else {
+    sums_of_block[blockIdx.x] = sums;
+  }
 }
 
 // No operand is read: the rows' kernels write the zeros too, which a memory set and a scatter would
@@ -76,7 +83,7 @@ struct NLLLossBackwardRows : RowDefaults {
   IncomingGrad<T> grad;
 
   __device__ void begin(Row& row, int64_t position) const {
-    const int64_t t = class_of_row(target, position, classes, ignore_index);
+    const int64_t t = checked_class(target[position], classes, ignore_index);
     row = {t, t < 0 ? A(0) : -class_weight_at(weight, t) * grad.of(position)};
   }
   template <int N>

@@ -24,14 +24,13 @@ struct BlockSums {
   }
 };
 
-// The reduced loss (unless `loss` is null) and the total weight from the blocks' sums. Over no
-// elements both sums are 0.
+// The result from the blocks' sums; one block alone has set it itself. Over no elements both sums
+// are 0.
 template <typename T>
-void run_finish_loss(const BlockSums& sums, bool empty, at::Reduction::Reduction reduction, T* loss,
-                     const at::Tensor& total_weight) {
+void run_finish_loss(const BlockSums& sums, bool empty, const LossResult<T>& result) {
+  if (sums.blocks == 1 && !empty) return;
   FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, c10::cuda::getCurrentCUDAStream(),
-                sums.data(), empty ? 0 : sums.blocks, reduction == at::Reduction::Mean, loss,
-                data<accum<T>>(total_weight));
+                sums.data(), empty ? 0 : sums.blocks, result);
 }
 
 }  // namespace fastnn::cuda

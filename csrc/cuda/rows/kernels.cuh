@@ -16,12 +16,18 @@ namespace fastnn::cuda {
 // float64 128. Left to itself the compiler takes fewer, and spills some (0: there it doesn't).
 template <typename T>
 inline constexpr int kRowBlocks = sizeof(T) == 8 ? 1 : 2;
+// Threads of a block that has a row: of four bytes and less, all registers that two blocks of half
+// as many have.
+template <typename T>
+inline constexpr int kMaxTeamThreads = sizeof(T) == 8 ? kMaxRowThreads : kMaxCachedRowThreads;
 template <typename T>
 inline constexpr int kSplitBlocks = sizeof(T) == 8 ? 2 : 3;
 template <typename T>
 inline constexpr int kWarpBlocks = sizeof(T) == 8 ? 4 : 6;
-template <typename T>
-inline constexpr int kSubwarpBlocks = sizeof(T) == 8 ? 4 : 0;
+template <typename Op>
+inline constexpr int kSubwarpBlocks = sizeof(typename Op::T) == 8 ? 4
+                                      : Op::kVectors < 4          ? 8
+                                                                  : 0;
 
 // Operands of the rows' layout; unused ones are null.
 template <typename T>
@@ -35,12 +41,17 @@ struct Tensors {
   }
 };
 
-// Each block's sums go to memory; finish_loss_kernel adds them up.
+// Each block's sums go to memory, where finish_loss_kernel adds them up, unless there is one block.
 template <typename Op>
-__device__ void store_sums(const LossSums& sums, LossSums* of_block) {
+__device__ void store_sums(const Op& op, const LossSums& sums, LossSums* of_block) {
   if constexpr (Op::kSums) {
     const LossSums total = reduce_block(sums);
-    if (threadIdx.x == 0) of_block[blockIdx.x] = total;
+    if (threadIdx.x != 0) return;
+    if (gridDim.x == 1) {
+      op.conclude(total);
+    } else {
+      of_block[blockIdx.x] = total;
+    }
   }
 }
 
@@ -48,75 +59,100 @@ __device__ void store_sums(const LossSums& sums, LossSums* of_block) {
 
 // The threads that share a row (or a slice of one).
 struct Team {
-  int64_t rank;
-  int64_t size;
+  unsigned rank;
+  unsigned size;
 };
 
-// Loads vectors v, v + team.size, ... of each operand, all before the first is used. The first
-// operand's are kept in `cache` (kept by the thread that will want them: no barrier is needed), or
-// taken from it.
+// Where the operands' vectors are: at a 16-byte boundary wherever the first operand's are, or not.
+struct Aligned {
+  bool in[2];
+  bool out;
+
+  template <int kInputs, typename T>
+  __device__ static Aligned of(const Tensors<T>& at) {
+    const T* lead = kInputs == 0 ? at.out : at.in[0];
+    return {{true, kInputs < 2 || co_aligned(lead, at.in[1])},
+            co_aligned(lead, static_cast<const T*>(at.out))};
+  }
+  __device__ bool all() const {
+    return in[1] && out;
+  }
+};
+
+// A vector of the first operand is kept in `cache` (kept by the thread that will want it: no
+// barrier is needed), or taken from it.
 enum class Cache { None, Store, Load };
 
-template <int kInputs, int kUnroll, Cache kCache, typename T>
-__device__ void load_vecs(const Tensors<T>& at, const Peel& peel, const bool (&aligned)[2],
-                          int64_t v, int64_t step, Vec<T>* cache, Vec<T> (&raw)[kInputs][kUnroll]) {
-#pragma unroll
-  for (int k = 0; k < kInputs; ++k) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = v + u * step;
-      if (kCache == Cache::Load && k == 0 && cache) {
-        raw[k][u] = cache[i];
-      } else {
-        raw[k][u] = load_vec(at.in[k] + peel.vec(i), aligned[k]);
-      }
-    }
-  }
-  if (kCache == Cache::Store && cache) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) cache[v + u * step] = raw[0][u];
-  }
+template <Cache kCache, typename T>
+__device__ Vec<T> load_first(const T* p, Vec<T>* cache) {
+  if (kCache == Cache::Load && cache) return *cache;
+  return load_vec(p, /*aligned=*/true);
 }
 
 // Calls f(classes, x, place) for all classes of a row in one piece, with the operands' elements
-// x[operand][j] and a way to store as many results: place(results).
-template <int kInputs, Cache kCache, typename T, typename F>
+// x[operand][j] and a way to store as many results: place(results). Or copies the first operand.
+template <int kInputs, int kVectors, Cache kCache, bool kCopies, typename T, typename F>
 __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const Peel& peel,
                                const Team& team, Vec<T>* cache, F f) {
   using A = accum<T>;
   constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
-  constexpr int kUnroll = 4 / kOperands;  // 64 bytes in flight to a thread
-  const T* lead = kInputs == 0 ? at.out : at.in[0];
-  const bool aligned[2] = {true, kInputs > 1 && co_aligned(lead, at.in[1])};
-  const bool out_aligned = co_aligned(lead, static_cast<const T*>(at.out));
+  const Aligned aligned = Aligned::of<kInputs>(at);
 
-  const auto vecs = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t v) {
-    Vec<T> raw[kOperands][kCount];
-    if constexpr (kInputs > 0) {
-      load_vecs<kInputs, kCount, kCache>(at, peel, aligned, v, team.size, cache, raw);
-    }
+  // Vectors v, v + team.size, ..., kCount of them: all are loaded before the first is used.
+  const auto vecs = [&]<int kCount>(unsigned v, const Aligned& are) {
+    const auto each = [&](auto use) {
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
+      for (int u = 0; u < kCount; ++u) {
+        const unsigned i = v + u * team.size;
+        use(u, i, peel.vec(i));
+      }
+    };
+    Vec<T> raw[kOperands][kCount];
+    each([&](int u, unsigned i, int64_t c) {
+      if constexpr (kInputs > 0)
+        raw[0][u] = load_first<kCache>(at.in[0] + c, cache ? cache + i : nullptr);
+      if constexpr (kInputs > 1) raw[1][u] = load_vec(at.in[1] + c, are.in[1]);
+    });
+    if (kCache == Cache::Store && cache) {
+      each([&](int u, unsigned i, int64_t) { cache[i] = raw[0][u]; });
+    }
+    each([&](int u, unsigned, int64_t c) {
+      if constexpr (kCopies) store_vec(at.out + c, are.out, raw[0][u]);
       A x[kOperands][kVecSize<T>];
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) to_accum(raw[k][u], x[k]);
-      const int64_t c = peel.vec(v + u * team.size);
       f(Classes{first_class + c, 1}, x, [&](const A(&results)[kVecSize<T>]) {
-        store_vec(at.out + c, out_aligned, from_accum<T>(results));
+        store_vec(at.out + c, are.out, from_accum<T>(results));
       });
-    }
+    });
   };
-  int64_t v = team.rank;
-  for (; v + (kUnroll - 1) * team.size < peel.vecs; v += kUnroll * team.size) {
-    vecs(std::integral_constant<int, kUnroll>(), v);
+  if (aligned.all()) {
+    constexpr Aligned kAligned{{true, true}, true};
+    constexpr int kCount = kVectors / kOperands;
+    const auto there_are = [&](int n, unsigned v) { return v + (n - 1) * team.size < peel.vecs; };
+    unsigned v = team.rank;
+    for (; there_are(kCount, v); v += kCount * team.size)
+      vecs.template operator()<kCount>(v, kAligned);
+    // The rest are loaded at once too: one after the other, each would wait for memory.
+    if (kCount > 3 && there_are(3, v)) {
+      vecs.template operator()<3>(v, kAligned);
+    } else if (kCount > 2 && there_are(2, v)) {
+      vecs.template operator()<2>(v, kAligned);
+    } else if (there_are(1, v)) {
+      vecs.template operator()<1>(v, kAligned);
+    }
+  } else {
+    for (unsigned v = team.rank; v < peel.vecs; v += team.size) {
+      vecs.template operator()<1>(v, aligned);
+    }
   }
-  for (; v < peel.vecs; v += team.size) vecs(std::integral_constant<int, 1>(), v);
 
-  for (int64_t i = team.rank; i < peel.singles(); i += team.size) {
+  for (unsigned i = team.rank; i < peel.singles(); i += team.size) {
     const int64_t c = peel.single(i);
     A x[kOperands][1];
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) x[k][0] = to_accum(at.in[k][c]);
+    if constexpr (kCopies) at.out[c] = at.in[0][c];
     f(Classes{first_class + c, 1}, x, [&](const A(&results)[1]) { at.out[c] = T(results[0]); });
   }
 }
@@ -130,14 +166,14 @@ struct PlaceZeros {
   }
 };
 
-// The state of the classes [first_class, first_class + n) that this thread reads.
+// The state of the classes [first_class, first_class + n) that this thread reads, and a copy.
 template <typename Op, typename T>
 __device__ auto reduce_part(const Op& op, const typename Op::Row& row, const Tensors<T>& at,
                             int64_t first_class, int64_t n, const Team& team, Vec<T>* cache) {
   auto state = Op::State::none();
   if constexpr (Op::kReduceInputs > 0) {
     const Peel peel = Peel::of(at.in[0], n);
-    for_each_class<Op::kReduceInputs, Cache::Store>(
+    for_each_class<Op::kReduceInputs, Op::kVectors, Cache::Store, Op::kCopies>(
         at, first_class, peel, team, cache,
         [&](Classes classes, const auto& x, const auto&) { op.reduce(state, row, classes, x); });
   }
@@ -150,11 +186,12 @@ __device__ void map_part(const Op& op, const typename Op::Row& row, const Tensor
   if constexpr (Op::kMaps) {
     if (op.skips(row)) {
       const Peel peel = Peel::of(static_cast<const T*>(at.out), n);
-      for_each_class<0, Cache::None>(at, first_class, peel, team, cache, PlaceZeros());
+      for_each_class<0, Op::kVectors, Cache::None, false>(at, first_class, peel, team, cache,
+                                                          PlaceZeros());
       return;
     }
     const T* lead = Op::kMapInputs > 0 ? at.in[0] : at.out;
-    for_each_class<Op::kMapInputs, Cache::Load>(
+    for_each_class<Op::kMapInputs, Op::kVectors, Cache::Load, false>(
         at, first_class, Peel::of(lead, n), team, cache,
         [&]<typename A, int K, int N>(Classes classes, const A(&x)[K][N], const auto& place) {
           A results[N];
@@ -167,17 +204,18 @@ __device__ void map_part(const Op& op, const typename Op::Row& row, const Tensor
 // A warp or a block to a row. `cached` says whether there is dynamic shared memory for a row of the
 // first operand to each team.
 template <typename Op, bool kWarp>
-__global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
-                                  kWarp ? kWarpBlocks<typename Op::T> : kRowBlocks<typename Op::T>)
+__global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxTeamThreads<typename Op::T>,
+                                  kWarp ? kWarpBlocks<typename Op::T> : 1)
     team_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
                      bool cached, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
   if (op.is_done()) return;
+  op.start();
   const int warp = int(threadIdx.x) / 32;
   const int64_t teams = kWarp ? kWarpTeams : 1;
   const int64_t team_index = kWarp ? warp : 0;
-  const Team team{kWarp ? threadIdx.x % 32 : threadIdx.x, kWarp ? 32 : blockDim.x};
+  const Team team{kWarp ? threadIdx.x % 32 : threadIdx.x, kWarp ? 32u : blockDim.x};
   Vec<T>* cache = kRereads<Op> && cached
                       ? caches + team_index * ceil_div<int64_t>(classes, kVecSize<T>)
                       : nullptr;
@@ -189,13 +227,14 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxRowThreads,
     op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
       auto state = reduce_part(op, known, at, 0, classes, team, cache);
+      if (team.rank == 0) op.read_ahead(known, row);
       state = kWarp ? reduce_lanes(state, 32) : reduce_block(state);
       op.finish(known, state, row);
     }
     if (team.rank == 0) op.report(known, row, sums);
     map_part(op, known, at, 0, classes, team, cache);
   }
-  store_sums<Op>(sums, sums_of_block);
+  store_sums(op, sums, sums_of_block);
 }
 
 // ---- a row to several blocks ----
@@ -226,6 +265,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
                         int64_t slices, int64_t slice_size, const typename Op::State* states,
                         LossSums* sums_of_block) {
   if (op.is_done()) return;
+  op.start();
   const Team team{threadIdx.x, blockDim.x};
   const int64_t blocks_per_row = Op::kMaps ? slices : 1;
   LossSums sums = LossSums::none();
@@ -234,6 +274,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
     typename Op::Row known{};
     op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
+      if (slice == 0 && threadIdx.x == 0) op.read_ahead(known, row);
       auto state = Op::State::none();
       for (int64_t s = threadIdx.x % 32; s < slices; s += 32) state.merge(states[row * slices + s]);
       op.finish(known, reduce_lanes(state, 32), row);
@@ -244,7 +285,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
     map_part<Op, typename Op::T>(op, known, tensors + (row * classes + first), first, n, team,
                                  nullptr);
   }
-  store_sums<Op>(sums, sums_of_block);
+  store_sums(op, sums, sums_of_block);
 }
 
 // ---- several rows to a warp ----
@@ -307,12 +348,13 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
 // 2^k lanes to a row. Dynamic shared memory holds `tile_rows` rows of each operand, or of the
 // output where there is none.
 template <typename Op>
-__global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T>)
+__global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
     subwarp_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
                         int lanes, int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
   if (op.is_done()) return;
+  op.start();
   constexpr int kInputs = Op::kMapInputs > Op::kReduceInputs ? Op::kMapInputs : Op::kReduceInputs;
   T* const memory = reinterpret_cast<T*>(shared);
   const int64_t tile_stride =
@@ -340,6 +382,7 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
         for_each_class_in_tile<Op::kReduceInputs>(
             row, classes, lane, lanes,
             [&](Classes c, const auto& x, const auto&) { op.reduce(state, known, c, x); });
+        if (lane == 0) op.read_ahead(known, first + r);
         op.finish(known, reduce_lanes(state, lanes), first + r);
       }
       if (lane == 0) op.report(known, first + r, sums);
@@ -355,30 +398,34 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
       }
     }
     __syncthreads();  // all results are there; and nobody reads what the next tile replaces
-    if constexpr (Op::kMaps) {
+    if constexpr (Op::kMaps || Op::kCopies) {
       store_tile(tensors.out + first * classes, n, tiles[0]);
       __syncthreads();  // before the next tile replaces results that another thread stores
     }
   }
-  store_sums<Op>(sums, sums_of_block);
+  store_sums(op, sums, sums_of_block);
 }
 
 // ---- rows whose classes lie apart ----
 
 // Calls f(classes, x, place) for classes [begin, end) of a row whose classes are `inner` apart, in
 // steps of several: their loads are under way together.
-template <int kInputs, typename T, typename F>
+template <int kInputs, int kVectors, bool kCopies, typename T, typename F>
 __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_t begin,
                                      int64_t end, F f) {
   using A = accum<T>;
   constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
-  constexpr int kUnroll = 32 / int(sizeof(A)) / kOperands;  // as many registers to any dtype
+  constexpr int kUnroll = 8 * kVectors / int(sizeof(A)) / kOperands;  // registers as to any dtype
   const auto several = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
     A x[kOperands][kCount];
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) x[k][j] = to_accum(at.in[k][(c + j) * inner]);
+    }
+    if constexpr (kCopies) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = T(x[0][j]);
     }
     f(Classes{c, 1}, x, [&](const A(&results)[kCount]) {
 #pragma unroll
@@ -400,6 +447,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
   using State = typename Op::State;
   FASTNN_DYNAMIC_SHARED(State, states);
   if (op.is_done()) return;
+  op.start();
   const int rows_at_once = int(blockDim.x) / slices;
   const int column = int(threadIdx.x) % rows_at_once;
   const int slice = int(threadIdx.x) / rows_at_once;
@@ -418,9 +466,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     if constexpr (Op::kReduceInputs > 0) {
       State state = State::none();
       if (active) {
-        for_each_class_apart<Op::kReduceInputs>(
+        for_each_class_apart<Op::kReduceInputs, Op::kVectors, Op::kCopies>(
             at, inner, begin, end,
             [&](Classes c, const auto& x, const auto&) { op.reduce(state, known, c, x); });
+        if (slice == 0) op.read_ahead(known, row);
       }
       if (slices > 1) {
         states[threadIdx.x] = state;
@@ -436,10 +485,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     if (slice == 0) op.report(known, row, sums);
     if constexpr (Op::kMaps) {
       if (op.skips(known)) {
-        for_each_class_apart<0>(at, inner, begin, end, PlaceZeros());
+        for_each_class_apart<0, Op::kVectors, false>(at, inner, begin, end, PlaceZeros());
         continue;
       }
-      for_each_class_apart<Op::kMapInputs>(
+      for_each_class_apart<Op::kMapInputs, Op::kVectors, false>(
           at, inner, begin, end,
           [&]<typename A, int K, int N>(Classes c, const A(&x)[K][N], const auto& place) {
             A results[N];
@@ -448,7 +497,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
           });
     }
   }
-  store_sums<Op>(sums, sums_of_block);
+  store_sums(op, sums, sums_of_block);
 }
 
 }  // namespace fastnn::cuda

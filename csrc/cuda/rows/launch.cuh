@@ -48,6 +48,11 @@ struct RowsLauncher {
                   plan.cache_bytes > 0, sums);
   }
   void operator()(const BlockPlan& plan) const {
+    if (plan.cache_bytes > kSharedBytes) {
+      C10_CUDA_CHECK(cudaFuncSetAttribute(team_rows_kernel<Op, false>,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          int(plan.cache_bytes)));
+    }
     FASTNN_LAUNCH((team_rows_kernel<Op, false>), unsigned(plan.blocks), unsigned(plan.threads),
                   size_t(plan.cache_bytes), stream, op, tensors, layout.rows(), layout.classes,
                   plan.cache_bytes > 0, sums);

@@ -19,6 +19,10 @@ struct Classes {
   __device__ int64_t at(int j) const {
     return first + j * step;
   }
+  // Whether c may be one of n classes: it is not outside of them.
+  __device__ bool may_hold(int64_t c, int n) const {
+    return uint64_t(c - first) <= uint64_t((n - 1) * step);
+  }
 };
 
 // An operator adds:
@@ -26,21 +30,28 @@ struct Classes {
 // - Row, what all threads of a row know: its target, say, and later its lse;
 // - State, what a thread knows of the classes that it has read, and finish(row, state, position),
 //   which completes the Row with the state of all classes: where it reads operands for them;
-// - map(row, classes, x, out), which computes the output's elements: where it has an output.
+// - map(row, classes, x, out), which computes the output's elements: where it has an output that is
+//   no copy.
 // `position` is the row's number, and x[k][j] operand k's element of class classes.at(j). All
 // threads of a row call begin and finish and get the same bits.
 struct RowDefaults {
   using State = NoState;
   static constexpr int kReduceInputs = 0;  // operands read for the state, the first ones
   static constexpr int kMapInputs = 0;     // operands read for the output, the first ones
+  static constexpr int kVectors = 4;       // of 16 bytes, that a thread has in flight
   static constexpr bool kMaps = true;      // whether there is an output, of the rows' layout
+  static constexpr bool kCopies = false;   // whether it is a copy of what is read for the state
   static constexpr bool kSums = false;     // whether rows add to a loss and a total weight
 
   // Whether the output is right as it is, which only the device may know.
   __device__ bool is_done() const {
     return false;
   }
-  // Sets in a Row of zeros what is known before anything is read.
+  // Finds out what holds for all rows; all threads of the block call this, before the first.
+  __device__ void start() {
+  }
+  // Sets in a Row of zeros what is known before anything is read. What it reads itself has come by
+  // the time that the operands are reduced, unless it looks at it.
   template <typename Row>
   __device__ void begin(Row&, int64_t) const {
   }
@@ -48,6 +59,11 @@ struct RowDefaults {
   template <typename State, typename Row, typename A, int N>
   __device__ void reduce(State& state, const Row&, Classes, const A (&x)[1][N]) const {
     state.add(x[0]);
+  }
+  // Reads what report will take, while the threads' states are joined. The thread that reports
+  // calls this before that.
+  template <typename Row>
+  __device__ void read_ahead(Row&, int64_t) const {
   }
   // Whether the output is zero whatever the operands.
   template <typename Row>
@@ -57,6 +73,9 @@ struct RowDefaults {
   // Writes the row's own results and adds to the sums; one of its threads calls this.
   template <typename Row>
   __device__ void report(const Row&, int64_t, LossSums&) const {
+  }
+  // Takes the sums of all rows, where one block had them all.
+  __device__ void conclude(const LossSums&) const {
   }
 };
 
@@ -85,13 +104,17 @@ concept MapsRows =
 template <typename Op>
 concept RowOperator =
     RowState<typename Op::State> &&
-    requires(const Op op, typename Op::Row row, int64_t position, LossSums sums) {
+    requires(const Op op, Op own, typename Op::Row row, int64_t position, LossSums sums) {
+      own.start();
       op.begin(row, position);
+      op.read_ahead(row, position);
       op.report(row, position, sums);
+      op.conclude(sums);
       { op.skips(row) } -> std::same_as<bool>;
       { op.is_done() } -> std::same_as<bool>;
       { Op::kSums } -> std::convertible_to<bool>;
-    } && (Op::kReduceInputs == 0 || ReducesRows<Op>) && (!Op::kMaps || MapsRows<Op>);
+    } && (Op::kReduceInputs == 0 || ReducesRows<Op>) &&
+    (Op::kCopies ? !Op::kMaps && Op::kReduceInputs > 0 : !Op::kMaps || MapsRows<Op>);
 
 // Whether a row's first operand is read twice.
 template <RowOperator Op>

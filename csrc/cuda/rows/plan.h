@@ -28,6 +28,9 @@ struct RowTraits {
   bool maps;            // whether an output of that layout is written
   bool rereads;         // whether an operand is read twice, and worth keeping in shared memory
   bool sums;            // whether each block leaves a partial sum, which one block adds up
+  // The most shared memory of a block that the GPU gives where it is asked: no result depends on
+  // it.
+  int64_t device_shared_bytes = 48 * 1024;
 };
 
 // A plan for each path. Kernels take further rows in strides of the grid, which has `blocks`
@@ -72,6 +75,9 @@ inline int64_t summing_blocks(const Plan& plan) {
 // reductions: with more the launch is refused.
 inline constexpr int64_t kReductionBytes = 2 * 1024;
 inline constexpr int64_t kSharedBytes = 48 * 1024 - kReductionBytes;
+// Rows of which two are in a multiprocessor's shared memory at once (of 228 KiB, less what each
+// block is charged). Of longer ones one is, and its block has all threads that two would have.
+inline constexpr int64_t kHalfOfSharedBytes = 112 * 1024 - kReductionBytes;
 // The grid's limit; and the most blocks that leave partial sums: a few waves of a large GPU, and
 // one number for all GPUs, so that a loss has the same bits on each.
 inline constexpr int64_t kMaxBlocks = INT32_MAX;
@@ -80,6 +86,7 @@ inline constexpr int kSubwarpThreads = 128;
 inline constexpr int kWarpThreads = 128;
 inline constexpr int kWarpTeams = kWarpThreads / 32;  // warps, and rows at once, of a block
 inline constexpr int kMaxRowThreads = 512;            // Block, Strided
+inline constexpr int kMaxCachedRowThreads = 1024;     // Block, of a row that has no other beside it
 inline constexpr int kMaxSplitThreads = 256;
 
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
@@ -97,6 +104,9 @@ inline Path choose_path(const Layout& layout, int64_t element_bytes) {
   if (layout.inner != 1) return Path::Strided;
   const int64_t row_bytes = layout.classes * element_bytes;
   if (layout.classes <= 256) return Path::Subwarp;
+  // Fewer rows than a large GPU has multiprocessors, or so few waves that the last one's idle
+  // blocks count.
+  if (row_bytes >= 64 * 1024 && layout.rows() < 128) return Path::Split;
   if (row_bytes > 256 * 1024 && layout.rows() < 256) return Path::Split;
   if (row_bytes <= 4096 && layout.rows() >= 1024) return Path::Warp;
   return Path::Block;
@@ -115,8 +125,12 @@ inline SubwarpPlan subwarp(const Layout& layout, const RowTraits& traits) {
   const int64_t row_bytes = std::max<int64_t>(layout.classes * traits.element_bytes, 1);
   const int64_t rows_at_once = kSubwarpThreads / lanes;
   const int64_t by_size = std::max<int64_t>(8192 / row_bytes / rows_at_once, 1) * rows_at_once;
-  const int64_t by_rows =
-      std::max<int64_t>(ceil_div<int64_t>(layout.rows(), 1024 * rows_at_once), 1) * rows_at_once;
+  // A few turns take one block less time than the launch that joins the sums of several.
+  constexpr int64_t kTurnsOfOneBlock = 4;
+  const int64_t turns = std::max<int64_t>(ceil_div<int64_t>(layout.rows(), rows_at_once), 1);
+  const int64_t by_rows = traits.sums && turns <= kTurnsOfOneBlock
+                              ? turns * rows_at_once
+                              : ceil_div<int64_t>(turns, 1024) * rows_at_once;
   const int64_t tile_rows = std::min(by_size, by_rows);
   // Each tile starts as far past a 16-byte boundary as it does in memory.
   const int64_t tile_bytes = ceil_div<int64_t>(tile_rows * row_bytes, 16) * 16 + 16;
@@ -127,14 +141,15 @@ inline SubwarpPlan subwarp(const Layout& layout, const RowTraits& traits) {
 }
 
 // The shared memory for so many rows' first operands, where it is wanted and they fit.
-inline int64_t cache_bytes(const Layout& layout, const RowTraits& traits, int64_t rows) {
+inline int64_t cache_bytes(const Layout& layout, const RowTraits& traits, int64_t rows,
+                           int64_t most) {
   const int64_t row_bytes = ceil_div<int64_t>(layout.classes * traits.element_bytes, 16) * 16;
-  return traits.rereads && row_bytes * rows <= kSharedBytes ? row_bytes * rows : 0;
+  return traits.rereads && row_bytes * rows <= most ? row_bytes * rows : 0;
 }
 
 inline WarpPlan warp(const Layout& layout, const RowTraits& traits) {
   return {.blocks = blocks_for(ceil_div<int64_t>(layout.rows(), kWarpTeams), traits),
-          .cache_bytes = cache_bytes(layout, traits, kWarpTeams)};
+          .cache_bytes = cache_bytes(layout, traits, kWarpTeams, kSharedBytes)};
 }
 
 // About four vectors to a thread.
@@ -143,15 +158,18 @@ inline int row_threads(int64_t classes, int64_t element_bytes) {
 }
 
 inline BlockPlan block(const Layout& layout, const RowTraits& traits) {
-  return {.blocks = blocks_for(layout.rows(), traits),
-          .cache_bytes = cache_bytes(layout, traits, 1),
-          .threads = row_threads(layout.classes, traits.element_bytes)};
+  const bool alone = traits.rereads && traits.element_bytes < 8 &&
+                     layout.classes * traits.element_bytes > kHalfOfSharedBytes;
+  return {
+      .blocks = blocks_for(layout.rows(), traits),
+      .cache_bytes = cache_bytes(layout, traits, 1, traits.device_shared_bytes - kReductionBytes),
+      .threads = alone ? kMaxCachedRowThreads : row_threads(layout.classes, traits.element_bytes)};
 }
 
-// Slices of 64 KiB or more, in all some thousand blocks. A forced plan of a small tensor has three,
-// so that tests see several.
+// Slices of 16 KiB or more, which are 64 bytes to each thread, in all some thousand blocks. A
+// forced plan of a small tensor has three, so that tests see several.
 inline SplitPlan split(const Layout& layout, const RowTraits& traits, bool forced) {
-  const int64_t by_size = layout.classes * traits.element_bytes / (64 * 1024);
+  const int64_t by_size = layout.classes * traits.element_bytes / (16 * 1024);
   const int64_t by_rows = ceil_div<int64_t>(1024, std::max<int64_t>(layout.rows(), 1));
   const int64_t wanted = forced ? 3 : clamp(by_size, 1, by_rows);
   // In whole vectors: a slice's operands are co-aligned where the rows are.

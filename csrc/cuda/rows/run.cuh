@@ -38,9 +38,18 @@ void run_rows(const Op& op, const Plan& plan, const Layout& layout,
               c10::cuda::getCurrentCUDAStream());
 }
 
+inline int64_t device_shared_bytes() {
+  int device = 0, bytes = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 template <RowOperator Op>
 Plan plan_of(const Layout& layout) {
-  return plan_rows(layout, row_traits<Op>(), forced_path());
+  RowTraits traits = row_traits<Op>();
+  if (traits.rereads) traits.device_shared_bytes = device_shared_bytes();
+  return plan_rows(layout, traits, forced_path());
 }
 
 }  // namespace fastnn::cuda

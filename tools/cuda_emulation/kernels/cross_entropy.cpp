@@ -81,20 +81,25 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
   Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows),
                  Buffer<T>(rows),        Buffer<T>(1),
                  Buffer<accum<T>>(1),    Buffer<T>(elements(layout), offsets.output)};
+  const bool mean = problem.options.weighted;
+  const LossResult<T> result{out.loss.data(), out.total_weight.data(), mean};
   const auto op = make(CrossEntropyForwardRows<T, Kind>{.args = problem.arguments(),
                                                         .losses = out.losses.data(),
                                                         .max = lse ? out.max.data() : nullptr,
-                                                        .log_sum = out.log_sum.data()});
+                                                        .log_sum = out.log_sum.data(),
+                                                        .result = result});
   using Op = std::remove_const_t<decltype(op)>;
   const Plan plan = plan_of<Op>(layout, way);
   std::vector<LossSums> sums(summing_blocks(plan));
-  run_rows(op, plan, layout, operands(problem, Op::kMaps ? out.kept.data() : nullptr), sums.data());
+  constexpr bool kKeeps = Op::kMaps || Op::kCopies;
+  run_rows(op, plan, layout, operands(problem, kKeeps ? out.kept.data() : nullptr), sums.data());
   // Of no rows nothing is launched, and no sums are left.
-  FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
-                rows == 0 ? 0 : summing_blocks(plan), /*mean=*/problem.options.weighted,
-                out.loss.data(), out.total_weight.data());
+  if (rows == 0 || summing_blocks(plan) > 1) {
+    FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
+                  rows == 0 ? 0 : summing_blocks(plan), result);
+  }
   if (lse) expect_same_in_every_order(out.log_sum);
-  if (Op::kMaps) expect_same_in_every_order(out.kept);
+  if (kKeeps) expect_same_in_every_order(out.kept);
   expect_same_in_every_order(out.losses);
   expect_same_in_every_order(out.loss);
   expect_same_in_every_order(out.total_weight);
@@ -243,16 +248,18 @@ void check_scale_by_one(const Problem<T>& problem, const Way& way) {
 // What 'mean' divides by, from the targets alone: on one block and on several.
 template <typename T>
 void check_target_weights(const Problem<T>& problem, const Buffer<accum<T>>& total_weight) {
-  const CrossEntropyArgs<T> args = problem.arguments();
   const int64_t rows = problem.layout.rows();
-  for (const int blocks : {1, 3}) {
+  for (const unsigned blocks : {1, 3}) {
     std::vector<LossSums> sums(blocks);
-    FASTNN_LAUNCH((sum_target_weights_kernel<T>), static_cast<unsigned>(blocks), 64, 0, nullptr,
-                  args.target, rows, args.classes, kIgnored, args.weight, sums.data());
-    double sum = 0;
-    for (const LossSums& part : sums) sum += part.weight;
-    expect_sum<accum<T>>("target weights", static_cast<accum<T>>(sum), total_weight(0), rows,
-                         total_weight(0));
+    Buffer<accum<T>> total(1);
+    const LossResult<T> result{nullptr, total.data(), /*mean=*/false};
+    FASTNN_LAUNCH((sum_target_weights_kernel<T>), blocks, 64, 0, nullptr, problem.arguments(), rows,
+                  sums.data(), result);
+    if (blocks > 1) {
+      FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(), blocks,
+                    result);
+    }
+    expect_sum<accum<T>>("target weights", total[0], total_weight(0), rows, total_weight(0));
   }
 }
 
@@ -274,6 +281,12 @@ void cross_entropy(const Layout& layout, const Way& way, const Offsets& offsets,
     });
     check_forward(problem, saved, false);
     check_gradient(problem, saved.kept, [&](int64_t) { return total_weight ? 0.5 / 3 : 0.5; });
+    if (Kind != TargetKind::Probabilities && layout.rows() > 0 && alone.total_weight(0) > 0) {
+      const auto weighed = forward<T, Kind>(problem, way, offsets, false, [&](auto op) {
+        return CrossEntropyGradientRows<T, Kind>{op, A(0.5), nullptr, layout.rows()};
+      });
+      check_gradient(problem, weighed.kept, [&](int64_t) { return 0.5 / alone.total_weight(0); });
+    }
     for (const bool in_place : {false, true}) {
       check_scale(problem, way, offsets, saved, in_place);
     }
@@ -342,10 +355,13 @@ const Test bad("cross_entropy: target out of range", [] {
     LossSums sums[3];
     bool ended = false;
     try {
-      run_rows(
-          Op{.args = problem.arguments(), .losses = nullptr, .max = nullptr, .log_sum = nullptr},
-          plan_of<Op>(layout, {"subwarp"}), layout, {{problem.logits.data(), nullptr}, nullptr},
-          sums);
+      run_rows(Op{.args = problem.arguments(),
+                  .losses = nullptr,
+                  .max = nullptr,
+                  .log_sum = nullptr,
+                  .result = {}},
+               plan_of<Op>(layout, {"subwarp"}), layout,
+               {{problem.logits.data(), nullptr}, nullptr}, sums);
     } catch (const fastnn::cuda_emulation::Fault& fault) {
       ended = std::strstr(fault.what(), "Target is out of bounds") != nullptr;
     }

@@ -65,12 +65,16 @@ const Test test("log_softmax", [] {
   });
 });
 
-// A row of which only a part would fit shared memory beside what the reductions need.
+// Rows that shared memory holds because it is asked for; of which only a part would fit beside what
+// the reductions need; and one of which a multiprocessor would have no second.
 const Test long_row("log_softmax of a long row", [] {
-  describe("48 KiB");
   const Way block{"block", Path::Block};
-  log_softmax<float>({1, 12288, 1}, block, {}, /*center=*/0, /*masked=*/false);
-  log_softmax_backward<float>({1, 12288, 1}, block, {});
+  for (const int64_t kibibytes : {48, 64, 111}) {
+    describe("%d KiB", int(kibibytes));
+    const Layout layout{1, kibibytes * 256, 1};
+    log_softmax<float>(layout, block, {}, /*center=*/0, /*masked=*/false);
+    log_softmax_backward<float>(layout, block, {});
+  }
 });
 
 }  // namespace

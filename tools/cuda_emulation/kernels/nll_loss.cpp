@@ -45,11 +45,14 @@ void nll_loss(const Problem<T>& problem, int64_t blocks, bool mean) {
                             .classes = layout.classes,
                             .ignore_index = kIgnored,
                             .weight = problem.weighted ? problem.weight.data() : nullptr,
-                            .losses = losses.data()};
+                            .losses = losses.data(),
+                            .result = {loss.data(), total_weight.data(), mean}};
   std::vector<LossSums> sums(blocks);
   FASTNN_LAUNCH((nll_loss_kernel<T>), blocks, kNLLThreads, 0, nullptr, args, sums.data());
-  FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(), blocks, mean,
-                loss.data(), total_weight.data());
+  if (blocks > 1) {
+    FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(), blocks,
+                  args.result);
+  }
   expect_same_in_every_order(losses);
   expect_same_in_every_order(loss);
   expect_same_in_every_order(total_weight);
@@ -132,8 +135,8 @@ const Test backward("nll_loss_backward", [] {
 
 const Test nothing("a loss of no rows", [] {
   Buffer<float> loss(1), total_weight(1);
-  FASTNN_LAUNCH((finish_loss_kernel<float>), 1, kFinishThreads, 0, nullptr, nullptr, 0,
-                /*mean=*/true, loss.data(), total_weight.data());
+  const LossResult<float> result{loss.data(), total_weight.data(), /*mean=*/true};
+  FASTNN_LAUNCH((finish_loss_kernel<float>), 1, kFinishThreads, 0, nullptr, nullptr, 0, result);
   expect(std::isnan(loss(0)) && total_weight(0) == 0, "the mean of nothing is NaN");
 });
 

@@ -33,6 +33,11 @@ struct MapsAnotherNumberOfOperands : WritesOnes {
 };
 static_assert(!RowOperator<MapsAnotherNumberOfOperands>);
 
+struct CopiesWithoutReading : HasNoOutput {
+  static constexpr bool kCopies = true;
+};
+static_assert(!RowOperator<CopiesWithoutReading>);
+
 struct HasNoFinish : WritesOnes {
   using State = SumState<float>;
   static constexpr int kReduceInputs = 1;
@@ -44,6 +49,11 @@ struct Sums : HasNoFinish {
   }
 };
 static_assert(RowOperator<Sums>);
+
+struct Copies : Sums {
+  static constexpr bool kMaps = false, kCopies = true;
+};
+static_assert(RowOperator<Copies>);
 
 struct HasNoState : WritesOnes {
   using State = float;
@@ -78,9 +88,13 @@ static_assert(!RowOperator<ReportsToNothing>);
 const Test test("what RowDefaults says", [] {
   WritesOnes::Row row;
   LossSums sums = LossSums::none();
+  WritesOnes own;
+  own.start();
   const WritesOnes op;
   op.begin(row, 0);
+  op.read_ahead(row, 0);
   op.report(row, 0, sums);
+  op.conclude(sums);
   expect(!op.is_done() && !op.skips(row) && sums.weight == 0, "nothing is left out or added");
 });
 

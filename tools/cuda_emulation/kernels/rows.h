@@ -61,7 +61,9 @@ inline std::vector<Way> ways(const Layout& layout) {
 
 template <typename Op>
 Plan plan_of(const Layout& layout, const Way& way) {
-  Plan plan = plan_rows(layout, row_traits<Op>(), way.path);
+  RowTraits traits = row_traits<Op>();
+  traits.device_shared_bytes = 64 * 1024;  // the emulated GPU's
+  Plan plan = plan_rows(layout, traits, way.path);
   if (auto* split = std::get_if<SplitPlan>(&plan); split && way.slice_size != 0) {
     split->slice_size = way.slice_size;
     split->slices = ceil_div(layout.classes, way.slice_size);

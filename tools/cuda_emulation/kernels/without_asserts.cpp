@@ -58,7 +58,8 @@ struct Problem {
 };
 
 void cross_entropy(const Problem& problem) {
-  Buffer<float> lse(2 * kRows), losses(kRows), grad(kRows * kClasses), one(1);
+  Buffer<float> lse(2 * kRows), losses(kRows), grad(kRows * kClasses), one(1), loss(1), total(1);
+  const without::LossResult<float> result{loss.data(), total.data(), false};
   std::vector<without::LossSums> sums(kRows);
   const without::CrossEntropyArgs<float> args{problem.logits.data(),
                                               kClasses,
@@ -70,7 +71,11 @@ void cross_entropy(const Problem& problem) {
                                               1,
                                               0};
   const without::CrossEntropyForwardRows<float, TargetKind::Index> forward{
-      .args = args, .losses = losses.data(), .max = lse.data(), .log_sum = lse.data() + kRows};
+      .args = args,
+      .losses = losses.data(),
+      .max = lse.data(),
+      .log_sum = lse.data() + kRows,
+      .result = result};
   problem.run(forward, nullptr, sums.data());
   for (int64_t row = 0; row < kRows; ++row) {
     expect((losses(row) > 0) == Problem::counts(row), "a loss of a target out of range is zero");
@@ -79,9 +84,10 @@ void cross_entropy(const Problem& problem) {
   problem.run(without::CrossEntropyGradientRows<float, TargetKind::Index>{forward, 1, nullptr},
               kept.data(), sums.data());
   problem.expect_zero_rows(kept);
-  FASTNN_LAUNCH((without::sum_target_weights_kernel<float>), 1, 64, 0, nullptr, args.target, kRows,
-                kClasses, -100, args.weight, sums.data());
-  expect(sums[0].weight == problem.weight(0) + problem.weight(4),
+  total[0] = 0;
+  FASTNN_LAUNCH((without::sum_target_weights_kernel<float>), 1, 64, 0, nullptr, args, kRows,
+                sums.data(), result);
+  expect(total(0) == float(problem.weight(0) + problem.weight(4)),
          "a target out of range has no weight");
   one[0] = 1;
   problem.run(
@@ -97,8 +103,7 @@ void cross_entropy(const Problem& problem) {
 }
 
 void nll_loss(const Problem& problem) {
-  Buffer<float> losses(kRows), grad(kRows * kClasses), one(1);
-  without::LossSums sums;
+  Buffer<float> losses(kRows), grad(kRows * kClasses), one(1), loss(1), total(1);
   const int64_t inner = problem.layout.inner;
   const without::NLLLossArgs<float> args{problem.logits.data(),
                                          {inner, kClasses * inner, inner, 1},
@@ -107,9 +112,10 @@ void nll_loss(const Problem& problem) {
                                          kClasses,
                                          -100,
                                          problem.weight.data(),
-                                         losses.data()};
+                                         losses.data(),
+                                         {loss.data(), total.data(), false}};
   FASTNN_LAUNCH((without::nll_loss_kernel<float>), 1, without::kNLLThreads, 0, nullptr, args,
-                &sums);
+                nullptr);
   for (int64_t row = 0; row < kRows; ++row) {
     expect((losses(row) != 0) == Problem::counts(row), "a loss of a target out of range is zero");
   }
