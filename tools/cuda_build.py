@@ -9,6 +9,7 @@ the repository itself stays what it is.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -48,6 +49,20 @@ WIDE_STORES = [
     rf"{WHOLE_ROWS}NLLLossBackwardRows<",
 ]
 
+# The most instructions for an element of two bytes in the loop over a row's vectors. With more,
+# kernels might compute for longer than they read: an H200 has time for 14.
+TWO_BYTES = r"<c10::(BFloat16|Half)\b"
+A_BLOCK_TO_A_ROW = r"team_rows_kernel<.*::"
+CLASS_INDICES = r"\(fastnn::cuda::TargetKind\)0>, false>"
+MOST_INSTRUCTIONS = [
+    (rf"{A_BLOCK_TO_A_ROW}CrossEntropyForwardRows{TWO_BYTES}.*{CLASS_INDICES}", 10),
+    (rf"{A_BLOCK_TO_A_ROW}CrossEntropyCopyingRows{TWO_BYTES}.*{CLASS_INDICES}", 10),
+    (rf"{A_BLOCK_TO_A_ROW}CrossEntropyBackwardRows{TWO_BYTES}.*{CLASS_INDICES}", 13),
+]
+ELEMENTS_OF_128_BITS = 8
+WIDE_LOAD = r"LDG\.E\.(\w+\.)*128\b"
+WIDE_STORE = r"STG\.E\.(\w+\.)*128\b"
+
 
 # The others have nothing that another form of the kernels could change.
 PTX_TESTS = [
@@ -75,9 +90,41 @@ class Kernel:
 
     name: str
     instructions: list[str] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
 
     def has(self, pattern: str) -> bool:
-        return any(re.match(pattern, instruction) for instruction in self.instructions)
+        return self.count(pattern) > 0
+
+    def count(self, pattern: str, places: slice = slice(None)) -> int:
+        return sum(bool(re.match(pattern, text)) for text in self.instructions[places])
+
+    def loops(self) -> list[slice]:
+        """The places of each: from where a branch leads back to, up to that branch."""
+        loops = []
+        for end, text in enumerate(self.instructions):
+            if match := re.match(r"BRA\b.*?\b0x(\w+)", text):
+                start = self.addresses.index(int(match[1], 16))
+                if start < end:
+                    loops.append(slice(start, end + 1))
+        return loops
+
+    def instructions_for_an_element(self) -> float:
+        """In the longest of the loops with the most 128-bit loads, and no such loop in them.
+
+        What the loop seldom does counts too, if it lies in between.
+        """
+        wide = [loop for loop in self.loops() if self.count(WIDE_LOAD, loop) > 0]
+        sizes = [
+            (self.count(WIDE_LOAD, loop), loop.stop - loop.start)
+            for loop in wide
+            if not any(is_around(loop, other) for other in wide)
+        ]
+        loads, instructions = max(sizes, default=(0, 0))
+        return instructions / (loads * ELEMENTS_OF_128_BITS) if loads else math.inf
+
+
+def is_around(outer: slice, inner: slice) -> bool:
+    return outer != inner and outer.start <= inner.start and inner.stop <= outer.stop
 
 
 def main() -> None:
@@ -122,38 +169,58 @@ def check_import() -> None:
 def check_kernels(kernels: list[Kernel]) -> None:
     problems = [f"{k.name} spills registers" for k in kernels if k.has(r"(LDL|STL)\b")]
     for patterns, access, instruction in [
-        (WIDE_LOADS, "loads", r"LDG\.E\.(\w+\.)*128\b"),
-        (WIDE_STORES, "stores", r"STG\.E\.(\w+\.)*128\b"),
+        (WIDE_LOADS, "loads", WIDE_LOAD),
+        (WIDE_STORES, "stores", WIDE_STORE),
     ]:
         for pattern in patterns:
-            meant = [kernel for kernel in kernels if re.search(pattern, kernel.name)]
-            if not meant:
-                problems.append(f"there is no kernel {pattern}")
+            meant = named(pattern, kernels, problems)
             problems += [
                 f"{kernel.name} has no 128-bit {access}"
                 for kernel in meant
                 if not kernel.has(instruction)
             ]
             print(f"{len(meant):3d} kernels {pattern} with 128-bit {access}")
+    for pattern, most in MOST_INSTRUCTIONS:
+        meant = named(pattern, kernels, problems)
+        counts = [kernel.instructions_for_an_element() for kernel in meant]
+        problems += [
+            f"{kernel.name} takes {count:.1f} instructions for an element, more than {most}"
+            for kernel, count in zip(meant, counts, strict=True)
+            if count > most
+        ]
+        shown = ", ".join(f"{count:.1f}" for count in counts)
+        print(f"{len(meant):3d} kernels {pattern} take {shown} instructions for an element")
     if problems:
         sys.exit("\n".join(["cuda_build.py:", *problems]))
     print(f"{len(kernels)} kernels, none of which spills registers")
+
+
+def named(pattern: str, kernels: list[Kernel], problems: list[str]) -> list[Kernel]:
+    meant = [kernel for kernel in kernels if re.search(pattern, kernel.name)]
+    if not meant:
+        problems.append(f"there is no kernel {pattern}")
+    return meant
 
 
 def disassemble(library: Path) -> Iterator[Kernel]:
     command = [tool("cuobjdump"), "--dump-sass", str(library)]
     tools = str(Path(tool("nvdisasm")).parent)  # which cuobjdump calls
     process = run(command, {"PATH": f"{tools}:{os.environ['PATH']}"}, capture_output=True)
+    return read_sass(process.stdout)
+
+
+def read_sass(text: str) -> Iterator[Kernel]:
     kernel = None
-    for line in process.stdout.splitlines():
+    for line in text.splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
             if kernel is not None:
                 yield kernel
             kernel = Kernel(demangled(match.group(1)))
         elif kernel is not None and (
-            match := re.match(r"\s*/\*\w+\*/\s+(@!?U?P\w+\s+)?(.*?);", line)
+            match := re.match(r"\s*/\*(\w+)\*/\s+(@!?U?P\w+\s+)?(.*?);", line)
         ):
-            kernel.instructions.append(match.group(2))
+            kernel.addresses.append(int(match.group(1), 16))
+            kernel.instructions.append(match.group(3))
     if kernel is not None:
         yield kernel
 

@@ -1,0 +1,62 @@
+"""What tools/cuda_build.py reads in a disassembly."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+
+import pytest
+
+from repository import REPOSITORY
+
+TOOLS = REPOSITORY / "tools"
+
+# A row's loop: head and end, two loops in it, and what one of these seldom does.
+SASS = """
+        Function : row
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E.128.CONSTANT R8, desc[UR4][R6.64] ;
+        /*0040*/              @!P1 BRA 0x60 ;
+        /*0050*/                   FADD R9, R9, R8 ;
+        /*0060*/                   FADD R9, R9, R4 ;
+        /*0070*/               @P0 BRA 0x20 ;
+        /*0080*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0090*/               @P0 BRA 0x80 ;
+        /*00a0*/               @P2 BRA 0x10 ;
+        /*00b0*/                   EXIT ;
+        Function : none
+        /*0000*/                   EXIT ;
+"""
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    spec = importlib.util.spec_from_file_location("cuda_build", TOOLS / "cuda_build.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "cuda_build", module)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_instructions_for_an_element(cuda_build) -> None:
+    """In the loop with two loads of eight elements each: neither around it nor beside it."""
+    row, none = cuda_build.read_sass(SASS)
+    assert row.instructions_for_an_element() == 6 / (2 * 8)
+    assert none.instructions_for_an_element() == math.inf
+
+
+def test_too_many_instructions_are_a_problem(cuda_build, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cuda_build, "WIDE_LOADS", [])
+    monkeypatch.setattr(cuda_build, "WIDE_STORES", [])
+    kernels = list(cuda_build.read_sass(SASS))
+    monkeypatch.setattr(cuda_build, "MOST_INSTRUCTIONS", [("row", 1)])
+    cuda_build.check_kernels(kernels)
+    assert "1 kernels row take 0.4 instructions" in capsys.readouterr().out
+    monkeypatch.setattr(cuda_build, "MOST_INSTRUCTIONS", [("row", 0.3), ("absent", 1)])
+    with pytest.raises(SystemExit, match=r"row takes 0\.4 instructions") as error:
+        cuda_build.check_kernels(kernels)
+    assert "there is no kernel absent" in str(error.value)
