@@ -173,7 +173,7 @@ struct CrossEntropyForwardRows : RowDefaults {
   __device__ void report(const Row& row, int64_t position, LossSums& sums) const {
     A loss = kHasSpread && overflows(row) ? overflowing_loss(row, position) : row.spread_loss;
     if constexpr (kIndices) {
-      // Whatever its weight: that of a class that counts may be 0, and its logit infinite.
+      // A row that counts may weigh 0, and its logit be infinite: their product is NaN, as torch's.
       if (args.checked(row.target) >= 0) {
         loss -= args.keep * row.weight * ((row.at_target - row.max) - row.log_sum);
       } else {

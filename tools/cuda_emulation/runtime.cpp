@@ -39,7 +39,7 @@ Settings& current_settings() {
   return settings;
 }
 
-// Of dynamic memory, and of all with what the kernel declares.
+// The most dynamic memory, and the most in all, with what the kernel declares.
 std::pair<size_t, size_t> max_shared_bytes_of(const void* kernel) {
   const auto found = opted_in.find(kernel);
   if (found == opted_in.end()) return {kMaxShared, kMaxShared};

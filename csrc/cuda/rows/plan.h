@@ -75,8 +75,9 @@ inline int64_t summing_blocks(const Plan& plan) {
 // reductions: with more the launch is refused.
 inline constexpr int64_t kReductionBytes = 2 * 1024;
 inline constexpr int64_t kSharedBytes = 48 * 1024 - kReductionBytes;
-// Rows of which two are in a multiprocessor's shared memory at once (of 228 KiB, less what each
-// block is charged). Of longer ones one is, and its block has all threads that two would have.
+// The longest rows that a multiprocessor's shared memory holds two of (228 KiB, less what each
+// block is charged). A longer one is there alone, and its block has all threads that two would
+// have.
 inline constexpr int64_t kHalfOfSharedBytes = 112 * 1024 - kReductionBytes;
 // The grid's limit; and the most blocks that leave partial sums: a few waves of a large GPU, and
 // one number for all GPUs, so that a loss has the same bits on each.
