@@ -6,10 +6,11 @@ much as the checks do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
+from fastnn._head_statistics import STATISTICS
 from fastnn._torch import legacy_reduction, softmax_dim
 
 
@@ -102,3 +103,82 @@ def loss_reduction(size_average: bool | None, reduce: bool | None, reduction: st
 def check_label_smoothing(label_smoothing: float) -> None:
     """Raises TypeError for what is no number."""
     _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
+
+
+def check_linear_cross_entropy_arguments(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int | None,
+    **numbers: object,
+) -> None:
+    """Raises TypeError for an argument of ``linear_cross_entropy`` that has another type."""
+    function = "linear_cross_entropy"
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        check_tensor(function, name, tensor)
+    for name, optional in (("linear_bias", linear_bias), ("weight", weight)):
+        if optional is not None:
+            check_tensor(function, name, optional)
+    if ignore_index is not None:
+        _check_number(function, "ignore_index", ignore_index, int)
+    for name, number in numbers.items():
+        if number is not None:
+            _check_number(function, name, number, float)
+
+
+def check_linear_cross_entropy_shapes(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> tuple[int, ...]:
+    """Raises RuntimeError, in PyTorch's words, for a linear layer that its input doesn't fit.
+
+    Returns:
+        The number of classes, and the sizes of the positions.
+    """
+    if input.dim() < 1:
+        raise RuntimeError(f"expected input with dimensionality 1 or more, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    outputs = tuple(linear_weight.shape[:-1])
+    if linear_bias is not None and linear_bias.shape != outputs:
+        raise RuntimeError(f"expected linear_bias shape {outputs}, got {tuple(linear_bias.shape)}")
+    if len(outputs) > 1 and input.dim() != 2:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} "
+            f"requires batched input, (N, {input.shape[-1]}), got input with shape "
+            f"{tuple(input.shape)}"
+        )
+    return outputs
+
+
+def check_returns(returns: Collection[str], linear_weight: Tensor, target: Tensor) -> None:
+    """Raises for statistics of rows that there aren't, or of what has none."""
+    if isinstance(returns, str) or not set(returns) <= set(STATISTICS):
+        raise ValueError(f"returns must be a tuple of {', '.join(STATISTICS)}, got {returns!r}")
+    if linear_weight.dim() != 2:
+        raise ValueError(
+            "expected linear_weight with dimensionality 2 for each row's log-probability, "
+            f"got {linear_weight.dim()}"
+        )
+    if target.is_floating_point():
+        raise ValueError("each row's log-probability is one of class indices, not probabilities")
+
+
+def check_rows_of_target(target: Tensor, rows: tuple[int, ...], is_index: bool) -> None:
+    """Raises unless class indices have the shape of the rows."""
+    if not is_index or target.shape == rows:
+        return
+    if target.dim() == 0 or target.shape[:1] != rows[:1]:
+        batch = target.shape[0] if target.dim() else 0
+        raise ValueError(
+            f"Expected input batch_size ({rows[0]}) to match target batch_size ({batch})."
+        )
+    raise RuntimeError(f"Expected target size {list(rows)}, got {list(target.shape)}")

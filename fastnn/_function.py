@@ -55,7 +55,7 @@ def may_be_differentiated(*tensors: Tensor | None) -> bool:
     )
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
     """What autocast makes of an argument; float64 stays, as in PyTorch."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
@@ -89,7 +89,7 @@ class Operator(Function, metaclass=_WithItsOwnApply):
             return super().apply(*args)
         dtype = cls.autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return super().apply(*(_cast(arg, dtype) if dtype else arg for arg in args))
+            return super().apply(*(cast(arg, dtype) if dtype else arg for arg in args))
 
     @staticmethod
     def autocast_dtype(device: str) -> torch.dtype | None:

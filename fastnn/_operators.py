@@ -363,6 +363,98 @@ CROSS_ENTROPY = Operator(
 )
 
 
+# ---- linear_cross_entropy ------------------------------------------------------------------------
+
+
+def _gradients_of_head(
+    input: Tensor,
+    linear_weight: Tensor,
+    dtype: torch.dtype,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
+    grad_input, grad_weight, grad_bias = (
+        input.new_empty(shape, dtype=dtype) if wanted else None
+        for shape, wanted in zip(shapes, output_mask, strict=True)
+    )
+    return grad_input, grad_weight, grad_bias
+
+
+def _linear_cross_entropy_forward_fake(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    z_loss: float,
+    normalizer: Tensor | None,
+    dtype: torch.dtype | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    sums = _accumulate_dtype(input.dtype)
+    loss_dtype = input.dtype if dtype is None else dtype
+    rows = input.shape[:-1]
+    if reduction == "none":
+        loss = input.new_empty(rows, dtype=loss_dtype)
+        return loss, None, None, None, input.new_empty((2, *rows), dtype=sums)
+    gradients = _gradients_of_head(input, linear_weight, sums, output_mask)
+    return input.new_empty((), dtype=loss_dtype), *gradients, None
+
+
+def _linear_cross_entropy_backward_fake(
+    grad_output: Tensor, input: Tensor, linear_weight: Tensor, *others: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return _gradients_of_head(input, linear_weight, input.dtype, others[-1])
+
+
+def _linear_cross_entropy_flops(
+    input_shape: torch.Size, weight_shape: torch.Size, output_mask: list[bool]
+) -> int:
+    """The logits, and as much for each of the two products that follow from their gradient."""
+    wants_input, wants_weight, _ = output_mask
+    return 2 * prod(input_shape) * weight_shape[0] * (1 + wants_input + wants_weight)
+
+
+def _linear_cross_entropy_forward_flops(
+    input_shape: torch.Size, weight_shape: torch.Size, *others: Any, **kwargs: Any
+) -> int:
+    reduction = others[3]
+    wanted = [False] * 3 if reduction == "none" else others[-1]
+    return _linear_cross_entropy_flops(input_shape, weight_shape, wanted)
+
+
+def _linear_cross_entropy_backward_flops(
+    grad_output_shape: torch.Size,
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    *others: Any,
+    **kwargs: Any,
+) -> int:
+    return _linear_cross_entropy_flops(input_shape, weight_shape, others[-1])
+
+
+LINEAR_CROSS_ENTROPY = Operator(
+    name="linear_cross_entropy",
+    module="LinearCrossEntropyLoss",
+    stock=getattr(F, "linear_cross_entropy", _tensor_classes.linear_cross_entropy),
+    onnx=reference.linear_cross_entropy,
+    fakes={
+        "linear_cross_entropy_forward": _linear_cross_entropy_forward_fake,
+        "linear_cross_entropy_backward": _linear_cross_entropy_backward_fake,
+    },
+    flops={
+        "linear_cross_entropy_forward": _linear_cross_entropy_forward_flops,
+        "linear_cross_entropy_backward": _linear_cross_entropy_backward_flops,
+    },
+    stock_module=getattr(torch.nn, "LinearCrossEntropyLoss", None),
+)
+
+
 # ---- SGD -----------------------------------------------------------------------------------------
 
 
@@ -402,7 +494,7 @@ MLP = Operator(
 )
 CHAINS = (MLP,)
 
-OPERATORS = (LINEAR, LINEAR_RELU, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY)
+OPERATORS = (LINEAR, LINEAR_RELU, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
 OPTIMIZERS = (SGD,)
 
 # The operators for an export to ONNX, called as those of torch.ops.fastnn.

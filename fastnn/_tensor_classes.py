@@ -7,9 +7,10 @@ functions. A class is asked with our function first, and one that hands it on ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -42,6 +43,77 @@ def mlp(
     ):
         input = (linear_relu if activation == "relu" else F.linear)(input, weight, bias)
     return input
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: object = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    normalizer: Tensor | float | None = None,
+    returns: Collection[str] = (),
+) -> Tensor:
+    """PyTorch's own functions for this operator, whose later arguments PyTorch's has not."""
+    if returns:
+        raise NotImplementedError(f"returns is not there for {type(linear_weight).__name__}")
+    *outputs, features = linear_weight.shape
+    if len(outputs) > 1:  # the positions of a K-dimensional loss
+        linear_weight = linear_weight.reshape(-1, features)
+        linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = F.linear(input, linear_weight, linear_bias)
+    if logit_scale != 1:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if len(outputs) > 1:
+        logits = logits.reshape(*input.shape[:-1], *outputs)
+    is_index = target.shape != logits.shape
+    if logits.dim() > 2 and len(outputs) == 1:  # cross_entropy's classes are in dimension 1
+        logits = logits.movedim(-1, 1)
+        target = target if is_index else target.movedim(-1, 1)
+    ignored = -100 if ignore_index is None else ignore_index
+    is_plain = z_loss == 0 and normalizer is None
+    losses = F.cross_entropy(
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignored,
+        reduction=reduction if is_plain else "none",
+        label_smoothing=label_smoothing,
+    )
+    if is_plain:
+        return losses
+    if z_loss != 0:
+        squares = torch.logsumexp(logits, min(logits.dim() - 1, 1)).square()
+        losses = losses + z_loss * (squares.where(target != ignored, 0) if is_index else squares)
+    if reduction == "none":
+        return losses
+    if normalizer is None and reduction == "mean":
+        normalizer = mean_divisor(target, weight, ignored if is_index else None, losses.numel())
+    return losses.sum() if normalizer is None else losses.sum() / normalizer
+
+
+def mean_divisor(
+    target: Tensor, weight: Tensor | None, ignore_index: int | None, rows: int
+) -> Tensor:
+    """What the mean of a loss divides by; ``ignore_index`` is None for class probabilities."""
+    if ignore_index is None:
+        return torch.full((), rows, device=target.device)
+    counts = target != ignore_index
+    if weight is None:
+        return counts.sum()
+    weights = weight[target.long().where(counts, 0)].where(counts, 0)
+    total = weights.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+    return total.where(total != 0, torch.nan)
 
 
 def need_torch(*tensors: Tensor | None) -> bool:

@@ -32,13 +32,29 @@ from fastnn import functional, reference
 from fastnn._arguments import (
     check_label_smoothing,
     check_linear_arguments,
+    check_linear_cross_entropy_arguments,
     check_tensor,
     log_softmax_dim,
 )
-from fastnn._function import Loss, Operator, Options, check_weight, operators_for
+from fastnn._function import (
+    Loss,
+    Operator,
+    Options,
+    cast,
+    check_weight,
+    may_be_differentiated,
+    operators_for,
+)
 from fastnn._torch import in_forward_mode
 
-__all__ = ["CrossEntropy", "Linear", "LinearReLU", "LogSoftmax", "NLLLoss"]
+__all__ = [
+    "CrossEntropy",
+    "Linear",
+    "LinearCrossEntropy",
+    "LinearReLU",
+    "LogSoftmax",
+    "NLLLoss",
+]
 
 
 class Linear(Operator):
@@ -361,3 +377,144 @@ def _operators_for_kept(
     if lse is not None and kept.dtype == total_weight.dtype:
         return reference
     return operators_for(kept, target, weight)
+
+
+class LinearCrossEntropy(Operator):
+    """``apply(input, linear_weight, target, *, linear_bias=None, ...)``; see
+    :func:`fastnn.functional.linear_cross_entropy`.
+
+    ``forward`` takes the operator's arguments, and also returns what the backward takes: the
+    gradients of a reduced loss, or each row's log-sum-exp. For derivatives of higher orders the
+    backward computes all the logits once more.
+
+    >>> import torch, fastnn
+    >>> x, w = torch.ones(1, 2), torch.zeros(2, 2)
+    >>> fastnn.autograd.LinearCrossEntropy.apply(x, w, torch.tensor([1]))
+    tensor(0.6931)
+    """
+
+    _stands_for = staticmethod(functional.linear_cross_entropy)
+
+    @classmethod
+    def apply(
+        cls,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *operands: Any,
+        linear_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        normalizer: Tensor | float | None = None,
+    ) -> Any:
+        if operands:  # a transform's
+            return cls.record(input, linear_weight, target, *operands)
+        tensors = (input, linear_weight, target, linear_bias, weight)
+        keywords: dict[str, Any] = {
+            "linear_bias": linear_bias,
+            "weight": weight,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "z_loss": z_loss,
+            "normalizer": normalizer,
+        }
+        # The derivatives by class probabilities and by weights are the function's.
+        is_partial = (target.is_floating_point() and may_be_differentiated(target)) or any(
+            isinstance(other, Tensor) and other.requires_grad for other in (weight, normalizer)
+        )
+        if is_partial or cls.steps_aside(*tensors):
+            return cls._stands_for(*tensors[:3], **keywords)
+        check_linear_cross_entropy_arguments(*tensors, ignore_index)
+        return functional.call_with_matrices(cls._call, *tensors[:3], **keywords)
+
+    @classmethod
+    def _call(cls, *operands: Any) -> Tensor:
+        """What the operator does, with its arguments."""
+        *tensors, reduction, ignore_index, label_smoothing, softcap, scale, z, normalizer, _ = (
+            operands
+        )
+        input, linear_weight, target, linear_bias, weight = tensors
+        device = input.device.type
+        dtype = None
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            low, dtype = torch.get_autocast_dtype(device), torch.float32
+            input, linear_weight, linear_bias = (
+                cast(each, low) for each in (input, linear_weight, linear_bias)
+            )
+            target, weight = cast(target, dtype), cast(weight, dtype)
+        mask = [may_be_differentiated(each) for each in (input, linear_weight, linear_bias)]
+        return cls.record(
+            *(input, linear_weight, target, linear_bias, weight, reduction, ignore_index),
+            *(float(label_smoothing), softcap, scale, z, normalizer, dtype, mask),
+        )[0]
+
+    @staticmethod
+    def autocast_dtype(device: str) -> None:
+        return None
+
+    @staticmethod
+    def forward(*operands: Any) -> tuple[Tensor | None, ...]:
+        operators = operators_for(*(each for each in operands[:5] if each is not None))
+        return operators.linear_cross_entropy_forward(*operands)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, reduction, ignored, smoothing, softcap, scale, z, normalizer, dtype, _ = inputs
+        ctx.reduction, ctx.dtype = reduction, dtype
+        ctx.numbers = ignored, smoothing, softcap, scale, z
+        _, *kept = output
+        ctx.mark_non_differentiable(*(part for part in kept if part is not None))
+        LinearCrossEntropy.keep(ctx, *tensors, normalizer, *kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        wanted, none = ctx.needs_input_grad, [None] * 9
+        if grad is None:
+            return None, None, None, None, None, *none
+        *head, normalizer, kept_input, kept_weight, kept_bias, lse = ctx.saved_tensors
+        input, linear_weight, *_ = head
+        mask = wanted[0], wanted[1], wanted[3]
+        operators = operators_for(input, linear_weight)
+        if ctx.reduction == "none":
+            grads = operators.linear_cross_entropy_backward(
+                grad, *head, lse, *ctx.numbers, ctx.dtype, mask
+            )
+        elif operators is reference:
+            arguments: Any = (grad, *head, ctx.reduction, *ctx.numbers, normalizer, mask)
+            grads = reference.linear_cross_entropy_gradients(*arguments)
+        else:
+            grads = (
+                (kept * grad.to(kept.dtype)).to(input.dtype) if wants else None
+                for kept, wants in zip((kept_input, kept_weight, kept_bias), mask, strict=True)
+            )
+        grad_input, grad_weight, grad_bias = grads
+        return grad_input, grad_weight, None, grad_bias, None, *none
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_input, of_weight, _, of_bias, *_ = tangents
+        *head, normalizer, _, _, _, _ = ctx.saved_tensors
+        input, linear_weight, *_ = head
+        logits = input @ linear_weight.T
+        tangent = torch.zeros_like(logits)
+        if of_input is not None:
+            tangent = tangent + of_input @ linear_weight.T
+        if of_weight is not None:
+            tangent = tangent + input @ of_weight.T
+        if of_bias is not None:
+            tangent = tangent + of_bias
+        ones = logits.new_ones(logits.shape[:-1] if ctx.reduction == "none" else ())
+        arguments: Any = (ones, *head, ctx.reduction, *ctx.numbers, normalizer)
+        grad_logits = reference.linear_cross_entropy_logits_backward(*arguments)
+        rows = (grad_logits * tangent).sum(-1)
+        dtype = input.dtype if ctx.dtype is None else ctx.dtype
+        return (rows if ctx.reduction == "none" else rows.sum()).to(dtype), None, None, None, None

@@ -6,7 +6,8 @@ differentiable any number of times with respect to its floating-point input.
 
 Under :class:`torch.autocast` they follow torch's rules: ``linear``, ``linear_relu`` and ``mlp`` run
 in autocast's dtype, ``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on
-CUDA and in its input's dtype on the CPU.
+CUDA and in its input's dtype on the CPU; ``linear_cross_entropy`` takes the product in autocast's
+dtype and the loss in float32.
 
 A tensor of a class with a ``__torch_dispatch__`` of its own (quantised weights,
 :class:`torch.distributed.tensor.DTensor`), or of one whose ``__torch_function__`` refuses these
@@ -18,27 +19,51 @@ operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
-from fastnn import _tensor_classes
+from fastnn import _tensor_classes, _vocabulary_parallel
 from fastnn._arguments import (
     check_label_smoothing,
     check_linear_arguments,
+    check_linear_cross_entropy_arguments,
+    check_linear_cross_entropy_shapes,
     check_loss_arguments,
+    check_returns,
+    check_rows_of_target,
     check_tensor,
     log_softmax_dim,
     loss_reduction,
     mlp_layers,
 )
 from fastnn._extension import is_tracing, operators
-from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE, ask_classes, call_torch, need_torch
+from fastnn._head_statistics import LinearCrossEntropyOutput, LogProbs, head_statistics
+from fastnn._tensor_classes import (
+    PLAIN,
+    PLAIN_OR_NONE,
+    ask_classes,
+    call_torch,
+    mean_divisor,
+    need_torch,
+)
+from fastnn._vocabulary_parallel import is_split_by_classes
 
-__all__ = ["cross_entropy", "linear", "linear_relu", "log_softmax", "mlp", "nll_loss"]
+__all__ = [
+    "cross_entropy",
+    "linear",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_relu",
+    "log_softmax",
+    "mlp",
+    "nll_loss",
+]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -280,6 +305,278 @@ def nll_loss(
     if size_average is not None or reduce is not None or type(reduction) is not str:
         reduction = loss_reduction(size_average, reduce, reduction)
     return operators().nll_loss(input, target, weight, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: object = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    normalizer: Tensor | float | None = None,
+    returns: Collection[str] = (),
+) -> Any:
+    r"""Cross entropy of a linear layer's output, which never exists as a whole:
+    :func:`torch.nn.functional.linear_cross_entropy`.
+
+    The logits are ``softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) /
+    softcap)``; a row's loss is :func:`cross_entropy`'s, plus ``z_loss * lse**2``. They are computed
+    in blocks of rows, each of which becomes its own gradient and the two products that follow from
+    it: where a gradient of a mean or a sum is wanted, the forward leaves those of the input, the
+    weight and the bias, and the backward only multiplies them. Without a reduction it keeps each
+    row's log-sum-exp, and computes the blocks once more. Rows whose target is ignored are not
+    multiplied on the CPU. Derivatives of higher orders and transforms take all the logits at once.
+
+    The z-loss is that of Chowdhery et al., "PaLM" (2022); the cap that of Gemma 2 (2024).
+
+    Args:
+        input: ``(D)`` or ``(*, D)``.
+        linear_weight: ``(C, D)``, of the input's dtype and device; or ``(C, d1, ..., dK, D)`` with
+            an input of ``(N, D)``, a classifier for each of the positions.
+        target: class indices in [0, C), int64 or uint8, of the shape ``*`` of the rows, with
+            ``(d1, ..., dK)`` behind it; or class probabilities, floating-point, ``(*, C)`` or
+            ``(N, C, d1, ..., dK)``.
+        linear_bias: ``(C)`` or ``(C, d1, ..., dK)``; or None.
+        weight: ``(C)``, the weight of each class, of the input's dtype (default: 1).
+        reduction: ``'none'``, ``'mean'`` or ``'sum'``, as for :func:`cross_entropy`.
+        ignore_index: the target value of rows that count for nothing (None: -100); for class
+            indices only.
+        label_smoothing: in [0, 1].
+        options: torch's choice of chunks; taken and not looked at, as no choice is needed.
+        softcap: positive; None for logits as they are.
+        logit_scale: what multiplies the logits: the reciprocal of a temperature.
+        z_loss: the share of the squared log-sum-exp.
+        normalizer: what the sum of the losses is divided by, in the place of what ``'mean'``
+            divides by: the number of tokens in a step, say. A constant.
+        returns: any of ``'lse'``, ``'logprobs'`` (of the targets), ``'entropy'``, ``'accuracy'``
+            and ``'predictions'``, which come in a named tuple with the loss. With class indices
+            only; 0 in ignored rows, whose predictions are given. They have gradients where they
+            can, and take a product more each way: computed by blocks too, in torch's operators.
+
+    Returns:
+        A scalar, or one value per row with ``reduction='none'``; of the input's dtype (under
+        autocast float32). With ``returns`` a named tuple of ``loss`` and what was asked for, in
+        what the sums are carried in.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        IndexError: a target is out of range; names it and the number of classes.
+        ValueError: the batch sizes differ, the reduction is none of the three, ``softcap`` isn't
+            positive, a ``normalizer`` comes with ``reduction='none'``, or ``returns`` has another
+            name.
+        RuntimeError: other shapes, dtypes or devices that don't fit, a ``label_smoothing``
+            outside [0, 1], an ``ignore_index`` with class probabilities.
+
+    >>> import torch, fastnn
+    >>> x, w = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    >>> fastnn.functional.linear_cross_entropy(x, w, torch.tensor([0, 1]))
+    tensor(0.1269)
+    """
+    keywords: dict[str, Any] = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "z_loss": z_loss,
+        "normalizer": normalizer,
+    }
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    if has_torch_function_variadic(*tensors):
+        torchs = _tensor_classes.linear_cross_entropy
+        return ask_classes(
+            *(linear_cross_entropy, torchs, tensors, *tensors[:3]),
+            **keywords,
+            options=options,
+            returns=returns,
+        )
+    check_linear_cross_entropy_arguments(
+        *tensors,
+        ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        z_loss=z_loss,
+        normalizer=normalizer,
+    )
+    if type(reduction) is not str:
+        reduction = loss_reduction(None, None, reduction)
+    if need_torch(*tensors):
+        if not returns and is_split_by_classes(linear_weight, target, linear_bias, label_smoothing):
+            keywords.pop("label_smoothing")
+            return _vocabulary_parallel.linear_cross_entropy(*tensors[:3], **keywords)
+        torchs = _tensor_classes.linear_cross_entropy
+        return call_torch(torchs, *tensors[:3], **keywords, returns=returns)
+    loss = call_with_matrices(operators().linear_cross_entropy, *tensors[:3], **keywords)
+    if not returns:
+        return loss
+    check_returns(returns, linear_weight, target)
+    statistics = head_statistics(
+        *(returns, input, linear_weight, target, linear_bias),
+        *(-100 if ignore_index is None else ignore_index, softcap, logit_scale),
+    )
+    return LinearCrossEntropyOutput(loss, **statistics)
+
+
+def linear_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = None,
+    entropy: bool = False,
+) -> Any:
+    r"""The log-probability of each row's target under a linear layer's softmax, which preference
+    tuning and reinforcement learning take, without the logits as a whole.
+
+    Differentiable; the backward computes the logits' blocks once more. See
+    :func:`linear_cross_entropy` for the arguments.
+
+    Args:
+        input: ``(*, D)``.
+        linear_weight: ``(C, D)``.
+        target: class indices ``(*)``.
+        linear_bias: ``(C)``; or None.
+        logit_scale: the reciprocal of a temperature.
+        softcap: positive; None for logits as they are.
+        ignore_index: the target value of rows that count for nothing (None: -100); they get 0.
+        entropy: whether to return the entropy of each row's distribution too, which is
+            differentiable as well. Both then are computed in torch's operators.
+
+    Returns:
+        ``(*)``, in what the sums are carried in (float32, or float64); or a named tuple of
+        ``logprobs`` and ``entropy``.
+
+    Raises:
+        TypeError, IndexError, ValueError, RuntimeError: as :func:`linear_cross_entropy`.
+
+    >>> import torch, fastnn
+    >>> x, w = torch.eye(2), torch.zeros(4, 2)
+    >>> fastnn.functional.linear_logprobs(x, w, torch.tensor([0, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    ignored = -100 if ignore_index is None else ignore_index
+    check_linear_cross_entropy_arguments(
+        input, linear_weight, target, linear_bias, None, ignored, softcap=softcap, scale=logit_scale
+    )
+    check_returns((), linear_weight, target)
+    if entropy:
+        arguments = (input, linear_weight, target, linear_bias, ignored, softcap, logit_scale)
+        return LogProbs(**head_statistics(("logprobs", "entropy"), *arguments))
+
+    def losses(*arguments: Any) -> Tensor:
+        *operands, _ = arguments
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return operators().linear_cross_entropy(*operands, wide)
+
+    return -call_with_matrices(
+        losses,
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=None,
+        reduction="none",
+        ignore_index=ignored,
+        label_smoothing=0.0,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        z_loss=0.0,
+        normalizer=None,
+    )
+
+
+def call_with_matrices(
+    operator: Callable[..., Tensor],
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    z_loss: float,
+    normalizer: Tensor | float | None,
+) -> Tensor:
+    """Calls the operator of ``linear_cross_entropy``, whose logits are a matrix or a row."""
+    classes, *positions = check_linear_cross_entropy_shapes(input, linear_weight, linear_bias)
+    rows = tuple(input.shape[:-1])
+    is_index = target.shape != (*rows, classes, *positions)
+    if not is_index and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    ignored = -100 if ignore_index is None else ignore_index
+    if positions:
+        check_rows_of_target(target, (*rows, *positions), is_index)
+        if normalizer is None and reduction == "mean":
+            of_index = ignored if is_index else None
+            normalizer = mean_divisor(target, weight, of_index, prod((*rows, *positions)))
+    elif len(rows) > 1:
+        check_rows_of_target(target, rows, is_index)
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = input.new_full((), normalizer, dtype=torch.float64)
+
+    def loss(input: Tensor, linear: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
+        options = (reduction, ignored, label_smoothing, softcap, logit_scale, z_loss, normalizer)
+        return operator(input, linear, target, bias, weight, *options, None)
+
+    if positions:
+        # The input's gradients at all positions are added up: widened, they are rounded once.
+        wide = torch.promote_types(input.dtype, torch.float32)
+        weight = None if weight is None else weight.to(wide)
+        heads = _heads(linear_weight, target, linear_bias, is_index)
+        widened = input.to(wide)
+        losses = [
+            loss(
+                widened,
+                w.to(wide),
+                t if is_index else t.to(wide),
+                None if b is None else b.to(wide),
+            )
+            for w, t, b in heads
+        ]
+        if reduction == "none":
+            result = torch.stack(losses, 1).reshape(*rows, *positions)
+        else:
+            result = torch.stack(losses).sum()
+        return result if _under_autocast(input.device) else result.to(input.dtype)
+    if len(rows) <= 1:
+        return loss(input, linear_weight, target, linear_bias)
+    targets = target.flatten() if is_index else target.flatten(0, -2)
+    losses_of_rows = loss(input.flatten(0, -2), linear_weight, targets, linear_bias)
+    return losses_of_rows.reshape(rows) if reduction == "none" else losses_of_rows
+
+
+def _under_autocast(device: torch.device) -> bool:
+    """Whether losses are wide."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+
+
+def _heads(
+    linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, is_index: bool
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Weight, target and bias of the classifier for each of the positions ``(d1, ..., dK)``."""
+    weights = linear_weight.flatten(1, -2).unbind(1)
+    targets = target.flatten(1 if is_index else 2).unbind(-1)
+    if linear_bias is None:
+        return [(*pair, None) for pair in zip(weights, targets, strict=True)]
+    return list(zip(weights, targets, linear_bias.flatten(1).unbind(1), strict=True))
 
 
 def cross_entropy(

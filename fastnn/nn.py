@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastnn import _containers, functional
 
-__all__ = ["MLP", "CrossEntropyLoss", "Linear", "LinearReLU", "LogSoftmax", "NLLLoss"]
+__all__ = [
+    "MLP",
+    "CrossEntropyLoss",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "LinearReLU",
+    "LogSoftmax",
+    "NLLLoss",
+]
 
 # The __call__ of each class is for type checkers alone: torch declares that a module's call takes
 # anything and gives anything.
@@ -258,4 +267,113 @@ class CrossEntropyLoss(_ClassificationLoss, torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class _StockLinearCrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """What :class:`torch.nn.LinearCrossEntropyLoss` is, for a torch that hasn't got it."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(
+                f"expected label_smoothing to be in range [0, 1], got {label_smoothing}"
+            )
+        super().__init__(weight, reduction=reduction, label_smoothing=label_smoothing)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index  # type: ignore[assignment]
+        outputs = prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, outputs, bias, device, dtype)
+        self.options = options
+
+
+if TYPE_CHECKING:
+    _LinearCrossEntropyLoss = _StockLinearCrossEntropyLoss
+else:
+    _LinearCrossEntropyLoss = getattr(
+        torch.nn, "LinearCrossEntropyLoss", _StockLinearCrossEntropyLoss
+    )
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+    r"""A classifier's last layer and its loss in one, whose logits never exist as a whole:
+    :class:`torch.nn.LinearCrossEntropyLoss` with our operator.
+
+    The layer is the attribute ``linear``, whose parameters a ``state_dict`` calls
+    ``linear.weight`` and ``linear.bias``; ``loss.linear(input)`` gives the logits.
+
+    Args:
+        in_features: size of each input row.
+        num_classes: the number of classes, C.
+        out_features: the sizes ``(d1, ..., dK)`` of a K-dimensional loss (default: none).
+        bias: learn an additive bias (default ``False``).
+        device, dtype: of the parameters.
+        reduction: ``'none'``, ``'mean'`` (the default) or ``'sum'``.
+        weight: ``(C,)`` weight of each class (default: 1), of the parameters' dtype.
+        ignore_index: the target value of rows that count for nothing (default: -100); for class
+            indices only.
+        label_smoothing: in [0, 1], the share of the target given to all classes alike (default 0).
+        options: torch's choice of chunks; taken and not looked at.
+
+    Attributes:
+        softcap, logit_scale, z_loss: options that torch's class has not, to be set after the
+            construction; see :func:`fastnn.functional.linear_cross_entropy`.
+
+    Shape: input ``(D)`` or ``(*, D)``; target class indices of the shape of the rows, or class
+    probabilities ``(*, C)``; output a scalar, or one value per row with ``reduction='none'``.
+    Errors and dtypes: see :func:`fastnn.functional.linear_cross_entropy`.
+
+    >>> import torch, fastnn
+    >>> loss = fastnn.nn.LinearCrossEntropyLoss(8, 1000)
+    >>> loss(torch.randn(3, 8), torch.tensor([1, 0, 999])).backward()
+    >>> loss.linear.weight.grad.shape
+    torch.Size([1000, 8])
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        linear_weight: Tensor = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
+        if self.out_features:
+            outputs = (self.num_classes, *self.out_features)
+            linear_weight = linear_weight.reshape(*outputs, self.linear.in_features)
+            linear_bias = None if linear_bias is None else linear_bias.reshape(outputs)
+        return functional.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
         )

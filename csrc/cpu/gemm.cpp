@@ -74,13 +74,18 @@ void* scratch(size_t bytes) {
 }
 
 // Our kernels, in blocks that the threads take.
-template <typename T>
-void run(const simd::Gemm<T>& args) {
-  const auto& kernel = kernels<T>();
+template <typename T, typename Right>
+void run(const simd::Gemm<T, Right>& args) {
   const GemmJobs jobs(args.rows, args.cols, args.depth, at::get_num_threads());
   at::parallel_for(0, jobs.count(), 1, [&](int64_t begin, int64_t end) {
-    void* memory = scratch(kernel.gemm_scratch);
-    for (int64_t i = begin; i < end; ++i) kernel.gemm(args, jobs.block(i), memory);
+    void* memory = scratch(kernels<T>().gemm_scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      if constexpr (std::is_same_v<T, Right>) {
+        kernels<T>().gemm(args, jobs.block(i), memory);
+      } else {
+        kernels<Right>().wide_gemm(args, jobs.block(i), memory);
+      }
+    }
   });
 }
 
@@ -118,6 +123,10 @@ void step_by_product(const simd::Gemm<T>& args) {
 template <typename T>
 void run_library(const simd::Gemm<T>& args, LibraryProduct product) {
   auto& [a, b, bias, out] = product;
+  if (args.add) {
+    at::addmm_out(out, out, a, b);
+    return;
+  }
   // Where the output is narrower than the sums, the library adds the bias before it rounds.
   const bool bias_in_gemm = bias && (!args.relu || accumulate_dtype(a) != a.scalar_type());
   bias_in_gemm ? at::addmm_out(out, *bias, a, b) : at::mm_out(out, a, b);
@@ -188,6 +197,27 @@ at::Tensor matmul(const at::Tensor& left, const at::Tensor& right,
     is_for_library(args) ? run_library(args, {a, b, contiguous_bias, out}) : run(args);
   });
   return out;
+}
+
+void matmul_into(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right,
+                 const std::optional<at::Tensor>& bias, bool add) {
+  const at::Tensor a = as_matrix(left), b = as_matrix(right);
+  dispatch(b.scalar_type(), "matmul", [&]<typename Right>() {
+    using T = simd::accum<Right>;
+    const simd::Gemm<T, Right> args{.rows = a.size(0),
+                                    .cols = b.size(1),
+                                    .depth = a.size(1),
+                                    .a = operand<T>(a),
+                                    .b = operand<Right>(b),
+                                    .bias = const_data_or_null<T>(bias),
+                                    .out = data<T>(out),
+                                    .add = add};
+    if constexpr (std::is_same_v<T, Right>) {
+      multiply(args);
+    } else {
+      run(args);
+    }
+  });
 }
 
 }  // namespace fastnn::cpu

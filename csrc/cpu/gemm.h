@@ -17,4 +17,9 @@ at::Tensor matmul(const at::Tensor& a, const at::Tensor& b,
 template <typename T>
 void multiply(const simd::Gemm<T>& args);
 
+// out = a @ b + bias, or out + a @ b with `add`, which goes with no bias; `out` is contiguous, and
+// everything but b is of the dtype that b's is summed in.
+void matmul_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                 const std::optional<at::Tensor>& bias, bool add);
+
 }  // namespace fastnn::cpu

@@ -1,11 +1,13 @@
 // The dtype that each operator runs in under torch.autocast: torch's own lists. linear is cast
 // down, and so are linear_relu and mlp; the losses to float32, and on CUDA log_softmax too, which
-// on the CPU keeps the dtype that it gets.
+// on the CPU keeps the dtype that it gets. linear_cross_entropy's product is cast down and its loss
+// up.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include "ops/cross_entropy.h"
 #include "ops/linear.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/log_softmax.h"
 #include "ops/mlp.h"
 #include "ops/nll_loss.h"
@@ -42,10 +44,30 @@ at::Tensor mlp_under_autocast(const at::Tensor& input, at::TensorList weights,
 }
 
 template <c10::DeviceType device>
+at::Tensor linear_cross_entropy_autocast(const LinearHead& head, const at::Tensor& target,
+                                         const LinearLossOptions& options) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
+  const auto down = [](const auto& tensor) {
+    return at::autocast::cached_cast(at::autocast::get_lower_precision_fp_from_device_type(device),
+                                     tensor, device);
+  };
+  const auto up = [](const auto& tensor) {
+    return at::autocast::cached_cast(at::kFloat, tensor, device);
+  };
+  LinearLossOptions casted = options;
+  casted.weight = up(options.weight);
+  if (!casted.dtype) casted.dtype = at::kFloat;
+  return linear_cross_entropy({down(head.input), down(head.weight), down(head.bias)}, up(target),
+                              casted);
+}
+
+template <c10::DeviceType device>
 void register_common(torch::Library& m) {
   m.impl("linear", kAutocast<CastPolicy::lower_precision_fp, device, &linear>);
   m.impl("linear_relu", kAutocast<CastPolicy::lower_precision_fp, device, &linear_relu>);
   m.impl("mlp", mlp_under_autocast<device>);
+  m.impl("linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy_autocast<device>>);
   m.impl("nll_loss", kAutocast<CastPolicy::fp32, device, &as_nll_loss<nll_loss>>);
   m.impl("cross_entropy", kAutocast<CastPolicy::fp32, device, &as_cross_entropy<cross_entropy>>);
 }

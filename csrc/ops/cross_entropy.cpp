@@ -68,8 +68,7 @@ bool can_fuse_cross_entropy(const at::Tensor& input, const at::Tensor& target,
 }
 
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
-                         const LossOptions& options) {
-  constexpr auto op = "cross_entropy";
+                         const LossOptions& options, std::string_view op) {
   TORCH_CHECK_VALUE(input.dim() >= 1, op, ": Expected input of 1 or more dimensions (got 0)");
   if (!has_class_probabilities(input, target)) {
     check_class_indices(op, input, target, options.weight);
@@ -138,10 +137,11 @@ at::Tensor cross_entropy_default(const at::Tensor& input, const at::Tensor& targ
 }  // namespace
 
 LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                  std::string_view reduction, double label_smoothing) {
+                                  std::string_view reduction, double label_smoothing,
+                                  std::string_view op) {
   // NaN isn't between them either.
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
-              "cross_entropy: label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
+              ": label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
   return {weight, ignore_index, parse_reduction(reduction), label_smoothing};
 }
 

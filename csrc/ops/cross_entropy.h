@@ -46,7 +46,7 @@ bool can_fuse_cross_entropy(const at::Tensor& input, const at::Tensor& target,
 
 // The checks of the kernels' launchers; the backward's are those that its forward has not made.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
-                         const LossOptions& options);
+                         const LossOptions& options, std::string_view op = "cross_entropy");
 void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
                                   const at::Tensor& target, const std::optional<at::Tensor>& lse,
                                   const at::Tensor& total_weight, const LossOptions& options);
@@ -88,7 +88,8 @@ at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& ta
 
 // Raises for a reduction or a label smoothing that there isn't.
 LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                  std::string_view reduction, double label_smoothing);
+                                  std::string_view reduction, double label_smoothing,
+                                  std::string_view op = "cross_entropy");
 
 template <auto f>
 at::Tensor as_cross_entropy(const at::Tensor& input, const at::Tensor& target,

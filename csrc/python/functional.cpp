@@ -5,6 +5,7 @@
 #include "ops/checks.h"
 #include "ops/cross_entropy.h"
 #include "ops/linear.h"
+#include "ops/linear_cross_entropy.h"
 #include "ops/log_softmax.h"
 #include "ops/mlp.h"
 #include "ops/nll_loss.h"
@@ -46,6 +47,10 @@ void define_functional(pybind11::module_& m) {
   m.def("nll_loss", operator_named("fastnn::nll_loss", as_nll_loss<nll_loss>), no_gil());
   m.def("cross_entropy", operator_named("fastnn::cross_entropy", as_cross_entropy<cross_entropy>),
         no_gil());
+  m.def(
+      "linear_cross_entropy",
+      operator_named("fastnn::linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy>),
+      no_gil());
   m.def("has_kernels", &has_kernels, "Whether there are kernels for such a tensor.");
 }
 

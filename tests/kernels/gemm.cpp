@@ -397,6 +397,58 @@ const Test backward_test("gemm_backward", [](const Target& target) {
   });
 });
 
+// A product added to what is there, of a right operand that is stored as T and all else as wide as
+// the sums: a product of integers, which is exact.
+template <typename T>
+void wide_gemm(const Target& target, const Size& size, bool a_transposed, bool b_transposed) {
+  using A = accum<T>;
+  const auto& [rows, cols, depth] = size;
+  const auto integers = [](int64_t count) {
+    Buffer<A> result(count);
+    for (int64_t i = 0; i < count; ++i) result[i] = A(random_index(9) - 4);
+    return result;
+  };
+  const Buffer<A> a = integers(rows * depth), b_wide = integers(cols * depth);
+  Buffer<A> out = integers(rows * cols);
+  Buffer<T> b(b_wide.size());
+  for (int64_t i = 0; i < b.size(); ++i) b[i] = from_double<T>(b_wide(i));
+  const Buffer<A> before = out;
+  const simd::Gemm<A, T> arguments{.rows = rows,
+                                   .cols = cols,
+                                   .depth = depth,
+                                   .a = {a.data(), a_transposed ? rows : depth, a_transposed},
+                                   .b = {b.data(), b_transposed ? depth : cols, b_transposed},
+                                   .out = out.data(),
+                                   .add = true};
+  const cpu::GemmJobs blocks(rows, cols, depth, 3);
+  Scratch scratch(target.kernels<A>().gemm_scratch);
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    target.kernels<T>().wide_gemm(arguments, blocks.block(i), scratch.data());
+  }
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    const int64_t r = i / cols, c = i % cols;
+    double sum = before(i);
+    for (int64_t p = 0; p < depth; ++p) {
+      sum += a(a_transposed ? p * rows + r : r * depth + p) *
+             b_wide(b_transposed ? c * depth + p : p * cols + c);
+    }
+    expect_within("out", i, out(i), sum, 0);
+  }
+}
+
+const Test wide_test("wide_gemm", [](const Target& target) {
+  for_each_dtype([&]<typename T>() {
+    const int64_t lanes = target.lanes<T>();
+    for (const Size& size : sizes(Tile(lanes, lanes * sizeof(accum<T>)))) {
+      for (int layout = 0; layout < 4; ++layout) {
+        describe("%s rows=%d cols=%d depth=%d layout=%d", kName<T>, int(size.rows), int(size.cols),
+                 int(size.depth), layout);
+        wide_gemm<T>(target, size, layout % 2 == 1, layout / 2 == 1);
+      }
+    }
+  });
+});
+
 // That the blocks, in their order, cover the output row by row of blocks, and none is too large.
 void blocks_cover(const Size& size, int64_t threads) {
   const cpu::GemmJobs jobs(size.rows, size.cols, size.depth, threads);

@@ -63,6 +63,19 @@ SCHEMAS = [
     "cross_entropy_backward_(Tensor grad_output, Tensor(a!) kept, Tensor target, Tensor? weight, "
     "Tensor? lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "
     "-> ()",
+    "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, "
+    "Tensor? linear_bias=None, Tensor? weight=None, str reduction='mean', int ignore_index=-100, "
+    "float label_smoothing=0.0, float? softcap=None, float logit_scale=1.0, float z_loss=0.0, "
+    "Tensor? normalizer=None, ScalarType? dtype=None) -> Tensor",
+    "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, "
+    "Tensor? linear_bias, Tensor? weight, str reduction, int ignore_index, float label_smoothing, "
+    "float? softcap, float logit_scale, float z_loss, Tensor? normalizer, ScalarType? dtype, "
+    "bool[3] output_mask) "
+    "-> (Tensor loss, Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor lse)",
+    "linear_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor linear_weight, "
+    "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor lse, int ignore_index, "
+    "float label_smoothing, float? softcap, float logit_scale, float z_loss, ScalarType? dtype, "
+    "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, "
     "float lr, float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, "
     "bool maximize=False, bool is_first_step=False, Tensor? grad_scale=None, "

@@ -78,12 +78,29 @@ def cross_entropy_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterato
         yield backward, (grad, kept, sample.args[1], weight, *saved, *options)
 
 
+def linear_cross_entropy_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Call]:
+    options = {"linear_bias": None, **LOSS_DEFAULTS, "label_smoothing": 0.0, **sample.kwargs}
+    bias, weight = options["linear_bias"], options["weight"]
+    numbers = options["ignore_index"], options["label_smoothing"], None, 1.0, 0.0
+    tensors = *sample.args, bias, weight
+    wanted = [True, True, bias is not None]
+    mean = "mean" if sample.args[0].numel() else "sum"  # NaN over no row, which equals nothing
+    for reduction, mask in ((mean, wanted), ("sum", [False, True, False]), ("none", [False] * 3)):
+        normalizer = torch.tensor(3.0) if reduction == "sum" else None
+        forward = *tensors, reduction, *numbers, normalizer, None, mask
+        yield "linear_cross_entropy_forward", forward
+    losses, *_, lse = torch.ops.fastnn.linear_cross_entropy_forward(*forward)
+    backward = torch.randn_like(losses), *tensors, lse, *numbers, None, wanted
+    yield "linear_cross_entropy_backward", backward
+
+
 CALLS = {
     "linear": linear_calls,
     "linear_relu": linear_relu_calls,
     "log_softmax": log_softmax_calls,
     "nll_loss": nll_loss_calls,
     "cross_entropy": cross_entropy_calls,
+    "linear_cross_entropy": linear_cross_entropy_calls,
 }
 
 

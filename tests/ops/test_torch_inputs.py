@@ -89,6 +89,7 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
         assert error_of(actual.detach(), reference) <= allowed
 
 
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy: ..options")  # torch's own
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "op"), CASES)
 @pytest.mark.capability("inputs", "OpInfo's samples, float64 to float16: values, gradients")

@@ -436,7 +436,7 @@ def calls() -> dict[str, RowCall]:
 
 
 def value_and_gradients(op: str, call: RowCall) -> list[Tensor]:
-    arguments = [*call.by_row, *call.shared]
+    arguments = call.arguments()
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -452,7 +452,7 @@ def distribute_rows(call: RowCall, mesh: DeviceMesh) -> RowCall:
         return distribute_tensor(argument, mesh, [Replicate()]) if is_tensor else argument
 
     by_row = (distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in call.by_row)
-    return RowCall(tuple(by_row), tuple(map(copy, call.shared)))
+    return RowCall(tuple(by_row), tuple(map(copy, call.shared)), call.first)
 
 
 def call_on_distributed_rows(rank: int) -> dict[str, list[Tensor]]:
@@ -553,3 +553,47 @@ def test_ddp_steps_each_parameter_as_its_gradient_arrives(tmp_path, table_first)
     command = [sys.executable, "-W", "ignore", "-c", script]
     process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, "done\n"), process.stderr
+
+
+VOCABULARY = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "options": {"reduction": "sum", "softcap": 2.0, "logit_scale": 0.5, "z_loss": 0.1},
+    "normalizer": {"normalizer": 3},
+}
+
+
+def heads_split_by_classes(rank: int) -> dict[str, list[Tensor]]:
+    """Of each call the loss and the three gradients, once whole and once split; then a tensor and a
+    DTensor for input."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    torch.manual_seed(0)
+    x, w, b = torch.randn(6, 4).double(), torch.randn(7, 4).double(), torch.randn(7).double()
+    target, class_weight = torch.tensor([0, 6, -100, 3, 2, 4]), torch.rand(7).double()
+    results = {}
+    for name, options in VOCABULARY.items():
+        for kind in ("whole", "tensor", "DTensor"):
+            leaves = [each.clone() for each in (x, w, b)]
+            if kind != "whole":
+                leaves[1:] = (distribute_tensor(each, mesh, [Shard(0)]) for each in leaves[1:])
+            if kind == "DTensor":
+                leaves[0] = distribute_tensor(leaves[0], mesh, [Replicate()])
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            loss = fastnn.functional.linear_cross_entropy(
+                leaves[0], leaves[1], target, linear_bias=leaves[2], weight=class_weight, **options
+            )
+            grads = torch.autograd.grad(loss.square().sum(), leaves)
+            results[f"{name}, {kind}"] = [
+                each.full_tensor() if isinstance(each, DTensor) else each.detach()
+                for each in (loss, *grads)
+            ]
+    return results
+
+
+@pytest.mark.capability("processes", "tensor parallelism", operators=["linear_cross_entropy"])
+def test_heads_split_by_classes(tmp_path):
+    """Of seven classes one process has four."""
+    for results in processes.run_ranks(tmp_path, RANKS, heads_split_by_classes):
+        for name in VOCABULARY:
+            for kind in ("tensor", "DTensor"):
+                torch.testing.assert_close(results[f"{name}, {kind}"], results[f"{name}, whole"])

@@ -15,6 +15,11 @@ MODULES = {
     "LogSoftmax": (fastnn.nn.LogSoftmax, torch.nn.LogSoftmax, {"dim": -1}),
     "NLLLoss": (fastnn.nn.NLLLoss, torch.nn.NLLLoss, {}),
     "CrossEntropyLoss": (fastnn.nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss, {}),
+    "LinearCrossEntropyLoss": (
+        fastnn.nn.LinearCrossEntropyLoss,
+        getattr(torch.nn, "LinearCrossEntropyLoss", fastnn.nn.LinearCrossEntropyLoss),
+        {"in_features": 5, "num_classes": 5},
+    ),
 }
 LOSSES = ["NLLLoss", "CrossEntropyLoss"]
 CLASSES = 5
@@ -35,7 +40,7 @@ def inputs_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ..
     x = Draws(1).normal(4, 5, dtype=torch.float64)
     x = torch.log_softmax(x, -1) if name == "NLLLoss" else x
     x = x.to(dtype).requires_grad_()
-    return (x, torch.tensor([0, 4, 2, 2])) if name in LOSSES else (x,)
+    return (x, torch.tensor([0, 4, 2, 2])) if name.endswith("Loss") else (x,)
 
 
 def assert_close(mine: Tensor, theirs: Tensor) -> None:

@@ -18,10 +18,18 @@ class RowCall(NamedTuple):
     Args:
         by_row: tensors that have a part for each row; the input is the first.
         shared: what serves all rows, and one row by itself.
+        first: how many of the former stand before the latter (default: all).
     """
 
     by_row: tuple[Tensor, ...]
     shared: tuple[Any, ...]
+    first: int | None = None
+
+    def arguments(self, *by_row: Tensor) -> tuple[Any, ...]:
+        """All arguments; with other tensors in the place of those that have a part for each row."""
+        by_row = by_row or self.by_row
+        first = len(by_row) if self.first is None else self.first
+        return (*by_row[:first], *self.shared, *by_row[first:])
 
 
 class Cases(NamedTuple):
@@ -56,6 +64,11 @@ def _log_softmax_rows(rows: int, classes: int) -> RowCall:
 
 def _loss_rows(rows: int, classes: int) -> RowCall:
     return RowCall((normal(rows, classes), torch.arange(rows) % classes), ())
+
+
+def _linear_cross_entropy_rows(rows: int, features: int) -> RowCall:
+    target = torch.arange(rows) % 6
+    return RowCall((normal(rows, features), target), (normal(6, features),), first=1)
 
 
 _LOSS_OPCHECK = (
@@ -111,6 +124,21 @@ CASES = {
         ),
         several_dimensions="2x5x3x4_smooth0.1_none_weighted",
         four_dimensions="2x5x3x2x2_none",
+    ),
+    "linear_cross_entropy": Cases(
+        rows=_linear_cross_entropy_rows,
+        every_tensor="7x15_to_9_smooth0.1_mean_bias_weighted",
+        compiled=(
+            *("7x15_to_9_smooth0.1_mean_bias_weighted", "7x15_to_9_none", "7x15_to_9_probs"),
+            "7x5_to_6x2x3_mean",
+        ),
+        opcheck=(
+            *("7x15_to_9_mean", "7x15_to_9_smooth0.1_none_bias_weighted"),
+            *("7x15_to_9_probs_none_weighted", "15_to_9_sum", "7x15_to_9_probs"),
+            *("0x5_to_3_none", "7x0_to_3_sum", "all_transposed"),
+        ),
+        several_dimensions="7x5_to_6x2x3_none",
+        four_dimensions="3x5_to_6x2x2x2_none",
     ),
 }
 

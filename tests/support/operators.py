@@ -30,6 +30,7 @@ FUNCTIONS = {
     "log_softmax": fastnn.autograd.LogSoftmax,
     "nll_loss": fastnn.autograd.NLLLoss,
     "cross_entropy": fastnn.autograd.CrossEntropy,
+    "linear_cross_entropy": fastnn.autograd.LinearCrossEntropy,
 }
 
 

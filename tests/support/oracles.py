@@ -29,6 +29,7 @@ DIFFERENTIABLE = {
     "log_softmax": 1,
     "nll_loss": 1,
     "cross_entropy": 1,
+    "linear_cross_entropy": 2,
 }
 
 
@@ -150,12 +151,25 @@ def cross_entropy(input: Tensor, *args, **kwargs) -> Tensor:
     return loss.reduce(-(loss.q * log_probs).sum(1))
 
 
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias=None, **kwargs
+) -> Tensor:
+    logits = _logits(input, linear_weight, linear_bias)
+    return cross_entropy(logits, target, **kwargs)
+
+
+def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    logits = torch.tensordot(input.double(), linear_weight.double(), dims=([-1], [-1]))
+    return logits if linear_bias is None else logits + linear_bias.double()
+
+
 FORMULAS: dict[str, Callable[..., Tensor]] = {
     "linear": linear,
     "linear_relu": linear_relu,
     "log_softmax": log_softmax,
     "nll_loss": nll_loss,
     "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
 }
 
 
@@ -296,12 +310,52 @@ def _cross_entropy_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, 
     return value, [loss.like_input(grad, input)]
 
 
+def _linear_cross_entropy_errors(
+    sample: Sample, grad_output: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Those of the logits, which go through a loss of slope 1 at most in each, and of the loss."""
+    input, linear_weight, target = sample.args
+    kwargs = dict(sample.kwargs)
+    bias = kwargs.pop("linear_bias", None)
+    u = unit_roundoff(accumulation_dtype(input.dtype))
+    magnitudes = _logits(input.abs(), linear_weight.abs(), None if bias is None else bias.abs())
+    logit_error = growth(input.shape[-1]) * u * magnitudes
+    logits = _logits(input, linear_weight, bias)
+    loss_sample = Sample(sample.name, (logits.to(accumulation_dtype(input.dtype)), target), kwargs)
+    value, (grad,) = _cross_entropy_errors(loss_sample, grad_output)
+    loss = _make_loss(logits, target, **kwargs)
+    q_sum = loss.q.sum(1)
+    # An error of e in each logit changes a row's log-probabilities by 2 e at most.
+    of_logits = 2 * _rows_of_classes(logit_error).amax(1) if logits.numel() else q_sum
+    value = value + loss.reduce(of_logits * q_sum)
+    softmax = _log_softmax_parts(_rows_of_classes(logits), 1)[2].exp()
+    scale = loss.scale_of_rows(grad_output).abs()
+    exact = scale * (softmax * q_sum.unsqueeze(1) + loss.q)
+    grad = grad + loss.like_input(
+        scale * softmax * (q_sum * of_logits).unsqueeze(1) + 2 * u * exact, logits
+    )
+    exact = loss.like_input(exact, logits)
+    # The two products of that gradient, with one more rounding where it is scaled.
+    outputs = list(range(input.dim() - 1, logits.dim()))
+    rows = grad + growth(math.prod(linear_weight.shape[:-1])) * u * exact
+    over_classes = torch.tensordot(
+        rows, linear_weight.double().abs(), dims=(outputs, list(range(len(outputs))))
+    )
+    rows = grad + growth(math.prod(input.shape[:-1])) * u * exact
+    if input.dim() == 1:
+        over_rows = rows.unsqueeze(-1) * input.double().abs()
+    else:
+        over_rows = torch.tensordot(rows, input.double().abs(), dims=([0], [0]))
+    return value, [over_classes, over_rows]
+
+
 _ERRORS: dict[str, Callable[[Sample, Tensor], tuple[Tensor, list[Tensor]]]] = {
     "linear": _linear_errors,
     "linear_relu": _linear_errors,
     "log_softmax": _log_softmax_errors,
     "nll_loss": _nll_loss_errors,
     "cross_entropy": _cross_entropy_errors,
+    "linear_cross_entropy": _linear_cross_entropy_errors,
 }
 
 

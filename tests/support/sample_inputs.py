@@ -455,12 +455,90 @@ def _probability_specs() -> Iterator[tuple[str, Build]]:
     yield "3000_rows_of_21_probs", spec((3000, 21), True)
 
 
+def _linear_cross_entropy_spec(
+    rows: int | None,
+    features: int,
+    *outputs: int,
+    bias: bool = False,
+    weighted: bool = False,
+    ignored: int | None = None,
+    probabilities: bool = False,
+    layout: str = "contiguous",
+    scale: float = 1.0,
+    **kwargs,
+) -> Build:
+    """``outputs`` are the classes and the positions; a third of the targets is ``ignored``, but for
+    the first; logits are of the order of ``scale``."""
+
+    def build(make: Maker):
+        batch = () if rows is None else (rows,)
+        input = make.normal(*batch, features, layout=layout)
+        size = scale / max(features, 1) ** 0.5
+        linear_weight = make.normal(*outputs, features, scale=size, layout=layout)
+        classes, *positions = outputs
+        options = dict(kwargs)
+        if bias:
+            options["linear_bias"] = make.normal(*outputs)
+        if weighted:
+            options["weight"] = make.class_weights(classes)
+        if probabilities:
+            logits = make.normal(*batch, classes, *positions)
+            target = logits.softmax(len(batch)).to(make.dtype)
+            return (input, linear_weight, target), options
+        target = make.integers(0, classes, *batch, *positions)
+        if ignored is not None:
+            options["ignore_index"] = ignored
+            target = target.masked_fill(make.integers(0, 3, *target.shape) == 0, ignored)
+        if target.numel():
+            target.view(-1)[0] = 0 if ignored != 0 else 1
+        return (input, linear_weight, target), options
+
+    return build
+
+
+def _linear_cross_entropy_specs() -> Iterator[tuple[str, Build]]:
+    spec = _linear_cross_entropy_spec
+    for smoothing, reduction, bias in product((0.0, 0.1), REDUCTIONS, (False, True)):
+        options = {"reduction": reduction, "label_smoothing": smoothing, "bias": bias}
+        smooth = f"smooth{smoothing}" if smoothing else ""
+        name = _name((7, 15), "to_9", smooth, reduction, "bias" if bias else "")
+        yield name, spec(7, 15, 9, **options)
+        yield f"{name}_weighted", spec(7, 15, 9, **options, weighted=True, ignored=3)
+    for reduction in REDUCTIONS:
+        yield f"15_to_9_{reduction}", spec(None, 15, 9, reduction=reduction)
+        yield f"0x5_to_3_{reduction}", spec(0, 5, 3, reduction=reduction)
+        yield f"7x5_to_6x2x3_{reduction}", spec(7, 5, 6, 2, 3, reduction=reduction, bias=True)
+        yield (
+            f"7x5_to_6x2_{reduction}_weighted",
+            spec(7, 5, 6, 2, reduction=reduction, weighted=True, ignored=1, label_smoothing=0.1),
+        )
+        yield (
+            f"7x15_to_9_probs_{reduction}_weighted",
+            spec(7, 15, 9, probabilities=True, reduction=reduction, weighted=True, bias=True),
+        )
+    yield "7x15_to_9_probs", spec(7, 15, 9, probabilities=True, label_smoothing=0.1)
+    yield "15_to_9_probs", spec(None, 15, 9, probabilities=True)
+    yield "7x5_to_6x2_probs", spec(7, 5, 6, 2, probabilities=True)
+    yield "3x5_to_6x2x2x2_none", spec(3, 5, 6, 2, 2, 2, reduction="none")
+    yield "7x0_to_3_sum", spec(7, 0, 3, reduction="sum")  # no features: the logits are the bias
+    yield "7x5_to_1", spec(7, 5, 1)
+    for layout in ("transposed", "sliced", "offset"):
+        yield f"all_{layout}", spec(18, 17, 21, layout=layout, bias=True)
+    for classes in (17, 33, 64, 65, 81):  # around a vector and a short row
+        yield f"9x8_to_{classes}", spec(9, 8, classes, scale=3.0)
+    # Several blocks of rows, of which some are ignored, and threads.
+    yield "300x20_to_500", spec(300, 20, 500, scale=3.0, ignored=-100)
+    yield "300x20_to_500_none", spec(300, 20, 500, reduction="none", ignored=-100)
+    yield "2000x30_to_20", spec(2000, 30, 20, bias=True)
+
+
 _SPECS_OF = {
     "linear": _linear_specs,
     "linear_relu": _linear_specs,
     "log_softmax": _log_softmax_specs,
     "nll_loss": _nll_loss_specs,
     "cross_entropy": _cross_entropy_specs,
+    "linear_cross_entropy": _linear_cross_entropy_specs,
 }
 _SPECS: dict[str, dict[str, Build]] = {}
 for _op in OPS:

@@ -46,7 +46,7 @@ def test_compile_changes_nothing(fresh_dynamo, op, name):
 
 def with_leaves(call: RowCall) -> tuple[list[Any], list[Tensor]]:
     """The call's arguments, and those of floating point, which want gradients."""
-    arguments = [*call.by_row, *call.shared]
+    arguments = list(call.arguments())
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     return arguments, [leaf.requires_grad_() for leaf in leaves]
 
@@ -89,7 +89,10 @@ def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, operator):
     torch.compile(ours(op), fullgraph=True, backend=backend)(*arguments).sum().backward()
     in_forward, in_backward = graphs
     assert {call for call in in_forward if "fastnn" in call} == {f"fastnn.{forward}.default"}
-    assert {call for call in in_backward if "fastnn" in call} == {f"fastnn.{backward}.default"}
+    # What linear_cross_entropy's forward leaves is only multiplied.
+    has_backward = op != "linear_cross_entropy"
+    backwards = {f"fastnn.{backward}.default"} if has_backward else set()
+    assert {call for call in in_backward if "fastnn" in call} == backwards
     replaced = re.compile("mm|linear|relu|threshold|softmax|nll|gather|scatter|exp[.]|log[.]")
     aten = {call for call in in_forward | in_backward if "fastnn" not in call}
     assert not {call for call in aten if replaced.search(call)}

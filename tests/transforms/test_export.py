@@ -118,7 +118,7 @@ def test_jit_trace(name):
 @capability("export", "`torch.jit.script`")
 @pytest.mark.xfail(
     reason="TorchScript's compiler takes a small part of Python, and is deprecated: trace instead.",
-    raises=RuntimeError,
+    raises=(RuntimeError, torch.jit.frontend.NotSupportedError),
 )
 @every_module
 def test_jit_script(name):

@@ -57,7 +57,8 @@ def capability(row: str, **options):
 def with_options(name: str) -> Callable[[Function], Function]:
     """From an operator's function to one of a single (4, 3) tensor, with the options named."""
     op, _, option = name.partition("-")
-    (_, *others), shared = CASES[op].rows(4, 3)
+    call = CASES[op].rows(4, 3)
+    _, *others = call.by_row
     for target in others:
         target[2] = -100  # ignored
     if option == "probabilities":
@@ -68,7 +69,7 @@ def with_options(name: str) -> Callable[[Function], Function]:
         "smooth": {"label_smoothing": 0.1, "weight": class_weights()},
         "probabilities": {},
     }[option]
-    return lambda f: lambda x: f(x, *others, *shared, **options)
+    return lambda f: lambda x: f(*call.arguments(x, *others), **options)
 
 
 WITH_OPTIONS = (
@@ -312,8 +313,8 @@ SAMPLES, CLASSES = 64, 10
 
 def batched_case(op: str) -> tuple[Function, tuple[Tensor, ...]]:
     """An operator's function of one sample, and arguments of which each sample has its own."""
-    by_row, shared = CASES[op].rows(SAMPLES, CLASSES)
-    return lambda f: lambda *row: f(*row, *shared), by_row
+    call = CASES[op].rows(SAMPLES, CLASSES)
+    return lambda f: lambda *row: f(*call.arguments(*row)), call.by_row
 
 
 @capability("`torch.func.vmap` without a loop over the samples")
@@ -384,12 +385,31 @@ def cross_entropy_backward_cases(inputs: Tensor) -> BackwardCases:
         yield call, (normal(5), torch.stack(kept), torch.stack(totals))
 
 
+def linear_cross_entropy_backward_cases(inputs: Tensor) -> BackwardCases:
+    operators, target = torch.ops.fastnn, torch.tensor(ONE_IGNORED)
+    tensors, options = (normal(6, 3), target, normal(6), None), (-100, 0.1, 2.0, 0.5, 0.1)
+
+    def call(g: Tensor, x: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        return operators.linear_cross_entropy_backward(
+            g, x, *tensors, lse, *options, None, [True] * 3
+        )
+
+    parts = [
+        operators.linear_cross_entropy_forward(
+            x, *tensors, "none", *options, None, None, [False] * 3
+        )[-1]
+        for x in inputs
+    ]
+    yield call, (normal(5, 4), inputs, torch.stack(parts))
+
+
 BACKWARD_CASES = {
     "linear": linear_backward_cases,
     "linear_relu": linear_relu_backward_cases,
     "log_softmax": log_softmax_backward_cases,
     "nll_loss": nll_loss_backward_cases,
     "cross_entropy": cross_entropy_backward_cases,
+    "linear_cross_entropy": linear_cross_entropy_backward_cases,
 }
 
 
@@ -451,6 +471,7 @@ def test_linear_of_weights_of_their_own_for_each_sample(implementation, op):
 
 # By operator: its node's name, and a way to a NaN in its backward (0 * inf, inf - inf, inf / inf).
 INFINITE = torch.full((3,), torch.inf)
+FIRST = torch.tensor([0])
 NANS = {
     "linear": (
         "LinearBackward",
@@ -471,6 +492,10 @@ NANS = {
     "cross_entropy": (
         "CrossEntropyBackward",
         lambda x: fastnn.functional.cross_entropy(x, torch.tensor([0]), INFINITE.to(x)),
+    ),
+    "linear_cross_entropy": (
+        "LinearCrossEntropyBackward",
+        lambda x: fastnn.functional.linear_cross_entropy(x, x.new_zeros(2, 3), FIRST) * torch.inf,
     ),
 }
 

@@ -12,7 +12,12 @@ from fastnn._operators import OPERATORS
 from .program import Program, attempt, indented
 
 FUNCTIONS = [operator.name for operator in OPERATORS]
-MODULES = {operator.name: operator.module for operator in OPERATORS if operator.stock_module}
+# (A module with parameters of its own takes no function's arguments.)
+MODULES = {
+    operator.name: operator.module
+    for operator in OPERATORS
+    if operator.stock_module and operator.name != "linear_cross_entropy"
+}
 
 DTYPES = [f"torch.{name}" for name in ("float64", "float32", "bfloat16", "float16")]
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 17, 33, 0])
@@ -138,12 +143,38 @@ def loss(draw: st.DrawFn, name: str) -> Call:
     return [*lines, leaves(learned)], ["target"], [f"{n}={v}" for n, v in options.items()]
 
 
+def linear_cross_entropy(draw: st.DrawFn, name: str) -> Call:
+    rows = draw(shapes(at_most=1))
+    features, classes = draw(SIZES), max(draw(SIZES), 1)
+    options = {"reduction": draw(st.sampled_from(REDUCTIONS))}
+    options["label_smoothing"] = draw(st.sampled_from(SMOOTHINGS))
+    lines = floats(draw, "input", (*rows, features))
+    lines += floats(draw, "linear_weight", (classes, features))
+    learned = ["input", *["linear_weight"] * draw(st.booleans())]
+    if draw(st.booleans()):
+        lines += floats(draw, "linear_bias", (classes,))
+        options["linear_bias"] = "linear_bias"
+    if draw(st.booleans()):
+        lines += floats(draw, "weight", (classes,), "rand")
+        options["weight"] = "weight"
+    if draw(st.booleans()):
+        lines += floats(draw, "target", (*rows, classes), "rand")
+    else:
+        ignored = draw(st.sampled_from([None, -100, 0, 1, classes]))
+        options["ignore_index"] = ignored
+        lines += indices(draw, rows, classes, ignored)
+    options = {name: value for name, value in options.items() if value is not None}
+    tensors = ["linear_weight", "target"]
+    return [*lines, leaves(learned)], tensors, [f"{n}={v}" for n, v in options.items()]
+
+
 CALLS = {
     "linear": linear,
     "linear_relu": linear,
     "log_softmax": log_softmax,
     "nll_loss": loss,
     "cross_entropy": loss,
+    "linear_cross_entropy": linear_cross_entropy,
 }
 
 

@@ -259,8 +259,8 @@ struct Left {
   bool in_place;
 };
 
-template <typename T, typename A = accum<T>>
-inline Left<A> prepare_left(const Gemm<T>& g, const Split& rows, Range depths, A* scratch) {
+template <typename T, typename Right, typename A = accum<T>>
+inline Left<A> prepare_left(const Gemm<T, Right>& g, const Split& rows, Range depths, A* scratch) {
   if constexpr (kIsWide<T>) {
     if (!g.a.transposed && g.depth != 0) {  // of depth 0 there is no memory to point to
       return {g.a.data + rows.all.begin * g.a.stride + depths.begin, g.a.stride, true};
@@ -273,9 +273,9 @@ inline Left<A> prepare_left(const Gemm<T>& g, const Split& rows, Range depths, A
 }
 
 // A block's part of the depth, with what all its tiles share.
-template <typename T, typename A = accum<T>>
+template <typename T, typename Right, typename A = accum<T>>
 struct BlockDepths {
-  const Gemm<T>& g;
+  const Gemm<T, Right>& g;
   const Split& rows;
   Left<A> left;
   int64_t depth;
@@ -285,10 +285,10 @@ struct BlockDepths {
 
 // The tile of these rows and one panel of the right operand. `scratch` has room for the sums of the
 // panel's columns in all rows.
-template <typename T, typename A = accum<T>>
-inline void multiply_panel(const BlockDepths<T>& of, int64_t row_part, Range cols, const A* panel,
-                           A* scratch) {
-  const Gemm<T>& g = of.g;
+template <typename T, typename Right, typename A = accum<T>>
+inline void multiply_panel(const BlockDepths<T, Right>& of, int64_t row_part, Range cols,
+                           const A* panel, A* scratch) {
+  const Gemm<T, Right>& g = of.g;
   const Range rows = of.rows[row_part];
   const int64_t row = rows.begin - of.rows.all.begin, vecs = ceil_div(size(cols), kLanes<A>);
   // A gradient that is used up at once needs no place in the output.
@@ -307,6 +307,7 @@ inline void multiply_panel(const BlockDepths<T>& of, int64_t row_part, Range col
     if (sums_in_place) {
       tile.sums = g.out + rows.begin * g.cols + cols.begin;
       tile.stride = g.cols;
+      tile.add |= g.add;
     }
   }
   kTileFunctions<A>.of[size(rows) - 1][vecs - 1](tile);
@@ -328,8 +329,8 @@ struct Panels {
 };
 
 // Panel by panel, each of which stays in the nearest cache.
-template <typename T, typename A = accum<T>>
-inline void multiply_panels(const BlockDepths<T>& of, const Panels<A>& panels, A* scratch) {
+template <typename T, typename Right, typename A = accum<T>>
+inline void multiply_panels(const BlockDepths<T, Right>& of, const Panels<A>& panels, A* scratch) {
   for (int64_t j = panels.parts.begin; j < panels.parts.end; ++j) {
     const Range cols = panels.cols[j];
     // The sums of every tile have their place, or one panel's, which are done with at once.
@@ -341,8 +342,8 @@ inline void multiply_panels(const BlockDepths<T>& of, const Panels<A>& panels, A
 
 // Row by row of tiles, for a gradient that is used up at once: what it steps is read in longer runs
 // of memory, and brought near a tile ahead.
-template <typename T, typename A = accum<T>>
-inline void step_panels(const BlockDepths<T>& of, const Panels<A>& panels, A* scratch) {
+template <typename T, typename Right, typename A = accum<T>>
+inline void step_panels(const BlockDepths<T, Right>& of, const Panels<A>& panels, A* scratch) {
   const auto [begin, end] = panels.parts;
   for (int64_t i = 0; i < of.rows.parts; ++i) {
     for (int64_t j = begin; j < end; ++j) {
@@ -356,22 +357,22 @@ inline void step_panels(const BlockDepths<T>& of, const Panels<A>& panels, A* sc
   }
 }
 
-template <typename T>
-inline void tiled_gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
+template <typename T, typename Right>
+inline void tiled_gemm(const Gemm<T, Right>& g, const GemmBlock& block, void* memory) {
   using A = accum<T>;
   auto& scratch = *static_cast<GemmScratch<T>*>(memory);
   const Split rows(block.rows, kTileRows, 1);
   const Split cols(block.cols, kTileCols<A>, kLanes<A>);
   const Split blocks({0, g.depth}, kGemmDepth, kLanes<A>);
-  const Operand<T> right = operand(g.b, !g.b.transposed, g.cols, g.depth);
+  const Operand<Right> right = operand(g.b, !g.b.transposed, g.cols, g.depth);
   for (int64_t d = 0; d < blocks.parts; ++d) {
     const Range depths = blocks[d];
-    const BlockDepths<T> of{.g = g,
-                            .rows = rows,
-                            .left = prepare_left(g, rows, depths, scratch.left),
-                            .depth = size(depths),
-                            .first = d == 0,
-                            .last = d + 1 == blocks.parts};
+    const BlockDepths<T, Right> of{.g = g,
+                                   .rows = rows,
+                                   .left = prepare_left(g, rows, depths, scratch.left),
+                                   .depth = size(depths),
+                                   .first = d == 0,
+                                   .last = d + 1 == blocks.parts};
     const int64_t stride = panel_size<A>(kTileCols<A>, size(depths));
     for (int64_t group = 0; group < cols.parts; group += kGroup) {
       const Panels<A> panels{.cols = cols,
@@ -390,10 +391,12 @@ bool gemm_packs(const Gemm<T>& g) {
   return !is_of_dot_products(g) && !is_narrow(g);
 }
 
-template <typename T>
-FASTNN_KERNEL void gemm(const Gemm<T>& g, const GemmBlock& block, void* memory) {
-  if (is_of_dot_products(g)) return dot_gemm(g, block);
-  if (is_narrow(g)) return narrow_gemm(g, block);
+template <typename T, typename Right = T>
+FASTNN_KERNEL void gemm(const Gemm<T, Right>& g, const GemmBlock& block, void* memory) {
+  if constexpr (std::is_same_v<T, Right>) {
+    if (is_of_dot_products(g)) return dot_gemm(g, block);
+    if (is_narrow(g)) return narrow_gemm(g, block);
+  }
   tiled_gemm(g, block, memory);
 }
 

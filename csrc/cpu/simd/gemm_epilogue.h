@@ -20,8 +20,8 @@ inline int64_t size(Range range) {
 
 // Has the memory of a tile that will be stepped brought near while its gradient is computed: the
 // rows of a tile are too short and too far apart for the processor to foresee them.
-template <typename T>
-inline void prefetch_step(const Gemm<T>& g, Range rows, Range cols) {
+template <typename T, typename Right>
+inline void prefetch_step(const Gemm<T, Right>& g, Range rows, Range cols) {
   constexpr int64_t kLine = 64;
   const auto prefetch = [&](const auto* data) {
     if (data == nullptr) return;
@@ -38,8 +38,8 @@ inline void prefetch_step(const Gemm<T>& g, Range rows, Range cols) {
 }
 
 // Steps the parameter whose gradient a product is, where the tile of these rows and columns is.
-template <typename T, typename B>
-inline void step_tile(const Gemm<T>& g, B* momentum_buffer, Range rows, Range cols,
+template <typename T, typename Right, typename B>
+inline void step_tile(const Gemm<T, Right>& g, B* momentum_buffer, Range rows, Range cols,
                       const accum<T>* sums, int64_t stride) {
   using A = accum<T>;
   const SGDFormula<A> formula(g.step->options);
@@ -57,8 +57,8 @@ inline void step_tile(const Gemm<T>& g, B* momentum_buffer, Range rows, Range co
 }
 
 // out = epilogue(sums) for the tile of these rows and columns.
-template <typename T>
-inline void finish_tile(const Gemm<T>& g, Range rows, Range cols, const accum<T>* sums,
+template <typename T, typename Right>
+inline void finish_tile(const Gemm<T, Right>& g, Range rows, Range cols, const accum<T>* sums,
                         int64_t stride) {
   using A = accum<T>;
   if (g.step) {
@@ -70,6 +70,7 @@ inline void finish_tile(const Gemm<T>& g, Range rows, Range cols, const accum<T>
     for (int64_t c = cols.begin; c < cols.end; c += kLanes<A>) {
       const int64_t n = std::min(kLanes<A>, cols.end - c), i = r * g.cols + c;
       vec<A> value = load(sums + (c - cols.begin));
+      if (g.add) value += load_up_to(g.out + i, n);
       if (g.bias) value += load_up_to(g.bias + c, n);
       if (g.relu) value = relu<A>(value);
       if (g.mask) value = masked<A>(value, load_up_to(g.mask + i, n));

@@ -4,6 +4,7 @@
 #include "cpu/simd/cross_entropy.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/linear.h"
+#include "cpu/simd/linear_cross_entropy.h"
 #include "cpu/simd/log_softmax.h"
 #include "cpu/simd/sgd.h"
 
@@ -18,10 +19,13 @@ const Kernels<T>& kernels() {
       .gemm = gemm<T>,
       .gemm_scratch = kGemmScratchBytes<T>,
       .gemm_packs = gemm_packs<T>,
+      .wide_gemm = gemm<accum<T>, T>,
       .log_softmax = log_softmax<T>,
       .log_softmax_backward = log_softmax_backward<T>,
       .cross_entropy = cross_entropy<T>,
       .cross_entropy_backward = cross_entropy_backward<T>,
+      .logit_block = logit_block<accum<T>>,
+      .logit_block_backward = logit_block_backward<accum<T>>,
       .sgd_step = sgd_step<T, T>,
       .sgd_step_wide = sgd_step<T, accum<T>>,
   };

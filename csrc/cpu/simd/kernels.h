@@ -37,6 +37,22 @@ struct LossSums {
   double weight = 0;
 };
 
+// A block of rows of logits, in what the sums are carried in, and what is made of them: each row's
+// loss, log-sum-exp (its maximum and the log of the sum past it), and the gradient in the logits'
+// place. What is null is not wanted, `gradient` among them, and its factor `grad`: one value, or
+// one for each row.
+template <typename A>
+struct LogitBlock {
+  CrossEntropy<A> args;
+  double z_loss;
+  A* losses;
+  A* max;
+  A* log_sum;
+  A* gradient;
+  const A* grad;
+  bool grad_per_row;
+};
+
 struct Range {
   int64_t begin;
   int64_t end;
@@ -60,21 +76,24 @@ struct SteppedParam {
 };
 
 // out = a @ b (+ bias) (then ReLU), or zero where `mask` is not positive, with a of (rows, depth)
-// and b of (depth, cols). out is contiguous, and so is mask; bias is one value for each column.
-// Where there is a parameter to step, the product is its gradient, and what out then holds is
-// undefined. Bias, mask and step may be null.
-template <typename T>
+// and b of (depth, cols); or out + a @ b with `add`, which goes with nothing else. out is
+// contiguous, and so is mask; bias is one value for each column. Where there is a parameter to
+// step, the product is its gradient, and what out then holds is undefined. Bias, mask and step may
+// be null. The right operand may be stored narrower than all else, which then is as wide as the
+// sums.
+template <typename T, typename Right = T>
 struct Gemm {
   int64_t rows;
   int64_t cols;
   int64_t depth;
   Matrix<T> a;
-  Matrix<T> b;
+  Matrix<Right> b;
   const T* bias = nullptr;
   bool relu = false;
   const T* mask = nullptr;
   const SteppedParam<T>* step = nullptr;
   T* out;
+  bool add = false;
 };
 
 // The part of the output that one call computes, of at most kGemmRows x kGemmCols: its share of the
@@ -109,6 +128,8 @@ struct Kernels {
   int64_t gemm_scratch;
   // Whether gemm() packs its operands, rather than read them where they are.
   bool (*gemm_packs)(const Gemm<T>& args);
+  // The same with everything but the right operand as wide as the sums; its scratch is theirs.
+  void (*wide_gemm)(const Gemm<accum<T>, T>& args, const GemmBlock& block, void* scratch);
 
   // For the rows at positions [begin, end).
   void (*log_softmax)(T* output, const T* input, Layout layout, int64_t begin, int64_t end);
@@ -126,6 +147,11 @@ struct Kernels {
                                     const accum<T>* max, const accum<T>* log_sum,
                                     const T* grad_output, bool grad_per_row, double scale,
                                     T* grad_input);
+
+  // For the rows [begin, end) of the block, whose targets are in range or none: what isn't null.
+  // The backward reads the log-sum-exps instead, and writes the gradient alone.
+  void (*logit_block)(const LogitBlock<accum<T>>& block, int64_t begin, int64_t end);
+  void (*logit_block_backward)(const LogitBlock<accum<T>>& block, int64_t begin, int64_t end);
 
   // One step over n elements. `momentum_buffer` is null without momentum. With a `grad_scale`
   // other than 1 the gradient is divided by it and written back.

@@ -14,7 +14,7 @@ template <typename T>
 inline bool is_narrow(const Gemm<T>& g) {
   using A = accum<T>;
   return g.rows >= kLanes<A> && g.cols <= kNarrowCols<A> && g.depth <= kShortRow<A> &&
-         !g.a.transposed && !g.step;
+         !g.a.transposed && !g.step && !g.add;
 }
 
 template <typename T>
