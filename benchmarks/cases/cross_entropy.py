@@ -25,6 +25,7 @@ from benchmarks.case import (
 from benchmarks.cases.classifiers import (
     DTYPES,
     MODES,
+    PEAK_BYTES_PER_ELEMENT,
     SHAPES,
     label,
     logits_and_targets,
@@ -36,8 +37,9 @@ from benchmarks.device import CUDA
 OPTIONS_SHAPE = (512, 1000)
 SMOOTHING = 0.1
 # Rows, features, vocabulary. Inductor's auto-chunker leaves the first as it is: the weight has as
-# many elements as the logits, and is taken for a part of what has to be chunked.
-VOCABULARY_SHAPES = ((256, 256, 32000), (512, 256, 32000))
+# many elements as the logits, and is taken for a part of what has to be chunked. The last is a
+# language model's: the logits are many times its weight.
+VOCABULARY_SHAPES = ((256, 256, 32000), (512, 256, 32000), (2048, 512, 32000))
 # The chunks of torch's fusion: large ones are fastest here, small ones save memory. Its default
 # options make chunks of 2 to 8 rows, which take several times as long.
 CHUNK_ROWS = (64, 256)
@@ -285,6 +287,7 @@ def _vocabulary_case(rows: int, features: int, vocabulary: int, mode: str) -> Ca
         reference=Function("reference", _linear_then(F.cross_entropy)),
         work=Work(flops=(3 if gradients else 1) * 2.0 * rows * features * vocabulary),
         large=gradients,
+        peak_bytes=PEAK_BYTES_PER_ELEMENT * rows * vocabulary,
     )
 
 
@@ -312,7 +315,7 @@ def _linear_then(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _vocabulary_contenders(gradients: bool) -> list[Contender]:
     stock = _linear_then(F.cross_entropy)
     contenders = [
-        Function("fastnn", _linear_then(fastnn.functional.cross_entropy)),
+        Function("fastnn", fastnn.functional.linear_cross_entropy),
         Function("F.linear, F.cross_entropy", stock),
         Compiled("torch.compile", stock),
     ]

@@ -1,0 +1,19 @@
+"""examples/language_model.py: both heads learn the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.examples import load
+
+pytestmark = pytest.mark.cpu_only("the example, which trains on the CPU")
+
+
+def test_both_heads_learn_alike():
+    program = load("language_model")
+    with torch.random.fork_rng(devices=[]):
+        losses = {head: program.train(head, 500, 64, 20)[0] for head in program.HEADS}
+    # The same sums in another order, step after step.
+    assert losses["fastnn"] == pytest.approx(losses["ordinary"], rel=1e-4)
+    assert sum(losses["fastnn"][-3:]) < 0.95 * sum(losses["fastnn"][:3])
