@@ -27,6 +27,7 @@ OPINFOS = {
     "log_softmax": "log_softmax",
     "nll_loss": "nn.functional.nll_loss",
     "cross_entropy": "nn.functional.cross_entropy",
+    "linear_cross_entropy": "nn.functional.linear_cross_entropy",
 }
 # Some have several variants, each with samples of its own.
 CASES = [
@@ -89,7 +90,7 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
         assert error_of(actual.detach(), reference) <= allowed
 
 
-@pytest.mark.filterwarnings("ignore:linear_cross_entropy: ..options")  # torch's own
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy. ..options")  # torch's own
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "op"), CASES)
 @pytest.mark.capability("inputs", "OpInfo's samples, float64 to float16: values, gradients")
