@@ -39,9 +39,12 @@ struct LogitRowsOf : Rows {
     LossSums of_row = LossSums::none();
     Rows::report(row, position, of_row);
     bool counts = true;
-    if constexpr (Kind != TargetKind::Probabilities) counts = this->args.class_of(position) >= 0;
+    if constexpr (Kind != TargetKind::Probabilities) counts = this->args.checked(row.target) >= 0;
     results.report(position, of_row, row.max, row.log_sum, counts);
     sums.merge(of_row);
+  }
+  // Each row's results are all that is wanted.
+  __device__ void conclude(const LossSums&) const {
   }
 };
 
@@ -82,7 +85,7 @@ struct LogitBackwardRows : CrossEntropyBackwardRows<Storage, Kind> {
     const A grad = grad_of_row[position];
     row = {this->max[position], this->log_sum[position], grad, A(0), 0, A(0)};
     if constexpr (Base::kIndices) {
-      A total = this->args.set_target(row, position);
+      A total = this->args.set_target(row, this->args.target[position]);
       if constexpr (Kind == TargetKind::SmoothedIndex) total += *this->weighted_uniform_sum;
       row.grad_times_total = grad * (total + of_z_loss(row));
     }
