@@ -3,6 +3,7 @@
 // in a hash map and in lists, which took 14,000 instructions a call, as many as a whole small loss.
 #pragma once
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -177,6 +178,13 @@ class BackwardNode : public torch::autograd::Node {
   typename Op::Options options_;
   std::thread::id releasing_thread_;  // none: no release is announced
 };
+
+// Whether the gradient may take the place of what was kept: nothing but this reference leads to its
+// memory, and no mode or wrapper looks on, which would have to know of a write.
+inline bool may_replace(const at::Tensor& kept, const at::Tensor& grad) {
+  return kept.use_count() == 1 && kept.storage().use_count() == 1 &&
+         !at::isTensorSubclassLike(kept) && !at::isTensorSubclassLike(grad);
+}
 
 // The node of a result computed from these inputs; made before it, so that nodes are numbered in
 // the order of the calls.

@@ -1,7 +1,6 @@
 #include "ops/cross_entropy.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/softmax.h>
@@ -69,13 +68,6 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
   const at::Tensor factor =
       zero_ignored_rows(grad_rows.expand_as(kept), target, options.ignore_index);
   return zero_ignored_rows(factor * derivative, target, options.ignore_index);
-}
-
-// Whether the gradient may take the place of what was kept: nothing but this reference leads to its
-// memory, and no mode or wrapper looks on, which would have to know of a write.
-bool may_replace(const at::Tensor& kept, const at::Tensor& grad) {
-  return kept.use_count() == 1 && kept.storage().use_count() == 1 &&
-         !at::isTensorSubclassLike(kept) && !at::isTensorSubclassLike(grad);
 }
 
 at::Tensor cross_entropy_backward_composite(const at::Tensor& grad, const at::Tensor& kept,

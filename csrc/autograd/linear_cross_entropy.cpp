@@ -1,7 +1,6 @@
 #include "ops/linear_cross_entropy.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/softmax.h>
@@ -94,13 +93,6 @@ LinearLossOptions restored(const SavedOptions& saved, const at::Tensor& weight,
           z_loss,
           optional(normalizer),
           dtype == kNoDtype ? std::nullopt : std::optional(at::ScalarType(dtype))};
-}
-
-// Whether nothing but this reference leads to a kept gradient's memory, and no mode or wrapper
-// looks on, which would have to know of a write.
-bool may_replace(const at::Tensor& kept, const at::Tensor& grad) {
-  return kept.use_count() == 1 && kept.storage().use_count() == 1 &&
-         !at::isTensorSubclassLike(kept) && !at::isTensorSubclassLike(grad);
 }
 
 // The gradient that the forward kept times the incoming one, rounded once.
