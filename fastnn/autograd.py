@@ -401,7 +401,7 @@ class LinearCrossEntropy(Operator):
         input: Tensor,
         linear_weight: Tensor,
         target: Tensor,
-        *operands: Any,
+        *_operands: Any,
         linear_bias: Tensor | None = None,
         weight: Tensor | None = None,
         reduction: str = "mean",
@@ -413,8 +413,8 @@ class LinearCrossEntropy(Operator):
         z_loss: float = 0.0,
         normalizer: Tensor | float | None = None,
     ) -> Any:
-        if operands:  # a transform's
-            return cls.record(input, linear_weight, target, *operands)
+        if _operands:  # a transform's
+            return cls.record(input, linear_weight, target, *_operands)
         tensors = (input, linear_weight, target, linear_bias, weight)
         keywords: dict[str, Any] = {
             "linear_bias": linear_bias,
@@ -434,7 +434,7 @@ class LinearCrossEntropy(Operator):
         if is_partial or cls.steps_aside(*tensors):
             return cls._stands_for(*tensors[:3], **keywords)
         check_linear_cross_entropy_arguments(*tensors, ignore_index)
-        return functional.call_with_matrices(cls._call, *tensors[:3], **keywords)
+        return functional._call_with_matrices(cls._call, *tensors[:3], **keywords)
 
     @classmethod
     def _call(cls, *operands: Any) -> Tensor:

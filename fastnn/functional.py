@@ -417,7 +417,7 @@ def linear_cross_entropy(
             return _vocabulary_parallel.linear_cross_entropy(*tensors[:3], **keywords)
         torchs = _tensor_classes.linear_cross_entropy
         return call_torch(torchs, *tensors[:3], **keywords, returns=returns)
-    loss = call_with_matrices(operators().linear_cross_entropy, *tensors[:3], **keywords)
+    loss = _call_with_matrices(operators().linear_cross_entropy, *tensors[:3], **keywords)
     if not returns:
         return loss
     check_returns(returns, linear_weight, target)
@@ -482,7 +482,7 @@ def linear_logprobs(
         wide = torch.promote_types(input.dtype, torch.float32)
         return operators().linear_cross_entropy(*operands, wide)
 
-    return -call_with_matrices(
+    return -_call_with_matrices(
         losses,
         input,
         linear_weight,
@@ -499,7 +499,7 @@ def linear_logprobs(
     )
 
 
-def call_with_matrices(
+def _call_with_matrices(
     operator: Callable[..., Tensor],
     input: Tensor,
     linear_weight: Tensor,

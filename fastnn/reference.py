@@ -779,6 +779,7 @@ def linear_cross_entropy_forward(
     """The loss, and what the backward takes; see :func:`fastnn.functional.linear_cross_entropy`.
 
     Args:
+        dtype: of the loss, and of ``weight`` and class probabilities; None for the input's.
         output_mask: which gradients are wanted, of input, weight and bias.
 
     Returns:
@@ -850,6 +851,7 @@ def linear_cross_entropy_backward(
     Args:
         grad_output: the gradient of each row's loss.
         lse: as the forward returned it; not looked at here.
+        dtype: the forward's.
         output_mask: which gradients are wanted.
 
     >>> import torch

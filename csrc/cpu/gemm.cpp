@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "cpu/gemm_jobs.h"
 #include "cpu/launch.h"
@@ -162,10 +163,22 @@ at::Tensor as_tensor(const simd::Matrix<T>& matrix, int64_t rows, int64_t cols) 
 
 }  // namespace
 
+// Our product with a step. Tile by tile a parameter and its buffer are read in short pieces, which
+// pays while both lie in the second-level cache; larger ones are stepped in a pass of its own.
+template <typename T>
+void run_and_step(simd::Gemm<T> args) {
+  constexpr int64_t kNear = 1 << 19;
+  if (args.rows * args.cols * int64_t(sizeof(T)) <= kNear) return run(args);
+  const auto* step = std::exchange(args.step, nullptr);
+  run(args);
+  args.step = step;
+  step_by_product(args);
+}
+
 template <typename T>
 void multiply(const simd::Gemm<T>& of) {
   const simd::Gemm<T> args = with_vectors_along_depth(of);
-  if (!is_for_library(args)) return run(args);
+  if (!is_for_library(args)) return args.step ? run_and_step(args) : run(args);
   LibraryProduct product{.a = as_tensor(args.a, args.rows, args.depth),
                          .b = as_tensor(args.b, args.depth, args.cols),
                          .bias = std::nullopt,

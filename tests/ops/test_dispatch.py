@@ -174,6 +174,7 @@ def test_devices_without_kernels_get_pytorchs_operators(device, fused):
         target = torch.empty(5, dtype=torch.long, device=device)
         functional.nll_loss(functional.log_softmax(hidden, 1), target)
         functional.cross_entropy(hidden, target)
+        functional.linear_cross_entropy(hidden, torch.empty(3, 5, device=device), target)
     assert recorded.names == fused
 
 

@@ -65,15 +65,20 @@ EXPECTED = [
         "torch's foreach step with Nesterov momentum changes the gradients",
     ),
     (
-        r"^fastnn\.functional\.linear_relu,(?s:.*)laid_out(?s:.*)logits",
+        r"^fastnn\.functional\.linear(_relu)?,(?s:.*)laid_out(?s:.*)logits",
         "gradients.*(values$|RuntimeError 'one of the variables)",
         "torch multiplies a copy of such an input, and keeps that",
     ),
     (
-        r"(?s)^fastnn\.functional\.linear_relu,(?=.*\.(max|min)\b)(?=.*('-?inf'|\.(max|min).*\.(max|min)))",
+        r"(?s)^fastnn\.functional\.linear(_relu)?,(?=.*\.(max|min)\b)(?=.*('-?inf'|\.(max|min).*\.(max|min)))",
         "values$",
         "a product with the largest number overflows by itself, but not in a fused multiply-add: "
         "beside another such term or an infinity the sum hangs on its order",
+    ),
+    (
+        r"(?s)^fastnn\.(functional\.linear_cross|nn\.LinearCross).*logits\.data\.mul_",
+        "gradients.*values$",
+        "without a reduction the backward computes the logits once more, from the input as it is",
     ),
 ]
 
