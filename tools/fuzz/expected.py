@@ -80,6 +80,11 @@ EXPECTED = [
         "gradients.*values$",
         "without a reduction the backward computes the logits once more, from the input as it is",
     ),
+    (
+        r"(?s)^fastnn\.(functional\.linear_cross|nn\.LinearCross)",
+        "RuntimeError 'one of the variables .*, not gradients",
+        "input and weight are kept for derivatives of higher orders, a frozen one too",
+    ),
 ]
 
 
