@@ -52,6 +52,8 @@ def mlp_layers(
     biases = [None] * len(weights) if biases is None else biases
     if activations is None:
         activations = ["relu"] * (len(weights) - 1) + [None] * bool(weights)
+    if isinstance(activations, str):
+        raise TypeError("mlp(): argument 'activations' must be a list of 'relu' and None, not str")
     activations = list(activations)
     for i, weight in enumerate(weights):
         check_tensor("mlp", f"weights[{i}]", weight)

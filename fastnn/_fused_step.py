@@ -188,7 +188,9 @@ def _chain_of(model: Module) -> _Chain:
             relu.append(_LINEARS[kind])
         elif _torch.is_observed(module):
             raise _CannotFuse(f"hooks or a forward of its own on {kind.__name__}")
-        elif kind is ReLU and relu:
+        elif kind is ReLU:
+            if not relu:
+                raise _CannotFuse("a ReLU comes before the first Linear")
             relu[-1] = True
         elif kind is Flatten and not relu and _flattens_all(module):
             flattens = True
@@ -226,7 +228,7 @@ def _loss_options(loss_fn: Callable[..., Any], chain: _Chain) -> tuple[dict[str,
         if kind not in _NLL_LOSSES:
             raise _CannotFuse("the loss behind a log-softmax is no NLLLoss")
     elif kind not in _CROSS_ENTROPIES:
-        raise _CannotFuse("the loss is no cross entropy")
+        raise _CannotFuse("the loss is neither PyTorch's cross entropy nor fastnn's")
     options: dict[str, Any] = {
         "weight": None,
         "ignore_index": -100,
@@ -265,6 +267,8 @@ def _groups_of(optimizer: Any, params: list[Tensor | None]) -> list[dict[str, An
     groups = _MLPStep.groups_of(params, optimizer.param_groups, optimizer.state)
     if type(groups) is str:
         raise _CannotFuse(groups)
+    if groups.count(None) == len(groups):
+        raise _CannotFuse("no parameter wants a gradient")
     return groups
 
 

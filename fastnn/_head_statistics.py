@@ -85,7 +85,8 @@ def _block_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(input.dtype, torch.float32)
     bias = None if linear_bias is None else linear_bias.to(dtype)
-    logits = F.linear(input.to(dtype), linear_weight.to(dtype), bias) * logit_scale
+    # Under autocast the product is one of its dtype, and what follows is not.
+    logits = F.linear(input.to(dtype), linear_weight.to(dtype), bias).to(dtype) * logit_scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     counts = target != ignore_index

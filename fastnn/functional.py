@@ -171,6 +171,9 @@ def mlp(
     >>> torch.allclose(y, torch.relu(x @ w1.T) @ w2.T, atol=1e-6)
     True
     """
+    for name, value in (("weights", weights), ("biases", biases)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"mlp(): argument '{name}' must be a list of Tensors, not a Tensor")
     weights, biases = list(weights), None if biases is None else list(biases)
     if has_torch_function_variadic(input, *weights, *(biases or ())):
         tensors = (input, *weights, *(biases or ()))
@@ -355,7 +358,7 @@ def linear_cross_entropy(
         logit_scale: what multiplies the logits: the reciprocal of a temperature.
         z_loss: the share of the squared log-sum-exp.
         normalizer: what the sum of the losses is divided by, in the place of what ``'mean'``
-            divides by: the number of tokens in a step, say. A constant.
+            divides by: the number of tokens in a step, say.
         returns: any of ``'lse'``, ``'logprobs'`` (of the targets), ``'entropy'``, ``'accuracy'``
             and ``'predictions'``, which come in a named tuple with the loss. With class indices
             only; 0 in ignored rows, whose predictions are given. They have gradients where they
@@ -363,8 +366,8 @@ def linear_cross_entropy(
 
     Returns:
         A scalar, or one value per row with ``reduction='none'``; of the input's dtype (under
-        autocast float32). With ``returns`` a named tuple of ``loss`` and what was asked for, in
-        what the sums are carried in.
+        autocast float32). With ``returns`` a named tuple of ``loss`` and all five, in what the sums
+        are carried in; None where one was not asked for. ``accuracy`` is one number.
 
     Raises:
         TypeError: an argument is no tensor.

@@ -205,6 +205,7 @@ def unfuse(model: Module, *, inplace: bool = False) -> Module:
 
     Raises:
         TypeError: ``model`` is not a module, or can't be copied.
+        ValueError: a ``LinearCrossEntropyLoss`` has options that PyTorch's has not.
 
     >>> import torch, fastnn
     >>> from torch import nn
@@ -215,6 +216,8 @@ def unfuse(model: Module, *, inplace: bool = False) -> Module:
       (1): ReLU()
     )
     """
+    _check_module(model)
+    _check_options(model)
     model = _to_change(model, inplace)
     modules = list(model.modules())
     pairs: dict[Module, Module] = {
@@ -249,6 +252,22 @@ def _to_change(model: _Model, inplace: bool) -> _Model:
 def _check_module(model: object) -> None:
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_options(model: Module) -> None:
+    """Raises for options of ours, without which a loss would be another."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.LinearCrossEntropyLoss):
+            kind = type(module)
+            added = [name for name in _ADDED if getattr(module, name) != getattr(kind, name)]
+            if added:
+                raise ValueError(
+                    f"model: PyTorch's LinearCrossEntropyLoss has no {' or '.join(added)}, which "
+                    f"{path or 'it'} has set"
+                )
+
+
+_ADDED = ("softcap", "logit_scale", "z_loss")
 
 
 def _without_ours(kind: type) -> type:

@@ -178,7 +178,7 @@ def train_step(
         optimizer.zero_grad()
         loss = loss_fn(model(input), target)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)  # if given
+        torch.nn.utils.clip_grad_norm_(params, clip_grad_norm)  # if given; the optimizer's
         optimizer.step()
 
     and so is what it leaves in the optimizer: the loop can take over at any time, and the step
@@ -216,6 +216,10 @@ def train_step(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function or a module, got {type(loss_fn).__name__}")
+    if isinstance(loss_fn, type):
+        raise TypeError(
+            f"loss_fn: expected a function or a module, got the class {loss_fn.__name__}; call it"
+        )
     _check_optimizer(optimizer)
     return TrainStep(
         Program(

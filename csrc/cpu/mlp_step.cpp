@@ -20,9 +20,12 @@ void check_layers(const at::Tensor& input, c10::ArrayRef<StepLayer> layers) {
   int64_t features = input.size(1);
   for (size_t i = 0; i < layers.size(); ++i) {
     const at::Tensor& weight = layers[i].weight.param;
+    TORCH_CHECK(i > 0 || weight.size(1) == features,
+                "train_step: expected input's last dimension to be the first layer's in_features ",
+                weight.size(1), ", but input has shape ", input.sizes());
     TORCH_CHECK(weight.size(1) == features, "train_step: expected layer ", i, " to have ", features,
-                " in_features, ", i == 0 ? "as the input has" : "as the layer before gives",
-                ", but its weight has shape ", weight.sizes());
+                " in_features, as the layer before gives, but its weight has shape ",
+                weight.sizes());
     features = weight.size(0);
   }
 }

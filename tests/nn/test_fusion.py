@@ -629,3 +629,12 @@ def test_a_transformer_layer_without_its_linear():
     assert fastnn.fusion_report(layer).fusible == ()
     layer._ff_block = lambda x: feed_forward(x)
     assert type(fastnn.fuse(layer, inplace=True)) is nn.TransformerEncoderLayer
+
+
+def test_unfuse_refuses_options_that_pytorch_has_not():
+    model = nn.Sequential(fastnn.nn.LinearCrossEntropyLoss(6, 5))
+    assert type(fastnn.unfuse(model)[0]) is not fastnn.nn.LinearCrossEntropyLoss
+    model[0].softcap = 30.0
+    with pytest.raises(ValueError, match="no softcap, which 0 has set"):
+        fastnn.unfuse(model)
+    assert type(model[0]) is fastnn.nn.LinearCrossEntropyLoss

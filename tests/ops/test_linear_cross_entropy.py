@@ -417,3 +417,15 @@ def test_the_module_is_the_function():
     options = {"ignore_index": IGNORED, "z_loss": 0.1, "softcap": 2.0, "logit_scale": 0.5}
     expected = linear_cross_entropy(x, w, targets(), linear_bias=b, **options)
     assert torch.equal(module(x, targets()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_statistics_under_autocast_are_wide(dtype):
+    input, weight, target = torch.randn(4, 6), torch.randn(5, 6), torch.arange(4)
+    names = ("lse", "logprobs", "entropy", "accuracy", "predictions")
+    with torch.autocast("cpu", dtype):
+        logits = torch.nn.functional.linear(input, weight).float()
+        result = fastnn.functional.linear_cross_entropy(input, weight, target, returns=names)
+    torch.testing.assert_close(result.lse, logits.logsumexp(1))
+    assert result.entropy.dtype == torch.float32
+    assert torch.equal(result.predictions, logits.argmax(1))

@@ -394,8 +394,8 @@ BAD_CALLS: dict[str, tuple[str, Callable[[], Any], type[Exception], tuple[str, .
     "activations is a string": (
         "activations",
         lambda: "relu",
-        ValueError,
-        (r"activations\[0\]", "'relu' or None", "'r'"),
+        TypeError,
+        ("activations", "a list of 'relu' and None", "not str"),
     ),
     "in_features differ": ("input", lambda: floats(2, 6), RuntimeError, ("input|mat1", "6", "3")),
     "in_features of the second layer differ": (
@@ -573,3 +573,11 @@ def test_the_forward_gives_every_layers_output(name):
         chain.input, chain.weights, chain.biases, chain.relu
     )
     assert_close(outputs, by_reference)
+
+
+def test_a_tensor_is_no_list_of_layers():
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+    with pytest.raises(TypeError, match="argument 'weights' must be a list of Tensors"):
+        fastnn.functional.mlp(x, w)
+    with pytest.raises(TypeError, match="argument 'activations' must be a list"):
+        fastnn.functional.mlp(x, [w], activations="relu")

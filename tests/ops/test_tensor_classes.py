@@ -127,7 +127,8 @@ def plain(result: Tensor) -> Tensor:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("saving", "tensor subclasses that know PyTorch's functions or operators")
 def test_classes_that_do_not_know_our_functions(implementation, op, context, kind):
-    """They get torch's, and so its very numbers."""
+    """They get torch's, and so its numbers: but for the last bits, as torch itself adds up label
+    smoothing in another order where a class sees its operators."""
     sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     arguments = {**dict(enumerate(sample.args)), **sample.kwargs}
     expected = TORCH[op](*sample.args, **sample.kwargs)
@@ -135,7 +136,8 @@ def test_classes_that_do_not_know_our_functions(implementation, op, context, kin
         with context():
             given = {**arguments, key: CLASSES[kind](arguments[key])}
             positional = [given.pop(i) for i in range(len(sample.args))]
-            assert torch.equal(plain(ours(op)(*positional, **given)), expected)
+            result = plain(ours(op)(*positional, **given))
+            torch.testing.assert_close(result, expected, rtol=4e-7, atol=0)
 
 
 @every_class

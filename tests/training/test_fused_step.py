@@ -439,7 +439,7 @@ def test_gradients_are_none_and_versions_count():
 BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], tuple[Any, Any]], type[Exception], str]] = {
     "target out of range": (lambda x, t: (x, t + 1), IndexError, "Target 7 is out of bounds"),
     "target of other rows": (lambda x, t: (x, t[1:]), ValueError, "batch_size"),
-    "other features": (lambda x, t: (x[:, 1:], t), RuntimeError, "in_features"),
+    "other features": (lambda x, t: (x[:, 1:], t), RuntimeError, "expected input's last dimension"),
     "target of int32": (lambda x, t: (x, t.int()), RuntimeError, "target"),
     "input of another dtype": (lambda x, t: (x.double(), t), RuntimeError, "dtype"),
     "no tensor": (lambda x, t: (x.numpy(), t), TypeError, "Tensor"),
@@ -528,7 +528,10 @@ ASIDE: dict[str, tuple[Callable[[Training], Any], str]] = {
     "sharing memory": (sharing_memory, "share memory"),
     "not contiguous": (not_contiguous, "contiguous"),
     "another dtype": (lambda t: t.model[4].double(), "dtypes"),
-    "another loss": (lambda t: setattr(t, "loss_fn", nn.MultiMarginLoss()), "no cross entropy"),
+    "another loss": (
+        lambda t: setattr(t, "loss_fn", nn.MultiMarginLoss()),
+        "neither PyTorch.s cross entropy",
+    ),
     "a loss per row": (
         lambda t: setattr(t, "loss_fn", nn.CrossEntropyLoss(reduction="none")),
         "reduced",
@@ -537,6 +540,8 @@ ASIDE: dict[str, tuple[Callable[[Training], Any], str]] = {
         lambda t: setattr(t, "optimizer", torch.optim.SGD(t.model.parameters(), lr=0.1)),
         "not fastnn.optim.SGD",
     ),
+    "all frozen": (lambda t: t.model.requires_grad_(False), "no parameter wants a gradient"),
+    "a ReLU first": (exchanged(0, nn.ReLU), "before the first Linear"),
     "not the optimizer's": (
         lambda t: setattr(t, "optimizer", fastnn.optim.SGD(t.model[0].parameters(), lr=0.1)),
         "none of the optimizer's",

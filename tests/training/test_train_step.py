@@ -533,3 +533,10 @@ def test_the_report_says_which_way_and_why():
         "CUDA graph  no    parameters are not on a GPU\n"
         "ordinary    yes"
     )
+
+
+def test_the_class_of_a_loss_is_no_loss():
+    model = nn.Linear(2, 2)
+    optimizer = fastnn.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="got the class CrossEntropyLoss; call it"):
+        fastnn.train_step(model, nn.CrossEntropyLoss, optimizer)
