@@ -530,7 +530,7 @@ ASIDE: dict[str, tuple[Callable[[Training], Any], str]] = {
     "another dtype": (lambda t: t.model[4].double(), "dtypes"),
     "another loss": (
         lambda t: setattr(t, "loss_fn", nn.MultiMarginLoss()),
-        "neither PyTorch.s cross entropy",
+        "the loss is neither",
     ),
     "a loss per row": (
         lambda t: setattr(t, "loss_fn", nn.CrossEntropyLoss(reduction="none")),
