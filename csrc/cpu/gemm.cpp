@@ -11,6 +11,7 @@
 #include "cpu/gemm_jobs.h"
 #include "cpu/launch.h"
 #include "cpu/matrix.h"
+#include "cpu/stepped_param.h"
 #include "ops/product.h"
 
 namespace fastnn::cpu {
@@ -110,14 +111,8 @@ void mask_product(const simd::Gemm<T>& args) {
 
 template <typename T>
 void step_by_product(const simd::Gemm<T>& args) {
-  const simd::SteppedParam<T>& of = *args.step;
   at::parallel_for(0, args.rows * args.cols, kGrain, [&](int64_t begin, int64_t end) {
-    const auto step = [&](auto kernel, auto* buffer) {
-      kernel(of.param + begin, args.out + begin, buffer ? buffer + begin : nullptr, end - begin,
-             of.options, /*grad_scale=*/1);
-    };
-    of.wide_momentum_buffer ? step(kernels<T>().sgd_step_wide, of.wide_momentum_buffer)
-                            : step(kernels<T>().sgd_step, of.momentum_buffer);
+    step_range(*args.step, args.out, begin, end);
   });
 }
 

@@ -11,6 +11,7 @@
 #include "cpu/gemm.h"
 #include "cpu/launch.h"
 #include "cpu/matrix.h"
+#include "cpu/stepped_param.h"
 #include "ops/linear.h"
 #include "ops/mlp.h"
 
@@ -30,20 +31,6 @@ void mlp_forward(int64_t rows, c10::ArrayRef<MLPLayer<T>> layers) {
   }
 }
 
-namespace {
-
-template <typename T>
-void step_by(const simd::SteppedParam<T>& of, T* grad, int64_t n) {
-  const auto& kernel = kernels<T>();
-  if (of.wide_momentum_buffer) {
-    kernel.sgd_step_wide(of.param, grad, of.wide_momentum_buffer, n, of.options, /*grad_scale=*/1);
-  } else {
-    kernel.sgd_step(of.param, grad, of.momentum_buffer, n, of.options, /*grad_scale=*/1);
-  }
-}
-
-}  // namespace
-
 template <typename T>
 void mlp_backward(int64_t rows, c10::ArrayRef<MLPLayer<T>> layers, const T* grad_output,
                   const MLPGradients<T>& grads) {
@@ -57,7 +44,7 @@ void mlp_backward(int64_t rows, c10::ArrayRef<MLPLayer<T>> layers, const T* grad
     const LayerGradients<T>& of = grads.layers[i];
     const simd::Matrix<T> grad_linear = {grad, layer.out_features, /*transposed=*/false};
     if (of.bias.grad) column_sums(of.bias.grad, grad, rows, layer.out_features);
-    if (of.bias.step) step_by(*of.bias.step, of.bias.grad, layer.out_features);
+    if (of.bias.step) step_range(*of.bias.step, of.bias.grad, 0, layer.out_features);
     // Before the weight is stepped.
     T* passed = i == 0 ? grads.input : nullptr;
     if (i > grads.first) passed = grads.passed[grad == grads.passed[0] ? 1 : 0];
