@@ -61,7 +61,7 @@ __all__ = [
 class Linear(Operator):
     """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear`.
 
-    Of input and weight is kept what the other one's gradient takes.
+    Input and weight are each kept where the other one's gradient takes them.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.Linear.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
@@ -138,7 +138,7 @@ class LinearReLU(Linear):
 
 
 def _factors_to_keep(ctx: Any, inputs: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """Of input and weight what derivatives take: each is needed for the other one's alone."""
+    """Input and weight where derivatives take them: each serves the other one's alone."""
     input, weight, _ = inputs
     wants_input, wants_weight, _ = ctx.needs_input_grad
     if in_forward_mode():

@@ -209,7 +209,7 @@ def negated(graph_module: fx.GraphModule, inputs: list[Tensor]) -> typing.Callab
     return lambda *args: tuple(-output for output in graph_module(*args))
 
 
-# Of these the Linear still runs by our operator, whose sums are in another order: its path.
+# Where the Linear still runs by our operator, whose sums are in another order: its path.
 STILL_FUSED = {
     "another activation": {"0"},
     "inserted": {"0"},

@@ -168,7 +168,7 @@ ACTIVATIONS = [
     ["relu", None, None],
     [None, "relu", None],
 ]
-# Of three layers with biases: the input, the weights, the biases.
+# For three layers with biases: the input, the weights, the biases.
 WANTED = list(itertools.product((False, True), repeat=7))[1:]
 by_activations = pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
 

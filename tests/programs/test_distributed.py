@@ -564,8 +564,8 @@ VOCABULARY = {
 
 
 def heads_split_by_classes(rank: int) -> dict[str, list[Tensor]]:
-    """Of each call the loss and the three gradients, once whole and once split; then a tensor and a
-    DTensor for input."""
+    """The loss and the three gradients of each call, once whole and once split; then with a tensor
+    and with a DTensor for input."""
     mesh = init_device_mesh("cpu", (RANKS,))
     torch.manual_seed(0)
     x, w, b = torch.randn(6, 4).double(), torch.randn(7, 4).double(), torch.randn(7).double()
@@ -592,7 +592,7 @@ def heads_split_by_classes(rank: int) -> dict[str, list[Tensor]]:
 
 @pytest.mark.capability("processes", "tensor parallelism", operators=["linear_cross_entropy"])
 def test_heads_split_by_classes(tmp_path):
-    """Of seven classes one process has four."""
+    """One process has four of the seven classes."""
     for results in processes.run_ranks(tmp_path, RANKS, heads_split_by_classes):
         for name in VOCABULARY:
             for kind in ("tensor", "DTensor"):

@@ -37,7 +37,7 @@ struct BlockRows {
     rows.store_per_row(block.log_sum + position, lse.log_sum);
   }
 
-  // Of the terms of a softmax: the gradient takes them times `over_sum`.
+  // The terms are a softmax's: the gradient takes them times `over_sum`.
   template <typename Rows, typename Probabilities, typename Writer, typename Steps,
             typename Elements>
   void write(const Rows& rows, int64_t offset, int64_t position, ints<A> target,
