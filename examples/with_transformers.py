@@ -25,7 +25,7 @@ WORDS = 64
 
 
 class Sentences(Dataset):
-    """Of words from one half of the vocabulary or the other, which is the class."""
+    """Sentences whose words all come from one half of the vocabulary; which half is the class."""
 
     def __init__(self, count: int) -> None:
         self.labels = torch.randint(2, (count,))

@@ -374,7 +374,7 @@ def _operators_for_kept(
     kept: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor | None, total_weight: Tensor
 ) -> Any:
     """The operators whose backward takes what was kept."""
-    # Of logits in the dtype of the sums the kernels take their gradient, which has no log-sum-exp.
+    # For logits in the dtype of the sums the kernels keep the gradient, without a log-sum-exp.
     if lse is not None and kept.dtype == total_weight.dtype:
         return reference
     return operators_for(kept, target, weight)

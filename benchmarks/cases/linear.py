@@ -39,7 +39,7 @@ def cuda_cases() -> list[Case]:
 
 
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> Case:
-    """Of linear_relu's inputs, with which nothing is near a kink here."""
+    """Takes linear_relu's inputs: a product without a ReLU has no kink to keep away from."""
     inputs = partial(
         linear_relu._inputs, shape=shape, dtype=dtype, gradients=mode == "forward_backward"
     )

@@ -74,7 +74,7 @@ struct CrossEntropyArgs {
 #pragma unroll
     for (int j = 0; j < N; ++j) q[j] *= uniform + keep * p[j];
   }
-  // Of logits x, and of probabilities p where the targets are such.
+  // The gradient at logits x; p holds the target's probabilities where it has them.
   template <TargetKind Kind, int N>
   __device__ void gradient(const GradientRow<A>& row, Classes c, const A (&x)[N], const A (&p)[N],
                            A (&out)[N]) const {
@@ -141,7 +141,7 @@ struct CrossEntropyForwardRows : RowDefaults {
       state.add(x[0]);
     } else {
       A q[N];
-      // Of class indices, q in units of s / C: where it is 1 everywhere its sum is exact.
+      // With class indices q is in units of s / C: where it is 1 everywhere, its sum is exact.
       if constexpr (kIndices) {
         args.weights(c, q);
       } else {
@@ -163,7 +163,7 @@ struct CrossEntropyForwardRows : RowDefaults {
       const A unit = kIndices ? args.uniform : A(1);
       row.max = state.softmax.max;
       row.log_sum = std::log(state.softmax.sum);
-      // Of no classes the sum is 0, and the log of theirs -inf.
+      // Without classes the sum is 0 and its log -inf.
       if (args.classes != 0) row.spread_loss = unit * (state.q * row.log_sum - state.q_x);
     } else {
       row.max = state.max;

@@ -55,7 +55,7 @@ struct GemmShape {
   }
 };
 using LargeShape = GemmShape<128, 64, 8, 4>;
-// Of float64, large tiles' two buffers would be 49 KiB, and 48 is what a block may declare. This
+// In float64 the two buffers of a large tile would take 49 KiB, and a block may declare 48. This
 // one's 8 flop to a byte are about as many as F / B of the GPUs that are fast in float64 (6 to 10).
 using LargeDoubleShape = GemmShape<64, 64, 4, 4>;
 // Where large tiles are fewer than multiprocessors: eight times as many blocks. 8 flop to a byte of

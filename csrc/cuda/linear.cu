@@ -176,7 +176,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_cuda(
   at::Tensor grad_linear, grad_bias;
   if (output_mask[0] || output_mask[1]) grad_linear = at::empty(grad.sizes(), grad.options());
   if (output_mask[2]) {
-    // Of no rows the sum is zero, and no kernel runs.
+    // Without rows the sum is zero, and no kernel runs.
     grad_bias = grad.size(0) == 0 ? at::zeros({grad.size(1)}, grad.options())
                                   : at::empty({grad.size(1)}, grad.options());
   }

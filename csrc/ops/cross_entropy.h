@@ -106,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> as_cross_entropy_forw
            keep);
 }
 
-// Of cross_entropy_backward and of cross_entropy_backward_, which returns nothing.
+// Serves cross_entropy_backward, and cross_entropy_backward_, which returns nothing.
 template <auto f>
 auto as_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
                                const at::Tensor& target, const std::optional<at::Tensor>& weight,

@@ -72,7 +72,7 @@ inline at::Tensor with_one_inner_stride(const at::Tensor& input) {
   return input.reshape({layout.outer, layout.classes, layout.inner});
 }
 
-// Of a loss's input with one inner stride.
+// Row strides of a loss's input that has one inner stride.
 inline RowStrides row_strides(const at::Tensor& input) {
   if (input.dim() == 1) return {1, 0, input.stride(0), 0};
   if (input.dim() == 2) return {1, input.stride(0), input.stride(1), 0};

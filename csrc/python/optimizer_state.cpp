@@ -24,7 +24,7 @@ PyObject* StateReader::find_entry(PyObject* param) {
     PyObject* entry = PyDict_GetItemWithError(state_, param);
     if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
     if (entry == nullptr) return nullptr;
-    // Of another group's parameters, or in another order: go on from here.
+    // The entry belongs to another group, or the order differs: go on from here.
     while (key_ != nullptr && key_ != param) advance();
     if (key_ == nullptr) return entry;
   }

@@ -245,8 +245,8 @@ void check(const Problem<T>& problem, const Options& options, const Buffer<T>& o
     if (problem.values == Values::Integers) {
       expect_within("out", i, to_double(out[i]), to_double(from_double<T>(expected)), 0);
     } else {
-      // Of every term: the product, a sum for each depth, one for each block, and the bias. Each is
-      // off by half an epsilon at most; and the reference's, which may be as large, by another.
+      // Each term rounds in the product, in a sum for each depth, in one for each block, and with
+      // the bias, by half an epsilon at most; the reference may be off by as much again.
       expect_close("out", i, out[i], expected, depth + depth / kDepth + 3,
                    problem.magnitudes[i] + std::abs(bias));
     }

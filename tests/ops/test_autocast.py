@@ -90,8 +90,8 @@ def eps_of(*tensors: torch.Tensor) -> float:
 
 
 def assert_same(actual, expected, *rounded: torch.Tensor) -> None:
-    """Of equal dtype, and equal but for some roundings of it, or of what else torch rounds to: both
-    sum in float32 or more."""
+    """The same dtype, and values that differ by a few roundings of it, or of the other dtypes that
+    torch rounds to. Both sum in float32 or wider."""
     assert actual.dtype == expected.dtype
     eps = eps_of(expected, *rounded)
     torch.testing.assert_close(actual, expected, rtol=4 * eps, atol=8 * eps)

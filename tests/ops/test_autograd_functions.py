@@ -116,7 +116,7 @@ def test_cross_entropy_keeps_nothing_without_a_gradient():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_reference_reads_what_a_kernel_keeps(dtype, reduction, smoothing):
-    """Of which a derivative of a higher order is made."""
+    """Derivatives of a higher order are made from it."""
     input, target = normal(4, 3).to(dtype), torch.tensor([0, 2, 1, -100])
     arguments, options = (target, class_weights().to(dtype)), (-100, reduction, smoothing)
     operators = torch.ops.fastnn

@@ -239,7 +239,7 @@ def test_logits_from_probabilities_of_one_leaf(implementation):
     input = normal(4, 3).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(fastnn.functional.cross_entropy, input), input)
     (torch_gradient,) = torch.autograd.grad(loss(F.cross_entropy, input), input)
-    # Of the order of 0.1, from the same operators: 1e-12 is far above their roundings.
+    # The gradients are about 0.1 and come from the same operators: 1e-12 is far above rounding.
     torch.testing.assert_close(gradient, torch_gradient, rtol=0, atol=1e-12)
 
 
@@ -493,8 +493,8 @@ def test_cross_entropy_keeps_no_more_memory_than_torchs(dtype):
     target = torch.arange(64)
     functions = (fastnn.functional.cross_entropy, F.cross_entropy)
     mine, theirs = (bytes_kept(function, leaf, target) for function in functions)
-    # Of narrow dtypes two float32 numbers for each row, with which the gradient is rounded once,
-    # and a total weight in float32.
+    # Narrow dtypes keep two float32 numbers per row, so that the gradient is rounded once, and a
+    # total weight in float32.
     wider = 8 * 64 + 2 if dtype.itemsize == 2 else 0
     assert mine <= theirs + wider
     logits = leaf + 0

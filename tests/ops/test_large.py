@@ -58,7 +58,7 @@ def repeated(values: Tensor, size: int) -> Tensor:
 
 
 def parts(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Of the first dimension."""
+    """Slices of the first dimension."""
     step = max(PART // math.prod(shape[1:]), 1)
     for start in range(0, shape[0], step):
         yield slice(start, start + step)

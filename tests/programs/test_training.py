@@ -19,7 +19,7 @@ SIZES = (784, 128, 64, 10)
 BATCH = 64
 STEPS = 10
 LR = 0.1
-# Of 60 seeds the one that keeps all activations farthest from the kink of their ReLU: 1.5e-5, some
+# The one of 60 seeds that keeps all activations farthest from the kink of their ReLU: 1.5e-5, some
 # hundred times their rounding in float32.
 FIRST_SEED = 3800
 DTYPES = [torch.float32, torch.float64]

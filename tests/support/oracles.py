@@ -248,8 +248,8 @@ def _log_softmax_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, li
 
 
 def _log_prob_error(shifted: Tensor, log_sum: Tensor, size: int, u: float) -> Tensor:
-    """Of x - max - log(sum(exp(x - max))): both differences round, and so does the sum, whose
-    relative error is the absolute one of its log (the sum is at least 1)."""
+    """The error of x - max - log(sum(exp(x - max))): both differences round, and so does the sum,
+    whose relative error is the absolute one of its log (the sum is at least 1)."""
     return u * (2 * shifted.abs() + 2 * log_sum.abs() + growth(size))
 
 
@@ -263,7 +263,7 @@ def _nll_loss_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[
 
 
 def _row_sum_error(rows: int, u: float) -> float:
-    """Of a sum over the rows, relative to the sum of magnitudes.
+    """The error of a sum over the rows, relative to the sum of magnitudes.
 
     The class weights are a few numbers summed thousands of times: their roundings repeat, and
     don't cancel. In float64 that is the worst case, rows * u. Sums of narrower numbers have float64
@@ -273,12 +273,12 @@ def _row_sum_error(rows: int, u: float) -> float:
 
 
 def _scale_error(loss: _Loss, u: float) -> float:
-    """Of a row's scale, relative: 'mean' divides by a sum over the rows."""
+    """The relative error of a row's scale: 'mean' divides by a sum over the rows."""
     return growth(1) * u + (_row_sum_error(len(loss.q), u) if loss.reduction == "mean" else 0)
 
 
 def _reduction_error(loss: _Loss, rows: Tensor, row_errors: Tensor, u: float) -> Tensor:
-    """Of a reduction over rows of these magnitudes, which are off by ``row_errors`` already."""
+    """The error of a reduction over rows that are off by ``row_errors`` already."""
     if loss.reduction == "none":
         return loss.reduce(row_errors)
     # 'mean': twice, for the sum of the losses and for that of the weights it is divided by

@@ -117,7 +117,7 @@ struct SoftmaxState {
     for (int j = 1; j < N; ++j) part += exp_for<T>(x[j] - from);
     return part;
   }
-  // Of a sum relative to `old`, to make it one relative to m.
+  // What a sum relative to `old` is multiplied by, to be relative to m.
   __device__ static A factor(A old, A m) {
     return old == m ? A(1) : std::exp(old - m);
   }

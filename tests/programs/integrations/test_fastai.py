@@ -83,7 +83,7 @@ def trained(learn: Learner, how: str, *arguments) -> Learner:
 
 
 def assert_same_predictions(ours: Learner, stock: Learner) -> None:
-    """Of the same weights: in the order of float32's roundings, as probabilities are below 1."""
+    """With the same weights, up to a few float32 roundings: probabilities are below 1."""
     stock.model.load_state_dict(ours.model.state_dict())
     options = {"with_loss": True, "with_decoded": True}
     for mine, theirs in zip(ours.get_preds(**options), stock.get_preds(**options), strict=True):
@@ -95,7 +95,7 @@ def assert_same_predictions(ours: Learner, stock: Learner) -> None:
 
 @pytest.mark.parametrize(
     ("how", "arguments", "steps"),
-    # Of fine_tune the recorder keeps the second part, in which all layers are trained.
+    # The recorder keeps the second part of fine_tune, in which all layers are trained.
     [("fit_one_cycle", (2, 0.02), 4), ("fine_tune", (1, 0.02), 2)],
 )
 def test_trains_as_stock(learn, stock, how, arguments, steps):

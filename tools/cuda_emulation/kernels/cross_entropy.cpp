@@ -93,7 +93,7 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
   std::vector<LossSums> sums(summing_blocks(plan));
   constexpr bool kKeeps = Op::kMaps || Op::kCopies;
   run_rows(op, plan, layout, operands(problem, kKeeps ? out.kept.data() : nullptr), sums.data());
-  // Of no rows nothing is launched, and no sums are left.
+  // Without rows nothing is launched, and no sums are left.
   if (rows == 0 || summing_blocks(plan) > 1) {
     FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
                   rows == 0 ? 0 : summing_blocks(plan), result);
@@ -170,7 +170,7 @@ Buffer<T> incoming_grad(const Problem<T>& problem) {
   return grad;
 }
 
-// Of a copy of the logits, which it replaces or leaves alone.
+// Runs over a copy of the logits, which the kernel overwrites or leaves alone.
 template <typename T, TargetKind Kind>
 void check_backward(const Problem<T>& problem, const Way& way, const Offsets& offsets,
                     const Forward<T>& saved, bool in_place) {
@@ -204,7 +204,7 @@ void check_backward(const Problem<T>& problem, const Way& way, const Offsets& of
                  [&](int64_t row) { return per_row ? grad(row) : grad(0) / 3; });
 }
 
-// Of the gradient that the forward kept.
+// Scales the gradient that the forward kept.
 template <typename T>
 void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offsets,
                  const Forward<T>& saved, bool in_place) {

@@ -29,7 +29,7 @@ struct Problem {
   }
 };
 
-// Of log-probabilities whose outer dimension lies apart, as a slice's does.
+// The log-probabilities may be a slice, whose outer dimension isn't dense.
 template <typename T>
 void nll_loss(const Problem<T>& problem, int64_t blocks, bool mean) {
   const Layout& layout = problem.layout;

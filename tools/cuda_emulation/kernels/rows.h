@@ -104,7 +104,7 @@ std::vector<Offsets> offsets() {
   return {{0, 0, 0}, {last, last, last}, {1, 0, last == 1 ? 0 : last - 1}, {0, 1, 1}};
 }
 
-// Of what is to be tried with what: all would be too many, but over all shapes all meet.
+// All combinations would be too many; a random one per shape covers them over all shapes.
 template <typename C>
 auto one_of(const C& choices) {
   return choices[random_index(std::size(choices))];

@@ -27,7 +27,7 @@ std::string symbol_at(const void* address) {
 
 Registration::Registration(const char* name, Body body, std::vector<size_t> parameter_bytes,
                            size_t max_threads) {
-  // Of a template that two modules instantiate, one: they are the same.
+  // A template that two modules instantiate is kept once: the copies are the same.
   kernels().emplace(name, TranslatedKernel{body, std::move(parameter_bytes), max_threads});
 }
 

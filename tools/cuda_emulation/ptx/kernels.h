@@ -38,7 +38,7 @@ struct Registration {
 const TranslatedKernel& find(const void* kernel, std::span<const Parameter> parameters,
                              size_t threads);
 
-// Of all kernels, those that have not been launched.
+// The kernels that have not been launched.
 std::vector<std::string> never_launched();
 size_t kernel_count();
 

@@ -225,7 +225,7 @@ template <typename T, typename A>
 T abs(A a) {
   return std::abs(get<T>(a));
 }
-// Of a NaN and a number, the number.
+// Returns the number where the other operand is NaN.
 template <typename T, typename A, typename B>
 T min(A a, B b) {
   if constexpr (std::is_floating_point_v<T>) return std::fmin(get<T>(a), get<T>(b));

@@ -31,7 +31,7 @@ void check_alignment(uint64_t address, size_t bytes, const Site& site) {
   if (address % bytes != 0) fail_at(address, bytes, "are misaligned", site);
 }
 
-// Of an address that is not a tensor's: which variable, and where in it.
+// An address outside tensors holds a variable's index and an offset into it.
 size_t window(uint64_t address) {
   return address >> kWindowBits;
 }

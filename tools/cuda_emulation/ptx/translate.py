@@ -196,7 +196,7 @@ def split_operands(text: str) -> list[str]:
 
 
 def elements(text: str) -> list[str]:
-    """Of a vector's registers, or of one."""
+    """The operands of a vector of registers, or of a single one."""
     return [operand(element) for element in text.strip("{}").split(",")]
 
 

@@ -23,7 +23,7 @@ struct Floats {
   float a, b, c;
 };
 
-// Of kernel `faults`; as they are here, there is none.
+// The parameters of kernel `faults`; these defaults cause no fault.
 struct Faults {
   int64_t global_offset = 0;
   int64_t shared_offset = 0;
@@ -164,7 +164,7 @@ void test_integers() {
   check(7, two_words(2, -1), "comparisons, selp, not, neg, min");
   check(8, 2, "the upper word of mul.wide.u32");
   check(9, std::numeric_limits<int64_t>::min(), "a negated predicate");
-  // Of the block that ran last.
+  // From the block that ran last.
   check(10, two_words(2, 2), "ntid.x, ctaid.y");
 }
 
@@ -472,7 +472,7 @@ void test_shared_addresses(Access access) {
   const auto launch = [&](uint64_t at) {
     FASTNN_LAUNCH(access, dim3(1), dim3(1), 6 * sizeof(float), nullptr, at);
   };
-  // Of the variables that kernels.ptx declares it is the first, and eight_numbers the fourth.
+  // It is the first variable that kernels.ptx declares; eight_numbers is the fourth.
   const uint64_t dynamic_memory = emulation::ptx::window_address(1);
   launch(dynamic_memory);
   expect_fault([&] { launch(dynamic_memory + 16); }, {"past the end of dynamic_memory"});
