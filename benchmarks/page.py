@@ -32,9 +32,14 @@ FACTS = {
     "python": "Python",
     "os": "system",
     "cpu": "processor",
+    "processors": "processors",
     "date": "date",
 }
 PRODUCTS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
+ALT = {
+    "ratio": "Dots: the best peer's time or memory divided by fastnn's, a row for each operator",
+    "share": "Dots: the share of the machine's limit that fastnn reaches, a row for each operator",
+}
 # Behind the time of a call that waits for the GPU.
 WAITS = "°"
 
@@ -56,9 +61,9 @@ def page(document: dict, images: Sequence[str]) -> str:
     parts = [
         f"# Results on a GPU: {document['machine']['gpu']}",
         f"`{document['command']}` measured this.",
-        _facts(document["machine"]),
+        facts_table(document["machine"]),
         summary([result for result in results if best_ratio(result) is not None]),
-        *(f"![{Path(image).stem}]({image})" for image in images),
+        *pictures(images),
         f"## How it was measured\n\n{METHOD}",
         _limits(document["limits"]),
         _losses(results),
@@ -68,7 +73,13 @@ def page(document: dict, images: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _facts(machine: dict) -> str:
+def pictures(images: Sequence[str]) -> list[str]:
+    """The figures of a run, with what they show for readers that don't see them."""
+    return [f"![{ALT[Path(image).stem.rsplit('_')[-1]]}]({image})" for image in images]
+
+
+def facts_table(machine: dict) -> str:
+    """What was measured on."""
     rows = [[name, machine[fact]] for fact, name in FACTS.items() if fact in machine]
     return markdown_table(["what", "which"], rows, 2)
 

@@ -1,21 +1,23 @@
-"""Draws the results: the ratio to the best peer, and the share of the machine's limit."""
+"""Draws results: a row of dots for each operator, a dot for each case."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 
-from benchmarks.results import best_ratio, gpu
+from benchmarks.results import best_ratio, geometric_mean, gpu
 from benchmarks.table import MODE_NAMES, threads_text
 
-# One colour and marker per thread count, in the order of the results.
+# One colour and marker per series, in their order.
 STYLES = (("#30638e", "o"), ("#d1495b", "D"), ("#edae49", "s"), ("#66a182", "^"))
-SHORT_DTYPES = {"float32": "", "bfloat16": " bf16"}
-ROW_INCHES, PANEL_INCHES, WIDTH_INCHES = 0.2, 0.75, 13.0
+# Pages and the README show a figure 350 to 740 pixels wide, and its text must be readable there.
+WIDTH_INCHES, ROW_INCHES, FOOT_INCHES = 6.0, 0.4, 1.1
+FONT_POINTS, DOTS_PER_INCH = 11, 160
 
 #: What a figure shows of a result; None leaves it out.
 Value = Callable[[dict], float | None]
+#: The dots of one colour: the row's name and the value of each.
+Dots = list[tuple[str, float]]
 
 
 class MissingMatplotlib(Exception):
@@ -33,110 +35,98 @@ def require_matplotlib() -> None:
     matplotlib.use("Agg")  # draws into files, so it needs no display
 
 
-def draw(document: dict, folder: Path) -> list[Path]:
-    """Draws both figures into the folder and returns their files; one with no data is left out."""
-    require_matplotlib()
+def draw(document: dict, folder: Path, stem: str) -> list[Path]:
+    """Draws a run's figures, and returns their files; a figure without data is left out.
+
+    Args:
+        document: The run.
+        folder: Where the files go. It is made if need be.
+        stem: What their names begin with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    results = document["results"]
     (where,) = gpu(document) or [document["machine"]["cpu"]]
     figures = {
-        "ratio.png": (
-            best_ratio,
-            f"Best peer / fastnn, time or peak memory ({where})",
-            _ratio_axis,
-        ),
-        "share.png": (_share, f"Share of the machine's limit ({where})", _share_axis),
+        "ratio": (best_ratio, f"Best peer / fastnn ({where})", ratio_axis),
+        "share": (_share, f"Share of the machine's limit ({where})", _share_axis),
     }
-    return [
-        path
-        for name, (value, title, decorate) in figures.items()
-        if (path := _draw(results, value, title, decorate, folder / name)) is not None
-    ]
+    drawn = []
+    for name, (value, title, axis) in figures.items():
+        series = _by_threads(document["results"], value)
+        if series:
+            path = folder / f"{stem}_{name}.png"
+            draw_rows(series, title, axis, path)
+            drawn.append(path)
+    return drawn
 
 
 def _share(result: dict) -> float | None:
     return result["share"]
 
 
-def _draw(
-    results: list[dict], value: Value, title: str, decorate: Callable, path: Path
-) -> Path | None:
+def _by_threads(results: Sequence[dict], value: Value) -> dict[str, Dots]:
+    series: dict[str, Dots] = {}
+    for result in results:
+        shown = value(result)
+        if shown is not None:
+            series.setdefault(threads_text(result["threads"]), []).append((_name(result), shown))
+    return series
+
+
+def _name(result: dict) -> str:
+    """The operator's name, and what is measured of it where there are several things."""
+    op, mode = result["op"], result["mode"]
+    return op if mode in ("step", "call") else f"{op}, {MODE_NAMES[mode]}"
+
+
+def draw_rows(series: dict[str, Dots], title: str, axis: Callable, path: Path) -> None:
+    """Draws a row for each name, with the dots of each series and their geometric mean.
+
+    Args:
+        series: The dots by the legend's names.
+        title: The figure's.
+        axis: Called with the axes and all values; sets the scale.
+        path: The PNG to write.
+    """
+    require_matplotlib()
     from matplotlib import pyplot as plt
 
-    shown = [result for result in results if value(result) is not None]
-    if not shown:
-        return None
-    threads = list(dict.fromkeys(result["threads"] for result in shown))
-    columns = _balance(_panels(shown))
-    height = max(map(_height, columns))
-    figure = plt.figure(figsize=(WIDTH_INCHES / 2 * len(columns), height + 1), layout="constrained")
-    for part, column in zip(_subfigures(figure, len(columns)), columns, strict=True):
-        # An empty panel at the foot of the shorter column keeps the rows of both alike.
-        heights = [_height([panel]) for panel in column] + [max(height - _height(column), 1e-3)]
-        panels = part.subplots(len(heights), 1, height_ratios=heights)
-        panels[-1].set_axis_off()
-        for axes, (op, rows) in zip(panels, column, strict=False):
-            _draw_panel(axes, op, rows, threads, value)
-            # One scale for all panels, or their dots could not be compared.
-            decorate(axes, [value(result) for result in shown])
-    _legend(figure, threads)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
-    figure.savefig(path, format="png", dpi=110)
-    plt.close(figure)
-    return path
+    names = list(dict.fromkeys(name for dots in series.values() for name, _ in dots))
+    size = (WIDTH_INCHES, FOOT_INCHES + ROW_INCHES * len(names))
+    with plt.rc_context({"font.size": FONT_POINTS}):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        for index, (label, dots) in enumerate(series.items()):
+            colour, marker = STYLES[index % len(STYLES)]
+            # Rows have a height of 1, with their name above and the series one below the other.
+            _draw_series(axes, names, dots, 0.1 + 0.3 * index / len(series), colour, marker)
+            axes.scatter([], [], color=colour, marker=marker, label=label)
+        for row, name in enumerate(names):
+            axes.text(0.01, row - 0.25, name, transform=axes.get_yaxis_transform(), va="center")
+        axis(axes, [value for dots in series.values() for _, value in dots])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_yticks([])
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.suptitle(title, fontsize=FONT_POINTS, fontweight="bold")
+        figure.legend(loc="outside lower center", ncols=len(series), frameon=False)
+        figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+        plt.close(figure)
 
 
-Panel = tuple[str, list[dict]]
+def _draw_series(
+    axes, names: list[str], dots: Dots, offset: float, colour: str, marker: str
+) -> None:
+    height = [names.index(name) + offset for name, _ in dots]
+    values = [value for _, value in dots]
+    style = {"color": colour, "marker": marker, "linewidths": 0}
+    axes.scatter(values, height, s=22, alpha=0.45, zorder=3, **style)
+    for row, name in enumerate(names):
+        of_row = [value for dot, value in dots if dot == name and value > 0]
+        if of_row:
+            mean = geometric_mean(of_row)
+            axes.plot([mean] * 2, [row + offset - 0.16, row + offset + 0.16], color=colour, lw=2.5)
 
 
-def _panels(results: list[dict]) -> list[Panel]:
-    order = list(dict.fromkeys(result["op"] for result in results))
-    ordered = sorted(results, key=lambda result: order.index(result["op"]))
-    return [(op, list(rows)) for op, rows in groupby(ordered, key=lambda result: result["op"])]
-
-
-def _row_name(result: dict) -> str:
-    dtype = SHORT_DTYPES.get(result["dtype"], f" {result['dtype']}")
-    return f"{result['label']}{dtype} {MODE_NAMES[result['mode']]}"
-
-
-def _row_names(rows: Sequence[dict]) -> list[str]:
-    return list(dict.fromkeys(map(_row_name, rows)))
-
-
-def _height(panels: Sequence[Panel]) -> float:
-    return sum(PANEL_INCHES + ROW_INCHES * len(_row_names(rows)) for _, rows in panels)
-
-
-def _balance(panels: list[Panel]) -> list[list[Panel]]:
-    """Two columns of about the same height, in order; one where there is little to show."""
-    if _height(panels) < 5 or len(panels) == 1:
-        return [panels]
-    splits = [(panels[:cut], panels[cut:]) for cut in range(1, len(panels))]
-    return list(min(splits, key=lambda split: max(map(_height, split))))
-
-
-def _subfigures(figure, count: int):
-    return [figure] if count == 1 else figure.subfigures(1, count, wspace=0.02)
-
-
-def _draw_panel(axes, op: str, rows: list[dict], threads: list[int], value: Value) -> None:
-    names = _row_names(rows)
-    for count, (colour, marker) in zip(threads, STYLES * len(threads), strict=False):
-        points = [
-            (value(row), names.index(_row_name(row))) for row in rows if row["threads"] == count
-        ]
-        if points:
-            axes.scatter(*zip(*points, strict=True), s=30, color=colour, marker=marker, zorder=3)
-    axes.set_title(op, loc="left", fontsize=10, fontweight="bold")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="both", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _ratio_axis(axes, values: list[float]) -> None:
+def ratio_axis(axes, values: list[float]) -> None:
     """Logarithmic, so that twice as fast and half as fast are equally far from 1."""
     low, high = min(0.7, *values) * 0.9, max(2.0, *values) * 1.15
     axes.set_xscale("log")
@@ -146,21 +136,13 @@ def _ratio_axis(axes, values: list[float]) -> None:
     axes.set_xticks([], minor=True)
     axes.axvline(1, color="black", linewidth=1, zorder=2)
     axes.axvspan(low, 1, color="#d1495b", alpha=0.08, zorder=0)
+    axes.set_xlabel("a dot: a case; a bar: their geometric mean; left of 1x: the peer is ahead")
 
 
 def _share_axis(axes, values: list[float]) -> None:
     top = max(1.05, *values) * 1.03
     axes.set_xlim(0, top)
-    axes.set_xticks([tick / 4 for tick in range(int(top * 4) + 1)])
+    axes.set_xticks([tick / 2 for tick in range(int(top * 2) + 1)])
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.axvline(1, color="black", linewidth=1, zorder=2)
-
-
-def _legend(figure, threads: list[int]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=threads_text(count))
-        for count, (colour, marker) in zip(threads, STYLES * len(threads), strict=False)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    axes.set_xlabel("a dot: a case; a bar: their geometric mean")

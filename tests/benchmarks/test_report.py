@@ -1,14 +1,16 @@
-"""Results as text: benchmarks.table, benchmarks.report, benchmarks.page and benchmarks.plots."""
+"""Results as text and pictures: the tables, the pages, the small table, the plots."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import plots, report, results, table
+from benchmarks import overview, plots, report, results, table
+from benchmarks.cases import all_cases
 from repository import REPOSITORY
 from support.benchmark_fakes import LIMITS, LOST, WON, FakeGpu, make_document, make_result
 
@@ -21,20 +23,23 @@ def test_document_table_plots_and_report_name_the_gpu(tmp_path: Path, monkeypatc
     assert facts["capability of torch"] == f"CUDA {torch.version.cuda}"
     document = make_document(WON, LOST)
     titles: list[str] = []
-    monkeypatch.setattr(plots, "_draw", lambda results, value, title, *rest: titles.append(title))
+    monkeypatch.setattr(plots, "draw_rows", lambda series, title, *rest: titles.append(title))
 
     def texts() -> tuple[str, str, list[str]]:
         titles.clear()
-        plots.draw(document, tmp_path)
-        return table.format_document(document), report.markdown(document, []), list(titles)
+        for result in document["results"]:
+            result["share"] = 0.5
+        plots.draw(document, tmp_path, "run")
+        return table.format_document(document), report.page(document, []), list(titles)
 
     shown, written, titled = texts()
-    assert "won, 1 thread\n" in shown and ": A Processor (2 processors" in written
-    assert all(title.endswith("(A Processor)") for title in titled)
+    assert "won, 1 thread\n" in shown
+    assert "| processor | A Processor |\n| processors | 2 |" in written
+    assert len(titled) == 2 and all(title.endswith("(A Processor)") for title in titled)
     document["machine"] |= facts
     shown, written, titled = texts()
     assert "won, A GPU, 1 thread\n" in shown
-    assert ": A GPU, A Processor (2 processors" in written and "(CUDA sm_90 kernels)" in written
+    assert "| card | A GPU |" in written and "| fastnn's kernels | CUDA sm_90 |" in written
     assert len(titled) == 2 and all(title.endswith("(A GPU)") for title in titled)
 
 
@@ -51,9 +56,9 @@ def test_table_and_report_say_when_the_machine_was_busy():
     busy["contenders"]["fastnn"]["interruptions"] = 100.0
     document = make_document(WON, busy)
     assert "in 1 of 2 cases: with" in table.format_document(document)
-    assert "processor time in 1 of 2 cases" in report.markdown(document, [])
+    assert "processor time in 1 of 2 cases" in report.page(document, [])
     assert "Other programs" not in table.format_document(make_document(WON))
-    assert "Other programs" not in report.markdown(make_document(WON), [])
+    assert "Other programs" not in report.page(make_document(WON), [])
 
 
 def gpu_document(*documents_results: dict) -> dict:
@@ -116,21 +121,18 @@ def test_page_names_card_driver_and_torch_and_shows_all_times(tmp_path: Path):
     assert "- the graph of peer (it): both 4 x 4 float32 forward" in text
 
 
-def test_page_is_a_gpus(tmp_path: Path, capsys):
+def test_page_of_a_cpu_names_the_machine_and_shows_losses(tmp_path: Path):
     saved, page = tmp_path / "bench.json", tmp_path / "page.md"
-    saved.write_text(json.dumps(make_document(WON)))
-    assert report.main([str(saved), "--page", str(page)]) == 2
-    saved.write_text(json.dumps(gpu_document(WON)))
-    assert report.main([str(saved), "--page", str(tmp_path / "none" / "page.md")]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert "a page needs the results of a GPU" in errors[0] and "is not a folder" in errors[1]
-    assert not page.exists()
-
-
-def test_results_saved_before_can_be_shown():
-    saved = report.read_document(REPOSITORY / "benchmarks" / "results" / "avx2.json")
-    assert "fastnn is ahead of the best peer in" in table.format_document(saved)
-    assert report.markdown(saved, []).startswith("Measured on ")
+    saved.write_text(json.dumps(make_document(WON, LOST)))
+    arguments = [str(saved), "--page", str(page), "--plots", str(tmp_path / "plots")]
+    assert report.main(arguments) == 0
+    text = page.read_text()
+    assert text.startswith("# Results with AVX2\n")
+    assert "| processor | A Processor |" in text and "| date | 2026-01-02 |" in text
+    assert "In 1 of 2 cases:" in text and "| (ahead) | **0.50x** |" in text.replace("500.0 us ", "")
+    assert "| won | fwd | 1 | 1 of 1 | 2.00x | 2.00x (4 x 4, float32) |" in text
+    assert re.search(r"^!\[Dots: .+\]\(plots/bench_ratio\.png\)$", text, re.MULTILINE)
+    assert (tmp_path / "plots" / "bench_ratio.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_ratio_just_below_one_does_not_read_as_one():
@@ -138,45 +140,82 @@ def test_a_ratio_just_below_one_does_not_read_as_one():
     assert table.ratio_text(1.0) == "1.00"
 
 
-def write_readme(folder: Path, text: str) -> tuple[Path, Path]:
-    readme, saved = folder / "README.md", folder / "results.json"
-    readme.write_text(text)
-    saved.write_text(json.dumps(make_document(WON, LOST)))
-    return readme, saved
+STEP = make_result({"fastnn": 1e-3, "torch": 3e-3, "jax.jit": 0.5e-3}, op="MLP step", mode="step")
+RELU = make_result(
+    {"fastnn": 1e-3, "F.relu(F.linear)": 2e-3, "torch.compile": 2e-3},
+    op="linear_relu",
+    mode="forward_backward",
+)
 
 
-def test_report_replaces_what_is_between_the_markers(tmp_path: Path):
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    readme, saved = write_readme(tmp_path, text)
-    arguments = [str(saved), "--readme", str(readme), "--plots", str(tmp_path / "plots")]
-    assert report.main(arguments) == 0
-    once = readme.read_text()
-    assert once.startswith(f"before\n{report.BEGIN}\n") and once.endswith(f"{report.END}\nafter\n")
-    assert "old" not in once
-    assert "A Processor" in once and "2026-01-02" in once and "1 thread" in once
-    assert "**0.50x**" in once  # losses are shown
-    assert "(plots/ratio.png)" in once
-    assert (tmp_path / "plots" / "ratio.png").read_bytes().startswith(b"\x89PNG")
-    assert report.main(arguments) == 0
-    assert readme.read_text() == once
+def repository_with(root: Path, text: str = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"):
+    """A repository whose pages have this text, and whose runs are small."""
+    for name in ("docs", *map(str, [report.RESULTS])):
+        (root / name).mkdir(parents=True)
+    for name in report.WITH_OVERVIEW:
+        (root / name).write_text(text)
+    runs = {
+        "avx2": make_document(RELU, STEP),
+        "avx512": make_document(RELU),
+        "h200": gpu_document(WON),
+    }
+    runs["avx512"]["machine"] |= {"capability": "avx512", "date": "2026-01-03"}
+    for name, document in runs.items():
+        (root / report.RESULTS / f"{name}.json").write_text(json.dumps(document))
+
+
+def test_report_writes_every_page_and_what_is_between_the_markers(tmp_path: Path, monkeypatch):
+    repository_with(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert report.main([]) == 0
+    files = [*report.WITH_OVERVIEW, *report.PAGES.values()]
+    once = [Path(name).read_text() for name in files]
+    readme, docs = once[:2]
+    for text in (readme, docs):
+        assert text.startswith(f"before\n{report.BEGIN}\n![Dots: ")
+        assert text.endswith(f"{report.END}\nafter\n") and "old" not in text
+        assert "| linear_relu | 2.00x | 2.00x | 2.00x (2.00x) | 2.00x (2.00x) |" in text
+        assert "| MLP step | 3.00x |  | 0.50x (0.50x) |  |" in text
+        assert "most often `jax.jit` (1)." in text
+        assert "A Processor, 1 thread, torch 2.13.0 (AVX2 on 2026-01-02, AVX-512" in text
+    assert "[1 of 2 cases with AVX2](docs/performance_avx2.md#where" in readme
+    assert "[1 of 2 cases with AVX2](performance_avx2.md#where" in docs
+    assert "](benchmarks/results/overview.png)" in readme
+    assert "](../benchmarks/results/overview.png)" in docs
+    assert report.PICTURE.read_bytes().startswith(b"\x89PNG")
+    assert report.main([]) == 0
+    assert [Path(name).read_text() for name in files] == once
 
 
 @pytest.mark.parametrize("text", ["no markers", f"{report.END}\n{report.BEGIN}", report.BEGIN])
-def test_report_refuses_a_readme_without_markers(tmp_path: Path, text: str, capsys):
-    readme, saved = write_readme(tmp_path, text)
-    assert report.main([str(saved), "--readme", str(readme)]) == 2
-    assert "the readme needs one" in capsys.readouterr().err
-    assert readme.read_text() == text
+def test_report_refuses_a_page_without_markers(tmp_path: Path, text: str, monkeypatch, capsys):
+    repository_with(tmp_path, text)
+    monkeypatch.chdir(tmp_path)
+    assert report.main([]) == 2
+    assert "README.md needs one" in capsys.readouterr().err
+    assert [(tmp_path / name).read_text() for name in report.WITH_OVERVIEW] == [text] * 2
+    assert not report.PICTURE.exists()
 
 
 def test_report_refuses_other_files(tmp_path: Path, capsys):
-    readme, saved = write_readme(tmp_path, f"{report.BEGIN}{report.END}")
+    saved, page = tmp_path / "results.json", str(tmp_path / "page.md")
     saved.write_text("[]")
-    assert report.main([str(saved), "--readme", str(readme)]) == 2
-    assert report.main([str(tmp_path / "none"), "--readme", str(readme)]) == 2
+    assert report.main([str(saved), "--page", page]) == 2
+    assert report.main([str(tmp_path / "none"), "--page", page]) == 2
+    saved.write_text(json.dumps(make_document(WON)))
+    assert report.main([str(saved), "--page", str(tmp_path)]) == 2
+    assert report.main([str(saved), "--page", str(tmp_path / "none" / "page.md")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2
-    assert "holds no results" in errors[0] and "can't be read" in errors[1]
+    found = ("holds no results", "can't be read", "Is a directory", "is not a folder")
+    assert [message in error for message, error in zip(found, errors, strict=True)] == [True] * 4
+
+
+def test_report_takes_a_run_and_its_page_together(tmp_path: Path, capsys):
+    for arguments in ([str(tmp_path / "results.json")], ["--page", str(tmp_path / "page.md")]):
+        with pytest.raises(SystemExit) as stopped:
+            report.main(arguments)
+        assert stopped.value.code == 2
+        assert "FILE.json and --page go together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -189,22 +228,41 @@ def test_report_refuses_half_a_document(tmp_path: Path, parts: dict, capsys):
     assert "holds no results" in capsys.readouterr().err
 
 
-def test_report_puts_no_gpu_into_the_readme_and_no_page_where_a_folder_is(tmp_path: Path, capsys):
-    readme, saved = write_readme(tmp_path, f"{report.BEGIN}{report.END}")
-    before = readme.read_text()
-    saved.write_text(json.dumps(gpu_document(WON)))
-    assert report.main([str(saved), "--readme", str(readme)]) == 2
-    assert report.main([str(saved), "--page", str(tmp_path)]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert "--page writes those of a GPU" in errors[0] and "Is a directory" in errors[1]
-    assert readme.read_text() == before
+@pytest.mark.parametrize("name", report.PAGES)
+def test_the_pages_show_the_saved_results(name):
+    document = report.read_document(REPOSITORY / report.RESULTS / f"{name}.json")
+    assert "fastnn is ahead of the best peer in" in table.format_document(document)
+    figures = [f"../benchmarks/results/{name}_{figure}.png" for figure in ("ratio", "share")]
+    assert (REPOSITORY / report.PAGES[name]).read_text() == report.page(document, figures)
 
 
-def test_the_page_of_the_documentation_shows_the_saved_results():
-    saved = report.read_document(REPOSITORY / "benchmarks/results/h200.json")
-    assert (REPOSITORY / "docs/performance_cuda.md").read_text() == report.page(saved, [])
+@pytest.mark.parametrize("name", report.WITH_OVERVIEW)
+def test_the_small_table_shows_the_saved_results(name):
+    path = REPOSITORY / name
+    runs = {
+        run: report.read_document(REPOSITORY / report.RESULTS / f"{run}.json")
+        for run in report.OVERVIEW
+    }
+    assert path.read_text() == report.overview(REPOSITORY, path, runs), (
+        "python -m benchmarks.report"
+    )
+
+
+def test_every_contender_of_the_small_table_is_in_a_saved_run():
+    """A renamed operator or contender would empty its cells."""
+    named = {
+        (result["op"], result["mode"], contender)
+        for run in report.OVERVIEW
+        for result in report.read_document(REPOSITORY / report.RESULTS / f"{run}.json")["results"]
+        for contender in result["contenders"]
+    }
+    cases = {(case.op, case.mode) for case in all_cases()}
+    for row in overview.ROWS:
+        assert (row.op, row.mode) in cases
+        if any(result[:2] == row[:2] for result in named):
+            assert any((row.op, row.mode, name) in named for name in row.stock)
 
 
 def test_plots_show_what_there_is(tmp_path: Path):
-    drawn = plots.draw(make_document(WON, LOST), tmp_path)
-    assert [path.name for path in drawn] == ["ratio.png"]  # none of these has a limit
+    drawn = plots.draw(make_document(WON, LOST), tmp_path, "run")
+    assert [path.name for path in drawn] == ["run_ratio.png"]  # none of these has a limit
