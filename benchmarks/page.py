@@ -26,7 +26,7 @@ FACTS = {
     "gpu multiprocessors": "multiprocessors",
     "gpu driver": "driver",
     "torch": "torch",
-    "capability of torch": "torch's CUDA",
+    "capability of torch": "torch's kernels",
     "fastnn": "fastnn",
     "capability": "fastnn's kernels",
     "python": "Python",

@@ -11,7 +11,7 @@ from benchmarks.table import MODE_NAMES, threads_text
 # One colour and marker per series, in their order.
 STYLES = (("#30638e", "o"), ("#d1495b", "D"), ("#edae49", "s"), ("#66a182", "^"))
 # Pages and the README show a figure 350 to 740 pixels wide, and its text must be readable there.
-WIDTH_INCHES, ROW_INCHES, FOOT_INCHES = 6.0, 0.4, 1.1
+WIDTH_INCHES, ROW_INCHES, FOOT_INCHES = 5.4, 0.4, 1.1
 FONT_POINTS, DOTS_PER_INCH = 11, 160
 
 #: What a figure shows of a result; None leaves it out.
@@ -136,7 +136,7 @@ def ratio_axis(axes, values: list[float]) -> None:
     axes.set_xticks([], minor=True)
     axes.axvline(1, color="black", linewidth=1, zorder=2)
     axes.axvspan(low, 1, color="#d1495b", alpha=0.08, zorder=0)
-    axes.set_xlabel("a dot: a case; a bar: their geometric mean; left of 1x: the peer is ahead")
+    axes.set_xlabel("dot: a case; bar: geometric mean; left of 1x: peer ahead")
 
 
 def _share_axis(axes, values: list[float]) -> None:
@@ -145,4 +145,4 @@ def _share_axis(axes, values: list[float]) -> None:
     axes.set_xticks([tick / 2 for tick in range(int(top * 2) + 1)])
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.axvline(1, color="black", linewidth=1, zorder=2)
-    axes.set_xlabel("a dot: a case; a bar: their geometric mean")
+    axes.set_xlabel("dot: a case; bar: geometric mean")

@@ -23,6 +23,9 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"fastnn {release}"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+pygments_dark_style = "github-dark"
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
