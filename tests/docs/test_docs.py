@@ -13,7 +13,10 @@ from repository import REPOSITORY
 
 pytestmark = pytest.mark.cpu_only("the documentation")
 
-PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES = [
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+]
 
 
 def read(path: str) -> str:

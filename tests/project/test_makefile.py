@@ -11,7 +11,10 @@ from repository import REPOSITORY
 
 pytestmark = pytest.mark.cpu_only("the Makefile")
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")]
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *REPOSITORY.glob("docs/*.md"),
+]
 
 
 @pytest.fixture(scope="module")
