@@ -1,6 +1,6 @@
-// A fused operator's backward as a node of autograd's graph, as torch generates one for each of its
-// own operators. The node of torch::autograd::Function serves any user's code: it keeps its state
-// in a hash map and in lists, which took 14,000 instructions a call, as many as a whole small loss.
+// A fused operator's backward as an autograd node, like those that torch generates for its own
+// operators. The node of torch::autograd::Function keeps its state in a hash map and in lists,
+// which took 14,000 instructions per call, as many as a whole small loss.
 #pragma once
 
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -24,7 +24,7 @@
 
 namespace fastnn {
 
-// What autograd keeps of such tensors.
+// How autograd saves these tensors.
 template <typename Tensors>
 struct SavedAs {
   using type = std::array<torch::autograd::SavedVariable, std::tuple_size_v<Tensors>>;
@@ -35,17 +35,17 @@ struct SavedAs<std::vector<at::Tensor>> {
 };
 
 // `Op` describes the backward:
-//   name                what profilers, anomaly mode and grad_fn show
-//   Tensors             the tensors it needs, absent ones undefined: std::array, or std::vector
-//                       where their number is known at the call
-//   kOutputs            for each of them, or the first ones, whether it is the forward's result
+//   name                the name that profilers, anomaly mode and grad_fn show
+//   Tensors             the tensors to save, absent ones undefined: std::array, or std::vector if
+//                       their number varies
+//   kOutputs            which of them are the forward's result; the rest, if it is shorter, aren't
 //   give_history(tensors, grad_output, edges, options)
-//                       where the forward made what it keeps without a graph: gives it one, which
-//                       leads to the node's edges, for a backward that is differentiated itself
-//   Options             std::tuple of numbers it needs
+//                       optional, for a backward that is differentiated itself: gives tensors that
+//                       the forward computed without a graph one that leads to the node's edges
+//   Options             std::tuple of the numbers to save
 //   backward(grad_output, tensors, options, needs_input_grad)
-//                       the gradients of the inputs that the node was made for; the tensors are
-//                       its own, where the graph isn't kept nothing else may hold them
+//                       returns the gradients of the node's inputs; it owns the tensors, which may
+//                       have no other owner if the graph isn't retained
 template <typename Op>
 class BackwardNode : public torch::autograd::Node {
  public:
@@ -69,8 +69,8 @@ class BackwardNode : public torch::autograd::Node {
     return backward(grads[0], std::move(tensors), options_, needs_input_grad());
   }
 
-  // The engine calls it right before apply, on the same thread, where it doesn't keep the graph.
-  // What is saved is then released before its last use, which may write to it.
+  // The engine calls this right before apply, on the same thread, unless it retains the graph. The
+  // saved tensors are then released before their last use, which may overwrite them.
   void will_release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     releasing_thread_ = std::this_thread::get_id();
@@ -81,7 +81,7 @@ class BackwardNode : public torch::autograd::Node {
     reset_saved();
   }
 
-  // Compiled autograd: what its cache is keyed by, and the call that it puts in its graph.
+  // For compiled autograd: its cache key, and the call that it puts in its graph.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(std::string(Op::name));
     for (size_t i = 0; i < saved_.size(); ++i) args.collect(saved_[i], is_output(i));
@@ -153,7 +153,7 @@ class BackwardNode : public torch::autograd::Node {
   typename Op::Tensors unpack_saved() {
     auto tensors = with_room_for(saved_.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      // A saved result holds no reference to its node, which would be a cycle: it gets it here.
+      // A saved result holds no reference to its node, as that would be a cycle: pass it here.
       tensors[i] = is_output(i) ? saved_[i].unpack(pointer_to(*this)) : saved_[i].unpack();
     }
     return tensors;
@@ -179,15 +179,15 @@ class BackwardNode : public torch::autograd::Node {
   std::thread::id releasing_thread_;  // none: no release is announced
 };
 
-// Whether the gradient may take the place of what was kept: nothing but this reference leads to its
-// memory, and no mode or wrapper looks on, which would have to know of a write.
+// Whether the gradient may overwrite `kept`: this is the only reference to its memory, and no mode
+// or tensor subclass is involved that would have to see the write.
 inline bool may_replace(const at::Tensor& kept, const at::Tensor& grad) {
   return kept.use_count() == 1 && kept.storage().use_count() == 1 &&
          !at::isTensorSubclassLike(kept) && !at::isTensorSubclassLike(grad);
 }
 
-// The node of a result computed from these inputs; made before it, so that nodes are numbered in
-// the order of the calls.
+// Makes the node of a result that is computed from these inputs; call it before computing that, so
+// that nodes are numbered in the order of the calls.
 template <typename Op, typename... Inputs>
 NodePointer<BackwardNode<Op>> make_backward_node(const Inputs&... inputs) {
   auto node = make_node<BackwardNode<Op>>();

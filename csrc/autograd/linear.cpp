@@ -50,7 +50,7 @@ at::Tensor linear_below_autograd(const at::Tensor& input, const at::Tensor& weig
   return relu ? linear_relu(input, weight, bias) : fastnn::linear(input, weight, bias);
 }
 
-// Each factor of the product is needed for the other one's gradient alone.
+// Each factor of the product is saved only for the other one's gradient.
 template <bool relu>
 void record_linear(const NodePointer<BackwardNode<LinearBackward<relu>>>& node,
                    const at::Tensor& output, const at::Tensor& input, const at::Tensor& weight) {
@@ -105,7 +105,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("linear_relu", linear_autograd<true>);
 }
 
-// vmap: over the whole batch at once; without these it loops over the samples.
+// vmap runs these on the whole batch at once; without them it would loop over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("linear", linear_composite<false>);
   m.impl("linear_backward", linear_backward_composite);

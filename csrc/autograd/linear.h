@@ -1,4 +1,4 @@
-// What the autograd of other operators takes from linear's.
+// The part of linear's autograd that other operators use.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,9 +7,9 @@
 
 namespace fastnn {
 
-// Makes `output` the result of a linear layer, with a ReLU or without, as if the layer had been
-// called by itself. Its gradients go along the edges: of the input, the weight and the bias. An
-// input or weight that no gradient takes may be undefined.
+// Makes `output` the result of a linear layer, with a ReLU if `relu`, as if the layer had been
+// called by itself. `edges` are those of the input, the weight and the bias. An input or weight
+// that no gradient needs may be undefined.
 void give_linear_history(const at::Tensor& output, bool relu, const at::Tensor& input,
                          const at::Tensor& weight, torch::autograd::edge_list edges);
 

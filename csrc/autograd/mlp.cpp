@@ -25,15 +25,15 @@ OptionalTensors optional_tensors(at::TensorList tensors) {
   return result;
 }
 
-// What the node keeps of a chain: its output where a ReLU made that, each layer's input, each
-// layer's weight; undefined where no gradient takes it.
+// The node saves the chain's output (if it ends in a ReLU), then each layer's input, then each
+// layer's weight; a tensor that no gradient needs is undefined.
 struct MLPBackward {
   static constexpr auto name = "MLPBackward";
   using Tensors = std::vector<at::Tensor>;
   static constexpr std::array<bool, 1> kOutputs = {true};
   using Options = std::tuple<std::vector<bool>>;
 
-  // The layers' outputs get the nodes that they had got from the layers by themselves: so they are
+  // Gives the layers' outputs the nodes that separate layers would have given them: they are then
   // functions of the parameters, whose values may have changed since, as in torch.
   static void give_history(Tensors& saved, const at::Tensor& grad,
                            const torch::autograd::edge_list& edges, const Options& options) {
@@ -76,7 +76,7 @@ struct MLPBackward {
   }
 
  private:
-  // The output before a layer of this weight, of which nothing but its node is needed.
+  // A placeholder for the input of a layer with this weight: only its node is needed.
   static at::Tensor no_values_like(const at::Tensor& grad, const at::Tensor& weight) {
     auto sizes = grad.sym_sizes().vec();
     sizes.back() = weight.sym_size(1);
@@ -163,12 +163,12 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("mlp", mlp_autograd);
 }
 
-// vmap: over the whole batch at once; without these it loops over the samples.
+// vmap runs these on the whole batch at once; without them it would loop over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("mlp", mlp_composite);
   m.impl("mlp_backward", mlp_backward_composite);
 }
-// is_grads_batched=True: it can't loop over what returns a list.
+// is_grads_batched=True can't loop over an operator that returns a list.
 TORCH_LIBRARY_IMPL(fastnn, Batched, m) {
   m.impl("mlp_backward", mlp_backward_composite);
 }

@@ -1,5 +1,5 @@
-// How autograd's graph holds its nodes: they count their references themselves since torch 2.13,
-// std::shared_ptr counted them before.
+// The pointer type of autograd's nodes: c10::intrusive_ptr since torch 2.13, std::shared_ptr
+// before.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>

@@ -8,16 +8,16 @@
 namespace fastnn {
 
 // Class indices as a distribution over the classes: (1 - label_smoothing) * weight at the target
-// plus label_smoothing / C * weight at every class. For rows ignored, that of class 0.
+// plus label_smoothing / C * weight at every class. Ignored rows get that of class 0.
 at::Tensor index_distribution(const at::Tensor& input, const at::Tensor& target,
                               const LossOptions& options);
 
-// Class probabilities as such: weight * ((1 - label_smoothing) * p + label_smoothing / C).
+// The same from class probabilities: weight * ((1 - label_smoothing) * p + label_smoothing / C).
 at::Tensor probability_distribution(const at::Tensor& input, const at::Tensor& probabilities,
                                     const LossOptions& options);
 
-// What is differentiated: the gradient with respect to the input, zeros in the rows ignored even
-// where what they are computed from is NaN. `target` holds class indices.
+// The gradient with respect to the input, with zeros in the ignored rows, even where it is NaN.
+// `target` holds class indices.
 at::Tensor zero_ignored_rows(const at::Tensor& grad_input, const at::Tensor& target,
                              int64_t ignore_index);
 

@@ -22,11 +22,11 @@ inline bool has_tangent(const std::optional<at::Tensor>& tensor) {
 // gradient with a tangent), or is being transformed (is_grads_batched=True).
 bool backward_must_be_composite(const at::Tensor& grad_output);
 
-// A fused backward is called below autograd, which has no kernel for it: its fallback would box
-// every argument, at the cost of a small backward.
+// A fused backward is called below autograd, which has no kernel for it: the fallback would box
+// every argument, which costs as much as a small backward.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
 
-// Whether autograd records anything for this tensor.
+// Whether autograd records the operators that use this tensor.
 bool needs_grad(const at::Tensor& tensor);
 inline bool needs_grad(const std::optional<at::Tensor>& tensor) {
   return tensor && needs_grad(*tensor);

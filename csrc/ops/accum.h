@@ -1,5 +1,4 @@
-// The type that each storage type is summed in, on every device. No ATen: kernels take raw
-// pointers.
+// The accumulation type of each storage type, on every device. No ATen: kernels take raw pointers.
 #pragma once
 
 namespace fastnn {
@@ -16,9 +15,9 @@ struct accum_of<double> {
 template <typename T>
 using accum = typename accum_of<T>::type;
 
-// What cross_entropy's forward keeps for the backward: the gradient itself, which is then scaled;
-// or a copy of the logits, where that would round it twice, and in float16 lose a gradient divided
-// by many rows that a scaled loss brings back.
+// Whether cross_entropy's forward keeps the gradient itself, which the backward only scales.
+// Narrower types keep a copy of the logits: a stored gradient would be rounded twice, and in
+// float16 one divided by many rows could underflow before loss scaling restores it.
 template <typename T>
 inline constexpr bool kKeepsGradient = sizeof(T) == sizeof(accum<T>);
 

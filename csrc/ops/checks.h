@@ -12,12 +12,11 @@
 
 namespace fastnn {
 
-// float64, float32, bfloat16, float16: the dtypes the kernels are written for.
+// Whether the kernels support this dtype: float64, float32, bfloat16 or float16.
 bool is_supported_dtype(at::ScalarType dtype);
 
-// Whether there are kernels for such a tensor: for its dtype, its layout (nested tensors say that
-// they are strided), and its device in this build. (Those of the meta device know shapes alone.) On
-// other devices PyTorch's operators run.
+// Whether this build has kernels for the tensor's dtype, layout (nested tensors report strided) and
+// device. Meta kernels only compute shapes. On other devices PyTorch's operators run.
 bool has_kernels(const at::Tensor& tensor);
 
 // Whether `other` is absent or on the device of `like`.
@@ -38,28 +37,28 @@ inline int64_t class_dim(const at::Tensor& input) {
   return input.dim() == 1 ? 0 : 1;
 }
 
-// The shape of one value per row of a loss's input: its own without the class dimension.
+// The shape of a value per row of a loss's input: the input's shape without the class dimension.
 at::DimVector per_row_sizes(const at::Tensor& input);
 
 // Raises unless a loss's tensors are on one device.
 void check_loss_devices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
                         const std::optional<at::Tensor>& weight);
 
-// The shape and dtype of the arguments of a loss over class indices.
+// Raises unless a loss's class indices and class weights have the right device, shape and dtype.
 void check_class_indices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
                          const std::optional<at::Tensor>& weight);
 void check_class_weight(std::string_view op, const at::Tensor& input,
                         const std::optional<at::Tensor>& weight);
 
-// The checks of a loss's backward that its forward has not made: it may be called on its own.
+// Checks a loss's backward, which may be called without its forward.
 void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
                          const at::Tensor& input, const at::Tensor& total_weight,
                          const LossOptions& options);
 
-// Class indices of torch's dtype: torch takes uint8 in some shapes only.
+// Class indices as int64: torch accepts uint8 for some shapes only.
 at::Tensor as_long(const at::Tensor& target);
 
-// Raises for the class index `target`, which is out of range.
+// Raises the error for an out-of-range class index.
 [[noreturn]] void raise_bad_target(int64_t target, int64_t classes, int64_t ignore_index);
 
 }  // namespace fastnn

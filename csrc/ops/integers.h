@@ -1,4 +1,4 @@
-// Arithmetic with sizes, in kernels of every device and their launchers. No ATen.
+// Integer arithmetic for the kernels and launchers of all devices. No ATen.
 #pragma once
 
 #include "ops/layout.h"

@@ -1,5 +1,5 @@
-// The layout of rows in a tensor: what kernels of every device and their launchers share. No ATen:
-// kernels take raw pointers and sizes.
+// The layout of rows in a tensor, for the kernels and launchers of all devices. No ATen: kernels
+// take raw pointers and sizes.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace fastnn {
 
 // An (outer, classes, inner) view of a contiguous tensor: class c of row (o, i) is element
-// (o * classes + c) * inner + i. A row's number, its position, is o * inner + i.
+// (o * classes + c) * inner + i. A row's index, its position, is o * inner + i.
 struct Layout {
   int64_t outer;
   int64_t classes;
@@ -24,7 +24,7 @@ struct Layout {
   }
 };
 
-// Where the element of a row's class lies in a tensor of (outer, classes, inner) of any strides.
+// Element offsets in an (outer, classes, inner) tensor with arbitrary strides.
 struct RowStrides {
   int64_t inner_size;
   int64_t outer;
@@ -32,7 +32,7 @@ struct RowStrides {
   int64_t inner;
 
   FASTNN_HOST_DEVICE int64_t element(int64_t row, int64_t c) const {
-    // A division costs more than the rest of what a loss does to a row.
+    // A division costs more than the rest of a loss's work on a row.
     if (inner_size == 1) return row * outer + c * classes;
     return row / inner_size * outer + c * classes + row % inner_size * inner;
   }

@@ -61,8 +61,8 @@ std::string_view operator_name(bool relu) {
   return relu ? "linear_relu" : "linear";
 }
 
-// Raises where dtypes or devices differ, or a bias fits no weight. What is merely unusual
-// (integers, a broadcast bias, a 1-D weight) is torch's, to serve or to refuse.
+// Raises if dtypes or devices differ or the bias doesn't fit the weight. Other unusual arguments
+// (integers, a broadcast bias, a 1-D weight) are left to torch.
 void check_linear_types(bool relu, const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias) {
   const std::string_view op = operator_name(relu);
@@ -71,7 +71,7 @@ void check_linear_types(bool relu, const at::Tensor& input, const at::Tensor& we
   if (!bias) return;
   check_same_device(op, input, "bias", *bias);
   check_same_dtype(op, input, "bias", *bias);
-  // Torch broadcasts a bias of one element, or of more dimensions.
+  // Torch broadcasts a bias of one element or of several dimensions.
   TORCH_CHECK(weight.dim() != 2 || bias->dim() != 1 || bias->sym_size(0) == 1 ||
                   bias->sym_size(0) == weight.sym_size(0),
               op, ": expected bias to have shape [", weight.sym_size(0), "], but got ",
@@ -156,7 +156,7 @@ at::DimVector with_last_size(const at::Tensor& tensor, int64_t size) {
 
 at::Tensor matrix_of_rows(const at::Tensor& tensor) {
   if (tensor.dim() == 2) return tensor;
-  // Sizes are given, not inferred: reshape({-1, 0}) is ambiguous.
+  // The sizes are explicit because reshape({-1, 0}) is ambiguous.
   c10::SymInt rows = 1;
   for (const auto& size : tensor.sym_sizes().slice(0, tensor.dim() - 1)) rows *= size;
   return tensor.reshape_symint({rows, tensor.sym_size(-1)});
@@ -173,7 +173,7 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 
-// Where no kernel of this name is registered for the device or the layout.
+// The fallback if no kernel is registered for the device or layout.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("linear", linear_composite<false>);
   m.impl("linear_relu", linear_composite<true>);

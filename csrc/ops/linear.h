@@ -1,5 +1,5 @@
-// linear(input, weight, bias) = input @ weight.T + bias, linear_relu its ReLU, and their backwards:
-// the two differ in the ReLU alone, and share the rest.
+// linear(input, weight, bias) = input @ weight.T + bias, linear_relu = relu(linear), and their
+// backwards. The two share everything but the ReLU.
 #pragma once
 
 #include <ATen/core/DimVector.h>
@@ -12,8 +12,8 @@
 
 namespace fastnn {
 
-// Calls through the dispatcher. The backwards take `weight` for the gradient of `input`, and the
-// other way round; `output_mask` says which gradients are wanted.
+// Calls through the dispatcher. The backwards need `weight` for the gradient of `input` and vice
+// versa; `output_mask` selects the gradients of input, weight and bias.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias);
 at::Tensor linear_relu(const at::Tensor& input, const at::Tensor& weight,
@@ -26,42 +26,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward(
     const std::optional<at::Tensor>& weight, const at::Tensor& output,
     std::array<bool, 3> output_mask);
 
-// What both share takes whether the ReLU follows, as `relu`.
-
-// Whether the fused kernels take these arguments; torch serves or refuses the rest.
+// Whether the fused kernels take these arguments; torch handles or rejects the rest.
 bool can_fuse_linear(const at::Tensor& input, const at::Tensor& weight,
                      const std::optional<at::Tensor>& bias);
 
-// The same in ATen operators, with torch's own transforms and derivatives of any order.
+// The same with ATen operators, which support torch's transforms and derivatives of any order.
 template <bool relu>
 at::Tensor linear_composite(const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias);
 
-// Likewise the backwards; without the ReLU `output` is undefined.
+// The same for the backwards; `output` is undefined without the ReLU.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_relu_backward_composite(
     const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
     const std::optional<at::Tensor>& weight, const at::Tensor& output,
     std::array<bool, 3> output_mask);
 
-// What the launchers of all devices share.
+// The launchers of all devices share the following.
 
-// Raises unless input's last dimension fits weight's.
+// Raises unless input's last dimension matches weight's.
 void check_linear(bool relu, const at::Tensor& input, const at::Tensor& weight);
 
-// Raises unless the backward has what the wanted gradients take, and all of it fits `output`, which
-// is null without the ReLU: all then fits `grad_output`.
+// Raises unless the backward has the tensors that the wanted gradients need, and they match
+// `output` or, without the ReLU (`output` is null), `grad_output`.
 void check_linear_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& input,
                            const std::optional<at::Tensor>& weight, const at::Tensor* output,
                            std::array<bool, 3> output_mask);
 
-// A tensor's shape with another last dimension: the output's from the input's, and back.
+// A tensor's sizes with the last one replaced: turns an input's into the output's, or back.
 at::DimVector with_last_size(const at::Tensor& tensor, int64_t size);
 
-// A tensor's leading dimensions as one: a matrix of its rows, one for a 1-D tensor.
+// The tensor as a matrix, its leading dimensions merged into one; a 1-D tensor becomes one row.
 at::Tensor matrix_of_rows(const at::Tensor& tensor);
 
-// The wanted gradients of input and weight, by the device's matmul(a, b) of two matrices;
-// `grad_linear` is the matrix of the gradient before the ReLU.
+// The wanted gradients of input and weight, computed with the device's matmul(a, b).
+// `grad_linear` is the gradient of the ReLU's input as a matrix.
 template <typename F>
 std::pair<at::Tensor, at::Tensor> factor_gradients(const at::Tensor& grad_linear,
                                                    const at::Tensor& grad_output,

@@ -37,8 +37,7 @@ std::vector<at::Tensor> mlp_backward(const at::Tensor& grad_output, const Option
   return op.call(grad_output, inputs, weights, output, relu, output_mask);
 }
 
-// ---- checks
-// --------------------------------------------------------------------------------------
+// ---- checks ----
 
 bool can_fuse_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases) {
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -73,7 +72,7 @@ namespace {
 
 constexpr auto kBackward = "mlp_backward";
 
-// Raises unless an optional tensor is there, where it is needed.
+// The tensor at `layer` of the list `name`; raises if it is missing.
 const at::Tensor& needed(const std::optional<at::Tensor>& tensor, const char* name, size_t layer) {
   TORCH_CHECK(tensor, kBackward, ": expected ", name, "[", layer,
               "] for a wanted gradient, but got None");
@@ -109,7 +108,7 @@ void check_mlp_backward(const at::Tensor& grad_output, const OptionalTensors& in
     check_like(grad_output, "output", *output);
     check_sizes(kBackward, "output", *output, grad_output.sizes());
   }
-  // The features that the gradient has on its way from the last layer to the first.
+  // The gradient's number of features, as it passes from the last layer to the first.
   int64_t features = grad_output.size(-1);
   for (size_t i = layers; i-- > 0 && wanted.reaches(i);) {
     const std::optional<at::Tensor> weight = weights.get(i), input = inputs.get(i);
@@ -138,8 +137,7 @@ WantedGradients::WantedGradients(const Flags& output_mask)
   while (first_ < layers_ && !weight(first_) && !bias(first_)) ++first_;
 }
 
-// ---- composites
-// ----------------------------------------------------------------------------------
+// ---- composites ----
 
 at::Tensor mlp_composite(const at::Tensor& input, at::TensorList weights,
                          const OptionalTensors& biases, const Flags& relu) {
@@ -154,7 +152,7 @@ at::Tensor mlp_composite(const at::Tensor& input, at::TensorList weights,
 
 namespace {
 
-// The gradients of one layer, by layer(grad_output, input, weight, output, wanted).
+// Backpropagates through the layers with layer(grad_output, input, weight, output, wanted).
 template <typename F>
 std::vector<at::Tensor> backward_by_layers(const at::Tensor& grad_output,
                                            const OptionalTensors& inputs,
@@ -182,7 +180,7 @@ std::vector<at::Tensor> backward_by_layers(const at::Tensor& grad_output,
   return grads;
 }
 
-// ---- layer by layer, by the operators of linear: what every device has that has those ----
+// ---- layer by layer, for every device that has linear's operators ----
 
 at::Tensor layer_output(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, bool relu) {
@@ -245,7 +243,7 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "bool[] relu, bool[] output_mask) -> Tensor[]");
 }
 
-// Where no kernel of this name is registered for the device or the layout.
+// The fallback if no kernel is registered for the device or layout.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("mlp", mlp_by_layers);
   m.impl("mlp_forward", mlp_forward_by_layers);

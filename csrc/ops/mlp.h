@@ -1,5 +1,5 @@
-// mlp(input, weights, biases, relu): linear layers in a row, with a ReLU behind those for which
-// `relu` says so; and its backward.
+// mlp(input, weights, biases, relu): a chain of linear layers, each followed by a ReLU where `relu`
+// is set, and its backward.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -10,7 +10,7 @@
 
 namespace fastnn {
 
-// Lists as the dispatcher has them. Each has an element for each layer.
+// Lists as the dispatcher passes them, with one element per layer.
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 using Flags = c10::List<bool>;
 
@@ -20,16 +20,16 @@ at::Tensor mlp(const at::Tensor& input, at::TensorList weights, const OptionalTe
 // The outputs of all layers.
 std::vector<at::Tensor> mlp_forward(const at::Tensor& input, at::TensorList weights,
                                     const OptionalTensors& biases, const Flags& relu);
-// `output_mask` says which gradients are wanted, and so are returned: of the input, of each weight,
-// of each bias. `inputs` holds each layer's input, for the gradient of its weight and the mask of
-// the ReLU before it, and `weights` what brings the gradient to the layers before. `output` is what
-// the ReLU behind the last layer made. What no wanted gradient takes may be missing.
+// `output_mask` selects the gradients to return: of the input, of each weight, of each bias. Each
+// layer's input, in `inputs`, gives its weight's gradient and the mask of the ReLU before it; its
+// weight passes the gradient on to the layers before. `output` is the last layer's output, needed
+// if it ends in a ReLU. Tensors that no wanted gradient needs may be missing.
 std::vector<at::Tensor> mlp_backward(const at::Tensor& grad_output, const OptionalTensors& inputs,
                                      const OptionalTensors& weights,
                                      const std::optional<at::Tensor>& output, const Flags& relu,
                                      const Flags& output_mask);
 
-// The same in ATen operators, with torch's own transforms and derivatives of any order.
+// The same with ATen operators, which support torch's transforms and derivatives of any order.
 at::Tensor mlp_composite(const at::Tensor& input, at::TensorList weights,
                          const OptionalTensors& biases, const Flags& relu);
 std::vector<at::Tensor> mlp_backward_composite(const at::Tensor& grad_output,
@@ -41,16 +41,16 @@ std::vector<at::Tensor> mlp_backward_composite(const at::Tensor& grad_output,
 // Whether the fused kernels take these arguments.
 bool can_fuse_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases);
 
-// Raises unless there is a layer, and each list has one element for each.
+// Raises unless there is at least one layer and each list has one element per layer.
 void check_mlp_lists(at::TensorList weights, const OptionalTensors& biases, const Flags& relu);
 
-// What the launchers of all devices share.
+// The launchers of all devices share the following.
 
-// Raises unless the layers fit each other and the input.
+// Raises unless the layers match each other and the input.
 void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
                const Flags& relu);
 
-// Raises unless the backward has what the wanted gradients take, and all of it fits grad_output.
+// Raises unless the tensors that the wanted gradients need are there and match grad_output.
 void check_mlp_backward(const at::Tensor& grad_output, const OptionalTensors& inputs,
                         const OptionalTensors& weights, const std::optional<at::Tensor>& output,
                         const Flags& relu, const Flags& output_mask);
@@ -69,11 +69,11 @@ class WantedGradients {
   bool bias(size_t layer) const {
     return wanted_[1 + layers_ + layer];
   }
-  // The first layer with a wanted gradient, 0 where the input's is.
+  // The first layer with a wanted gradient; 0 if the input's is wanted.
   size_t first() const {
     return first_;
   }
-  // Whether the gradient of a layer's output, or of its input, leads to any.
+  // Whether a wanted gradient needs that of the layer's output, or that of its input.
   bool reaches(size_t layer) const {
     return layer >= first_;
   }

@@ -1,5 +1,5 @@
-// From tensors to what kernels take, raw pointers and layouts: the same for launchers on every
-// device.
+// Converts tensors to the raw pointers and layouts that kernels take, for the launchers of all
+// devices.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,8 +11,8 @@
 
 namespace fastnn {
 
-// Calls f.template operator()<T>() with the dtype's storage type T, of which each device's kernels
-// have two of their own.
+// Calls f.template operator()<T>() with the dtype's storage type T; bfloat16 and float16 have types
+// of their own on each device.
 template <typename BFloat16, typename Half, typename F>
 void dispatch_storage(at::ScalarType dtype, std::string_view op, F f) {
   switch (dtype) {
@@ -43,7 +43,7 @@ const T* const_data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor ? const_data<T>(*tensor) : nullptr;
 }
 
-// A tensor as an operator's optional argument: absent where it is undefined.
+// A tensor as an operator's optional argument: nullopt if it is undefined.
 inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
@@ -56,7 +56,7 @@ inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& ten
   return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
 }
 
-// A contiguous tensor's layout around its dimension `dim` of classes.
+// A contiguous tensor's layout, with its classes along dimension `dim`.
 inline Layout layout_around(at::IntArrayRef sizes, int64_t dim) {
   Layout layout{1, sizes[dim], 1};
   for (const auto size : sizes.slice(0, dim)) layout.outer *= size;
@@ -64,30 +64,30 @@ inline Layout layout_around(at::IntArrayRef sizes, int64_t dim) {
   return layout;
 }
 
-// A loss's input as it is, or a copy where no single stride serves the dimensions after the
-// classes.
+// A loss's input with the dimensions after the classes merged into one; a copy if they have no
+// common stride.
 inline at::Tensor with_one_inner_stride(const at::Tensor& input) {
   if (input.dim() <= 2) return input;
   const Layout layout = layout_around(input.sizes(), 1);
   return input.reshape({layout.outer, layout.classes, layout.inner});
 }
 
-// Row strides of a loss's input that has one inner stride.
+// The row strides of an input that with_one_inner_stride returned.
 inline RowStrides row_strides(const at::Tensor& input) {
   if (input.dim() == 1) return {1, 0, input.stride(0), 0};
   if (input.dim() == 2) return {1, input.stride(0), input.stride(1), 0};
   return {input.size(2), input.stride(0), input.stride(1), input.stride(2)};
 }
 
-// Class indices as the kernels take them, one for each row.
+// Class indices as contiguous int64, one per row.
 inline at::Tensor contiguous_indices(const at::Tensor& target) {
-  // Each call costs as much as a small loss, even where there is nothing to do.
+  // Each call costs as much as a small loss, even if it has nothing to do.
   const at::Tensor indices = target.scalar_type() == at::kLong ? target : target.to(at::kLong);
   return indices.is_contiguous() ? indices : indices.contiguous();
 }
 
-// Whether the classes of a loss's input are neighbours in memory although they are not the last
-// dimension, as in channels_last; the kernels then walk them as they lie.
+// Whether the classes of a loss's input are contiguous in memory although they are not the last
+// dimension, as in channels_last; the kernels then read them in place.
 inline bool has_classes_last(const at::Tensor& input) {
   return input.dim() > 2 && input.movedim(1, -1).is_contiguous();
 }

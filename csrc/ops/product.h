@@ -1,5 +1,5 @@
-// Whose matrix product an operator takes: a choice that a variable can force, for tests and to
-// compare the two.
+// Which matrix product an operator uses, the library's or ours. An environment variable can force
+// the choice, for tests and comparisons.
 #pragma once
 
 #include <c10/util/Exception.h>

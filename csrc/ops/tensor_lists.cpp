@@ -18,9 +18,8 @@ TensorLists TensorLists::slice(size_t first, size_t last) const {
 }
 
 bool can_step(const at::Tensor& param) {
-  // A subclass may keep its data elsewhere, or want to see torch's own operators. What is negated
-  // or conjugated lazily, or zero without memory, the dispatcher can't hand over in a list to write
-  // to.
+  // A subclass may keep its data elsewhere or intercept torch's own operators. The dispatcher can't
+  // pass a lazily negated, conjugated or zero tensor in a list that is written to.
   return has_kernels(param) && !param.is_meta() && !param.is_neg() && !param.is_conj() &&
          !param._is_zerotensor() && !param.unsafeGetTensorImpl()->is_python_dispatch();
 }
@@ -41,8 +40,8 @@ bool is_state_dtype(at::ScalarType dtype, const at::Tensor& param) {
 
 namespace {
 
-// Raises unless `tensor`, entry i of the list `name`, is of that dtype, or of the other one, and
-// else like its parameter.
+// Raises unless `tensor`, entry i of the list `name`, matches its parameter; its dtype may also be
+// `or_dtype`.
 void check_entry(std::string_view op, const char* name, size_t i, const at::Tensor& tensor,
                  const at::Tensor& param, at::ScalarType or_dtype) {
   const at::ScalarType dtype = param.scalar_type();
@@ -69,8 +68,7 @@ void check_list(std::string_view op, const char* name, at::TensorList tensors,
   }
 }
 
-// Raises where a stride of 0 has several elements in one place: all but one of the results would be
-// lost.
+// Raises if a stride of 0 puts several elements in one place: all but one result would be lost.
 void check_writable(std::string_view op, const char* name, at::TensorList tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     TORCH_CHECK(at::has_internal_overlap(tensors[i]) != at::MemOverlap::Yes, op,
@@ -80,7 +78,7 @@ void check_writable(std::string_view op, const char* name, at::TensorList tensor
   }
 }
 
-// A tensor as one run of memory in the parameter's order: itself where it lies so, else a copy.
+// The tensor as one dense block in the parameter's order: itself if it is laid out so, else a copy.
 at::Tensor in_order_of(const at::Tensor& param, const at::Tensor& tensor) {
   if (param.is_non_overlapping_and_dense() && tensor.strides() == param.strides()) return tensor;
   return at::empty_like(param, tensor.options()).copy_(tensor);
@@ -90,7 +88,7 @@ void copy_if_other(const at::Tensor& flat, const at::Tensor& tensor) {
   if (!flat.is_same(tensor)) tensor.copy_(flat);
 }
 
-// The memory that a tensor's elements lie in.
+// The address range of a tensor's elements.
 std::pair<const char*, const char*> extent(const at::Tensor& tensor) {
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
@@ -102,7 +100,7 @@ bool are_alike(const at::Tensor& a, const at::Tensor& b) {
   return a.device() == b.device() && a.scalar_type() == b.scalar_type();
 }
 
-// Whether entry i is of the group's device and dtypes.
+// Whether entry i has the group's device and dtypes.
 bool has_room(const TensorGroup& group, const TensorLists& lists, size_t i) {
   if (!are_alike(group.params[0], lists.params[i])) return false;
   for (size_t s = 0; s < lists.states.size(); ++s) {

@@ -1,5 +1,5 @@
-// The tensors of an optimizer's step, list by list: checked, each laid out as one run of memory,
-// and stepped in the order that torch steps them in. Nothing here knows which optimizer it is.
+// The tensor lists of any optimizer's step: their checks, dense copies where they are needed, and
+// torch's order of steps.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@
 
 namespace fastnn {
 
-// What an optimizer remembers of each parameter, under the name that the schema has for it.
+// An optimizer state, one tensor per parameter, and its name in the schema.
 struct StateList {
   const char* name;
   at::TensorList tensors;
@@ -30,23 +30,22 @@ struct TensorLists {
   TensorLists slice(size_t first, size_t last) const;
 };
 
-// Whether a step can take a parameter, and with it this gradient or state; any strides do.
+// Whether the kernels can step a parameter, with this gradient or state. Strides may be arbitrary.
 bool can_step(const at::Tensor& param);
 bool can_step_grad(const at::Tensor& param, const at::Tensor& grad);
 bool can_step_state(const at::Tensor& param, const at::Tensor& state);
 
-// Whether a parameter's state may be of this dtype: the parameter's own, or that which it is
-// computed in.
+// Whether a parameter's state may have this dtype: the parameter's own or its accumulation dtype.
 bool is_state_dtype(at::ScalarType dtype, const at::Tensor& param);
 
-// Raises unless every list fits the parameters, in the name of the operator `op`.
+// Raises, in the name of the operator `op`, unless every list matches the parameters.
 void check_tensor_lists(std::string_view op, const TensorLists& lists);
 
 // Raises unless `scalar`, the argument `name`, is missing or has one element.
 void check_scalar(std::string_view op, const char* name, const std::optional<at::Tensor>& scalar);
 
-// One parameter's tensors, each as one run of memory in the parameter's order: themselves where
-// they lie so, else copies.
+// One parameter's tensors, each as one dense block in the parameter's order; a copy if it isn't
+// laid out so.
 struct FlatTensors {
   at::Tensor param;
   at::Tensor grad;
@@ -54,35 +53,35 @@ struct FlatTensors {
 
   FlatTensors(const TensorLists& lists, size_t i);
 
-  // What was stepped in copies, back into the lists' tensors.
+  // Copies the results of a step on copies back into the lists' tensors.
   void copy_back(const TensorLists& lists, size_t i) const;
 };
 
-// The gradient's memory. Where it is only read it may be shared, copy-on-write, and stays so.
+// The gradient's data. Read access leaves copy-on-write memory shared.
 template <typename T>
 T* grad_data(const at::Tensor& grad, bool is_written) {
   return is_written ? data<T>(grad) : const_cast<T*>(const_data<T>(grad));
 }
 
-// Lists that hold their tensors, of one device, and of one dtype each.
+// Lists that own their tensors, all on one device and each list of one dtype.
 struct TensorGroup {
   std::vector<at::Tensor> params;
   std::vector<at::Tensor> grads;
   c10::SmallVector<std::vector<at::Tensor>, 2> states;
 
-  // As lists with the names of those that they come from.
+  // The same tensors as lists, with the names of the lists that they come from.
   TensorLists lists_like(const TensorLists& whole) const;
 };
 
-// In the order of their first parameters.
+// The groups are in the order of their first parameters.
 std::vector<TensorGroup> group_by_device_and_dtype(const TensorLists& lists);
 
 // Whether two tensors that are written to share memory: a parameter listed twice, or two views of
 // one tensor.
 bool any_share_memory(const TensorLists& lists);
 
-// Calls step(lists) for all parameters at once; or, where some share memory, for one after the
-// other, as torch steps them: each sees what the one before has written.
+// Calls step(lists) for all parameters at once or, if some share memory, one by one as torch does:
+// each step then sees the results of those before it.
 template <typename F>
 void step_in_order(const TensorLists& lists, F step) {
   if (!any_share_memory(lists)) {

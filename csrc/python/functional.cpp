@@ -13,15 +13,14 @@
 namespace fastnn::python {
 namespace {
 
-// A function that calls the operator through the dispatcher, with the arguments of its schema,
-// which the kernel `like` has.
+// A function that calls the operator through the dispatcher. The kernel `like` gives its signature.
 template <typename Result, typename... Args>
 auto operator_named(const char* name, Result (* /*like*/)(Args...)) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Args...)>();
   return [op](Args... args) { return op.call(args...); };
 }
 
-// A list as the dispatcher has it.
+// A list as the dispatcher takes it.
 template <typename T>
 c10::List<T> as_list(const std::vector<T>& values) {
   c10::List<T> list;
@@ -51,9 +50,9 @@ void define_functional(pybind11::module_& m) {
       "linear_cross_entropy",
       operator_named("fastnn::linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy>),
       no_gil());
-  m.def("has_kernels", &has_kernels, "Whether there are kernels for such a tensor.");
+  m.def("has_kernels", &has_kernels, "Whether there are kernels for the tensor.");
   m.def("has_linear_cross_entropy", &has_linear_cross_entropy,
-        "Whether there are kernels of linear_cross_entropy for it.");
+        "Whether there are kernels of linear_cross_entropy for the tensor.");
 }
 
 }  // namespace fastnn::python

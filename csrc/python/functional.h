@@ -1,5 +1,5 @@
-// The operators as Python functions, for eager calls: torch.ops boxes every argument and looks the
-// operator's overload up at each call, which at small sizes costs more than the work.
+// The operators as Python functions, for eager calls: torch.ops boxes every argument and resolves
+// the overload at each call, which costs more than the work itself at small sizes.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

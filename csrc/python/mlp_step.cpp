@@ -19,15 +19,15 @@ namespace {
 
 namespace py = pybind11;
 
-// The parameters as the optimizer steps them, with the momentum buffers that a first step makes.
+// Reads the optimizer's options and momentum buffers, and makes the buffers of a first step.
 class OptimizerState {
  public:
-  // Where it `stores` gradients, no parameter is stepped.
+  // If it `stores` gradients, it steps no parameter.
   OptimizerState(const py::dict& state, bool stores)
       : state_(state), reader_(state), stores_(stores) {
   }
 
-  // A parameter of this group, or of none.
+  // The step of a parameter in this group; a frozen one has the group None.
   cpu::StepParam step_of(PyObject* object, py::handle group) {
     cpu::StepParam of{};
     of.param = THPVariable_Unpack(object);
@@ -56,7 +56,7 @@ class OptimizerState {
   }
 
  private:
-  // A group's options, read once for parameters that follow each other.
+  // A group's options, read once for consecutive parameters.
   SGDOptions options_of(py::handle group) {
     if (group.ptr() != group_) {
       options_ = sgd_options(group);
@@ -88,11 +88,11 @@ std::vector<cpu::StepLayer> step_layers(const py::list& params, const py::list& 
   return layers;
 }
 
-// Whether the backward of an ordinary loop would call anything for this parameter.
+// Whether an ordinary backward would call a hook for this parameter.
 bool has_hooks(py::handle object, const at::Tensor& param) {
   namespace autograd = torch::autograd::impl;
   if (!autograd::hooks(param).empty() || autograd::post_acc_grad_hooks(param)) {
-    // Those that have been removed leave something behind.
+    // Removed hooks leave empty dicts behind.
     for (const char* name : {"_backward_hooks", "_post_accumulate_grad_hooks"}) {
       if (py::cast<bool>(py::bool_(object.attr(name)))) return true;
     }
@@ -102,25 +102,25 @@ bool has_hooks(py::handle object, const at::Tensor& param) {
                           accumulator->tensor_pre_hooks().empty());
 }
 
-// Why a parameter can't be stepped in place; empty where it can.
+// Why a parameter can't be stepped in place; empty if it can.
 std::string_view why_not_param(py::handle object, const at::Tensor& param,
                                const at::Tensor& first) {
-  if (!param.is_cpu() || !can_step(param)) return "a parameter is no plain tensor on the CPU";
+  if (!param.is_cpu() || !can_step(param)) return "a parameter is not a plain CPU tensor";
   if (param.scalar_type() != first.scalar_type()) return "parameters have several dtypes";
   if (!param.is_contiguous()) return "a parameter is not contiguous";
   return has_hooks(object, param) ? "hooks on a parameter" : "";
 }
 
-// Likewise for what the optimizer remembers of it.
+// The same for its momentum buffer.
 std::string_view why_not_buffer(const py::object& buffer, const at::Tensor& param) {
   if (buffer.is_none()) return "";
-  if (!THPVariable_CheckExact(buffer.ptr())) return "a momentum buffer is no plain tensor";
+  if (!THPVariable_CheckExact(buffer.ptr())) return "a momentum buffer is not a plain tensor";
   const at::Tensor& tensor = THPVariable_Unpack(buffer.ptr());
   const bool fits = tensor.is_cpu() && can_step_state(param, tensor) && tensor.is_contiguous();
-  return fits ? "" : "a momentum buffer is laid out unlike its parameter";
+  return fits ? "" : "a momentum buffer doesn't match its parameter";
 }
 
-// The groups of an optimizer by their parameters.
+// Maps an optimizer's parameters to their groups.
 class Owners {
  public:
   explicit Owners(const py::list& param_groups) {
@@ -130,7 +130,7 @@ class Owners {
       }
     }
   }
-  // Most often the parameters come in the optimizer's order: the search goes on where it ended.
+  // Parameters usually come in the optimizer's order, so each search resumes where the last ended.
   PyObject* find(PyObject* param) {
     for (size_t tried = 0; tried < owners_.size(); ++tried) {
       const auto& [owned, group] = owners_[next_];
@@ -145,8 +145,7 @@ class Owners {
   size_t next_ = 0;
 };
 
-// Each parameter's group, None where it is frozen or missing; or why the parameters can't be
-// trained on.
+// Each parameter's group, None if it is frozen or missing; or why the parameters can't be trained.
 std::variant<py::list, std::string_view> groups_of(const py::list& params,
                                                    const py::list& param_groups,
                                                    const py::dict& state) {
@@ -178,13 +177,13 @@ std::variant<py::list, std::string_view> groups_of(const py::list& params,
 
 std::string_view why_not_batch(const at::Tensor& input, const at::Tensor& target,
                                const at::Tensor& param) {
-  if (!input.is_cpu() || !can_step(input)) return "the input is no plain tensor on the CPU";
+  if (!input.is_cpu() || !can_step(input)) return "the input is not a plain CPU tensor";
   if (input.scalar_type() != param.scalar_type()) return "the input has another dtype";
-  if (input.dim() < 2 || input.size(0) == 0) return "the input is no batch";
+  if (input.dim() < 2 || input.size(0) == 0) return "the input is not a batch";
   if (input.requires_grad()) return "the input requires a gradient";
   const bool is_plain = target.is_cpu() && target.layout() == at::kStrided && !target.is_nested();
   if (!is_plain || target.is_neg() || target._is_zerotensor()) {
-    return "the target is no plain tensor on the CPU";
+    return "the target is not a plain CPU tensor";
   }
   return target.requires_grad() ? "the target requires a gradient" : "";
 }
@@ -224,20 +223,20 @@ std::pair<at::Tensor, py::list> run(cpu::MLPStep& step, const at::Tensor& input,
 void define_mlp_step(py::module_& m) {
   py::class_<cpu::MLPStep>(m, "MLPStep", "Training steps of a chain of linear layers.")
       .def(py::init<>())
-      .def_static(
-          "groups_of", &groups_of, py::arg("params"), py::arg("param_groups"), py::arg("state"),
-          "Each parameter's group, None where it is frozen or missing; or a string: why the "
-          "parameters can't be trained on.")
+      .def_static("groups_of", &groups_of, py::arg("params"), py::arg("param_groups"),
+                  py::arg("state"),
+                  "Each parameter's group, None if it is frozen or missing; or a string: why the "
+                  "parameters can't be trained.")
       .def_static("why_not_batch", &why_not_batch, py::arg("input"), py::arg("target"),
-                  py::arg("param"), "Why such a batch can't be trained on; empty where it can.")
+                  py::arg("param"), "Why the batch can't be trained on; empty if it can.")
       .def("run", &run, py::arg("input"), py::arg("target"), py::kw_only(), py::arg("params"),
            py::arg("relu"), py::arg("groups"), py::arg("state"), py::arg("weight"),
            py::arg("ignore_index"), py::arg("reduction"), py::arg("label_smoothing"),
            py::arg("stores"), py::arg("scale"),
            "Trains on a batch; returns its loss and the gradients. params: each layer's weight and "
-           "bias, which may be None; groups: each parameter's group in the optimizer, None where "
-           "it is frozen; stores: whether the gradients are stored, instead of stepped along; "
-           "scale: what the loss's are multiplied by.");
+           "bias, which may be None; groups: each parameter's group in the optimizer, None if it "
+           "is frozen; stores: whether to store the gradients instead of stepping the parameters; "
+           "scale: the factor of the gradients.");
 }
 
 }  // namespace fastnn::python

@@ -1,4 +1,4 @@
-// MLPStep for Python: its parameters with the optimizer's options and state.
+// Exposes MLPStep to Python, with the optimizer's options and state.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

@@ -1,5 +1,5 @@
-// The Python module fastnn._C. Importing it registers the operators; it holds what Python asks of
-// the build, and what the dispatcher is too slow for.
+// The Python module fastnn._C. Importing it registers the operators; its functions describe the
+// build or are calls for which the dispatcher is too slow.
 #include "cpu/capability.h"
 #include "python/functional.h"
 #include "python/mlp_step.h"

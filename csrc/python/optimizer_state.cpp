@@ -24,7 +24,7 @@ PyObject* StateReader::find_entry(PyObject* param) {
     PyObject* entry = PyDict_GetItemWithError(state_, param);
     if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
     if (entry == nullptr) return nullptr;
-    // The entry belongs to another group, or the order differs: go on from here.
+    // The entry belongs to another group, or the order differs: continue from here.
     while (key_ != nullptr && key_ != param) advance();
     if (key_ == nullptr) return entry;
   }
@@ -38,7 +38,7 @@ void StateReader::advance() {
 }
 
 void save_state(const py::dict& state, PyObject* param, py::handle key, const at::Tensor& tensor) {
-  // Not PyDict_GetItem: the state is a defaultdict, which makes the parameter's entry.
+  // Not PyDict_GetItem: the state is a defaultdict, which creates a missing entry.
   const auto entry = py::reinterpret_steal<py::object>(PyObject_GetItem(state.ptr(), param));
   if (!entry) throw py::error_already_set();
   const auto value = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));

@@ -1,20 +1,19 @@
-// An optimizer's state, options and gradients, read straight from Python's objects: a list of
-// tensors boxed at each call would cost more than the work. Nothing here knows which optimizer it
-// is.
+// Reads any optimizer's state, options and gradients straight from the Python objects: boxing a
+// list of tensors at each call would cost more than the step.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
 
 namespace fastnn::python {
 
-// The optimizer's state, read in the order of its entries. Usually that is the order of the
-// parameters, and a pointer's comparison finds each: a tensor's hash is a Python function, which
-// costs more than the step of a small parameter.
+// Reads the optimizer's state in the order of its entries. Usually that is the parameters' order,
+// so comparing pointers finds each entry: hashing a tensor calls a Python function, which costs
+// more than the step of a small parameter.
 class StateReader {
  public:
   explicit StateReader(const pybind11::dict& state);
 
-  // What is stored for the parameter under `key`; None where there is nothing yet.
+  // The value stored for the parameter under `key`; None if there is none yet.
   pybind11::object find(PyObject* param, pybind11::handle key);
 
  private:
@@ -31,11 +30,11 @@ class StateReader {
 void save_state(const pybind11::dict& state, PyObject* param, pybind11::handle key,
                 const at::Tensor& tensor);
 
-// A number, and a truth, of a parameter group, as Python takes its value for one.
+// An option of a parameter group as a number or a truth value, converted as Python does it.
 double number_in(pybind11::handle group, const char* key);
 bool truth_in(pybind11::handle group, const char* key);
 
-// Whether it has a gradient, of whatever kind: for torch's own path, and its errors.
+// Whether the parameter has a gradient of any kind, even one that only torch's own path handles.
 bool has_gradient(pybind11::handle param);
 
 // Sets the parameters' gradients to None.

@@ -12,7 +12,7 @@ namespace {
 
 namespace py = pybind11;
 
-// Parameters that take the same form of the step.
+// Parameters that one call steps.
 struct Batch {
   std::vector<at::Tensor> params;
   std::vector<at::Tensor> grads;
@@ -21,10 +21,10 @@ struct Batch {
 
 // A group's parameters that have a gradient.
 struct Batches {
-  Batch first;  // those without a momentum buffer that are to have one
+  Batch first;  // those that still need a momentum buffer
   std::vector<PyObject*> first_params;
   Batch later;
-  py::list rest;  // those that the operator doesn't take
+  py::list rest;  // those that the operator doesn't support
 };
 
 bool takes_buffer(const at::Tensor& param, const py::object& buffer) {
@@ -62,7 +62,7 @@ Batches batches_of(const py::list& params, const py::dict& state, bool has_momen
 void step(const Batch& batch, const SGDOptions& options, const SGDScalars& scalars) {
   if (batch.params.empty()) return;
   py::gil_scoped_release no_gil;
-  // Autograd has no kernel for it, and its fallback would box every tensor.
+  // The operator has no autograd kernel, and autograd's fallback would box every tensor.
   at::AutoDispatchBelowAutograd below_autograd;
   sgd_step_(sgd_lists(batch.params, batch.grads, batch.buffers, options, scalars), options,
             scalars);
@@ -113,7 +113,7 @@ py::list sgd_step_group(const py::list& params, const py::dict& state, py::handl
   Batch& first = batches.first;
   for (const at::Tensor& param : first.params) {
     first.buffers.push_back(new_momentum_buffer(param, float32_momentum));
-    // For a step that is skipped.
+    // found_inf may skip the step and leave the buffer unwritten.
     if (found_inf) first.buffers.back().zero_();
   }
   step(first, options, scalars);
