@@ -12,7 +12,7 @@ namespace {
 enum class Capability { Default, Avx2, Avx512 };
 constexpr const char* kNames[] = {"default", "avx2", "avx512"};
 
-// __builtin_cpu_supports asks the operating system too (it must save the wide registers).
+// __builtin_cpu_supports also checks that the operating system saves the wide registers.
 Capability available() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -8,8 +8,8 @@
 namespace fastnn::cpu {
 namespace {
 
-// The sums are taken over chunks of rows that depend on the matrix's sizes alone: the result has
-// the same bits on any number of threads.
+// Sums over chunks of rows that depend only on the matrix's sizes: the result has the same bits on
+// any number of threads.
 class ChunkSums {
  public:
   ChunkSums(int64_t chunks, int64_t cols) : chunks_(chunks), cols_(cols), sums_(chunks * cols) {
@@ -34,8 +34,9 @@ class ChunkSums {
   std::vector<double> sums_;
 };
 
-// Calls block(first, sums, rows, cols) for the blocks of a matrix, whose first element has that
-// index. A block adds its sums over rows to its own, which are null where none are wanted.
+// Calls block(first, sums, rows, cols) for the blocks of a matrix; `first` is the index of a
+// block's first element. It adds the sums over the block's rows to `sums`, which is null if they
+// aren't wanted.
 template <typename T, typename F>
 void sum_blocks(T* result, int64_t rows, int64_t cols, F block) {
   constexpr int64_t kLeastRows = 64, kMostChunks = 16;

@@ -10,7 +10,7 @@ template <typename T>
 void column_sums(T* sums, const T* grad, int64_t rows, int64_t cols);
 
 // grad_linear = output > 0 ? grad : 0, and its column_sums unless `sums` is null. grad_linear may
-// be where grad is.
+// alias grad.
 template <typename T>
 void relu_backward(T* grad_linear, T* sums, const T* grad, const T* output, int64_t rows,
                    int64_t cols);

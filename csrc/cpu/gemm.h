@@ -13,12 +13,12 @@ namespace fastnn::cpu {
 at::Tensor matmul(const at::Tensor& a, const at::Tensor& b,
                   const std::optional<at::Tensor>& bias = std::nullopt, bool relu = false);
 
-// The same of raw memory, with any epilogue. T: a storage type of the kernels.
+// The same on raw memory, with any epilogue. T: a storage type of the kernels.
 template <typename T>
 void multiply(const simd::Gemm<T>& args);
 
-// out = a @ b + bias, or out + a @ b with `add`, which goes with no bias; `out` is contiguous, and
-// everything but b is of the dtype that b's is summed in.
+// out = a @ b + bias, or out + a @ b with `add` and no bias. `out` is contiguous, and everything
+// but b has b's accumulation dtype.
 void matmul_into(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
                  const std::optional<at::Tensor>& bias, bool add);
 

@@ -1,4 +1,4 @@
-// How a matrix product is split into blocks for the threads to take. No ATen here.
+// Splits a matrix product into blocks for the threads. No ATen here.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 namespace fastnn::cpu {
 
-// The blocks of a (rows, cols) output, a function of the sizes alone. However it is split, an
-// element is summed in the same order: results don't depend on the number of threads.
+// The blocks of a (rows, cols) output. However it is split, each element is summed in the same
+// order: results don't depend on the number of threads.
 class GemmJobs {
  public:
   GemmJobs(int64_t rows, int64_t cols, int64_t depth, int64_t threads) : rows_(rows), cols_(cols) {
@@ -16,7 +16,7 @@ class GemmJobs {
     threads = std::clamp<int64_t>(rows * cols * depth / kLeastWork, 1, threads);
     const int64_t least_rows = ceil_div(rows, simd::kGemmRows);
     const int64_t least_cols = ceil_div(cols, simd::kGemmCols);
-    // The threads' number is reached by cutting columns, rows or both, whichever takes least time.
+    // Cut columns, rows or both until every thread has a block, whichever takes the least time.
     for (int64_t by_cols = least_cols; by_cols < least_cols + threads; ++by_cols) {
       if (by_cols > ceil_div(cols, kColumns)) break;
       const int64_t by_rows = std::min(rows, std::max(least_rows, ceil_div(threads, by_cols)));
@@ -38,14 +38,14 @@ class GemmJobs {
   }
 
  private:
-  // Multiplications for which a thread is worth waking.
+  // The number of multiplications that is worth waking a thread.
   static constexpr int64_t kLeastWork = 1 << 17;
-  // Columns are cut at multiples of this: whole vectors, and a cache line for one thread only.
+  // Columns are cut at multiples of this, for whole vectors and cache lines that one thread writes.
   static constexpr int64_t kColumns = 16;
-  // What packing an element costs, in multiplications.
+  // The cost of packing an element, in multiplications.
   static constexpr double kPackCost = 8;
 
-  // The time of the thread that gets the most and largest blocks, but for a factor.
+  // The relative time of the thread with the most and largest blocks.
   double cost(int64_t by_rows, int64_t by_cols, int64_t threads) const {
     const double rows = ceil_div(rows_, by_rows);
     const double cols = ceil_div(ceil_div(cols_, kColumns), by_cols) * kColumns;

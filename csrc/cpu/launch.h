@@ -1,4 +1,4 @@
-// What the CPU launchers share: the kernels of a dtype, and the split of work.
+// Dispatch by dtype and the split of work, for all CPU launchers.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -38,7 +38,7 @@ constexpr at::ScalarType kDtype = std::is_same_v<T, double>           ? at::kDou
 // Elements below which waking a second thread costs more than it gains.
 constexpr int64_t kGrain = 1 << 14;
 
-// How many items of `elements` elements each a thread should take at least.
+// The least number of items, of `elements` elements each, that a thread should take.
 inline int64_t grain(int64_t elements) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
 }

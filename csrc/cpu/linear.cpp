@@ -1,5 +1,5 @@
-// linear and linear_relu on the CPU: a matrix product with bias and ReLU as its epilogue; the
-// backward makes mask and bias gradient in one pass, then the two products.
+// linear and linear_relu on the CPU: a matrix product with bias and ReLU as its epilogue. The
+// backward masks the gradient and sums it for the bias in one pass, then computes two products.
 #include "ops/linear.h"
 
 #include <torch/library.h>

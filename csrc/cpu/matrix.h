@@ -8,7 +8,7 @@
 
 namespace fastnn::cpu {
 
-// A 2-D tensor as it is where one of its strides is 1, else a copy.
+// A 2-D tensor itself if one of its strides is 1, else a copy.
 inline at::Tensor as_matrix(const at::Tensor& tensor) {
   const auto lies_well = [](int64_t outer_size, int64_t outer, int64_t inner_size, int64_t inner) {
     return inner == 1 && (outer >= inner_size || outer_size <= 1);

@@ -14,7 +14,7 @@ namespace fastnn::cpu {
 namespace {
 
 #if defined(__linux__)
-// Asks for huge pages where the memory is not yet backed by any. Advice: the kernel may refuse it.
+// Asks for huge pages for memory that has no pages yet. The system may ignore this advice.
 void advise_huge_pages(void* data, size_t bytes) {
   constexpr uintptr_t kPage = 4096;
   constexpr size_t kWorthACall = 4 << 20;
@@ -24,7 +24,7 @@ void advise_huge_pages(void* data, size_t bytes) {
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-// Unmaps what a tensor of large_zeros() lay in.
+// Unmaps the memory of a large_zeros() tensor.
 struct Mapping {
   void* data;
   size_t bytes;
@@ -34,7 +34,7 @@ struct Mapping {
   }
 };
 
-// Null where the system has no more memory, for malloc to say so in torch's words.
+// Null if the system is out of memory: torch's allocator then raises its own error.
 at::DataPtr map_zeros(size_t bytes) {
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) return {};
@@ -57,7 +57,7 @@ at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype) {
 }
 
 std::optional<at::Tensor> large_zeros(at::IntArrayRef sizes, at::ScalarType dtype) {
-  // malloc keeps and hands out again what is smaller; to map that anew would be slower.
+  // malloc reuses smaller blocks; mapping those anew would be slower.
   constexpr size_t kMappedByMalloc = 64 << 20;
   const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
   if (bytes < kMappedByMalloc) return std::nullopt;

@@ -7,13 +7,13 @@
 
 namespace fastnn::cpu {
 
-// A contiguous tensor of nothing in particular yet. It is made without the dispatcher, which costs
-// more than many a small result, and in huge pages where it is large: writing to fresh memory first
-// costs more than most kernels, one page fault for each 4 KiB.
+// An uninitialised contiguous tensor, made without the dispatcher, which costs more than many small
+// results. Large ones get huge pages: with a page fault per 4 KiB, the first write to fresh memory
+// would cost more than most kernels.
 at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Zeros that need not be written, where the tensor is so large that its memory comes fresh from the
-// system anyway, as zero pages: what few elements are then written cost a page each, not the whole.
+// Zeros that need not be written, for a tensor so large that its memory comes as zero pages from
+// the system anyway: only the pages written later cost anything. nullopt for smaller tensors.
 std::optional<at::Tensor> large_zeros(at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace fastnn::cpu

@@ -1,5 +1,5 @@
 // mlp on the CPU: products whose epilogues add the bias, apply the ReLU, or mask a gradient by it.
-// No gradient is copied on its way from the last layer to the first.
+// No gradient is copied between layers.
 #include "cpu/mlp.h"
 
 #include <torch/library.h>
@@ -45,7 +45,7 @@ void mlp_backward(int64_t rows, c10::ArrayRef<MLPLayer<T>> layers, const T* grad
     const simd::Matrix<T> grad_linear = {grad, layer.out_features, /*transposed=*/false};
     if (of.bias.grad) column_sums(of.bias.grad, grad, rows, layer.out_features);
     if (of.bias.step) step_range(*of.bias.step, of.bias.grad, 0, layer.out_features);
-    // Before the weight is stepped.
+    // The gradient is passed on before the weight is stepped.
     T* passed = i == 0 ? grads.input : nullptr;
     if (i > grads.first) passed = grads.passed[grad == grads.passed[0] ? 1 : 0];
     if (passed) {
@@ -83,7 +83,7 @@ namespace {
 
 // ---- the operator ----
 
-// The layers' tensors as the kernels take them; those that no wanted gradient takes are undefined.
+// The layers' tensors as the kernels take them; those that no wanted gradient needs are undefined.
 struct BackwardOperands {
   at::Tensor grad;
   std::vector<at::Tensor> inputs;
@@ -102,7 +102,7 @@ struct BackwardOperands {
     features.back() = grad.size(1);
     for (size_t i = relu.size(); i-- > 0 && wanted.reaches(i);) {
       const std::optional<at::Tensor> input = inputs.get(i), weight = weights.get(i);
-      // As a mask it is read in its order.
+      // A mask must be contiguous.
       const bool masks = i > 0 && relu.get(i - 1) && wanted.passes(i);
       if (masks) {
         this->inputs[i] = matrix_of_rows(*input).contiguous();
@@ -115,7 +115,7 @@ struct BackwardOperands {
     }
   }
 
-  // Where the ReLU behind a layer left its output.
+  // A layer's output, null if it is undefined.
   template <typename T>
   T* output_of(size_t layer) const {
     const at::Tensor& tensor = layer + 1 == inputs.size() ? output : inputs[layer + 1];
@@ -144,7 +144,7 @@ struct BackwardOperands {
 // The wanted gradients, in their order: of the input, the weights and the biases.
 struct Gradients {
   at::Tensor input;
-  std::vector<at::Tensor> weights;  // of each layer, undefined where it is not wanted
+  std::vector<at::Tensor> weights;  // one per layer, undefined if it isn't wanted
   std::vector<at::Tensor> biases;
   at::Tensor passed[2];
 

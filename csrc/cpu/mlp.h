@@ -1,5 +1,5 @@
-// A chain of linear layers on raw memory: its forward, and its backward, whose gradients are
-// written or step their parameters. T: a storage type of the kernels.
+// A chain of linear layers on raw memory: its forward, and its backward, which writes each gradient
+// or steps the parameter along it. T: a storage type of the kernels.
 #pragma once
 
 #include <c10/util/ArrayRef.h>
@@ -16,14 +16,14 @@ struct MLPLayer {
   simd::Matrix<T> weight;  // (out_features, in_features)
   const T* bias;           // may be null
   bool relu;
-  T* output;  // (rows, out_features); behind it the next layer's input
+  T* output;  // (rows, out_features), the next layer's input
 };
 
 template <typename T>
 void mlp_forward(int64_t rows, c10::ArrayRef<MLPLayer<T>> layers);
 
-// Where the gradient of a parameter goes: to memory of its size; which then holds nothing where
-// the parameter is stepped by it. Null where it is not wanted.
+// Memory for a parameter's gradient, null if it isn't wanted. With a `step` the parameter is
+// stepped along it, and the memory is undefined afterwards.
 template <typename T>
 struct ParamGradient {
   T* grad = nullptr;
@@ -36,16 +36,16 @@ struct LayerGradients {
   ParamGradient<T> bias;
 };
 
-// The gradients that a backward makes.
+// The gradients that a backward computes.
 template <typename T>
 struct MLPGradients {
   c10::ArrayRef<LayerGradients<T>> layers;
-  T* input;      // null where it is not wanted
-  size_t first;  // the first layer with a wanted gradient, 0 where the input's is
-  T* passed[2];  // each for the gradient of any layer's output
+  T* input;      // null if it isn't wanted
+  size_t first;  // the first layer with a wanted gradient; 0 if the input's is wanted
+  T* passed[2];  // buffers, each with room for the gradient of any layer's output
 };
 
-// `grad_output` may be in either of the places for what is passed on.
+// `grad_output` may be in either buffer of `grads.passed`.
 template <typename T>
 void mlp_backward(int64_t rows, c10::ArrayRef<MLPLayer<T>> layers, const T* grad_output,
                   const MLPGradients<T>& grads);

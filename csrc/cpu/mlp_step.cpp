@@ -15,7 +15,7 @@
 namespace fastnn::cpu {
 namespace {
 
-// Raises unless the input fits the first layer, and each layer the next one.
+// Raises unless the input matches the first layer, and each layer the next one.
 void check_layers(const at::Tensor& input, c10::ArrayRef<StepLayer> layers) {
   int64_t features = input.size(1);
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -24,16 +24,16 @@ void check_layers(const at::Tensor& input, c10::ArrayRef<StepLayer> layers) {
                 "train_step: expected input's last dimension to be the first layer's in_features ",
                 weight.size(1), ", but input has shape ", input.sizes());
     TORCH_CHECK(weight.size(1) == features, "train_step: expected layer ", i, " to have ", features,
-                " in_features, as the layer before gives, but its weight has shape ",
+                " in_features, the previous layer's out_features, but its weight has shape ",
                 weight.sizes());
     features = weight.size(0);
   }
 }
 
-// The memory of a step, cut into pieces that each begin with a cache line.
+// Cuts the memory of a step into pieces that each start at a cache line.
 class Pieces {
  public:
-  // Counts the bytes, while there is no memory yet.
+  // Only counts the bytes, before there is memory.
   Pieces() = default;
   explicit Pieces(char* memory) : memory_(memory) {
   }
@@ -53,7 +53,7 @@ class Pieces {
   int64_t taken_ = 0;
 };
 
-// What a step needs beside its parameters and the logits.
+// A step's buffers, except its parameters and the logits.
 template <typename T>
 struct Places {
   std::vector<T*> hidden;  // the outputs of all layers but the last
@@ -95,11 +95,11 @@ template <typename T>
 struct Steps {
   std::vector<simd::SteppedParam<T>> params;
   std::vector<LayerGradients<T>> layers;
-  size_t first;  // the first layer with a parameter to step; their number if there is none
+  size_t first;  // the first layer with a wanted gradient; the number of layers if there is none
 
   Steps(c10::ArrayRef<StepLayer> of, const Places<T>& places)
       : layers(of.size()), first(of.size()) {
-    params.reserve(2 * of.size());  // so that none moves
+    params.reserve(2 * of.size());  // gradients point to them
     const auto step = [&](size_t i, const StepParam& param, ParamGradient<T>& grad, T* place) {
       if (!param.wants_gradient()) return;
       first = std::min(first, i);
@@ -171,7 +171,7 @@ void bump_versions(c10::ArrayRef<StepLayer> layers) {
 
 char* MLPStep::memory(int64_t bytes) {
   if (!memory_.defined() || memory_.numel() < bytes) {
-    memory_ = at::Tensor();  // so that both are not there at once
+    memory_ = at::Tensor();  // free the old memory first
     memory_ = empty_result({bytes}, at::kByte);
   }
   return static_cast<char*>(memory_.data_ptr());
@@ -192,7 +192,7 @@ at::Tensor MLPStep::run_as(const at::Tensor& given_input, const at::Tensor& targ
   const auto chained = chain(input, logits, layers, places);
   mlp_forward<T>(rows, chained);
   const auto [loss, grad] = loss_of(logits, target, options, scale);
-  // Nothing was changed so far, and nothing raises from here on.
+  // Nothing has changed so far, and nothing raises from here on.
   const Steps<T> steps(layers, places);
   if (steps.first < layers.size()) {
     mlp_backward<T>(rows, chained, const_data<T>(grad),

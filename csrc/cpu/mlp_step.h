@@ -1,6 +1,6 @@
 // A whole training step of a chain of linear layers: forward, cross entropy, backward and update,
-// on memory that is kept between steps. The update is the epilogue of the weight gradient's
-// product, so that no gradient of a weight reaches memory.
+// on memory that is kept between steps. Where it pays, a weight's update is the epilogue of its
+// gradient's product, and the gradient never reaches memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,13 +14,12 @@
 
 namespace fastnn::cpu {
 
-// A contiguous parameter, and what becomes of it: its gradient is stored, or it is stepped, or
-// neither.
+// A contiguous parameter. Its gradient is stored, or it is stepped, or it is frozen.
 struct StepParam {
   at::Tensor param;
-  at::Tensor grad;  // where to; undefined where it is not stored
+  at::Tensor grad;  // memory for it; undefined if it isn't stored
   std::optional<SGDOptions> options;
-  at::Tensor momentum_buffer;  // undefined without momentum; of the dtypes that sgd_step_ takes
+  at::Tensor momentum_buffer;  // undefined without momentum; of a dtype that sgd_step_ takes
 
   bool wants_gradient() const {
     return grad.defined() || options;
@@ -35,9 +34,9 @@ struct StepLayer {
 
 class MLPStep {
  public:
-  // Trains on a batch and returns its loss. The last layer's output are the logits of
-  // cross_entropy, reduced by 'mean' or 'sum'. Gradients are `scale` times those of the loss.
-  // Raises for bad input before anything is changed.
+  // Trains on a batch and returns its loss: the cross entropy of the last layer's output, reduced
+  // by 'mean' or 'sum'. Gradients are `scale` times those of the loss. Raises for bad input before
+  // anything is changed.
   at::Tensor run(const at::Tensor& input, const at::Tensor& target, c10::ArrayRef<StepLayer> layers,
                  const LossOptions& loss, double scale);
 
@@ -45,7 +44,7 @@ class MLPStep {
   template <typename T>
   at::Tensor run_as(const at::Tensor& input, const at::Tensor& target,
                     c10::ArrayRef<StepLayer> layers, const LossOptions& loss, double scale);
-  // At least so many bytes, of which nothing is kept.
+  // At least this many bytes, with undefined contents.
   char* memory(int64_t bytes);
 
   std::mutex mutex_;

@@ -1,35 +1,35 @@
-// Products whose elements are worth a dot product each: few rows by columns that lie along the
-// depth, as a linear layer's weight does, or few such columns. The larger operand is read once, in
-// order. To pack it, as the tiles do, would cost more than to multiply it.
+// Products computed as dot products: few rows by columns that are contiguous along the depth, like
+// a linear layer's weight, or few such columns. The larger operand is read once, in order. Packing
+// it, as the tiles do, would cost more than multiplying it.
 #pragma once
 
 #include "cpu/simd/gemm_epilogue.h"
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// So many rows by so many columns are summed at once, in registers.
+// The numbers of rows and columns that are summed at once, in registers.
 constexpr int64_t kDotRows = kVectorBytes == 64 ? 6 : 2;
 constexpr int64_t kDotCols = 4;
-// Sums are finished by whole vectors, of two lanes or more.
+// The epilogue reads a row of sums in whole vectors.
 template <typename A>
 constexpr int64_t kSumsStride = std::max(kDotCols, kLanes<A>);
-// So many terms are added to a lane in a row: a sum's rounding errors grow with them.
+// At most this many terms are added to a lane in sequence: rounding errors grow with their number.
 constexpr int64_t kDotTerms = 256;
 
-// More rows or columns repay the packing; and more of them, the longer the sums must be to repay
-// the additions across lanes.
+// With more rows or columns packing pays; and the more there are, the longer the sums must be to
+// repay the reductions across lanes.
 template <typename T>
 inline bool is_of_dot_products(const Gemm<T>& g) {
   constexpr int64_t kFew = 16;
   const bool lie_along_depth = !g.a.transposed && g.b.transposed;
   const bool has_few = g.rows <= kFew || g.cols < kFew;
   if (!lie_along_depth || !has_few) return false;
-  // A single column of many rows takes the time of kDotCols.
+  // A single column of many rows takes as long as kDotCols of them.
   const int64_t few = g.cols == 1 && g.rows > kFew ? 2 * kDotCols : std::min(g.rows, g.cols);
   return g.depth >= 2 * few * kLanes<accum<T>>;
 }
 
-// Pointers to N lines of a matrix from the first on; past the end, to the last one again.
+// Pointers to N lines of a matrix from `first` on; past the end, to the last line.
 template <int64_t N, typename T>
 struct Lines {
   const T* of[N];
@@ -79,7 +79,7 @@ inline void dot_products(const DotRows<T>& a, const DotCols<T>& b, int64_t depth
   }
 }
 
-// The same for a number of rows that is known when it is called.
+// The same for a number of rows that is only known at run time.
 template <int64_t Rows = kDotRows, typename T, typename A = accum<T>>
 inline void dot_products_of(int64_t rows, const DotRows<T>& a, const DotCols<T>& b, int64_t depth,
                             A* sums) {

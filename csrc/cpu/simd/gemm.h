@@ -1,8 +1,7 @@
-// Matrix product with its epilogue. The output is computed in tiles whose sums
-// stay in registers: for each step along the depth, every row's value of the left operand,
-// broadcast, times a row of the right operand's panel. Both operands are packed into such panels
-// first, where they are transposed and converted; a left operand that needs neither is read where
-// it is.
+// Tiled matrix product with an epilogue. A tile of the output keeps its sums in registers: at each
+// step along the depth, the left operand's value for each row is broadcast and multiplied by a row
+// of the right operand's panel. Packing into panels transposes and converts the operands; a left
+// operand that needs neither is read in place.
 #pragma once
 
 #include <algorithm>
@@ -15,34 +14,34 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// A tile is of at most kTileRows rows of kTileVecs vectors: with a row of the panel and a broadcast
-// value its sums fill the 16 vector registers, or AVX-512's 32.
+// A tile has at most kTileRows rows of kTileVecs vectors: its sums, a row of the panel and a
+// broadcast value fill the 16 vector registers, or AVX-512's 32.
 constexpr int64_t kTileRows = kVectorBytes == 64 ? 8 : 6;
 constexpr int64_t kTileVecs = kVectorBytes == 64 ? 3 : 2;
 template <typename A>
 constexpr int64_t kTileCols = kTileVecs * kLanes<A>;
 
-// Depths are taken in blocks of at most so many: then a panel of the right operand stays in the
-// first-level cache, and a sum's rounding errors grow with the block, not with the depth. Partial
-// sums wait in the output, or in scratch memory. A multiple of every vector's lanes.
+// The depth is split into blocks of at most this size: a panel of the right operand then stays in
+// the L1 cache, and a sum's rounding errors grow with the block, not with the depth. Partial sums
+// are kept in the output or in scratch memory. A multiple of every vector's lanes.
 constexpr int64_t kGemmDepth = kVectorBytes == 64 ? 208 : 200;
 static_assert(kGemmDepth % kLanes<float> == 0 && kGemmDepth % kLanes<double> == 0);
 
-// So many panels of the right operand are packed at once: fewer, and each of its rows' pages would
-// be visited more often; more, and they would push the left operand out of the cache.
+// The number of panels of the right operand that are packed at once. With fewer, the pages of its
+// rows would be visited more often; more would evict the left operand from the cache.
 constexpr int64_t kGroup = 8;
 
 // ---- ranges ----
 
-// A range in the fewest parts of at most `most`, as equal as can be, their sizes multiples of
-// `unit`, but for the last. There is always one part. Parts are counted in whole units, so that
-// none exceeds `most`: scratch memory has room for no more.
+// A range in the fewest parts of at most `most`, but at least one. Parts are as equal as possible
+// and, except for the last, multiples of `unit`. They are counted in whole units, so that none
+// exceeds `most`: scratch memory has no room for more.
 struct Split {
   Range all;
   int64_t unit;
   int64_t parts;
   int64_t units_each;
-  int64_t longer;  // so many parts have one unit more
+  int64_t longer;  // the number of parts with one more unit
 
   Split(Range all, int64_t most, int64_t unit) : all(all), unit(unit) {
     const int64_t units = ceil_div(size(all), unit), most_units = most / unit;
@@ -123,7 +122,7 @@ constexpr TileFunctions<A> kTileFunctions =
 
 // ---- packing ----
 
-// An operand by its lines: the left one's rows, the right one's columns. Element p of line l is
+// An operand as lines: the left one's rows or the right one's columns. Element p of line l is
 // data[p * stride + l] if `by_depth`, data[l * stride + p] otherwise.
 template <typename T>
 struct Operand {
@@ -141,8 +140,8 @@ inline Operand<T> operand(const Matrix<T>& matrix, bool by_depth, int64_t lines,
   return {matrix.data, matrix.stride, by_depth, lines, matrix.data + extent};
 }
 
-// A panel holds a tile's worth of lines: for each depth their elements, one after the other. Whole
-// vectors and squares of vectors are written, hence the room for more.
+// A panel holds a tile's lines: for each depth, their elements one after the other. It has room to
+// spare because whole vectors and squares of vectors are written.
 template <typename A>
 constexpr int64_t panel_size(int64_t lines, int64_t depth) {
   return lines * depth + (lines + 1) * kLanes<A>;
@@ -170,7 +169,7 @@ inline void copy_rows(accum<T>* to, int64_t to_stride, const T* from, int64_t st
   }
 }
 
-// The same, transposed: one vector's worth of depths from `rows` lines, or as many as fit a vector.
+// The same, transposed: one vector of depths from `rows` lines, or from as many as fit a vector.
 template <typename T>
 inline void copy_square(accum<T>* to, int64_t to_stride, const T* from, int64_t stride,
                         int64_t rows, const T* end) {
@@ -183,7 +182,7 @@ inline void copy_square(accum<T>* to, int64_t to_stride, const T* from, int64_t 
   } else {
 #pragma GCC unroll 1
     for (int64_t i = 0; i < lanes; ++i) {
-      const T* row = from + std::min(i, rows - 1) * stride;  // any memory that may be read
+      const T* row = from + std::min(i, rows - 1) * stride;  // any readable memory
       square[i] = load_up_to(row, std::min(lanes, end - row));
     }
   }
@@ -192,8 +191,8 @@ inline void copy_square(accum<T>* to, int64_t to_stride, const T* from, int64_t 
   for (int64_t i = 0; i < lanes; ++i) store(to + i * to_stride, square[i]);
 }
 
-// Copy the lines and depths given to a panel. What whole vectors write past a row of the panel, the
-// next row overwrites; hence the vectors of a row from the last to the first.
+// Copy the given lines and depths to a panel. Whole vectors write past a row of the panel into the
+// next one; copying from the last column to the first overwrites that.
 template <typename T>
 inline void pack_rows(const Operand<T>& from, Range lines, Range depths, accum<T>* panel) {
   using A = accum<T>;
@@ -226,8 +225,8 @@ inline void pack_transposed(const Operand<T>& from, Range lines, Range depths, a
 template <typename T>
 inline void pack(const Operand<T>& from, const Split& split, Range parts, Range depths,
                  accum<T>* to, int64_t stride) {
-  // A matrix by depths is read a few rows at a time for all the panels, as its pages can be far
-  // more than the processor can keep in mind; the rows of the other kind are read in one go.
+  // An operand by depth is read a few rows at a time for all panels, as its rows can lie on more
+  // pages than the TLB covers; the lines of the other kind are read in one go.
   const int64_t step = from.by_depth ? 16 : std::max<int64_t>(1, size(depths));
   for (int64_t p = depths.begin; p < depths.end; p += step) {
     for (int64_t i = parts.begin; i < parts.end; ++i) {
@@ -246,8 +245,8 @@ template <typename T, typename A = accum<T>>
 struct GemmScratch {
   A left[(kGemmRows / kTileRows + 1) * panel_size<A>(kTileRows, kGemmDepth)];
   A right[kGroup * panel_size<A>(kTileCols<A>, kGemmDepth)];
-  // The sums of every tile, or of those at the right edge, where whole vectors don't fit into the
-  // output.
+  // The sums of every tile, or only of those at the right edge, where whole vectors don't fit into
+  // the output.
   A sums[kGemmRows * (kIsWide<T> ? kTileCols<A> : kGemmCols)];
 };
 
@@ -262,7 +261,7 @@ struct Left {
 template <typename T, typename Right, typename A = accum<T>>
 inline Left<A> prepare_left(const Gemm<T, Right>& g, const Split& rows, Range depths, A* scratch) {
   if constexpr (kIsWide<T>) {
-    if (!g.a.transposed && g.depth != 0) {  // of depth 0 there is no memory to point to
+    if (!g.a.transposed && g.depth != 0) {  // with depth 0 there is no memory to point to
       return {g.a.data + rows.all.begin * g.a.stride + depths.begin, g.a.stride, true};
     }
   }
@@ -272,7 +271,7 @@ inline Left<A> prepare_left(const Gemm<T, Right>& g, const Split& rows, Range de
   return {scratch, stride, false};
 }
 
-// A block's part of the depth, with what all its tiles share.
+// One block of the depth, with the data that its tiles share.
 template <typename T, typename Right, typename A = accum<T>>
 struct BlockDepths {
   const Gemm<T, Right>& g;
@@ -283,15 +282,15 @@ struct BlockDepths {
   bool last;
 };
 
-// The tile of these rows and one panel of the right operand. `scratch` has room for the sums of the
-// panel's columns in all rows.
+// Computes the tile of these rows and one panel of the right operand. `scratch` has room for the
+// sums of the panel's columns in all rows.
 template <typename T, typename Right, typename A = accum<T>>
 inline void multiply_panel(const BlockDepths<T, Right>& of, int64_t row_part, Range cols,
                            const A* panel, A* scratch) {
   const Gemm<T, Right>& g = of.g;
   const Range rows = of.rows[row_part];
   const int64_t row = rows.begin - of.rows.all.begin, vecs = ceil_div(size(cols), kLanes<A>);
-  // A gradient that is used up at once needs no place in the output.
+  // A gradient that is consumed at once needs no memory in the output.
   const bool is_used_up = g.step && of.first && of.last;
   const bool sums_in_place = kIsWide<T> && size(cols) == vecs * kLanes<A> && !is_used_up;
   GemmTile<A> tile{.a = of.left.data + of.left.stride * (of.left.in_place ? row : row_part),
@@ -315,7 +314,7 @@ inline void multiply_panel(const BlockDepths<T, Right>& of, int64_t row_part, Ra
   if (finish) finish_tile(g, rows, cols, tile.sums, tile.stride);
 }
 
-// The panels of the right operand that are packed at a time, `stride` apart.
+// The panels of the right operand that are packed together, `stride` apart.
 template <typename A>
 struct Panels {
   const Split& cols;
@@ -328,20 +327,20 @@ struct Panels {
   }
 };
 
-// Panel by panel, each of which stays in the nearest cache.
+// Panel by panel: each stays in the L1 cache.
 template <typename T, typename Right, typename A = accum<T>>
 inline void multiply_panels(const BlockDepths<T, Right>& of, const Panels<A>& panels, A* scratch) {
   for (int64_t j = panels.parts.begin; j < panels.parts.end; ++j) {
     const Range cols = panels.cols[j];
-    // The sums of every tile have their place, or one panel's, which are done with at once.
+    // Narrow outputs keep the sums of every tile; wide ones only those of one panel at a time.
     A* const sums =
         kIsWide<T> ? scratch : scratch + (cols.begin - panels.cols.all.begin) * size(of.rows.all);
     for (int64_t i = 0; i < of.rows.parts; ++i) multiply_panel(of, i, cols, panels.at(j), sums);
   }
 }
 
-// Row by row of tiles, for a gradient that is used up at once: what it steps is read in longer runs
-// of memory, and brought near a tile ahead.
+// One row of tiles after the other, for a gradient that is consumed at once: the parameter is then
+// read in longer runs of memory and prefetched a tile ahead.
 template <typename T, typename Right, typename A = accum<T>>
 inline void step_panels(const BlockDepths<T, Right>& of, const Panels<A>& panels, A* scratch) {
   const auto [begin, end] = panels.parts;

@@ -1,4 +1,4 @@
-// What every kind of matrix product does with its sums.
+// The epilogue of every kind of matrix product.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// Whether sums are as wide as what they are stored to.
+// Whether sums are as wide as the type that they are stored in.
 template <typename T>
 constexpr bool kIsWide = sizeof(T) == sizeof(accum<T>);
 
@@ -18,8 +18,8 @@ inline int64_t size(Range range) {
   return range.end - range.begin;
 }
 
-// Has the memory of a tile that will be stepped brought near while its gradient is computed: the
-// rows of a tile are too short and too far apart for the processor to foresee them.
+// Prefetches the tile that will be stepped while its gradient is computed: the rows of a tile are
+// too short and too far apart for the hardware prefetcher.
 template <typename T, typename Right>
 inline void prefetch_step(const Gemm<T, Right>& g, Range rows, Range cols) {
   constexpr int64_t kLine = 64;
@@ -37,7 +37,7 @@ inline void prefetch_step(const Gemm<T, Right>& g, Range rows, Range cols) {
   prefetch(g.step->wide_momentum_buffer);
 }
 
-// Steps the parameter whose gradient a product is, where the tile of these rows and columns is.
+// Steps these rows and columns of the parameter whose gradient the product is.
 template <typename T, typename Right, typename B>
 inline void step_tile(const Gemm<T, Right>& g, B* momentum_buffer, Range rows, Range cols,
                       const accum<T>* sums, int64_t stride) {

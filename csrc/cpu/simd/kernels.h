@@ -20,9 +20,9 @@ struct CrossEntropy {
   double label_smoothing;
 };
 
-// What the forward leaves for the backward, all of it null where no gradient is wanted: the
-// gradient times `scale` where T keeps that; else each row's log-sum-exp, its maximum and the log
-// of the sum past it.
+// What the forward keeps for the backward, all null if no gradient is wanted: the gradient times
+// `scale` if T keeps that, else each row's log-sum-exp, as its maximum and the log of the sum of
+// exp(x - max).
 template <typename T>
 struct KeptRows {
   T* grad;
@@ -31,16 +31,15 @@ struct KeptRows {
   accum<T>* log_sum;
 };
 
-// Sums over rows, in double whatever the storage: a loss over many rows keeps its digits.
+// Sums over rows, in double for every storage type: a loss over many rows stays precise.
 struct LossSums {
   double loss = 0;
   double weight = 0;
 };
 
-// A block of rows of logits, in what the sums are carried in, and what is made of them: each row's
-// loss, log-sum-exp (its maximum and the log of the sum past it), and the gradient in the logits'
-// place. What is null is not wanted, `gradient` among them, and its factor `grad`: one value, or
-// one for each row.
+// A block of rows of logits in the accumulation type, and its results: each row's loss, its
+// log-sum-exp in the parts of KeptRows, and the gradient, which replaces the logits. A null result
+// isn't wanted. `grad` multiplies the gradient: one value, or one per row.
 template <typename A>
 struct LogitBlock {
   CrossEntropy<A> args;
@@ -66,7 +65,7 @@ struct Matrix {
   bool transposed;
 };
 
-// A parameter that a step of SGD changes, as sgd_step takes it: one of the buffers may be given.
+// A parameter as sgd_step takes it, with at most one of the buffers.
 template <typename T>
 struct SteppedParam {
   T* param;
@@ -75,12 +74,11 @@ struct SteppedParam {
   SGDOptions options;
 };
 
-// out = a @ b (+ bias) (then ReLU), or zero where `mask` is not positive, with a of (rows, depth)
-// and b of (depth, cols); or out + a @ b with `add`, which goes with nothing else. out is
-// contiguous, and so is mask; bias is one value for each column. Where there is a parameter to
-// step, the product is its gradient, and what out then holds is undefined. Bias, mask and step may
-// be null. The right operand may be stored narrower than all else, which then is as wide as the
-// sums.
+// out = a @ b (+ bias) (then ReLU), but zero where `mask` is not positive, with a of (rows, depth)
+// and b of (depth, cols); or out + a @ b with `add`, which excludes the others. out and mask are
+// contiguous; bias has one value per column. With a `step` the product is that parameter's
+// gradient, and out is undefined afterwards. Bias, mask and step may be null. The right operand may
+// be narrower if everything else has the accumulation type.
 template <typename T, typename Right = T>
 struct Gemm {
   int64_t rows;
@@ -96,9 +94,8 @@ struct Gemm {
   bool add = false;
 };
 
-// The part of the output that one call computes, of at most kGemmRows x kGemmCols: its share of the
-// left operand stays in the second-level cache, and packing the right one is a small part of the
-// work.
+// The part of the output that one call computes, at most kGemmRows x kGemmCols: its part of the
+// left operand stays in the L2 cache, and packing the right one is little of the work.
 struct GemmBlock {
   Range rows;
   Range cols;
@@ -106,7 +103,7 @@ struct GemmBlock {
 constexpr int64_t kGemmRows = 256;
 constexpr int64_t kGemmCols = 512;
 
-// Few enough columns for their sums to stay in the nearest cache.
+// Few enough columns for their sums to stay in the L1 cache.
 constexpr int64_t kColumnSums = 1024;
 
 constexpr int64_t kNoBadTarget = INT64_MAX;
@@ -116,19 +113,19 @@ struct Kernels {
   // out[r, c] = max(out[r, c] + bias[c], 0) for rows [begin, end); bias may be null.
   void (*bias_relu)(T* out, const T* bias, int64_t cols, int64_t begin, int64_t end);
 
-  // The sum over rows added to sums, for a block of at most kColumnSums columns of rows that are
-  // `stride` apart.
+  // Adds the sums over rows to `sums`, for at most kColumnSums columns; rows are `stride` apart.
   void (*column_sums)(double* sums, const T* grad, int64_t rows, int64_t cols, int64_t stride);
   // grad_linear = output > 0 ? grad : 0, and its column_sums (`sums` may be null).
   void (*relu_backward)(T* grad_linear, double* sums, const T* grad, const T* output, int64_t rows,
                         int64_t cols, int64_t stride);
 
-  // `scratch` is of gemm_scratch bytes, aligned to a cache line, and no other call's meanwhile.
+  // `scratch` has gemm_scratch bytes, aligned to a cache line, and is used by this call alone.
   void (*gemm)(const Gemm<T>& args, const GemmBlock& block, void* scratch);
   int64_t gemm_scratch;
-  // Whether gemm() packs its operands, rather than read them where they are.
+  // Whether gemm() packs its operands instead of reading them in place.
   bool (*gemm_packs)(const Gemm<T>& args);
-  // The same with everything but the right operand as wide as the sums; its scratch is theirs.
+  // The same with everything but the right operand in the accumulation type, whose scratch it
+  // takes.
   void (*wide_gemm)(const Gemm<accum<T>, T>& args, const GemmBlock& block, void* scratch);
 
   // For the rows at positions [begin, end).
@@ -140,16 +137,16 @@ struct Kernels {
   // writes each row's loss, unless `losses` is null, and adds to `sums`.
   int64_t (*cross_entropy)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
                            const KeptRows<T>& kept, T* losses, LossSums& sums);
-  // grad_output holds one value, or one per row; `scale` multiplies it. Where T keeps the gradient,
-  // that takes the place of the logits, and is multiplied by grad_output alone: max, log_sum and
-  // scale, which are not looked at, nor targets' range. `grad_input` may be where the logits are.
+  // grad_output holds one value, or one per row; `scale` multiplies it. If T keeps the gradient,
+  // that is passed as the logits and only multiplied by grad_output: max, log_sum, scale and the
+  // targets' range are ignored. `grad_input` may alias the logits.
   int64_t (*cross_entropy_backward)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
                                     const accum<T>* max, const accum<T>* log_sum,
                                     const T* grad_output, bool grad_per_row, double scale,
                                     T* grad_input);
 
-  // For the rows [begin, end) of the block, whose targets are in range or none: what isn't null.
-  // The backward reads the log-sum-exps instead, and writes the gradient alone.
+  // Computes the block's wanted results for rows [begin, end), whose targets are in range or
+  // ignored. The backward reads the log-sum-exps and only writes the gradient.
   void (*logit_block)(const LogitBlock<accum<T>>& block, int64_t begin, int64_t end);
   void (*logit_block_backward)(const LogitBlock<accum<T>>& block, int64_t begin, int64_t end);
 
@@ -157,7 +154,7 @@ struct Kernels {
   // other than 1 the gradient is divided by it and written back.
   void (*sgd_step)(T* param, T* grad, T* momentum_buffer, int64_t n, const SGDOptions& options,
                    double grad_scale);
-  // The same with a momentum buffer of what T is computed in.
+  // The same with a momentum buffer in the accumulation type.
   void (*sgd_step_wide)(T* param, T* grad, accum<T>* momentum_buffer, int64_t n,
                         const SGDOptions& options, double grad_scale);
 };

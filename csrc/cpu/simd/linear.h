@@ -14,7 +14,7 @@ inline vec<A> relu(vec<A> x) {
   return x <= 0 ? vec<A>{} : x;
 }
 
-// The ReLU's backward: a gradient by the ReLU's output.
+// The ReLU's backward, from the ReLU's output.
 template <typename A>
 inline vec<A> masked(vec<A> grad, vec<A> output) {
   return output <= 0 ? vec<A>{} : grad;
@@ -41,9 +41,9 @@ FASTNN_KERNEL void bias_relu(T* out, const T* bias, int64_t cols, int64_t begin,
   }
 }
 
-// Adds a block's sums over rows to `sums`, unless that is null; value(i, n) makes the n values from
-// index i on. Sums are taken over short blocks of rows, and over the blocks in double: a column's
-// error grows with the block, not with the number of rows.
+// Adds the sums over rows to `sums` unless that is null; value(i, n) gives the n values from index
+// i on. Short blocks of rows are summed first, and the blocks in double: a column's error grows
+// with the block, not with the number of rows.
 template <typename A, typename F>
 inline void sum_wide_rows(double* sums, int64_t rows, int64_t cols, int64_t stride, F value) {
   constexpr int64_t kBlock = 64, kGroup = 4;
@@ -68,8 +68,8 @@ inline void sum_wide_rows(double* sums, int64_t rows, int64_t cols, int64_t stri
   }
 }
 
-// Rows of few columns, in one piece: `cols` vectors hold as many rows as a vector has lanes, and
-// the next ones have the same columns in the same lanes.
+// The same for contiguous rows of few columns: `cols` vectors hold as many rows as a vector has
+// lanes, and the next ones have the same columns in the same lanes.
 template <typename A, typename F>
 inline void sum_narrow_rows(double* sums, int64_t rows, int64_t cols, F value) {
   constexpr int64_t kBlock = 64;

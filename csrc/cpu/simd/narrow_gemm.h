@@ -1,5 +1,5 @@
 // Products of many short rows with few columns: a vector's lanes are rows. Tiles, whose lanes are
-// columns, would leave most of them empty.
+// columns, would leave most lanes empty.
 #pragma once
 
 #include "cpu/simd/gemm_epilogue.h"

@@ -7,21 +7,21 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// Rows of fewer elements than this are worth a transposition: alone they would leave most lanes of
-// their last vector, if not of their only one, empty.
+// Rows of fewer elements than this are worth transposing: alone they would leave most lanes of
+// their last or only vector empty.
 template <typename A>
 constexpr int64_t kShortRow = 4 * kLanes<A>;
 
-// Calls f(first, n) for blocks of n columns that cover them all: kLanes of them, or all where there
-// are fewer. The last block starts early rather than end past the row.
+// Calls f(first, n) for blocks of n columns that cover them all: kLanes columns each, or all if
+// there are fewer. The last block overlaps the one before, so that it doesn't end past the row.
 template <typename A, typename F>
 inline void for_each_block(int64_t cols, F f) {
   const int64_t n = std::min(kLanes<A>, cols);
   for (int64_t c = 0; c < cols; c += n) f(std::min(c, cols - n), n);
 }
 
-// From vectors that hold rows of Cols elements, one after the other, to their columns, and back.
-// Cols is a power of two: even and odd elements are rows of half as many.
+// Convert vectors of consecutive rows of Cols elements to the rows' columns, and back. Cols is a
+// power of two: the even and the odd elements form rows of half the length.
 template <typename A, int64_t Cols>
 inline void deinterleave(vec<A> (&v)[Cols]) {
   if constexpr (Cols > 1) {
@@ -61,7 +61,7 @@ inline void interleave(vec<A> (&v)[Cols]) {
   }
 }
 
-// Calls f with `cols` as a constant where whole vectors of rows are interleaved; says whether.
+// Calls f with `cols` as a constant if vectors of such rows can be interleaved; returns whether.
 template <typename F>
 inline bool with_interleaved(int64_t cols, F f) {
   if (cols == 1) return f(std::integral_constant<int64_t, 1>()), true;
@@ -71,7 +71,7 @@ inline bool with_interleaved(int64_t cols, F f) {
   return false;
 }
 
-// kLanes rows of at most kShortRow elements, [column][row], in the type of the sums.
+// kLanes rows of at most kShortRow elements, [column][row], in the accumulation type.
 template <typename A>
 struct TransposedRows {
   alignas(kVectorBytes) A values[kShortRow<A> * kLanes<A>];
@@ -80,7 +80,7 @@ struct TransposedRows {
     return values + col * kLanes<A>;
   }
 
-  // Lanes past `count` repeat the first row: memory that may be read.
+  // Lanes past `count` repeat the first row, which may be read.
   template <typename T>
   void load_rows(const T* rows, int64_t stride, int64_t cols, int64_t count) {
     const auto load_interleaved = [&]<int64_t Cols>(std::integral_constant<int64_t, Cols>) {
@@ -104,7 +104,7 @@ struct TransposedRows {
       for (int64_t i = 0; i < kLanes<A>; ++i) store(at(first + i), block[i]);
     });
   }
-  // Into rows in one piece.
+  // Stores into contiguous rows.
   template <typename T>
   void store_rows(T* rows, int64_t cols, int64_t count) {
     const auto store_interleaved = [&]<int64_t Cols>(std::integral_constant<int64_t, Cols>) {

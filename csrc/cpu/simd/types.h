@@ -1,5 +1,5 @@
-// Storage types, the type each is summed in, and the layout of rows: what the SIMD kernels and
-// their launchers share. No ATen here: the kernels take raw pointers and sizes.
+// Storage types, their accumulation types and the layout of rows, for the SIMD kernels and their
+// launchers. No ATen here: the kernels take raw pointers and sizes.
 #pragma once
 
 #include <cstdint>

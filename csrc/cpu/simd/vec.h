@@ -18,11 +18,11 @@
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
 // Everything a kernel calls is inlined into it: a call in its loop would spill all vectors to
-// memory and load every constant again.
+// memory and reload every constant.
 #define FASTNN_KERNEL __attribute__((flatten))
 
-// Wider vectors than the target has are split by the compiler: the tests run AVX-512's so, on
-// machines without it.
+// The compiler splits vectors that are wider than the target's, which lets the tests run AVX-512's
+// width on machines without it.
 #if !defined(FASTNN_VECTOR_BYTES)
 #if defined(__AVX512F__)
 #define FASTNN_VECTOR_BYTES 64
@@ -47,7 +47,7 @@ struct vec_of<double> {
   typedef int64_t ints __attribute__((vector_size(kVectorBytes)));
 };
 
-// Vectors of the accumulation type A, and of integers as wide: the type of a comparison.
+// Vectors of the accumulation type A, and of integers of its width: the type of a comparison.
 template <typename A>
 using vec = typename vec_of<A>::type;
 template <typename A>
@@ -84,7 +84,7 @@ inline vec<A> broadcast(A value) {
   return value - vec<A>{};  // not value + 0, which would turn -0.0 into 0.0
 }
 
-// ---- bfloat16 and float16 from and to float32: integer arithmetic that any target has ----
+// ---- bfloat16 and float16 from and to float32, in integer arithmetic that any target has ----
 
 typedef uint32_t bits32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t bits16 __attribute__((vector_size(kVectorBytes / 2)));
@@ -93,7 +93,7 @@ inline bits32 select(bits32 condition, bits32 yes, bits32 no) {
   return condition ? yes : no;
 }
 
-// Zeros above each element's bits. On x86 that is one instruction, for which GCC 12 takes four.
+// Zero-extends each element. On x86 that takes one instruction, where GCC 12 emits four.
 inline bits32 zero_extend(bits16 bits) {
 #if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
   return (bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);  // a mask as in vec_max
@@ -121,7 +121,7 @@ inline vec<float> widen(bits16 half, float16) {
   const bits32 magnitude = (bits & 0x7fff) << 13;
   const bits32 normal = magnitude + ((127 - 15) << 23);
   const bits32 special = magnitude + ((255 - 31) << 23);  // infinity and NaN
-  // A subnormal is its mantissa times 2^-24: set as the mantissa of 2^-14, which is then taken off.
+  // A subnormal is its mantissa times 2^-24: make it the mantissa of 2^-14, then subtract that.
   const bits32 smallest_normal = bits32{} + (113u << 23);
   const bits32 subnormal =
       (bits32)((vec<float>)(magnitude + smallest_normal) - (vec<float>)smallest_normal);
@@ -172,7 +172,7 @@ inline void store(T* to, vec<accum<T>> value) {
   }
 }
 
-// What is loaded of a value that is stored as T.
+// The value that is loaded again after a store as T.
 template <typename T>
 inline vec<accum<T>> rounded(vec<accum<T>> value) {
   if constexpr (sizeof(T) == sizeof(accum<T>)) {
@@ -182,7 +182,7 @@ inline vec<accum<T>> rounded(vec<accum<T>> value) {
   }
 }
 
-// All bits of the first n lanes.
+// All bits set in the first n lanes, none in the others.
 template <typename A>
 inline ints<A> first_lanes(int64_t n) {
   const ints<A> lane = ints_of<A>([](size_t i) { return static_cast<lane_int<A>>(i); });
@@ -195,7 +195,7 @@ inline vec<A> first_lanes(vec<A> value, int64_t n, A fill) {
   return first_lanes<A>(n) ? value : broadcast(fill);
 }
 
-// Copies n < 2 * Lanes elements in pieces of constant size: a call of memcpy costs more than a
+// Copies n < 2 * Lanes elements in pieces of constant size: a call to memcpy costs more than a
 // row's tail.
 template <int64_t Lanes, typename T>
 inline void copy_few(T* to, const T* from, int64_t n) {
@@ -207,9 +207,9 @@ inline void copy_few(T* to, const T* from, int64_t n) {
   }
 }
 
-// Loads and stores of the first n <= kLanes elements; the lanes past them are zero. Masked
-// instructions touch no memory past them. AVX2's masked store is no gain: AMD's processors take
-// tens of cycles for it.
+// Load and store the first n <= kLanes elements; a load zeroes the other lanes. Masked instructions
+// touch no memory past the elements. AVX2's masked store isn't used: it takes tens of cycles on AMD
+// CPUs.
 #if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
 inline __mmask16 first_lanes_mask(int64_t n) {
   return static_cast<__mmask16>((1u << n) - 1);
@@ -277,12 +277,12 @@ inline void store_scalar(T* to, accum<T> value) {
 
 // ---- arithmetic ----
 
-// a > b ? a : b, and so b where either is NaN. On x86 that is one instruction, which the compiler
-// does not find by itself.
+// a > b ? a : b, hence b if either is NaN. On x86 that is one instruction, which the compiler
+// doesn't find by itself.
 template <typename A>
 inline vec<A> vec_max(vec<A> a, vec<A> b) {
 #if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  // The whole mask: GCC's plain form warns of an operand that it leaves undefined.
+  // A full mask, because GCC warns of an undefined operand in its unmasked intrinsic.
   if constexpr (sizeof(A) == 4) return _mm512_maskz_max_ps(0xffff, a, b);
   if constexpr (sizeof(A) == 8) return _mm512_maskz_max_pd(0xff, a, b);
 #elif FASTNN_VECTOR_BYTES == 32 && defined(__AVX2__)
@@ -303,7 +303,7 @@ inline vec<A> vec_add(vec<A> a, vec<A> b) {
 
 // ---- across lanes ----
 
-// Lane i of the result is lane Index(i) of a, or, from kLanes on, of b.
+// Lane i of the result is lane index(i) of a or, from kLanes on, of b.
 template <typename A, typename Index, size_t... I>
 inline vec<A> shuffle(vec<A> a, vec<A> b, Index index, std::index_sequence<I...>) {
 #if __has_builtin(__builtin_shufflevector)
@@ -335,7 +335,7 @@ inline void transpose(vec<A> (&rows)[kLanes<A>]) {
   if constexpr (Distance > 1) transpose<A, Distance / 2>(rows);
 }
 
-// Combines all lanes, by halves; the result stands in every lane.
+// Combines all lanes by halves; every lane holds the result.
 template <typename A, int Distance = kLanes<A> / 2, typename Combine>
 inline vec<A> reduce(vec<A> value, Combine combine) {
   value = combine(value, shuffle<A>(value, value, [](int i) { return i ^ Distance; }));
@@ -394,8 +394,8 @@ struct ExpParts {
   ints<A> exponent;  // n as an integer
 };
 
-// With n = round(x / ln 2) and |r| <= ln(2) / 2, where the Taylor polynomial of the given degree is
-// exact to less than a tenth of a unit in the last place.
+// Takes n = round(x / ln 2), so that |r| <= ln(2) / 2, where the Taylor polynomial of this degree
+// is accurate to less than a tenth of a unit in the last place.
 template <typename A>
 inline ExpParts<A> exp_parts(vec<A> x) {
   using K = ExpConstants<A>;
@@ -405,20 +405,20 @@ inline ExpParts<A> exp_parts(vec<A> x) {
   vec<A> polynomial = broadcast(inverse_factorial<A>(K::degree));
 #pragma GCC unroll 16
   for (int k = K::degree - 1; k >= 0; --k) polynomial = polynomial * r + inverse_factorial<A>(k);
-  // The rounder's own bits taken off, what is left of `rounded` is the integer n.
+  // The bits of `rounded` minus those of the rounder are the integer n.
   return {polynomial, n, (ints<A>)rounded - (ints<A>)broadcast(K::rounder)};
 }
 
-// 2^exponent, of a normal number.
+// 2^exponent, which must be a normal number.
 template <typename A>
 inline vec<A> power_of_two(ints<A> exponent) {
   using K = ExpConstants<A>;
   return (vec<A>)((exponent + K::exponent_bias) << K::mantissa_bits);
 }
 
-// 2^n * polynomial where `is_zero` doesn't say that it is 0: to let such a product underflow costs
-// the processor a hundred cycles. AVX-512 has an instruction for it; elsewhere it takes two
-// factors, 2^first and the rest, since no normal power of two reaches subnormal results, nor 2^128.
+// 2^n * polynomial, or 0 where `is_zero` is set: letting such a product underflow would cost a
+// hundred cycles. AVX-512 has an instruction for it; elsewhere it takes two factors, 2^first and
+// the rest, since no single normal power of two reaches subnormal results or 2^128.
 template <typename A>
 inline vec<A> combine(const ExpParts<A>& exp, ints<A> is_zero, [[maybe_unused]] ints<A> first) {
 #if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
@@ -436,11 +436,11 @@ inline vec<A> combine(const ExpParts<A>& exp, ints<A> is_zero, [[maybe_unused]] 
 #endif
 }
 
-// exp(x) of x <= 0, all that a softmax takes; NaN stays NaN.
+// exp(x) for x <= 0, all that a softmax needs; NaN stays NaN.
 template <typename A>
 inline vec<A> exp_nonpositive(vec<A> x) {
   using K = ExpConstants<A>;
-  x = vec_max<A>(broadcast(K::lowest), x);  // its exponent fits an integer, if not a result
+  x = vec_max<A>(broadcast(K::lowest), x);  // so that the exponent fits an integer
   const ExpParts<A> parts = exp_parts<A>(x);
   return combine<A>(parts, x <= K::lowest, parts.exponent + K::exponent_bias / 2);
 }
@@ -473,7 +473,7 @@ inline vec<A> log(vec<A> x) {
   vec<A> series = broadcast(A(1) / (2 * kLogTerms<A> - 1));
 #pragma GCC unroll 16
   for (int k = kLogTerms<A> - 1; k > 0; --k) series = series * s2 + A(1) / (2 * k - 1);
-  // An integer in the rounder's lowest bits is that integer's float, less the rounder.
+  // Adding an integer to the rounder's bits, then subtracting the rounder, converts it to float.
   const vec<A> e = (vec<A>)((ints<A>)broadcast(K::rounder) + exponent) - K::rounder;
   const vec<A> tail = e * K::ln2_low + (x - x);  // x - x: NaN stays NaN
   return e * K::ln2_high + (2 * s * series + tail);
