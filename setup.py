@@ -37,7 +37,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 try:
     import torch
-except (ImportError, OSError) as error:  # OSError: one of its libraries is missing
+except (ImportError, OSError) as error:  # OSError: a library of torch is missing
     fail(
         f"torch can't be imported while building ({error}); install it and build without "
         "isolation: `pip install torch setuptools ninja && pip install --no-build-isolation .`"
@@ -48,11 +48,11 @@ TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 if TORCH_VERSION < OLDEST_TORCH:
     fail(f"torch {torch.__version__} is too old; install torch 2.9 or newer, then fastnn.")
 
-# What is built fits this torch alone: the installed version and the folder of the objects name it.
+# A build fits this torch only: the installed version and the object folder's name include it.
 TORCH_TAG = f"torch{torch.__version__.replace('+', '.')}"
 BUILD_FOLDER = Path("build", f"{sys.implementation.cache_tag}-{TORCH_TAG}")
 
-# torch starts ninja by its name, and pip has put it beside the interpreter.
+# torch runs ninja by name; pip installs it next to the interpreter.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
 
 
@@ -62,7 +62,7 @@ from build_support import cuda_toolkit, instruction_sets  # noqa: E402
 
 
 def find_toolkit() -> cuda_toolkit.Toolkit | None:
-    """The toolkit to build the CUDA part with, or None; as FASTNN_CUDA says."""
+    """The toolkit for the CUDA part, or None; FASTNN_CUDA decides."""
     choice = os.environ.get("FASTNN_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         fail(f"FASTNN_CUDA must be auto, 0 or 1, not {choice!r}.")
@@ -80,7 +80,7 @@ def find_toolkit() -> cuda_toolkit.Toolkit | None:
 
 TOOLKIT = find_toolkit()
 if TOOLKIT is not None:
-    # Before torch looks for a toolkit itself, as it does when this is imported:
+    # Set before the import, during which torch looks for a toolkit itself.
     os.environ["CUDA_HOME"] = str(TOOLKIT.home)
     os.environ["TORCH_CUDA_ARCH_LIST"] = TOOLKIT.architectures
 from torch.utils import cpp_extension  # noqa: E402
@@ -89,12 +89,12 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 if TOOLKIT is not None:
     try:
         cpp_extension._get_cuda_arch_flags()
-    except ValueError as error:  # a name that nvcc knows, or may know, and this torch doesn't
+    except ValueError as error:  # a name that nvcc (perhaps) knows and this torch doesn't
         fail(f"TORCH_CUDA_ARCH_LIST is {TOOLKIT.architectures!r}, which torch refuses: {error}.")
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
-# -fopenmp without linking a runtime: the symbols resolve to the OpenMP runtime that torch itself
-# loaded, so that torch.set_num_threads() holds here and no second thread pool is started.
+# -fopenmp without linking a runtime: the symbols resolve to the OpenMP runtime that torch loaded,
+# so torch.set_num_threads() applies here and no second thread pool is started.
 TORCH_FLAGS = [*COMMON_FLAGS, "-fopenmp", "-Wno-unused-parameter"]
 
 
@@ -103,12 +103,12 @@ def simd_targets() -> dict[str, list[str]]:
 
 
 class BuildFastnn(BuildExtension):
-    """Compiles the SIMD kernels with flags of their own, then the extension; records the build."""
+    """Compiles the SIMD kernels with their own flags, then the extension; records the build."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # A folder that stays, so that a second build compiles only what changed; an editable
-        # installation would take another each time.
+        # A fixed folder, so that the next build only compiles what changed; an editable install
+        # would use a new one each time.
         self.build_temp = str(BUILD_FOLDER / "temp")
 
     def build_extensions(self) -> None:
@@ -126,7 +126,7 @@ class BuildFastnn(BuildExtension):
             )
         if shutil.which("ninja") is None:
             print("fastnn: ninja was not found; one file is compiled after the other, all anew.")
-        compiler_version()  # or the build ends, before the first file
+        compiler_version()  # fails before the first file is compiled
         if len(compiler_command()) > 1:
             make_one_word(compiler_command())
         elif "CXX" in os.environ:
@@ -174,13 +174,13 @@ def simd_command(compiler: list[str], target: str, output: Path) -> list[str]:
     return [*compiler, *flags, *dependencies, "-c", instruction_sets.SOURCE, "-o", str(output)]
 
 
-# What ninja prints for a file: its number and a command, which is long.
+# What ninja prints for each file: its number and a long command.
 COMMAND = re.compile(r"(\[\d+/\d+\]) .*(csrc/\S+\.(?:cpp|cu))\b.*")
 
 
 @contextmanager
 def one_line_per_file() -> Iterator[None]:
-    """Shortens each command that is printed to its number and its file."""
+    """Shortens each command that is printed to its number and file."""
     output = os.dup(1)
     reading, writing = os.pipe()
     os.dup2(writing, 1)
@@ -197,12 +197,12 @@ def one_line_per_file() -> Iterator[None]:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(output, 1)  # which ends the pipe
+        os.dup2(output, 1)  # ends the pipe
         thread.join()
 
 
 def is_up_to_date(output: Path, command: list[str]) -> bool:
-    """Whether an object comes of this command, and is newer than all that it was compiled from."""
+    """Whether an object comes from this command and is newer than all of its sources."""
     rule, earlier = output.with_suffix(".d"), output.with_suffix(".command")
     if not (output.exists() and rule.exists() and earlier.exists()):
         return False
@@ -217,16 +217,16 @@ def is_up_to_date(output: Path, command: list[str]) -> bool:
 
 @cache
 def compiler_command() -> list[str]:
-    """The C++ compiler that torch's build will use: CXX, or c++ or g++."""
+    """The C++ compiler that torch's build will use: CXX, else c++ or g++."""
     try:
         command = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
         fail(f"CXX is {os.environ['CXX']!r}, which is no command ({error}).")
     if not command:
-        os.environ.pop("CXX", None)  # set to nothing, torch would call nothing
+        os.environ.pop("CXX", None)  # torch would take an empty CXX as the compiler
         command = ["c++" if shutil.which("c++") else "g++"]
     if os.path.dirname(command[0]):
-        command[0] = os.path.abspath(command[0])  # ninja runs elsewhere
+        command[0] = os.path.abspath(command[0])  # ninja runs in another folder
     if shutil.which(command[0]) is None:
         fail(
             f"no C++ compiler ({command[0]}) was found; install one (Debian and Ubuntu: "
@@ -249,16 +249,16 @@ def compiler_version() -> str:
 
 
 def make_one_word(command: list[str]) -> None:
-    """Puts a program into CXX that runs the command: torch takes CXX for one word."""
+    """Points CXX to a script that runs the command: torch takes CXX as one word."""
     folder = BUILD_FOLDER.resolve() / "bin"
     folder.mkdir(parents=True, exist_ok=True)
     script = f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n'
-    program = folder / f"c++-{crc32(script.encode()):08x}"  # another command: all is compiled anew
+    program = folder / f"c++-{crc32(script.encode()):08x}"  # another command recompiles everything
     program.write_text(script)
     program.chmod(0o755)
     os.environ["PATH"] = os.pathsep.join([str(folder), os.environ["PATH"]])
     os.environ["CXX"] = program.name
-    os.environ["TORCH_NO_COMPILER_WRAPPER"] = "1"  # ccache, if it is wanted, is in the command
+    os.environ["TORCH_NO_COMPILER_WRAPPER"] = "1"  # the command includes ccache if it is wanted
 
 
 def extension() -> Extension:
@@ -273,12 +273,12 @@ def extension() -> Extension:
 
 
 def version() -> str:
-    """fastnn's own, and the torch that it is built for."""
+    """fastnn's version, with the torch that it is built for."""
     source = Path("fastnn/__init__.py").read_text()
     own = re.search(r'^__version__ = "(.+)"', source, re.MULTILINE)[1]
     if "sdist" in sys.argv:
         return own
-    # pip refuses a source distribution, where PKG-INFO lies, that is built as another version.
+    # pip rejects a source distribution, which has a PKG-INFO, that is built as another version.
     local = os.environ.get("FASTNN_LOCAL_VERSION", "" if Path("PKG-INFO").exists() else TORCH_TAG)
     if not re.fullmatch(r"([a-zA-Z0-9]+([._-][a-zA-Z0-9]+)*)?", local):
         fail(f"FASTNN_LOCAL_VERSION must be letters, digits and dots, not {local!r}.")

@@ -1,7 +1,7 @@
 """fastnn: fused neural-network training kernels for PyTorch.
 
 Import the layers, losses and the optimizer from here and train as before; the numbers are
-PyTorch's, the time is not:
+PyTorch's, only faster:
 
 >>> import torch, fastnn
 >>> model = torch.nn.Sequential(fastnn.nn.LinearReLU(8, 4), torch.nn.Linear(4, 3))

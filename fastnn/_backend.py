@@ -1,6 +1,6 @@
-"""``torch.compile(model, backend="fastnn")``: our operators in the graph of any forward.
+"""``torch.compile(model, backend="fastnn")``: puts our operators into the graph of any forward.
 
-Dynamo, which traces the forward, finds this backend by the package's entry point.
+Dynamo, which traces the forward, finds this backend through the package's entry point.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 
 
 def _log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """With the signature of torch.log_softmax."""
+    """Takes the arguments of torch.log_softmax."""
     return functional.log_softmax(input, dim, dtype=dtype)
 
 
@@ -32,11 +32,11 @@ _FUNCTIONS: dict[Callable[..., Any] | str, Callable[..., Any]] = {
 
 
 def fastnn(graph_module: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """A backend for torch.compile, which runs the graph eagerly with our operators in it.
+    """A backend for torch.compile that runs the graph eagerly with our operators in it.
 
     Args:
-        graph_module: what Dynamo has traced, in functions of torch and methods of tensors.
-        example_inputs: not looked at; the operators take any shape.
+        graph_module: the traced graph: functions of torch and methods of tensors.
+        example_inputs: unused; the operators take any shape.
 
     Returns:
         The graph as a function.
@@ -53,20 +53,21 @@ def _put_operators_into(graph: fx.Graph) -> None:
         if node.target in _FUNCTIONS and "out" not in node.kwargs:
             node.op, node.target = "call_function", _FUNCTIONS[node.target]
         elif node.target in _RELUS and (linear := _linear_before(node)):
-            # In the Linear's place: what is between may change its input.
+            # The operator goes where the Linear was: the nodes in between may change the Linear's
+            # input.
             linear.target = functional.linear_relu
             node.replace_all_uses_with(linear)
             graph.erase_node(node)
 
 
 def _linear_before(relu: fx.Node) -> fx.Node | None:
-    """The Linear whose output a ReLU alone takes, under the same modes."""
+    """The Linear whose output only this ReLU uses, run under the same modes."""
     node = relu.args[0] if relu.args else relu.kwargs.get("input")
     if not isinstance(node, fx.Node) or node.target is not functional.linear or len(node.users) > 1:
         return None
     between = node.next
     while between is not relu:
-        # What enters or leaves no_grad, autocast and the like gives no value.
+        # Nodes that enter or leave no_grad, autocast and the like produce no value.
         if between.meta.get("example_value") is None:
             return None
         between = between.next

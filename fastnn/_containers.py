@@ -1,9 +1,9 @@
-"""Modules that run their Linear layers and the ReLUs behind them as one operator, where nothing
-sees what lies between them.
+"""Modules that run their Linear layers and the ReLUs after them as one operator, unless something
+observes the values in between.
 
-The layers stay PyTorch's own. Their container gets a class that looks at them at each call: a layer
-that is hooked, exchanged, parametrized or compiled is run by itself from then on, and a layer that
-the program runs alone is the stock layer.
+The layers stay PyTorch's own. Their container gets a class that checks them at each call: a layer
+that has been hooked, replaced, parametrized or compiled runs by itself from then on, and a layer
+that the program calls directly is the stock layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 class Block(NamedTuple):
-    """A class with a method that runs a Linear and, on its output alone, an activation."""
+    """A class with a method that runs a Linear and passes its output only to an activation."""
 
     module: str
     name: str
@@ -51,7 +51,8 @@ _BLOCKS = (
 
 
 def linears_run_by(container: Module) -> list[tuple[str, Module, str]]:
-    """The Linears that a container runs, each with its path from there and why it is left."""
+    """The Linears that a container runs: each with its path from there, and why it can't be
+    fused."""
     kind = stock_class(type(container))
     block = _block_of(kind)
     if _torch.has_own_forward(container) or (block and block.method in vars(container)):
@@ -67,13 +68,13 @@ def linears_run_by(container: Module) -> list[tuple[str, Module, str]]:
 
 
 def is_fused(container: Module) -> bool:
-    """Whether its class runs layers by our operators."""
-    # A scripted module's class has no forward.
+    """Whether the container's class runs layers through our operators."""
+    # The class of a scripted module has no forward.
     return isinstance(container, Fused) or getattr(type(container), "forward", None) is run_row
 
 
 def can_be_fused(container: Module) -> bool:
-    """Whether it runs a layer that may be ours; hooks may be gone when it is called."""
+    """Whether it runs a layer that could be fused; hooks are checked at each call, not here."""
     kind = stock_class(type(container))
     block = _block_of(kind)
     return any(
@@ -83,7 +84,7 @@ def can_be_fused(container: Module) -> bool:
 
 
 def row_of(sequential: Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Paths and modules that a Sequential runs in a row, with those of Sequentials inside of it."""
+    """Paths and modules that a Sequential runs in order, nested Sequentials included."""
     for name, module in _torch.submodules(sequential).items():
         if (
             isinstance(module, Sequential)
@@ -106,7 +107,7 @@ def runs_a_row(kind: type) -> bool:
 
 
 def _block_of(kind: type) -> Block | None:
-    """The block whose methods a class has unchanged."""
+    """The block that a class derives from without changing its methods."""
     for block in _BLOCKS:
         known = getattr(sys.modules.get(block.module), block.name, None)
         if known is not None and issubclass(kind, known):
@@ -120,12 +121,12 @@ def _block_of(kind: type) -> Block | None:
 
 
 def is_relu(follower: object) -> bool:
-    """Whether what runs next is PyTorch's ReLU, a module or a function."""
+    """Whether an activation is PyTorch's ReLU, as a module or a function."""
     return type(follower) is ReLU or follower in _RELU_FUNCTIONS
 
 
 def _why_apart(linear: Module, follower: object) -> str:
-    """Why a block's Linear and its activation can't be one operator now; empty where they can."""
+    """Why a block's Linear and its activation can't be one operator now; empty if they can."""
     if not is_relu(follower):
         name = getattr(follower, "__name__", type(follower).__name__)
         return f"followed by {name}, not by ReLU"
@@ -136,21 +137,21 @@ def _why_apart(linear: Module, follower: object) -> str:
 
 
 def _why_left(linear: Module) -> str:
-    """Why a Linear can't be run by our operator now; empty where it can."""
+    """Why our operator can't run a Linear now; empty if it can."""
     if type(linear) is not Linear:
         return "a subclass of Linear, whose forward may be its own"
     return why_not_plain(linear)
 
 
 def why_not_plain(linear: Module) -> str:
-    """Why a Linear is more than its weight and bias now; empty where it is not."""
+    """Why a Linear is more than its weight and bias now; empty if it isn't."""
     if _torch.is_observed(linear):
         return "hooks or a forward of its own on it"
     parameters, own = _torch.parameters(linear), vars(linear)
     for name in ("weight", "bias"):
         if name not in parameters or name in own:
-            return f"its {name} is no parameter of its own"
-        # The compiler exports tensors of its own classes.
+            return f"its {name} is not one of its parameters"
+        # torch.export uses tensor classes of its own.
         if type(parameters[name]) not in _PLAIN and not is_compiling():
             return f"its {name} is no plain parameter"
     return ""
@@ -160,25 +161,25 @@ _PLAIN = (Parameter, Tensor, type(None))
 
 
 def why_all_apart() -> str:
-    """Why no container may run anything fused now, nor the modules of another by themselves."""
+    """Why no container may fuse anything now; empty if it may."""
     if _torch.has_global_hooks():
         return "hooks on all modules"
-    if is_compiling():  # which sees what is called, and can't trace the rest
+    if is_compiling():  # Dynamo traces the calls themselves, and can't trace the checks below
         return ""
     if _torch.has_modes():
-        return "a mode sees PyTorch's functions"
+        return "a torch function or dispatch mode is active"
     if _in_use() != _STOCK:
-        return "PyTorch's functions are replaced, as by torch.fx"
+        return "PyTorch's functions have been replaced, for example by torch.fx"
     return ""
 
 
 def _in_use() -> tuple[Callable[..., Any], ...]:
-    """What a row of modules calls."""
+    """The functions that a row of modules calls."""
     called = (Sequential.forward, Linear.forward, ReLU.forward, F.linear, F.relu, torch.relu)
     return (*called, *_torch.call_methods(Linear), *_torch.call_methods(ReLU))
 
 
-# None for what has been replaced before fastnn was imported: nothing is that.
+# None, which equals no function, for one that was replaced before fastnn was imported.
 _STOCK = tuple(one if _torch.is_its_own(one) else None for one in _in_use())
 
 
@@ -186,7 +187,7 @@ _STOCK = tuple(one if _torch.is_its_own(one) else None for one in _in_use())
 
 
 def run_row(self: Sequential, input: Any) -> Any:
-    """The forward of a fused ``Sequential``: Linears and ReLUs in a row become one operator."""
+    """The forward of a fused ``Sequential``: runs Linears and ReLUs in a row as one operator."""
     if why_all_apart():
         return Sequential.forward(self, input)
     chain: list[Linear] = []
@@ -219,7 +220,8 @@ def _run_pair(layer: Linear, input: Tensor) -> Tensor:
 
 
 class _WithoutReLU:
-    """A block as its own method sees it: the Linear applies the ReLU, the activation nothing."""
+    """A block as its own method sees it: the Linear includes the ReLU, the activation does
+    nothing."""
 
     def __init__(self, module: Module, block: Block) -> None:
         self._module = module
@@ -244,36 +246,37 @@ def _run_block(method: Callable[..., Any], block: Block) -> Callable[..., Any]:
 
 
 class Fused(Module):
-    """Beside a container's own class; copies and pickles of the container have it too."""
+    """Marks the class of a fused container; copies and pickles of the container keep it."""
 
     def __init_subclass__(cls) -> None:
-        """Not the program's own: this is no class of the program's."""
+        """Skips the user class's own __init_subclass__ hook."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         reduced = super().__reduce_ex__(2)
         if isinstance(reduced, str) or getattr(reduced[0], "__name__", "") != "__newobj__":
-            return reduced  # the program's own way; what it makes is not fused
+            return reduced  # the user class's own reduction; what it rebuilds is not fused
         return _new, (stock_class(type(self)),), *reduced[2:]
 
     def __prepare_scriptable__(self) -> Module:
-        """What torch.jit.script reads instead: its compiler knows PyTorch's own class."""
+        """What torch.jit.script compiles instead: it only knows PyTorch's own class."""
         return as_stock(self, stock_class(type(self)))
 
 
 def as_stock(module: Module, kind: type[Module]) -> Module:
-    """A copy of another class over the same children."""
+    """A copy with another class, over the same children."""
     stock = _torch.copy_with_own_children(module)
     stock.__class__ = kind
     return stock
 
 
 def _new(stock: type) -> Module:
-    """An object without attributes yet, which pickle and copy give it."""
+    """An object without attributes, which pickle and copy then fill in."""
     return object.__new__(fused_class(stock))
 
 
 def fused_class(stock: type) -> type:
-    """The class that runs a container's layers by our operators; other classes as they are."""
+    """The class that runs a container's layers through our operators; ``stock`` if there is
+    none."""
     block = _block_of(stock)
     return _fused_class(stock, block) if block or runs_a_row(stock) else stock
 
@@ -283,12 +286,12 @@ def _fused_class(stock: type, block: Block | None) -> type:
     method, run = "forward", run_row
     if block is not None:
         method, run = block.method, _run_block(getattr(stock, block.method), block)
-    # Tools tell PyTorch's modules by the package of their class.
+    # Tools recognise PyTorch's modules by the package of their class.
     namespace = {method: run, "__module__": stock.__module__}
     return type(f"Fused{stock.__name__}", (Fused, stock), namespace)
 
 
 def stock_class(kind: type) -> type:
-    """The class that a container had before it was fused, and torch perhaps made another of it."""
+    """The class of a container before it was fused, even if torch has subclassed it since."""
     fused = next((base for base in kind.__mro__ if Fused in base.__bases__), None)
     return kind if fused is None else fused.__bases__[1]

@@ -1,6 +1,6 @@
-"""What fastnn knows of :class:`torch.distributed.tensor.DTensor`, a tensor spread over processes.
+"""Helpers for :class:`torch.distributed.tensor.DTensor`, a tensor distributed over processes.
 
-Who has one has imported its module, which takes so long that fastnn doesn't.
+Importing its module is slow, so fastnn doesn't; a caller that has a DTensor has imported it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
 
 
 def are_spread_alike(first: Tensor, *others: Tensor) -> bool:
-    """Whether all are DTensors, and each process has the same elements of each."""
+    """Whether all are DTensors with the same mesh and placements."""
     return is_dtensor(first) and all(
         is_dtensor(other)
         and other.device_mesh == first.device_mesh
@@ -30,12 +30,12 @@ def are_spread_alike(first: Tensor, *others: Tensor) -> bool:
 
 
 def local_part(dtensor: Tensor) -> Tensor:
-    """The part of a DTensor that this process has."""
+    """The part of a DTensor that this process holds."""
     return cast("DTensor", dtensor).to_local()
 
 
 def spread_like(other: Tensor, part: Tensor) -> Tensor:
-    """The DTensor of which this process has that part, spread as another."""
+    """The DTensor of which this process holds ``part``, distributed like ``other``."""
     dtensor = cast("DTensor", other)
     return torch.distributed.tensor.DTensor.from_local(
         part,

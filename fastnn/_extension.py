@@ -1,8 +1,8 @@
 """Loads the built extension once, and decides what runs the operators.
 
-Where it is not there or does not fit the installed torch, :mod:`fastnn.reference` (the same
-functions in plain PyTorch) takes its place, with one warning: a pickled model then still loads and
-still gives the right numbers.
+If it is missing or doesn't fit the installed torch, :mod:`fastnn.reference` (the same functions in
+plain PyTorch) replaces it, with one warning: a pickled model then still loads and gives the right
+numbers.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
 
 
 def build_info() -> dict[str, Any]:
-    """What setup.py recorded when it built the extension; empty where nothing was built."""
+    """What setup.py recorded when it built the extension; empty if nothing was built."""
     if not _BUILD_INFO_FILE.exists():
         return {}
     return json.loads(_BUILD_INFO_FILE.read_text())
 
 
 def _load() -> tuple[Any, str]:
-    """The extension module, or None and the reason in one sentence."""
+    """The extension module and "", or None and the reason in one sentence."""
     info = build_info()
     if not info:
         return None, f"its extension is not built ({REINSTALL})"
-    # Compared before the import: against another torch the import ends in an undefined symbol.
+    # Checked before the import, which would fail with an undefined symbol.
     if info["torch"] != torch.__version__:
         return None, (
             f"its extension was built for torch {info['torch']} and torch {torch.__version__} "
@@ -63,16 +63,16 @@ else:
 
 
 def is_tracing() -> bool:
-    """Whether torch.jit.trace looks on, or the exporter to ONNX that is made of it."""
+    """Whether torch.jit.trace, or the ONNX exporter built on it, is tracing."""
     return not is_compiling() and tracing_state() is not None
 
 
 def operators() -> Any:
-    """What holds the operators as functions: the extension, torch.ops.fastnn or plain PyTorch."""
-    # While torch.compile, torch.export or torch.jit.trace look on, the callable that they know. It
-    # boxes its arguments, and so costs two to three times what the extension's own function does.
+    """The namespace of the operators: the extension, torch.ops.fastnn or the reference."""
+    # torch.compile, torch.export and torch.jit.trace need torch.ops.fastnn, which they know. It
+    # boxes its arguments and so costs two to three times as much as the extension's own function.
     if is_compiling() or tracing_state() is not None:
-        # Imported by who exports: to import it here would make every start wait for it.
+        # An exporting program has imported it; importing it here would slow down every start.
         onnx = sys.modules.get("torch.onnx")
         if onnx is not None and onnx.is_in_onnx_export():
             return _operators.ONNX
@@ -81,7 +81,7 @@ def operators() -> Any:
 
 
 def is_available() -> bool:
-    """Whether the built extension runs the operators (otherwise plain PyTorch does).
+    """Whether the built extension runs the operators (plain PyTorch does otherwise).
 
     >>> import fastnn
     >>> isinstance(fastnn.is_available(), bool)

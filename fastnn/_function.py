@@ -1,5 +1,5 @@
-"""What the Functions of :mod:`fastnn.autograd` share: which operators run, how ``apply`` is called,
-autocast's casts."""
+"""What the Functions of :mod:`fastnn.autograd` share: the choice of operators, how ``apply`` is
+called, and autocast's casts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fastnn._torch import in_forward_mode, running_transform, tracing_state
 
 
 def operators_for(input: Tensor, *others: Tensor | None) -> Any:
-    """``torch.ops.fastnn`` where its kernels serve, else the reference, of the same names.
+    """``torch.ops.fastnn`` if its kernels can serve, else the reference, which has the same names.
 
-    A kernel's result has no derivative: what is differentiated or transformed once more is the
-    reference's. PyTorch turns gradients off in a forward, and in a backward that makes no graph.
+    A kernel's result has no derivative, so the reference runs whatever is differentiated again or
+    transformed. PyTorch turns gradients off in a forward, and in a backward without create_graph.
     """
     tensors = [other for other in others if other is not None]
     for other in tensors:
@@ -47,7 +47,7 @@ def operators_for(input: Tensor, *others: Tensor | None) -> Any:
 
 
 def may_be_differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a derivative by one of the tensors may be wanted; a transform hides whether it is."""
+    """Whether a derivative by one of the tensors may be needed; a transform hides whether it is."""
     if running_transform() is not None or in_forward_mode():
         return True
     return torch.is_grad_enabled() and any(
@@ -56,34 +56,36 @@ def may_be_differentiated(*tensors: Tensor | None) -> bool:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """What autocast makes of an argument; float64 stays, as in PyTorch."""
+    """Casts an argument as autocast does; float64 is kept, as in PyTorch."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value if value.dtype == torch.float64 else value.to(dtype)
 
 
 class _WithItsOwnApply(FunctionMeta):
-    """Dynamo knows a Function by its metaclass: it skips ``apply``, and refuses a ``jvp``. One with
-    this metaclass it reads like any class."""
+    """Dynamo recognises a Function by its metaclass, skips its ``apply`` and refuses a ``jvp``. It
+    reads a Function with this metaclass like any other class."""
 
 
 class Operator(Function, metaclass=_WithItsOwnApply):
-    """What the Functions share. A transform calls ``apply`` again, with ``forward``'s arguments."""
+    """The base of the Functions. A transform calls ``apply`` again, with ``forward``'s
+    arguments."""
 
     generate_vmap_rule = True
     _stands_for: Any  # the function of fastnn.functional
 
     @classmethod
     def steps_aside(cls, *tensors: Tensor | None) -> bool:
-        """Whether the function of :mod:`fastnn.functional` runs: a compiler knows its operator, and
-        a tensor's class may know PyTorch's. A subclass never does: its methods must run."""
+        """Whether to call the function of :mod:`fastnn.functional` instead: a compiler knows its
+        operator, and a tensor's class may know PyTorch's. Never for a subclass, whose own methods
+        must run."""
         if "_stands_for" not in vars(cls):
             return False
         return is_compiling() or tracing_state() is not None or not have_no_say(*tensors)
 
     @classmethod
     def record(cls, *args: Any) -> Any:
-        """Calls ``forward`` on these arguments, as autocast casts them, for autograd to see."""
+        """Calls ``forward`` through autograd, with the arguments cast as autocast would."""
         device = args[0].device.type
         if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
             return super().apply(*args)
@@ -93,12 +95,12 @@ class Operator(Function, metaclass=_WithItsOwnApply):
 
     @staticmethod
     def autocast_dtype(device: str) -> torch.dtype | None:
-        """What autocast casts to; None is nothing."""
+        """The dtype that autocast casts to; None for no cast."""
         return torch.float32
 
     @staticmethod
     def keep(ctx: Any, *tensors: Tensor | None) -> None:
-        """For the backward and the jvp, whose missing gradients are None."""
+        """Saves tensors for the backward and the jvp, which get None for missing gradients."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -106,12 +108,12 @@ class Operator(Function, metaclass=_WithItsOwnApply):
 
 @dataclass(frozen=True)
 class Options:
-    """A loss's options: an argument that ``forward`` has, and no user gives.
+    """A loss's options, as an argument of ``forward`` that users never pass.
 
     Attributes:
-        values: as its operators take them.
-        keep: whether a derivative may be wanted.
-        keep_logits: likewise, one by the target or the weight.
+        values: the options, as the operators take them.
+        keep: whether a derivative may be needed.
+        keep_logits: whether a derivative by the target or the weight may be needed.
     """
 
     values: tuple[Any, ...]
@@ -120,7 +122,7 @@ class Options:
 
 
 class Loss(Operator):
-    """A loss; its ``forward`` also gives what the backward reuses, which ``apply`` leaves out."""
+    """A loss whose ``forward`` also returns what the backward reuses; ``apply`` drops that."""
 
     @classmethod
     def call(
@@ -134,7 +136,7 @@ class Loss(Operator):
         reduction: str,
         *smoothing: float,
     ) -> Any:
-        """What ``apply`` does, with all of its arguments."""
+        """Implements ``apply``, with all of its arguments."""
         if isinstance(size_average, Options):
             return cls.record(input, target, weight, size_average)
         if cls.steps_aside(input, target, weight):
@@ -150,6 +152,7 @@ class Loss(Operator):
 
 
 def check_weight(target: Tensor, *is_differentiated: bool) -> None:
-    """Class weights have derivatives beside class probabilities alone, as in PyTorch."""
+    """Raises for a differentiated weight with class indices: it has a derivative, as in PyTorch,
+    only with class probabilities."""
     if all(is_differentiated) and not target.is_floating_point():
         raise RuntimeError("weight of class indices is not differentiable: it requires a gradient")

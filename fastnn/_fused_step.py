@@ -1,4 +1,4 @@
-"""A training step in one call of the extension: a chain of linear layers, cross entropy and SGD."""
+"""A training step in one call of the extension: linear layers in a row, cross entropy and SGD."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastnn.optim._hooks import has_replaced_step
 
 _MLPStep: Any = getattr(extension, "MLPStep", None)
 
-_LINEARS = {Linear: False, nn.Linear: False, nn.LinearReLU: True}  # whether a ReLU is part of it
+_LINEARS = {Linear: False, nn.Linear: False, nn.LinearReLU: True}  # whether it includes a ReLU
 _LOG_SOFTMAXES = (LogSoftmax, nn.LogSoftmax)
 _CROSS_ENTROPIES: tuple[Any, ...] = (
     *(CrossEntropyLoss, nn.CrossEntropyLoss),
@@ -40,17 +40,17 @@ _NLL_LOSSES: tuple[Any, ...] = (NLLLoss, nn.NLLLoss, F.nll_loss, functional.nll_
 
 
 class _CannotFuse(Exception):
-    """Says why a step is left to the loop."""
+    """Says why the ordinary loop has to run a step."""
 
 
 class _Chain(NamedTuple):
-    """What a model does.
+    """What the model computes.
 
     Args:
-        params: each layer's weight and bias; the latter may be None.
-        relu: whether a ReLU follows, for each layer.
-        flattens: whether the input is made a matrix first.
-        has_log_softmax: whether the last layer's output goes through one.
+        params: weight and bias of each layer; the bias may be None.
+        relu: whether each layer has a ReLU after it.
+        flattens: whether the input is flattened to a matrix first.
+        has_log_softmax: whether a log-softmax follows the last layer.
     """
 
     params: list[Tensor | None]
@@ -60,11 +60,11 @@ class _Chain(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """A call, but for its batch.
+    """Everything about a call except its batch.
 
     Args:
-        chain: what the model does.
-        groups: each parameter's group in the optimizer; None where it is frozen or missing.
+        chain: what the model computes.
+        groups: the optimizer's group of each parameter; None if it is frozen or missing.
         loss: the options of cross_entropy.
         takes_probabilities: whether the targets may be class probabilities.
     """
@@ -76,16 +76,16 @@ class _Plan(NamedTuple):
 
 
 class FusedStep:
-    """The whole step in C++; see :class:`fastnn._step.Way`."""
+    """Runs the whole step in C++; see :class:`fastnn._step.Way`."""
 
     name = "fused"
 
     def __init__(self) -> None:
         self._step: Any = None if _MLPStep is None else _MLPStep()
-        self._plan: _Plan  # of the program that has last been looked at
+        self._plan: _Plan  # set by why_not
 
     def why_not(self, program: Program) -> str:
-        """Why no call can be fused."""
+        """Why no call can be fused; empty if it can."""
         try:
             self._plan = _plan(program)
         except _CannotFuse as reason:
@@ -93,7 +93,7 @@ class FusedStep:
         return ""
 
     def why_not_batch(self, program: Program, batch: Batch) -> str:
-        """Why this batch can't."""
+        """Why this batch can't be fused; empty if it can."""
         chain, input, target = self._plan.chain, *batch
         for name, value in (("input", input), ("target", target)):
             if type(value) not in PLAIN:
@@ -101,13 +101,13 @@ class FusedStep:
         if input.dim() != 2 and not chain.flattens:
             return "the input is no matrix"
         if target.is_floating_point() and not self._plan.takes_probabilities:
-            return "the target is no class index"
+            return "the target is not class indices"
         return _MLPStep.why_not_batch(input, target, chain.params[0])
 
     def run(self, program: Program, batch: Batch) -> Tensor:
-        """Runs a call."""
+        """Runs a call; see :class:`fastnn._step.Way`."""
         plan, (input, target) = self._plan, batch
-        # What is added up or clipped has to be there as a whole.
+        # To be accumulated or clipped, the gradients must exist in memory.
         stores = program.accumulate > 1 or program.clip_grad_norm is not None
         loss, grads = self._step.run(
             input.flatten(1) if plan.chain.flattens else input,
@@ -158,16 +158,16 @@ def _refuse(why: str) -> None:
 
 def _check_setting(program: Program) -> None:
     if _MLPStep is None:
-        raise _CannotFuse("the extension for the CPU is not there")
+        raise _CannotFuse("the CPU extension is not available")
     if is_compiling() or _torch.tracing_state() is not None:
-        raise _CannotFuse("it is being compiled or traced")
+        raise _CannotFuse("the step is being compiled or traced")
     _refuse(_containers.why_all_apart())
     if torch.is_anomaly_enabled():
-        raise _CannotFuse("anomalies are looked for")
+        raise _CannotFuse("autograd is looking for anomalies")
     if has_autocast("cpu"):
         raise _CannotFuse("under autocast")
     if _torch.in_forward_mode() or _torch.running_transform() is not None:
-        raise _CannotFuse("it is being transformed")
+        raise _CannotFuse("the step is under a torch.func transform or forward-mode AD")
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def _chain_of(model: Module) -> _Chain:
         elif kind in _LOG_SOFTMAXES and relu and module.dim in (1, -1):
             has_log_softmax = True
         elif not (kind is Identity or (kind is Dropout and not (module.training and module.p))):
-            raise _CannotFuse(f"{kind.__name__} is no layer of a chain")
+            raise _CannotFuse(f"{kind.__name__} can't be part of a fused chain")
     if not relu:
         raise _CannotFuse("the model has no Linear")
     return _Chain(params, relu, flattens, has_log_softmax)
@@ -212,7 +212,7 @@ def _modules_in_a_row(model: Module) -> Iterable[Module]:
     if kind in _LINEARS:
         return [model]
     if not _containers.runs_a_row(_containers.stock_class(kind)):
-        raise _CannotFuse(f"{kind.__name__} is no Sequential, and may compute anything")
+        raise _CannotFuse(f"{kind.__name__} is not a Sequential, and may compute anything")
     if _torch.is_observed(model):
         raise _CannotFuse(f"hooks or a forward of its own on {kind.__name__}")
     return (module for _, module in _containers.row_of(model))
@@ -222,11 +222,11 @@ def _modules_in_a_row(model: Module) -> Iterable[Module]:
 
 
 def _loss_options(loss_fn: Callable[..., Any], chain: _Chain) -> tuple[dict[str, Any], bool]:
-    """The options of cross_entropy, and whether targets may be probabilities."""
+    """The options of cross_entropy, and whether the targets may be class probabilities."""
     kind = type(loss_fn) if isinstance(loss_fn, Module) else loss_fn
     if chain.has_log_softmax:
         if kind not in _NLL_LOSSES:
-            raise _CannotFuse("the loss behind a log-softmax is no NLLLoss")
+            raise _CannotFuse("the loss after the log-softmax is not NLLLoss")
     elif kind not in _CROSS_ENTROPIES:
         raise _CannotFuse("the loss is neither PyTorch's cross entropy nor fastnn's")
     options: dict[str, Any] = {
@@ -241,11 +241,11 @@ def _loss_options(loss_fn: Callable[..., Any], chain: _Chain) -> tuple[dict[str,
         options.update((name, getattr(loss_fn, name, value)) for name, value in options.items())
     weight, reduction = options["weight"], options["reduction"]
     if reduction not in ("mean", "sum"):
-        raise _CannotFuse("the loss is not reduced to a number")
+        raise _CannotFuse("the loss is not reduced to a scalar")
     if type(options["ignore_index"]) is not int or type(options["label_smoothing"]) is not float:
-        raise _CannotFuse("an option of the loss is of another type")
+        raise _CannotFuse("an option of the loss has an unexpected type")
     if type(weight) not in PLAIN_OR_NONE or (weight is not None and weight.requires_grad):
-        raise _CannotFuse("the classes' weight is no plain tensor")
+        raise _CannotFuse("the loss's weight is not a plain tensor without a gradient")
     return options, not chain.has_log_softmax
 
 
@@ -256,9 +256,9 @@ def _groups_of(optimizer: Any, params: list[Tensor | None]) -> list[dict[str, An
     if type(optimizer) is not SGD:
         raise _CannotFuse(f"the optimizer is {type(optimizer).__name__}, not fastnn.optim.SGD")
     if _torch.is_step_observed(optimizer) or has_replaced_step(optimizer):
-        raise _CannotFuse("hooks on the optimizer or a step of its own")
+        raise _CannotFuse("hooks or a profiler on the optimizer's step, or a replaced step")
     if "zero_grad" in vars(optimizer):
-        raise _CannotFuse("a zero_grad of the optimizer's own")
+        raise _CannotFuse("the optimizer's zero_grad has been replaced")
     for name in ("grad_scale", "found_inf"):
         if getattr(optimizer, name, None) is not None:
             raise _CannotFuse("gradients are scaled")
@@ -275,14 +275,14 @@ def _groups_of(optimizer: Any, params: list[Tensor | None]) -> list[dict[str, An
 def _check_group(optimizer: SGD, group: dict[str, Any]) -> None:
     for name in ("momentum", "dampening", "weight_decay"):
         if type(group[name]) not in _NUMBERS:
-            raise _CannotFuse("an option of the optimizer is no number")
+            raise _CannotFuse("an option of the optimizer is not a number")
     lr = group["lr"]
     if type(lr) not in _NUMBERS and not (type(lr) is Tensor and lr.is_cpu):
-        raise _CannotFuse("the learning rate is no number")
+        raise _CannotFuse("the learning rate is neither a number nor a CPU tensor")
     if not optimizer._is_fusable(group):
-        raise _CannotFuse("the optimizer's step is to be differentiated")
+        raise _CannotFuse("the optimizer's step must be differentiable")
     if type(group["params"]) is not list:
-        raise _CannotFuse("the optimizer's parameters are no list")
+        raise _CannotFuse("a parameter group's params are not a list")
 
 
 _NUMBERS = (int, float)

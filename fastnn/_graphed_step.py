@@ -1,8 +1,8 @@
-"""A training step as a CUDA graph: the loop is captured once, and replayed for each batch.
+"""A training step as a CUDA graph: the loop is captured once and replayed for each batch.
 
-A replay does what the loop did on the GPU and runs no Python, so only such steps are captured whose
-Python does nothing else: PyTorch's own modules, losses and optimizers, and ours. What a capture
-holds fast is its key (:func:`capture_key`); another key is another capture.
+A replay repeats the loop's work on the GPU and runs no Python, so a step is captured only if its
+Python does nothing else: PyTorch's own modules, losses and optimizers, and ours. Everything that a
+capture fixes is part of its key (:func:`capture_key`); another key needs another capture.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fastnn._step import (
 from fastnn.optim import SGD
 from fastnn.optim._hooks import has_replaced_step
 
-# Calls that run as they are before a capture: they make the optimizer's state, and what the
-# libraries make at their first call.
+# Calls that run as the ordinary loop before a capture: they create the optimizer's state and what
+# the libraries allocate at their first call.
 WARM_UP_CALLS = 3
-# A batch size of its own at the end of an epoch, and one for a while; more would hold memory.
+# Enough for a smaller last batch of an epoch and an occasional other one; more would hold memory.
 MOST_CAPTURES = 4
 
 Key: TypeAlias = tuple[Any, ...]
@@ -43,22 +43,23 @@ _LOSSES = (*_MODULES, "torch.nn.functional", "fastnn.functional")
 
 
 class GraphedStep:
-    """Steps replayed from CUDA graphs; see :class:`fastnn._step.Way`."""
+    """Replays steps from CUDA graphs; see :class:`fastnn._step.Way`."""
 
     name = "CUDA graph"
 
     def __init__(self) -> None:
-        # For each key the calls so far, and then the capture; the latest used come last.
+        # For each key the number of calls so far, then its capture; the most recently used come
+        # last.
         self._known: OrderedDict[Key, int | Capture] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None
         self._failure = ""
 
     def why_not(self, program: Program) -> str:
-        """Why no call can be captured."""
+        """Why no call can be captured; empty if it can."""
         return self._failure or why_not_captured(program)
 
     def why_not_batch(self, program: Program, batch: Batch) -> str:
-        """Why a call with this batch can't."""
+        """Why this batch can't be captured; empty if it can."""
         device = program.parameters()[0].device
         for name, value in zip(("input", "target"), batch, strict=True):
             if type(value) is not Tensor:
@@ -70,14 +71,14 @@ class GraphedStep:
         return ""
 
     def run(self, program: Program, batch: Batch) -> Tensor:
-        """Replays the capture of such a call, after some calls as they are."""
+        """Replays the capture for the batch's key, after a few calls as the ordinary loop."""
         key = capture_key(program, batch)
         known = self._known.pop(key, 0)
         if isinstance(known, int) and known >= WARM_UP_CALLS:
             known = self._capture(program, batch)
         if isinstance(known, int):
             loss = self._warm_up(program, batch)
-            # The first call may have made state, which is part of the key.
+            # The first call may have created state, which is part of the key.
             key, known = capture_key(program, batch), known + 1
         else:
             loss = known.replay(program, batch)
@@ -87,7 +88,7 @@ class GraphedStep:
         return loss
 
     def _warm_up(self, program: Program, batch: Batch) -> Tensor:
-        """As it is, on the stream of the captures."""
+        """Runs the ordinary loop, on the captures' stream."""
         if self._failure:
             return OrdinaryStep().run(program, batch)
         current, stream = torch.cuda.current_stream(), self._own_stream()
@@ -99,7 +100,7 @@ class GraphedStep:
         return loss
 
     def _capture(self, program: Program, batch: Batch) -> Capture | int:
-        """What PyTorch can't capture runs as it is from now on."""
+        """Captures a step; if PyTorch can't, all calls run as the ordinary loop from now on."""
         try:
             return Capture(program, batch, self._own_stream())
         except RuntimeError as error:
@@ -114,14 +115,14 @@ class GraphedStep:
 
 
 class Capture:
-    """A captured step, with the memory that its input and target are copied to."""
+    """A captured step, and the memory that its input and target are copied to."""
 
     def __init__(self, program: Program, batch: Batch, stream: torch.cuda.Stream) -> None:
         self._batch = tuple(value.clone() for value in batch)
         self._graph = torch.cuda.CUDAGraph()
         gradients = [(param, param.grad) for param in program.parameters()]
         try:
-            # Gradients that are made in the capture lie in its memory.
+            # Gradients created during the capture are allocated from the graph's memory.
             _set_gradients((param, None) for param, _ in gradients)
             torch.clear_autocast_cache()
             with torch.cuda.graph(self._graph, stream=stream):
@@ -131,11 +132,11 @@ class Capture:
             raise
 
     def replay(self, program: Program, batch: Batch) -> Tensor:
-        """Runs the step on a batch, and returns the loss."""
+        """Runs the step on a batch and returns the loss."""
         for own, value in zip(self._batch, batch, strict=True):
             own.copy_(value)
         self._graph.replay()
-        # What Python would have noted, had it run.
+        # The bookkeeping that the loop's Python would have done.
         increment_version(program.parameters())
         _set_gradients((param, None) for param in program.parameters())
         note_scheduled_step(program)
@@ -156,7 +157,7 @@ def _set_gradients(gradients: Any) -> None:
 
 
 def why_not_captured(program: Program) -> str:
-    """Why no call of a step can be a graph; empty where it can."""
+    """Why no call of a step can be captured; empty if it can."""
     params = program.parameters()
     if not all(param.is_cuda for param in params):
         return "parameters are not on a GPU"
@@ -218,26 +219,26 @@ def _why_not_modes() -> str:
     if _torch.has_global_hooks():
         return "hooks on all modules"
     if _torch.has_modes():
-        return "a mode sees PyTorch's functions"
-    return "anomalies are looked for" if torch.is_anomaly_enabled() else ""
+        return "a torch function or dispatch mode is active"
+    return "autograd is looking for anomalies" if torch.is_anomaly_enabled() else ""
 
 
 def _is_named(value: Any, modules: tuple[str, ...]) -> bool:
     return str(getattr(value, "__module__", "")).startswith(modules)
 
 
-# ---- what a capture holds fast -------------------------------------------------------------------
+# ---- what a capture fixes ------------------------------------------------------------------------
 
 
 def capture_key(program: Program, batch: Batch) -> Key:
-    """All that is fixed when a step is captured: a call with another key needs another capture.
+    """Everything that a capture fixes: a call with another key needs another capture.
 
     Args:
         program: the step.
-        batch: the call's.
+        batch: the input and target of the call.
 
     Returns:
-        A hashable value.
+        A hashable key.
     """
     optimizer, params = program.optimizer, program.parameters()
     fixed = partial(_fixed, device=params[0].device)
@@ -253,7 +254,7 @@ def capture_key(program: Program, batch: Batch) -> Key:
 
 
 def _held(module: Module) -> Iterator[Any]:
-    """Its tensors, its training flag, and options such as a Dropout's p."""
+    """A module's tensors, its training flag, and options such as a Dropout's p."""
     yield from _torch.parameters(module).values()
     yield from _torch.buffers(module).values()
     yield from (item for item in vars(module).items() if isinstance(item[1], _OPTIONS))
@@ -263,7 +264,8 @@ _OPTIONS = (bool, int, float, str, tuple, torch.dtype, type(None))
 
 
 def _fixed(value: Any, device: torch.device) -> Any:
-    """A tensor on the device is read at each replay, from where it is; the rest is fixed."""
+    """A value as part of the key. A tensor on the device is read again at each replay, so only its
+    place counts."""
     if isinstance(value, Tensor):
         if value.device != device:
             return repr(value.tolist())
@@ -276,7 +278,7 @@ def _fixed(value: Any, device: torch.device) -> Any:
 
 
 def _settings() -> Iterator[Any]:
-    """Those of PyTorch that choose kernels and dtypes."""
+    """PyTorch's settings that choose kernels and dtypes."""
     yield torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     yield torch.get_float32_matmul_precision()
     yield torch.are_deterministic_algorithms_enabled()

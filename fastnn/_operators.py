@@ -1,8 +1,8 @@
-"""The table of the operators: a record for each, with what PyTorch and its tools ask about it.
+"""The table of operators: one record each, with all that PyTorch and its tools need to know.
 
-The rest of the package and the tests take their lists from here: what PyTorch has in an operator's
-place, the shapes that ``torch.compile`` and ``torch.export`` see, its FLOPs, its ONNX. The table is
-there without the extension too.
+The rest of the package and the tests derive their lists from it: PyTorch's counterpart of an
+operator, the shapes for ``torch.compile`` and ``torch.export``, its FLOPs, its ONNX translation.
+The table exists without the extension, too.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from fastnn._when_imported import when_imported
 
 
 class Operator(NamedTuple):
-    """An operator for users, and those of its forward and backward in ``torch.ops.fastnn``.
+    """A public operator, with its forward and backward operators in ``torch.ops.fastnn``.
 
     Args:
         name: of the operator, and of its function in fastnn.functional and fastnn.reference.
         module: the name of its class in fastnn.nn.
-        stock: what PyTorch has for it: a function of the same arguments and values.
-        onnx: the operator in those of torch's that its ONNX exporters translate.
-        fakes: the fake kernels: the shapes, dtypes and devices of what each operator returns, by
-            its name. Those whose kernels only call others need none.
-        flops: FLOP formulas of those that multiply matrices, by name; of shapes, as
-            :class:`torch.utils.flop_counter.FlopCounterMode` calls them (default: none).
+        stock: PyTorch's counterpart: a function with the same arguments and values.
+        onnx: the operator in terms of torch operators that the ONNX exporters translate.
+        fakes: fake kernels by operator name: shapes, dtypes and devices of the results.
+            Operators that only call others need none.
+        flops: FLOP formulas by name of the operators that multiply matrices; functions of shapes,
+            as :class:`torch.utils.flop_counter.FlopCounterMode` calls them (default: none).
         stock_module: the class of torch.nn whose instances ``fuse`` gives the module's class
             (default: None).
     """
@@ -50,8 +50,8 @@ class Optimizer(NamedTuple):
     """An optimizer.
 
     Args:
-        name: of its class in fastnn.optim, and of torch's.
-        fakes: as an operator's: they return nothing.
+        name: of its class in fastnn.optim and in torch.optim.
+        fakes: fake kernels by operator name, as for :class:`Operator`; they return nothing.
     """
 
     name: str
@@ -102,7 +102,7 @@ def _linear_backward_flops(
     output_mask: list[bool],
     **kwargs: Any,
 ) -> int:
-    """Each gradient of a factor takes as many as the product itself."""
+    """The gradients of input and weight each take as many FLOPs as the product itself."""
     flops = 2 * prod(grad_output_shape)
     wants_input, wants_weight, _ = output_mask
     for_input = flops * weight_shape[1] if wants_input and weight_shape is not None else 0
@@ -147,7 +147,7 @@ def _mlp_backward_fake(
             of_weights.append(grad_output.new_empty((features, layer_input.shape[-1])))
         if output_mask[1 + layers + i]:
             of_biases.append(grad_output.new_empty((features,)))
-        if weight is None:  # no gradient goes further
+        if weight is None:  # the gradient goes no further
             break
         features = weight.shape[1]
     if output_mask[0]:
@@ -237,12 +237,12 @@ LOG_SOFTMAX = Operator(
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the kernels sum in: float64 for float64, float32 for everything narrower."""
+    """The dtype the kernels sum in: float64 for float64, float32 for narrower ones."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _per_row_shape(input: Tensor) -> torch.Size:
-    """The shape of one value per row of classes: the input's without its class dimension."""
+    """The input's shape without its class dimension."""
     return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
 
 
@@ -298,7 +298,8 @@ NLL_LOSS = Operator(
 
 
 def _laid_out_as_logits(logits: Tensor) -> Tensor:
-    """Contiguous, or as the logits where the classes lie last, as in channels_last."""
+    """An empty tensor, contiguous or with the classes last in memory (channels_last), as the
+    logits."""
     if logits.dim() > 2 and logits.movedim(1, -1).is_contiguous():
         return logits.new_empty(logits.movedim(1, -1).shape).movedim(-1, 1)
     return logits.new_empty(logits.shape)
@@ -340,7 +341,7 @@ def _cross_entropy_onnx(
     label_smoothing: float,
 ) -> Tensor:
     if label_smoothing or target.is_floating_point():
-        # The exporters drop the smoothing without a word, and take class indices only.
+        # The exporters silently drop label smoothing, and take class indices only.
         return reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing
         )
@@ -415,7 +416,7 @@ def _linear_cross_entropy_backward_fake(
 def _linear_cross_entropy_flops(
     input_shape: torch.Size, weight_shape: torch.Size, output_mask: list[bool]
 ) -> int:
-    """The logits, and as much for each of the two products that follow from their gradient."""
+    """Counts the logits, and as much for each of the two products with their gradient."""
     wants_input, wants_weight, _ = output_mask
     return 2 * prod(input_shape) * weight_shape[0] * (1 + wants_input + wants_weight)
 
@@ -464,7 +465,7 @@ def _sgd_step_fake(
     momentum_buffers: list[Tensor],
     **options: object,
 ) -> None:
-    # One meta tensor among others brings the call here, where nothing would be stepped.
+    # A single meta tensor among others dispatches here, which would skip the step silently.
     lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
     tensors = {
         f"{name}[{i}]": tensor for name, list_ in lists.items() for i, tensor in enumerate(list_)
@@ -482,7 +483,7 @@ SGD = Optimizer("SGD", fakes={"sgd_step_": _sgd_step_fake, "sgd_step_.tensor_lr"
 
 # ---- the table -----------------------------------------------------------------------------------
 
-# Operators over lists of layers. `onnx` and `stock` take the lists of reference.mlp and of
+# Operators over lists of layers. `onnx` takes the lists of reference.mlp, `stock` those of
 # functional.mlp.
 MLP = Operator(
     name="mlp",
@@ -497,12 +498,12 @@ CHAINS = (MLP,)
 OPERATORS = (LINEAR, LINEAR_RELU, LOG_SOFTMAX, NLL_LOSS, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)
 OPTIMIZERS = (SGD,)
 
-# The operators for an export to ONNX, called as those of torch.ops.fastnn.
+# The operators for an ONNX export, called like those of torch.ops.fastnn.
 ONNX = SimpleNamespace(**{operator.name: operator.onnx for operator in (*OPERATORS, *CHAINS)})
 
 
 def register() -> None:
-    """Tells PyTorch the fake kernels and the FLOPs of the extension, which is loaded."""
+    """Registers fake kernels and FLOP formulas with PyTorch; the extension must be loaded."""
     for record in (*OPERATORS, *CHAINS, *OPTIMIZERS):
         for name, fake in record.fakes.items():
             register_fake(f"fastnn::{name}")(fake)

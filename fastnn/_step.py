@@ -1,4 +1,4 @@
-"""What the ways of a training step share: the program, the loop, and how a call is undone."""
+"""What the ways to run a training step share: the program, the loop, and undoing a failed call."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from torch.optim.optimizer import Optimizer
 from fastnn import _torch
 from fastnn.optim._hooks import has_replaced_step
 
-Batch: TypeAlias = tuple[Any, Any]  # the input and the target of a call
+Batch: TypeAlias = tuple[Any, Any]  # input and target of a call
 
 
 @dataclass
 class Program:
-    """A training step: its parts, its options, and what is known of the calls before.
+    """A training step: its parts, its options, and its progress.
 
     Args:
         model, loss_fn, optimizer, accumulate, clip_grad_norm: as for :func:`fastnn.train_step`.
-        accumulated: how many batches' gradients wait for an update (default 0).
-        stepped: how much state the optimizer had after the last update (default: there was none).
+        accumulated: batches whose gradients wait for an update (default 0).
+        stepped: the size of the optimizer's state after the last update (default: no update yet).
     """
 
     model: Module
@@ -42,20 +42,20 @@ class Program:
 
     @property
     def updates_next(self) -> bool:
-        """Whether the next batch is the last before an update."""
+        """Whether the next batch completes an update."""
         return self.accumulated + 1 >= self.accumulate
 
     def parameters(self) -> list[Tensor]:
-        """What the optimizer steps."""
+        """The optimizer's parameters."""
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     @property
     def device_type(self) -> str:
-        """Where the first parameter lies."""
+        """The type of the first parameter's device."""
         return self.optimizer.param_groups[0]["params"][0].device.type
 
     def modules(self) -> list[Module]:
-        """The modules of the model, and of the loss if it is one; each once."""
+        """The modules of the model, and of the loss if it is a module; each once."""
         found: dict[int, Module] = {}
         waiting: list[Any] = [self.model]
         if isinstance(self.loss_fn, Module):
@@ -69,30 +69,30 @@ class Program:
 
 
 class Way(Protocol):
-    """How calls are run. The first way that can run a call does."""
+    """A way to run calls. The first one that can run a call does."""
 
     name: str
 
     def why_not(self, program: Program) -> str:
-        """Why this way can run no call, as things are now; empty where it can."""
+        """Why this way can't run any call now; empty if it can."""
 
     def why_not_batch(self, program: Program, batch: Batch) -> str:
-        """Why it can't run this batch, if it can run others; empty where it can."""
+        """Why it can't run this batch; empty if it can."""
 
     def run(self, program: Program, batch: Batch) -> Tensor:
-        """Runs a call and returns the loss, detached; undoes what it did where it raises."""
+        """Runs a call and returns the loss, detached. If it raises, all changes are undone."""
 
 
 # ---- the loop ------------------------------------------------------------------------------------
 
 
 def run_loop(program: Program, batch: Batch, before_update: Callable[[], None]) -> Tensor:
-    """What the loop does with a batch.
+    """Runs the loop on a batch.
 
     Args:
         program: the step.
-        batch: the call's.
-        before_update: called before the optimizer's step, where there is one.
+        batch: the input and target of the call.
+        before_update: called before the optimizer's step, if the call makes one.
 
     Returns:
         The loss, detached.
@@ -117,7 +117,7 @@ def _output(model: Module, input: Any) -> Any:
 
 
 def update(program: Program) -> None:
-    """Steps along the gradients, and sets them to None."""
+    """Steps the optimizer, and sets the gradients to None."""
     if program.clip_grad_norm is not None:
         clip_grad_norm_(program.parameters(), program.clip_grad_norm)
     program.optimizer.step()
@@ -125,8 +125,8 @@ def update(program: Program) -> None:
 
 
 def _without_autocast(program: Program) -> AbstractContextManager[Any]:
-    """As in a loop whose autocast ends before the backward: operators of the backward keep their
-    dtypes, and no cast of a parameter outlives the parameter's step."""
+    """Turns autocast off for the backward, as a hand-written loop does: its operators keep their
+    dtypes, and no cached cast of a parameter outlives the parameter's update."""
     device = program.device_type
     if not has_autocast(device):
         return nullcontext()
@@ -135,24 +135,24 @@ def _without_autocast(program: Program) -> AbstractContextManager[Any]:
 
 
 def has_autocast(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
+    """Whether autocast is on for a device type."""
     try:
         return torch.is_autocast_enabled(device)
-    except RuntimeError:  # there is none for this type of device
+    except RuntimeError:  # this device type has no autocast
         return False
 
 
 class OrdinaryStep:
-    """The loop as it is written by hand, for everything that PyTorch runs."""
+    """The loop as written by hand, for everything that PyTorch can run."""
 
     name = "ordinary"
 
     def why_not(self, program: Program) -> str:
-        """Empty: it runs everything."""
+        """Empty: the loop runs everything."""
         return ""
 
     def why_not_batch(self, program: Program, batch: Batch) -> str:
-        """Empty: it runs everything."""
+        """Empty: the loop runs everything."""
         return ""
 
     def run(self, program: Program, batch: Batch) -> Tensor:
@@ -167,7 +167,7 @@ class OrdinaryStep:
 
 
 def flush(program: Program) -> None:
-    """Steps along what is accumulated, if anything."""
+    """Steps the optimizer along the accumulated gradients, if any."""
     if program.accumulated:
         with Before(program) as before, _without_autocast(program):
             before.keep_for_update()
@@ -176,13 +176,13 @@ def flush(program: Program) -> None:
 
 
 def note_scheduled_step(program: Program) -> None:
-    """Tells a scheduler that the optimizer has stepped, where its step was not called."""
+    """Tells a scheduler that the optimizer has stepped, although its step was not called."""
     if _torch.has_scheduler_mark(program.optimizer.step):
         _torch.note_step_for_schedulers(program.optimizer)
 
 
 def note_update(program: Program) -> None:
-    """Notes that an update has gone well."""
+    """Records that an update succeeded."""
     program.accumulated, program.stepped = 0, _size_of_state(program)
 
 
@@ -192,14 +192,14 @@ Restore: TypeAlias = Callable[[], Any]
 
 
 class Before:
-    """What a call may change, as it was before; put back where the call raises.
+    """Saves what a call may change, and restores it if the call raises.
 
-    Gradients are set aside and buffers copied. Parameters and the optimizer's state, which are
-    large, change in the optimizer's step alone: they are copied only where that may raise halfway
-    for a reason that can be foreseen.
+    Gradients are set aside and buffers copied. Parameters and the optimizer's state are large and
+    only change in the optimizer's step, so they are copied only if that step may fail halfway for
+    a foreseeable reason.
 
     Args:
-        program: the step. Where nothing is accumulated yet, its gradients are set to None.
+        program: the step. If nothing is accumulated yet, its gradients are set to None.
     """
 
     def __init__(self, program: Program) -> None:
@@ -211,7 +211,8 @@ class Before:
             self._set_gradients_aside()
 
     def _params(self) -> Iterator[Tensor]:
-        """The optimizer's, and what else the backward may give a gradient; some twice."""
+        """The optimizer's parameters, and others that the backward may give a gradient; some
+        twice."""
         for module in self._modules:
             for param in _torch.parameters(module).values():
                 if param is not None:
@@ -219,7 +220,8 @@ class Before:
         yield from self._program.parameters()
 
     def _set_gradients_aside(self) -> None:
-        """Those that add up are copied, since the backward adds to them in place."""
+        """Copies the gradients that the backward will add to in place; the others are set to
+        None."""
         stepped = set(self._program.parameters())
         for param in dict.fromkeys(self._params()):
             if param.grad is not None and self._program.accumulated == 0 and param in stepped:
@@ -229,7 +231,7 @@ class Before:
                 self._gradients.append((param, keep(param.grad)))
 
     def keep_for_update(self) -> None:
-        """Copies parameters and state, where the update may change some of them and raise."""
+        """Copies parameters and state if the update may change some of them and then raise."""
         if _may_fail_halfway(self._program):
             optimizer = self._program.optimizer
             self._restores.append(keep([optimizer.state, optimizer.param_groups]))
@@ -250,10 +252,10 @@ class Before:
 
 
 def _written_by(module: Module) -> list[Any]:
-    """What a module's forward writes: buffers, and the weight that an Embedding scales."""
+    """What a module's forward writes: buffers, and an Embedding's weight that it renormalises."""
     written: list[Any] = []
     if buffers := _torch.buffers(module):
-        # A scripted module's are in no dict.
+        # The buffers of a scripted module are not in a dict.
         written.append(buffers if isinstance(buffers, dict) else [*buffers.values()])
     if isinstance(module, (Embedding, EmbeddingBag)) and module.max_norm is not None:
         written.append(_torch.parameters(module))
@@ -261,9 +263,10 @@ def _written_by(module: Module) -> list[Any]:
 
 
 def keep(value: Any) -> Restore:
-    """Copies a value; what is returned gives the value back, the same object with what it held."""
+    """Copies a value, and returns a function that restores it: the same object, with its old
+    contents."""
     if isinstance(value, Tensor):
-        # Nothing can write to an expanded tensor in place.
+        # An expanded tensor can't be written in place.
         if is_lazy(value) or _is_expanded(value):
             return partial(_itself, value)
         return partial(value.copy_, value.detach().clone())
@@ -299,7 +302,7 @@ def _exchange(owner: list[Any], items: list[Restore]) -> list[Any]:
 
 
 def _may_fail_halfway(program: Program) -> bool:
-    """Whether its first step makes state, a hook comes after it, or its code isn't known."""
+    """Whether the next step creates state, is followed by hooks, or runs code that isn't known."""
     optimizer = program.optimizer
     return (
         program.stepped != _size_of_state(program)

@@ -1,7 +1,7 @@
-"""Every private name of PyTorch that fastnn uses, and what takes its place in a PyTorch without it.
+"""Every private name of PyTorch that fastnn uses, and its replacement in a PyTorch without it.
 
-Private names come and go from release to release, so they are here and nowhere else, which a test
-holds the other modules to.
+Private names come and go between releases, so they are used here and nowhere else; a test checks
+that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastnn._when_imported import when_imported
 
 
 def _find(name: str, otherwise: Any) -> Any:
-    """What has that name, or ``otherwise`` in a PyTorch without it."""
+    """Imports a private name, or returns ``otherwise`` in a PyTorch without it."""
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(import_module(module), attribute)
@@ -30,44 +30,44 @@ def _find(name: str, otherwise: Any) -> Any:
 
 # ---- functions -----------------------------------------------------------------------------------
 
-# None unless torch.jit.trace looks on; the public function takes several times as long.
+# None unless torch.jit.trace is active; the public function is several times slower.
 tracing_state = _find(
     "torch._C._get_tracing_state", otherwise=lambda: torch.jit.is_tracing() or None
 )
 
-# Without it the optimizer always goes torch's way, which is slower and right with a profiler too.
+# Without it the optimizer always runs torch's path: slower, but right under a profiler.
 profiler_enabled = _find("torch._C._autograd._profiler_enabled", otherwise=lambda: True)
 
-# The public one imports the compiler where it decorates, this one where the function is called.
+# The public one imports the compiler at decoration, this one when the function is called.
 disable_dynamo = _find("torch._compile._disable_dynamo", otherwise=torch.compiler.disable)
 
-# Without it the dimension is chosen alike, but no warning says that the choice is deprecated.
+# Without it the dimension is the same, but no warning says that an implicit one is deprecated.
 softmax_dim = _find(
     "torch.nn.functional._get_softmax_dim",
     otherwise=lambda name, ndim, stacklevel: 0 if ndim in (0, 1, 3) else 1,
 )
 
-# A loss module computes it from the same two deprecated arguments.
+# Without it a loss module converts the two deprecated arguments.
 legacy_reduction = _find(
     "torch.nn._reduction.legacy_get_string",
     otherwise=lambda size_average, reduce: torch.nn.L1Loss(size_average, reduce).reduction,
 )
 
-# Without it fused=True refuses no parameter for its device or dtype, and steps it as torch's loop.
+# Without it fused=True accepts parameters of any device or dtype, and steps them as torch's loop.
 check_param_for_fused = _find(
     "torch.optim.optimizer._device_dtype_check_for_fused", otherwise=lambda param: None
 )
 
-# Lets a tensor's class see functions where it has turned that off. Without it a class that knows
-# F.linear, and runs what it doesn't know like that, refuses ours as it refuses others.
+# Re-enables __torch_function__ where a class has disabled it. Without it, a class that knows
+# F.linear and runs unknown functions with it disabled rejects ours, as it rejects others.
 enable_torch_function = _find("torch._C._EnableTorchFunction", otherwise=nullcontext)
 
-# The transform of torch.func that runs, or None. Without it the reference refuses batched targets.
+# The active transform of torch.func, or None. Without it the reference rejects batched targets.
 running_transform = _find("torch._C._functorch.peek_interpreter_stack", otherwise=lambda: None)
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on; True where that can't be told."""
+    """Whether forward-mode differentiation is on; True if unknown."""
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
@@ -75,10 +75,10 @@ def in_forward_mode() -> bool:
 
 
 class _NoTensor:
-    """No tensor is one."""
+    """Stands for a missing tensor class: no tensor is an instance."""
 
 
-# The classes of tensors that tracing makes. Without them graphs hold torch's operators.
+# Tensor classes of tracers. Without them, graphs contain torch's operators.
 TRACING_CLASSES = (
     _find("torch._subclasses.fake_tensor.FakeTensor", otherwise=_NoTensor),
     _find("torch._subclasses.functional_tensor.FunctionalTensor", otherwise=_NoTensor),
@@ -86,7 +86,7 @@ TRACING_CLASSES = (
 
 
 def is_zero_tensor(tensor: torch.Tensor) -> bool:
-    """Whether autograd made it of zeros without memory; False where that can't be told."""
+    """Whether a tensor is autograd's zero tensor without memory; False if unknown."""
     try:
         return tensor._is_zerotensor()
     except AttributeError:
@@ -94,7 +94,7 @@ def is_zero_tensor(tensor: torch.Tensor) -> bool:
 
 
 def has_tensor_hooks(tensor: torch.Tensor) -> bool:
-    """Whether the backward calls hooks of a leaf; True where that can't be told."""
+    """Whether a leaf has hooks that the backward calls; True if unknown."""
     try:
         return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
     except AttributeError:
@@ -108,7 +108,7 @@ _global_post_hooks = _find("torch.optim.optimizer._global_optimizer_post_hooks",
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step has hooks; True where that can't be told."""
+    """Whether the step has hooks; True if unknown."""
     try:
         return bool(
             optimizer._optimizer_step_pre_hooks
@@ -121,20 +121,20 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def is_step_observed(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step has hooks or a profiler is on; True where that can't be told."""
-    # The compiler can't trace the second question.
+    """Whether the step has hooks or a profiler is on; True if unknown."""
+    # The compiler can't trace profiler_enabled().
     return has_step_hooks(optimizer) or (not is_compiling() and profiler_enabled())
 
 
-# A scheduler replaces its optimizer's step with one that has the mark, and that sets the note by
+# A scheduler replaces its optimizer's step with a wrapper that has the mark and sets the note, by
 # which the scheduler knows that a step came first. In a PyTorch without the mark, SGD.from_torch
-# refuses an optimizer with a scheduler; without the note, nothing reads it.
+# rejects an optimizer with a scheduler; without the note, nothing reads it.
 _STEP_MARK = "_wrapped_by_lr_sched"
 _STEP_NOTE = "_opt_called"
 
 
 def has_scheduler_mark(step: Any) -> bool:
-    """Whether a scheduler has put this step in the place of its optimizer's."""
+    """Whether a step is a scheduler's wrapper."""
     return hasattr(step, _STEP_MARK)
 
 
@@ -146,13 +146,13 @@ def note_step_for_schedulers(optimizer: torch.optim.Optimizer) -> None:
     setattr(optimizer, _STEP_NOTE, True)
 
 
-# Holds the table of what steps a single parameter for DDP, by the optimizer's class. In a PyTorch
-# without it DDP's fused optimizer can't be ours.
+# Maps optimizer classes to functional ones that step single parameters for DDP. In a PyTorch
+# without it, DDP's fused optimizer can't be ours.
 _FUNCTIONAL_OPTIMIZERS = "torch.distributed.optim.utils"
 
 
 def register_functional_sgd(optimizer: type[torch.optim.SGD]) -> None:
-    """Lets torch's functional SGD serve where this class is asked for."""
+    """Registers torch's functional SGD for this optimizer class."""
 
     def add(module: ModuleType) -> None:
         table = getattr(module, "functional_optim_map", {})
@@ -165,38 +165,38 @@ def register_functional_sgd(optimizer: type[torch.optim.SGD]) -> None:
 # ---- modules -------------------------------------------------------------------------------------
 
 # The method of torch's Transformer layers that runs a Linear and then a ReLU. In a PyTorch without
-# it the layers are left as they are.
+# it, these layers are not fused.
 FEED_FORWARD = "_ff_block"
 
 
 def submodules(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
-    """A module's children, with None and repeated ones; writing to it exchanges them.
+    """A module's children, None and duplicates included; writing to the dict replaces them.
 
-    Nothing public can take its place; without it ``fuse`` raises ``AttributeError``.
+    It has no public replacement: without it ``fuse`` raises ``AttributeError``.
     """
     return module._modules
 
 
 def parameters(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's own parameters, at a quarter of what reading an attribute costs.
+    """A module's own parameters, at a quarter of the cost of reading an attribute.
 
-    Tensors in their places, and None, are there too.
+    Includes plain tensors put in their place, and None.
     """
     return module._parameters
 
 
 def buffers(module: torch.nn.Module) -> dict[str, Any]:
-    """A module's own buffers; writing to it exchanges them."""
+    """A module's own buffers; writing to the dict replaces them."""
     return module._buffers
 
 
 def call_methods(kind: type[torch.nn.Module]) -> tuple[Any, ...]:
-    """What runs between the call of a module and its ``forward``."""
+    """The methods that run between a module's call and its ``forward``."""
     return kind.__call__, kind._call_impl
 
 
 def is_its_own(function: Any) -> bool:
-    """Whether a function of PyTorch's is the one that PyTorch has put there."""
+    """Whether a function of PyTorch is PyTorch's own, not a replacement."""
     code = getattr(function, "__code__", None)
     if code is None:
         return isinstance(function, BuiltinFunctionType)
@@ -209,8 +209,8 @@ _count_dispatch_modes = _find("torch._C._len_torch_dispatch_stack", otherwise=la
 
 
 def has_modes() -> bool:
-    """Whether a mode sees the calls of PyTorch's functions or operators; True where that can't be
-    told. The one that ``torch.set_default_device`` sets sees them, and looks at others."""
+    """Whether a function or dispatch mode is active; True if unknown. The mode of
+    ``torch.set_default_device`` doesn't count: it only affects factory functions."""
     if _count_dispatch_modes():
         return True
     if not _has_function_mode():
@@ -220,15 +220,15 @@ def has_modes() -> bool:
 
 
 def copy_with_own_children(module: torch.nn.Module) -> torch.nn.Module:
-    """A shallow copy whose children can be exchanged without those of the module."""
+    """A shallow copy whose children can be replaced without affecting the module."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     return copied
 
 
 def is_observed(module: torch.nn.Module) -> bool:
-    """Whether a call of the module is more than its class's ``forward``: hooks, a ``forward`` of
-    its own, a compiled call; True where that can't be told."""
+    """Whether calling the module does more than its class's ``forward``: hooks, a ``forward`` of
+    its own, a compiled call; True if unknown."""
     own = vars(module)
     try:
         return bool(
@@ -245,9 +245,9 @@ def is_observed(module: torch.nn.Module) -> bool:
 
 
 def has_own_forward(module: torch.nn.Module) -> bool:
-    """Whether a module has a forward of its own, in place of its class's."""
+    """Whether an instance attribute overrides the class's ``forward``."""
     return "forward" in vars(module)
 
 
-# Whether hooks on all modules are registered. Without it Linear and ReLU run one by one.
+# Whether hooks on all modules are registered. Without it, Linear and ReLU run one by one.
 has_global_hooks = _find("torch.nn.modules.module._has_any_global_hook", otherwise=lambda: True)

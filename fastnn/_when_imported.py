@@ -1,8 +1,8 @@
-"""Calls a function when a module is imported that takes too long for fastnn to import itself.
+"""Runs a function once a module is imported that is too slow for fastnn to import itself.
 
-Two of PyTorch's tables need it, as PyTorch calls nothing of ours before it reads them: the FLOP
-counter's, whose module imports triton where PyTorch is built with CUDA (0.16 s), and that of DDP's
-functional optimizers.
+Two of PyTorch's tables need it, because PyTorch calls nothing of ours before it reads them: that of
+the FLOP counter, whose module imports triton if PyTorch is built with CUDA (0.16 s), and that of
+DDP's functional optimizers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
-    """Calls ``action`` with a module: now if it is imported already, or else once it is.
+    """Calls ``action`` with a module: now if it is imported already, otherwise once it is.
 
     Args:
         name: the module's full name.
-        action: is called once, after the module's own code.
+                action: called once, after the module's own code has run.
     """
     module = sys.modules.get(name)
     if module is None:
@@ -29,7 +29,7 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as the other finders do, and acts once its code has run."""
+    """Finds one module through the other finders, and runs the action after its code."""
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name = name
@@ -47,7 +47,7 @@ class _Finder(MetaPathFinder):
 
         def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            # Only now: a search needn't end in an import, and an import may fail and be repeated.
+            # Only now: a search may not lead to an import, and a failed import may be retried.
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
                 self.action(module)
@@ -58,7 +58,7 @@ class _Finder(MetaPathFinder):
     def _found_behind(
         self, path: Sequence[str] | None, target: ModuleType | None
     ) -> ModuleSpec | None:
-        """What the finders behind this one find; those before it have found nothing."""
+        """What the finders after this one find; those before it have found nothing."""
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
         # Before Python 3.12 a finder may lack the method.
         finders = (finder for finder in behind if hasattr(finder, "find_spec"))

@@ -1,4 +1,4 @@
-"""The facts a bug report needs: ``python -m fastnn.env`` prints them, one a line.
+"""Collects the facts for a bug report: ``python -m fastnn.env`` prints them, one per line.
 
 >>> from fastnn import env
 >>> env.collect()["extension"].split(":")[0] in ("available", "not available")
@@ -24,11 +24,11 @@ UNKNOWN = "unknown"
 
 
 def collect() -> dict[str, str]:
-    """What fastnn runs on: versions, processor, the built extension, threads, CUDA.
+    """Collects what fastnn runs on: versions, processor, the built extension, threads, CUDA.
 
     Returns:
-        Each fact's name and value, in the order in which they are printed. Facts that this
-        machine doesn't tell are ``"unknown"``; none is missing.
+        The name and value of each fact, in printing order. Facts that this machine doesn't reveal
+        are ``"unknown"``; none is missing.
 
     >>> import fastnn
     >>> from fastnn import env
@@ -65,7 +65,7 @@ def _installed_version(package: str) -> str:
 
 
 def main() -> None:
-    """Prints :func:`collect`'s facts, one a line.
+    """Prints :func:`collect`'s facts, one per line.
 
     >>> from fastnn import env
     >>> env.main()  # doctest: +ELLIPSIS
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _cpu_model() -> str:
-    """The processor's trade name; ``platform`` only knows its architecture on Linux and macOS."""
+    """The processor's trade name; on Linux and macOS ``platform`` only knows its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():
@@ -100,7 +100,7 @@ def _extension_state() -> str:
 
 
 def _cpu_capability() -> str:
-    """The instruction set whose kernels run here; none runs without the extension."""
+    """The instruction set of the kernels in use; "none" without the extension."""
     if _extension.extension is None:
         return "none"
     return _extension.extension.cpu_capability()

@@ -1,7 +1,7 @@
-"""``fuse`` lets a model's containers run Linear and ReLU as one operator; ``unfuse`` undoes it.
+"""``fuse`` makes a model's containers run Linear and ReLU as one operator; ``unfuse`` undoes it.
 
-The layers are not touched: parameters, keys, hooks and modules are the stock model's. See
-:mod:`fastnn._containers` for what a fused container does.
+The layers are not touched: parameters, keys, hooks and modules stay the stock model's. What a fused
+container does is in :mod:`fastnn._containers`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ FUSED, FUSIBLE, LEFT = "fused", "can be fused", "left"
 
 @dataclass(frozen=True)
 class FusionEntry:
-    """What becomes of one module when its model is called.
+    """What happens to one module when its model is called.
 
     Args:
         path: its place in the model, as in ``named_modules``.
         module: its class.
         state: ``"fused"``, ``"can be fused"`` or ``"left"``.
         reason: why it is left; empty otherwise (default).
-        container: the path of the module that runs it; None for losses and log-softmaxes, which
-            run themselves (default).
+        container: the path of the module that runs it; None (default) for losses and
+            log-softmaxes, which run by themselves.
 
     >>> import torch, fastnn
     >>> fastnn.fusion_report(torch.nn.NLLLoss()).entries[0]
@@ -58,11 +58,11 @@ class FusionEntry:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """The Linear layers, losses and log-softmaxes of a model; prints as a table.
+    """The Linear layers, losses and log-softmaxes of a model; printed as a table.
 
     Args:
-        entries: a :class:`fastnn.fusion.FusionEntry` for each, in the order of ``named_modules``;
-            losses and log-softmaxes last.
+        entries: a :class:`fastnn.fusion.FusionEntry` for each, in the order of ``named_modules``,
+            with losses and log-softmaxes last.
 
     >>> import torch, fastnn
     >>> report = fastnn.fusion_report(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
@@ -79,7 +79,7 @@ class FusionReport:
 
     @property
     def fusible(self) -> tuple[FusionEntry, ...]:
-        """The modules that :func:`fuse` would put on our operators."""
+        """The modules that :func:`fuse` would make run our operators."""
         return self._of(FUSIBLE)
 
     @property
@@ -111,33 +111,33 @@ class FusionReport:
 def fuse(
     model: _Model, *, inplace: bool = False, trace: bool = False, verbose: bool = False
 ) -> _Model:
-    r"""Puts a model's Linear layers, losses and log-softmaxes on fastnn's operators.
+    r"""Makes a model's Linear layers, losses and log-softmaxes run fastnn's operators.
 
-    A ``Sequential`` (also one inside of another) learns to run each of its ``Linear`` layers by our
-    operator: with the ``ReLU`` behind it, and several in a row as one ``mlp``. So does a container
-    that runs a ``Linear`` and then a ``ReLU``: ``TransformerEncoderLayer``,
-    ``TransformerDecoderLayer``, timm's ``Mlp``, and the feed-forward blocks of the BERT and T5 of
-    transformers. The layers stay PyTorch's, with their parameters, hooks and names; a layer that
-    is run by itself computes what it always did. The container looks at its layers at each call,
-    and runs them one by one where a hook sees what lies between them, or where a layer is not a
-    plain ``Linear`` or ``ReLU``: parametrized, quantized, exchanged, compiled or a subclass.
-    Applied twice, it changes nothing more.
+    A ``Sequential``, nested ones included, then runs each of its ``Linear`` layers through our
+    operator: together with the ``ReLU`` after it, and several in a row as one ``mlp``. So does a
+    container that runs a ``Linear`` and then a ``ReLU``: ``TransformerEncoderLayer``,
+    ``TransformerDecoderLayer``, timm's ``Mlp``, and the feed-forward blocks of transformers' BERT
+    and T5. The layers stay PyTorch's, with their parameters, hooks and names; a layer that is
+    called directly computes what it always did. The container checks its layers at each call and
+    runs them one by one if a hook observes a value in between, or if a layer is not a plain
+    ``Linear`` or ``ReLU`` (parametrized, quantized, replaced, compiled or a subclass). Calling
+    ``fuse`` twice changes nothing more.
 
     For calls in a forward of your own, such as ``F.relu(self.fc(x))``, use
     ``torch.compile(model, backend="fastnn")``.
 
     Args:
-        model: any module; a loss by itself too.
-        inplace: change ``model`` itself. By default (``False``) it stays as it is and a copy of its
-            modules is returned, over the same parameters and buffers.
-        trace: removed; ``torch.compile(model, backend="fastnn")`` has taken its place.
+        model: any module; a loss by itself, too.
+        inplace: change ``model`` itself. By default (``False``) it is left alone, and a copy of its
+            modules over the same parameters and buffers is returned.
+        trace: removed in favour of ``torch.compile(model, backend="fastnn")``.
         verbose: print the :class:`FusionReport` (default ``False``).
 
     Returns:
         The fused model.
 
     Raises:
-        TypeError: ``model`` is not a module or can't be copied, or ``trace`` is asked for.
+        TypeError: ``model`` is not a module or can't be copied, or ``trace`` is true.
 
     >>> import torch, fastnn
     >>> from torch import nn
@@ -166,10 +166,10 @@ def fuse(
 
 
 def fusion_report(model: Module) -> FusionReport:
-    r"""Lists what runs fused in a model, what can, and what runs as in PyTorch for which reason.
+    r"""Lists what runs fused in a model, what could, and what runs as in PyTorch, with the reason.
 
     Args:
-        model: any module, fused or not; it is not changed. Hooks, parametrizations and exchanged
+        model: any module, fused or not; it is not changed. Hooks, parametrizations and replaced
             layers count as they are now.
 
     Returns:
@@ -191,21 +191,21 @@ def fusion_report(model: Module) -> FusionReport:
 
 
 def unfuse(model: Module, *, inplace: bool = False) -> Module:
-    r"""Gives back a model of PyTorch's own modules, for a reader without fastnn.
+    r"""Turns a model back into PyTorch's own modules, for a reader without fastnn.
 
     What :func:`fuse` changed becomes what it was. A ``LinearReLU`` becomes
-    ``Sequential(Linear, ReLU)``; the keys of its parameters then gain a ``0.``.
+    ``Sequential(Linear, ReLU)``, so the keys of its parameters gain a ``0.``.
 
     Args:
         model: any module.
         inplace: as for :func:`fuse` (default ``False``).
 
     Returns:
-        The model without modules of fastnn, over the same parameters and buffers.
+        The model without fastnn's modules, over the same parameters and buffers.
 
     Raises:
         TypeError: ``model`` is not a module, or can't be copied.
-        ValueError: a ``LinearCrossEntropyLoss`` has options that PyTorch's has not.
+        ValueError: a ``LinearCrossEntropyLoss`` has options that PyTorch's lacks.
 
     >>> import torch, fastnn
     >>> from torch import nn
@@ -233,7 +233,7 @@ def unfuse(model: Module, *, inplace: bool = False) -> Module:
 
 
 def _to_change(model: _Model, inplace: bool) -> _Model:
-    """The model itself, or another tree of modules over the same parameters and buffers."""
+    """The model itself, or a copy of its modules over the same parameters and buffers."""
     _check_module(model)
     if inplace:
         return model
@@ -243,7 +243,7 @@ def _to_change(model: _Model, inplace: bool) -> _Model:
         copied = copy.deepcopy(model, shared)
     except Exception as error:
         raise TypeError(f"model: can't be copied ({error}); pass inplace=True") from error
-    # A module that copies itself, as scripted ones do, may have made parameters of its own.
+    # A module with its own copy method, such as a scripted one, may have made new parameters.
     if list(map(id, (*copied.parameters(), *copied.buffers()))) != list(map(id, tensors)):
         raise TypeError("model: a copy would not share its parameters; pass inplace=True")
     return copied
@@ -255,7 +255,7 @@ def _check_module(model: object) -> None:
 
 
 def _check_options(model: Module) -> None:
-    """Raises for options of ours, without which a loss would be another."""
+    """Raises for fastnn's own loss options, since PyTorch's loss would compute something else."""
     for path, module in model.named_modules():
         if isinstance(module, nn.LinearCrossEntropyLoss):
             kind = type(module)
@@ -271,7 +271,7 @@ _ADDED = ("softcap", "logit_scale", "z_loss")
 
 
 def _without_ours(kind: type) -> type:
-    """A class without ours among its bases, as torch's parametrize makes new ones of them."""
+    """A class without ours among its bases; torch's parametrize derives classes from ours."""
     stock = kind.__bases__[1] if _containers.Fused in kind.__bases__ else _STOCK.get(kind, kind)
     bases = tuple(map(_without_ours, stock.__bases__))
     if bases == stock.__bases__:
@@ -293,7 +293,7 @@ def _linear_entries(model: Module) -> Iterator[FusionEntry]:
         ]
         if isinstance(module, Linear):
             entries = [_entry(path, module, FUSED, _why_alone(model, path))]
-        # An outer Sequential has looked through the inner ones.
+        # An outer Sequential has already reported the Linears of inner ones.
         yield from (entry for entry in entries if entry.path not in seen)
         seen.update(entry.path for entry in entries)
 

@@ -1,7 +1,7 @@
-"""Drop-in layers and losses: subclasses of PyTorch's, whose ``forward`` runs the fused operators.
+"""Drop-in layers and losses: subclasses of PyTorch's whose ``forward`` runs the fused operators.
 
-Parameters, initialisation, ``state_dict`` keys, attributes and ``isinstance`` checks are the
-parents'.
+Parameters, initialisation, ``state_dict`` keys, attributes and ``isinstance`` checks are those of
+the parent classes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = [
     "NLLLoss",
 ]
 
-# The __call__ of each class is for type checkers alone: torch declares that a module's call takes
-# anything and gives anything.
+# Each class's __call__ is for type checkers only: torch declares that calling a module takes and
+# returns anything.
 
 
 class Linear(torch.nn.Linear):
@@ -40,8 +40,10 @@ class Linear(torch.nn.Linear):
         bias: learn an additive bias (default ``True``).
         device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
 
-    Shape: input ``(*, in_features)``, output ``(*, out_features)``.
-    Errors and dtypes: see :func:`fastnn.functional.linear`.
+    Shape:
+        Input ``(*, in_features)``, output ``(*, out_features)``.
+
+    For dtypes and errors see :func:`fastnn.functional.linear`.
 
     >>> import torch, fastnn
     >>> fastnn.nn.Linear(20, 30)(torch.randn(128, 20)).shape
@@ -60,7 +62,7 @@ class LinearReLU(torch.nn.Linear):
     r"""``relu(x @ weight.T + bias)`` as one operator: ``Linear`` followed by ``ReLU``.
 
     A :class:`torch.nn.Linear` in every respect (arguments, parameters, initialisation,
-    ``state_dict``) but its output, which is clamped at zero.
+    ``state_dict``), except that its output is clamped at zero.
 
     Args:
         in_features: size of each input row.
@@ -68,8 +70,10 @@ class LinearReLU(torch.nn.Linear):
         bias: learn an additive bias (default ``True``).
         device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
 
-    Shape: input ``(*, in_features)``, output ``(*, out_features)``.
-    Errors and dtypes: see :func:`fastnn.functional.linear_relu`.
+    Shape:
+        Input ``(*, in_features)``, output ``(*, out_features)``.
+
+    For dtypes and errors see :func:`fastnn.functional.linear_relu`.
 
     >>> import torch, fastnn
     >>> layer = fastnn.nn.LinearReLU(20, 30)
@@ -90,20 +94,22 @@ class LinearReLU(torch.nn.Linear):
 class MLP(torch.nn.Sequential):
     r"""A multilayer perceptron: ``Linear`` layers with ``ReLU`` between them, as one operator.
 
-    A :class:`torch.nn.Sequential` of :class:`torch.nn.Linear` and :class:`torch.nn.ReLU`, with its
-    keys: state dicts go both ways. Where a hook sees what lies between the layers, or a layer has
-    been exchanged, parametrized or quantized, they run one by one, as in a model of
+    A :class:`torch.nn.Sequential` of :class:`torch.nn.Linear` and :class:`torch.nn.ReLU` with its
+    keys: state dicts are interchangeable. If a hook observes a value between the layers, or a layer
+    has been replaced, parametrized or quantized, they run one by one, as in a model from
     :func:`fastnn.fuse`.
 
     Args:
         in_features: size of each input row.
-        hidden_features: size of the layer in between, or of each of them.
+        hidden_features: size of the hidden layer, or of each hidden layer.
         out_features: size of each output row.
         bias: whether the layers learn an additive bias (default ``True``).
         device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
 
-    Shape: input ``(*, in_features)``, output ``(*, out_features)``.
-    Errors and dtypes: see :func:`fastnn.functional.mlp`.
+    Shape:
+        Input ``(*, in_features)``, output ``(*, out_features)``.
+
+    For dtypes and errors see :func:`fastnn.functional.mlp`.
 
     >>> import torch, fastnn
     >>> model = fastnn.nn.MLP(784, (128, 64), 10)
@@ -136,13 +142,14 @@ class MLP(torch.nn.Sequential):
     forward = _containers.run_row
 
     def __getitem__(self, index: slice | int) -> torch.nn.Module:
-        # A part of the layers is no MLP of sizes; torch's way would call the constructor.
+        # A slice of the layers is a plain Sequential; Sequential's own way would call our
+        # constructor.
         if isinstance(index, slice):
             return torch.nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        """What torch.jit.script reads instead: its compiler knows PyTorch's own class."""
+        """What torch.jit.script compiles instead: it only knows PyTorch's own class."""
         return _containers.as_stock(self, torch.nn.Sequential)
 
 
@@ -150,10 +157,12 @@ class LogSoftmax(torch.nn.LogSoftmax):
     r"""``log(softmax(x))`` along ``dim``; :class:`torch.nn.LogSoftmax` with our operator.
 
     Args:
-        dim: the dimension whose slices are normalised (``None``: chosen as torch does, deprecated).
+        dim: the dimension whose slices are normalised; ``None`` chooses as torch does (deprecated).
 
-    Shape: any; the output has the input's shape and dtype.
-    Errors and dtypes: see :func:`fastnn.functional.log_softmax`.
+    Shape:
+        Any shape; the output has the input's shape and dtype.
+
+    For dtypes and errors see :func:`fastnn.functional.log_softmax`.
 
     >>> import torch, fastnn
     >>> output = fastnn.nn.LogSoftmax(dim=1)(torch.randn(2, 3))
@@ -166,14 +175,14 @@ class LogSoftmax(torch.nn.LogSoftmax):
         def __call__(self, input: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor) -> Tensor:
-        # Six frames up, past torch.nn.Module's own, is the line that calls the module.
+        # The caller's line is six frames up, past those of torch.nn.Module.
         return functional.log_softmax(input, self.dim, _stacklevel=6)
 
 
 class _ClassificationLoss:
-    """What fastai asks of a loss of classes, beside ``reduction``; ``activation`` is the loss's."""
+    """What fastai expects of a classification loss besides ``reduction`` and ``activation``."""
 
-    # Targets are class indices: MixUp and CutMix, which mix them, then mix the losses instead.
+    # Targets are class indices, so MixUp and CutMix mix the losses instead of the targets.
     y_int = True
 
     if TYPE_CHECKING:
@@ -181,7 +190,7 @@ class _ClassificationLoss:
         def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
 
     def decodes(self, output: Tensor) -> Tensor:
-        """The class of each row: the one of the largest output."""
+        """The class of each row: that of the largest output."""
         return output.argmax(_class_dim(output))
 
 
@@ -195,16 +204,18 @@ class NLLLoss(_ClassificationLoss, torch.nn.NLLLoss):
     ``activation`` and ``decodes`` turn a model's output into probabilities and classes, for fastai.
 
     Args:
-        weight: ``(C,)`` weight of each class (default: 1), of the input's dtype.
+        weight: ``(C,)`` weight of each class, of the input's dtype (default: 1).
         size_average, reduce: deprecated, as in torch.
-        ignore_index: the target value of rows that count for nothing (default -100).
-        reduction: ``'none'``, ``'mean'`` (over the summed weights of the rows kept, the default)
-            or ``'sum'``.
+        ignore_index: target value of rows to ignore (default -100).
+        reduction: ``'none'``, ``'mean'`` (default: over the summed weights of the other rows) or
+            ``'sum'``.
 
-    Shape: input ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)`` of log-probabilities; target ``()``,
-    ``(N)`` or ``(N, d1, ...)`` of class indices; output a scalar, or the target's shape with
-    ``reduction='none'``.
-    Errors and dtypes: see :func:`fastnn.functional.nll_loss`.
+    Shape:
+        Input ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, log-probabilities; target ``()``, ``(N)``
+        or ``(N, d1, ...)``, class indices; output a scalar, or the target's shape with
+        ``reduction='none'``.
+
+    For dtypes and errors see :func:`fastnn.functional.nll_loss`.
 
     >>> import torch, fastnn
     >>> log_probs = torch.log_softmax(torch.randn(3, 5), dim=1)
@@ -228,23 +239,24 @@ class NLLLoss(_ClassificationLoss, torch.nn.NLLLoss):
 
 
 class CrossEntropyLoss(_ClassificationLoss, torch.nn.CrossEntropyLoss):
-    r"""Cross entropy between logits and targets, as one operator each way;
+    r"""Cross entropy of logits and targets as one operator per direction;
     :class:`torch.nn.CrossEntropyLoss` with our operator.
 
     ``activation`` and ``decodes`` turn a model's output into probabilities and classes, for fastai.
 
     Args:
-        weight: ``(C,)`` weight of each class (default: 1), of the input's dtype.
+        weight: ``(C,)`` weight of each class, of the input's dtype (default: 1).
         size_average, reduce: deprecated, as in torch.
-        ignore_index: the target value of rows that count for nothing (default -100); for class
-            indices only.
-        reduction: ``'none'``, ``'mean'`` (the default) or ``'sum'``.
-        label_smoothing: in [0, 1], the share of the target given to all classes alike (default 0).
+        ignore_index: target value of rows to ignore (default -100); for class indices only.
+        reduction: ``'none'``, ``'mean'`` (default) or ``'sum'``.
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1] (default 0).
 
-    Shape: input ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)`` of logits; target class indices ``()``,
-    ``(N)`` or ``(N, d1, ...)``, or class probabilities of the input's shape; output a scalar, or
-    one value per row with ``reduction='none'``.
-    Errors and dtypes: see :func:`fastnn.functional.cross_entropy`.
+    Shape:
+        Input ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, logits; target ``()``, ``(N)`` or
+        ``(N, d1, ...)``, class indices, or the input's shape, class probabilities; output a scalar,
+        or one value per row with ``reduction='none'``.
+
+    For dtypes and errors see :func:`fastnn.functional.cross_entropy`.
 
     >>> import torch, fastnn
     >>> logits = torch.randn(3, 5, requires_grad=True)
@@ -271,7 +283,7 @@ class CrossEntropyLoss(_ClassificationLoss, torch.nn.CrossEntropyLoss):
 
 
 class _StockLinearCrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """What :class:`torch.nn.LinearCrossEntropyLoss` is, for a torch that hasn't got it."""
+    """:class:`torch.nn.LinearCrossEntropyLoss`, for a torch that lacks it."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""Each operator in plain PyTorch, written down from its formula: the oracle of the tests, and what
-runs where the extension is not built.
+"""Each operator in plain PyTorch, written from its formula: the tests' oracle, and the fallback if
+the extension is not built.
 
-The functions have the operators' own signatures (``torch.ops.fastnn.*``) and semantics, for any
-floating-point dtype: float16 and bfloat16 are computed in float32 and rounded once. Those of a
-backward can be differentiated themselves, and all be batched by :func:`torch.vmap`.
+The functions have the signatures and semantics of the operators (``torch.ops.fastnn.*``), for any
+floating-point dtype: float16 and bfloat16 are computed in float32 and rounded once. The backward
+functions are differentiable themselves, and all support :func:`torch.vmap`.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def linear_backward(
 
     Args:
         grad_output: the gradient of the output.
-        input: may be None where the gradient of ``weight`` is not wanted.
-        weight: may be None where the gradient of ``input`` is not wanted.
+        input: the forward's; None is allowed if the gradient of ``weight`` is not wanted.
+        weight: the forward's; None is allowed if the gradient of ``input`` is not wanted.
         output_mask: which of the three gradients are wanted; None is returned for the others.
 
     >>> import torch
@@ -127,8 +127,8 @@ def linear_relu_backward(
 
     Args:
         grad_output: the gradient of the output.
-        input: may be None where the gradient of ``weight`` is not wanted.
-        weight: may be None where the gradient of ``input`` is not wanted.
+        input: the forward's; None is allowed if the gradient of ``weight`` is not wanted.
+        weight: the forward's; None is allowed if the gradient of ``input`` is not wanted.
         output: the forward's.
         output_mask: which of the three gradients are wanted; None is returned for the others.
 
@@ -139,7 +139,7 @@ def linear_relu_backward(
     >>> reference.linear_relu_backward(torch.ones(1, 2), x, w, y, [True, False, False])
     (tensor([[1., 2.]]), None, None)
     """
-    # Where the output is NaN the gradient passes, as in torch.
+    # The gradient passes where the output is NaN, as in torch.
     grad_linear = grad_output.masked_fill(output <= 0, 0)
     return linear_backward(grad_linear, input, weight, output_mask)
 
@@ -153,10 +153,10 @@ def mlp(
     """Linear layers in a row; see :func:`fastnn.functional.mlp`.
 
     Args:
-        input: the first layer's.
-        weights: each layer's.
-        biases: each layer's, or None.
-        relu: whether a ReLU follows, for each layer.
+        input: the first layer's input.
+        weights: each layer's weight.
+        biases: each layer's bias, or None.
+        relu: whether each layer has a ReLU after it.
 
     >>> import torch
     >>> from fastnn import reference
@@ -200,11 +200,11 @@ def mlp_backward(
 
     Args:
         grad_output: the gradient of the output.
-        inputs: each layer's; None where neither the gradient of its weight is wanted nor the mask
-            of the ReLU before it.
-        weights: each layer's; None where no gradient goes further.
-        output: the last layer's; None where no ReLU follows it.
-        relu: whether a ReLU follows, for each layer.
+        inputs: each layer's input; None if neither the gradient of its weight is wanted nor the
+            mask of the ReLU before it.
+        weights: each layer's weight; None if the gradient goes no further.
+        output: the last layer's output; None if no ReLU follows it.
+        relu: whether each layer has a ReLU after it.
         output_mask: which gradients are wanted: of the input, of each weight, of each bias.
 
     Returns:
@@ -238,7 +238,7 @@ def mlp_backward(
 
 
 def _matrix_of_rows(tensor: Tensor) -> Tensor:
-    """A tensor's leading dimensions as one."""
+    """Flattens all leading dimensions into one."""
     # Sizes are given, not inferred: reshape(-1, 0) is ambiguous.
     return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
@@ -251,7 +251,7 @@ def log_softmax(input: Tensor, dim: int) -> Tensor:
     >>> reference.log_softmax(torch.zeros(2), 0).exp()
     tensor([0.5000, 0.5000])
     """
-    dim = operator.index(dim)  # torch 2.9 reduces over everything where it is a tensor
+    dim = operator.index(dim)  # torch 2.9 reduces over everything if it is a tensor
     if not input.is_floating_point():
         raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
     x = input.to(_compute_dtype(input.dtype))
@@ -279,8 +279,8 @@ def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tenso
 
 
 def _log_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Along a dimension that is counts: the maximum, and ``log(sum(exp(x - max)))``."""
-    # The maximum cancels in the formula, so that it needs no gradient; max() over nothing raises.
+    """The maximum along a dimension, by index, and ``log(sum(exp(x - max)))``."""
+    # The maximum cancels in the formula and needs no gradient; amax() over nothing raises.
     shift = x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)
     return shift, (x - shift).exp().sum(dim, keepdim=True).log()
 
@@ -335,13 +335,13 @@ def _check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None) -
 def _counts_and_index(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Which rows count, and a class index for each that is always in range."""
+    """Which rows count, and a valid class index for every row."""
     _check_class_indices(input, target, weight)
     target = target.long()
     if input.dim() == 1:
         target = target.reshape(())
     counts = target != ignore_index
-    # On another device they would be waited for; there a kernel of torch's asserts.
+    # On another device this would synchronise; there torch's gather or index_select asserts.
     has_values = target.is_cpu and not is_compiling() and running_transform() is None
     if not has_values:
         return counts, target.where(counts, 0)
@@ -356,7 +356,7 @@ def _counts_and_index(
 
 
 def _reduce(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
-    """The rows' losses, their sum, or their sum over ``total_weight``."""
+    """The losses per row, their sum, or their sum divided by ``total_weight``."""
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -375,12 +375,12 @@ def _grad_per_row(
 
 
 def _nan_for_zero(total_weight: Tensor) -> Tensor:
-    """A mean over nothing is NaN, the share of label smoothing included, which is not zero then."""
+    """NaN for a mean over nothing: the label-smoothing share of its sum needn't be zero."""
     return total_weight.where(total_weight != 0, torch.nan)
 
 
 def _gather(input: Tensor, index: Tensor) -> Tensor:
-    """The input's value at each row's class; zeros where there is no class to choose."""
+    """The input's value at each row's class; zeros if there are no classes."""
     class_dim = _class_dim(input)
     if input.shape[class_dim] == 0:
         return input.sum(class_dim)
@@ -396,7 +396,7 @@ def _row_weights(input: Tensor, counts: Tensor, index: Tensor, weight: Tensor | 
 
 
 def _is_class(input: Tensor, counts: Tensor, index: Tensor) -> Tensor:
-    """In the input's shape, whether a class is that of its row, which counts."""
+    """A mask in the input's shape: whether an element is its row's class and the row counts."""
     class_dim = _class_dim(input)
     classes = torch.arange(input.shape[class_dim], device=input.device)
     is_class = index.unsqueeze(class_dim) == _per_class(classes, input)
@@ -423,7 +423,7 @@ def nll_loss(
 def nll_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the total weight of the rows that count, which ``'mean'`` divides by; see
+    """The loss, and the total weight of the rows that count, by which ``'mean'`` divides; see
     :func:`fastnn.functional.nll_loss`.
 
     >>> import torch
@@ -454,7 +454,7 @@ def nll_loss_backward(
 
     Args:
         grad_output: the gradient of the loss.
-        total_weight: as the forward returned it.
+        total_weight: the forward's.
 
     >>> import torch
     >>> from fastnn import reference
@@ -466,7 +466,7 @@ def nll_loss_backward(
     counts, index = _counts_and_index(input, target, weight, ignore_index)
     row_weights = _row_weights(total_weight, counts, index, weight).unsqueeze(_class_dim(input))
     grad_rows = -row_weights * _grad_per_row(grad_output, input, total_weight, reduction)
-    # Zeros that count as a function of the input, as PyTorch's gradient does.
+    # These zeros depend on the input for autograd, as those of PyTorch's gradient do.
     zeros = input.masked_fill(torch.ones((), dtype=torch.bool, device=input.device), 0)
     return grad_rows.where(_is_class(input, counts, index), zeros).to(input.dtype)
 
@@ -499,16 +499,16 @@ def cross_entropy_forward(
     label_smoothing: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The loss, what the backward takes of the input where that is to be kept, and the total weight
-    of the rows that count; see :func:`fastnn.functional.cross_entropy`.
+    """The loss, what the backward needs, and the total weight of the rows that count; see
+    :func:`fastnn.functional.cross_entropy`.
 
     Args:
-        keep: whether it is to be kept.
+        keep: whether a backward will follow.
 
     Returns:
-        The loss; a copy of the input and each row's log-sum-exp in two parts (the maximum, and the
-        rest), or None and None; the total weight. Where a kernel sums in the input's own dtype, it
-        keeps the loss's gradient in place of the copy, and None.
+        The loss; for the backward a copy of the input and each row's log-sum-exp in two parts (the
+        maximum, and the rest), or None twice; the total weight. A kernel that sums in the input's
+        own dtype returns the loss's gradient instead of the copy, and None.
 
     >>> import torch
     >>> from fastnn import reference
@@ -574,7 +574,7 @@ def _smooth(distribution: Tensor, weight: Tensor | None, label_smoothing: float)
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the wider of its own dtype and another."""
+    """Converts to the wider of its own dtype and another."""
     return tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
@@ -586,8 +586,8 @@ def _distribution(
     label_smoothing: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The distribution ``q`` over each row's classes, zeros in ignored rows; and, shaped to
-    broadcast against it, which rows count."""
+    """The distribution ``q`` over each row's classes, zero in ignored rows; and which rows count,
+    shaped to broadcast against it."""
     if target.shape == input.shape:
         q = _smooth(_widened(target, dtype), weight, label_smoothing)
         return q, torch.ones((), dtype=torch.bool, device=input.device)
@@ -605,17 +605,18 @@ def _kept_softmax(
     total_weight: Tensor,
     reduction: str,
 ) -> Tensor:
-    """The softmax of the logits, from what the forward kept: they may have changed, or be gone.
+    """The softmax of the logits, from what the forward kept: the logits may have changed since.
 
     Args:
-        kept: the logits with ``lse``, else the gradient, ``softmax * total - q`` before the mean.
+        kept: the logits if there is an ``lse``, else the gradient ``softmax * total - q``, divided
+            by ``total_weight`` for the mean.
         q: the target's distribution.
-        total: its sums.
+        total: the sum of ``q`` per row.
     """
     if lse is not None:
         return log_softmax(kept.to(total_weight.dtype), _class_dim(kept)).exp()
     gradient = kept * total_weight if reduction == "mean" else kept
-    # Where q is 0 the gradient says nothing of the softmax, nor does it depend on it.
+    # Where q sums to 0 the gradient neither determines the softmax nor depends on it.
     has_softmax = total != 0
     return ((gradient + q) / total.where(has_softmax, 1)).where(has_softmax, 0)
 
@@ -636,7 +637,7 @@ def cross_entropy_backward(
 
     Args:
         grad_output: the gradient ``g`` of the loss.
-        kept, lse, total_weight: as a kernel's forward returned them, or the reference's.
+        kept, lse, total_weight: from a kernel's forward, or the reference's.
 
     >>> import torch
     >>> from fastnn import reference
@@ -650,7 +651,7 @@ def cross_entropy_backward(
     )
     total = q.sum(_class_dim(kept), keepdim=True)
     softmax = _kept_softmax(kept, lse, q, total, total_weight, reduction)
-    # The mean over no row is NaN, which a derivative of the product would multiply zeros by.
+    # The mean over no rows is NaN; differentiating the product would multiply zeros by it.
     grad_rows = _grad_per_row(grad_output, kept, total_weight, reduction).where(counts, 0)
     return (grad_rows * (softmax * total - q)).where(counts, 0).to(kept.dtype)
 
@@ -666,13 +667,13 @@ def cross_entropy_kept_backward(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The gradient of the input of ``cross_entropy`` from that of what is kept: what derivatives of
-    a higher order take; see :func:`fastnn.functional.cross_entropy`. What is kept has a symmetric
-    Jacobian, so that this is its tangent too.
+    """The gradient of ``cross_entropy``'s input from the gradient of ``kept``, for derivatives of
+    higher order; see :func:`fastnn.functional.cross_entropy`. The Jacobian of ``kept`` is
+    symmetric, so this also computes its tangent.
 
     Args:
         grad_kept: the gradient of ``kept``, or the tangent of the input.
-        kept, lse, total_weight: as a kernel's forward returned them, or the reference's.
+        kept, lse, total_weight: from a kernel's forward, or the reference's.
 
     >>> import torch
     >>> from fastnn import reference
@@ -706,7 +707,7 @@ def cross_entropy_target_backward(
 
     Args:
         grad_output: the gradient of the loss.
-        total_weight: as the forward returned it.
+        total_weight: the forward's.
 
     >>> import torch
     >>> from fastnn import reference
@@ -776,14 +777,15 @@ def linear_cross_entropy_forward(
     dtype: torch.dtype | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss, and what the backward takes; see :func:`fastnn.functional.linear_cross_entropy`.
+    """The loss, and what the backward needs; see :func:`fastnn.functional.linear_cross_entropy`.
 
     Args:
-        dtype: of the loss, and of ``weight`` and class probabilities; None for the input's.
-        output_mask: which gradients are wanted, of input, weight and bias.
+        dtype: of the loss, ``weight`` and class probabilities; None for the input's.
+        output_mask: which gradients are wanted: of input, weight and bias.
 
     Returns:
-        The loss; the gradients, None where they aren't wanted, or without a reduction, which gives
+        The loss; the gradients, each None if it is not wanted; and each row's log-sum-exp in two
+        parts. Without a reduction there is a log-sum-exp and no gradients, otherwise the reverse.
         each row's log-sum-exp instead, in two parts.
 
     >>> import torch
@@ -845,14 +847,14 @@ def linear_cross_entropy_backward(
     dtype: torch.dtype | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias of ``linear_cross_entropy`` without a reduction; see
+    """The gradients of input, weight and bias of an unreduced ``linear_cross_entropy``; see
     :func:`fastnn.functional.linear_cross_entropy`.
 
     Args:
         grad_output: the gradient of each row's loss.
-        lse: as the forward returned it; not looked at here.
+        lse: the forward's; unused here.
         dtype: the forward's.
-        output_mask: which gradients are wanted.
+        output_mask: which gradients are wanted: of input, weight and bias.
 
     >>> import torch
     >>> from fastnn import reference
@@ -889,7 +891,7 @@ def linear_cross_entropy_gradients(
 
     Args:
         grad_output: the gradient of the loss.
-        output_mask: which gradients are wanted.
+        output_mask: which gradients are wanted: of input, weight and bias.
 
     >>> import torch
     >>> from fastnn import reference
@@ -925,8 +927,8 @@ def linear_cross_entropy_logits_backward(
     z_loss: float,
     normalizer: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of ``input @ linear_weight.T + linear_bias`` of ``linear_cross_entropy``, in the
-    dtype that it computes in; see :func:`fastnn.functional.linear_cross_entropy`.
+    """The gradient of the logits ``input @ linear_weight.T + linear_bias`` before scale and cap, in
+    the dtype of the computation; see :func:`fastnn.functional.linear_cross_entropy`.
 
     Args:
         grad_output: the gradient of the loss.
@@ -959,7 +961,7 @@ def linear_cross_entropy_logits_backward(
     grad_rows = _grad_per_row(grad_output, logits, divisor, reduction)
     if reduction == "sum":
         grad_rows = grad_rows / divisor
-    # The mean over no row is NaN, which a derivative of the product would multiply zeros by.
+    # The mean over no rows is NaN; differentiating the product would multiply zeros by it.
     return (grad_rows.where(counts, 0) * derivative).where(counts, 0) * slope
 
 
@@ -978,7 +980,7 @@ def _check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 
 
 def _counts(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows of class indices count."""
+    """Which rows count, for class indices."""
     counts = target != ignore_index
     return counts.reshape(()) if logits.dim() == 1 else counts
 
@@ -990,7 +992,7 @@ def _logits_and_slope(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor | float]:
-    """The logits, scaled and capped, and their derivative by what the layer gives."""
+    """The logits, scaled and capped, and their derivative with respect to the layer's output."""
     dtype = _compute_dtype(input.dtype)
     bias = None if linear_bias is None else linear_bias.to(dtype)
     logits = torch.nn.functional.linear(input.to(dtype), linear_weight.to(dtype), bias)
@@ -1005,7 +1007,8 @@ def _logits_and_slope(
 def _gradients_of_head(
     grad_logits: Tensor, input: Tensor, linear_weight: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of a linear layer's input, weight and bias, in the dtype of its output's."""
+    """The gradients of a linear layer's input, weight and bias, in the dtype of its output
+    gradient."""
     x, w = input.to(grad_logits.dtype), linear_weight.to(grad_logits.dtype)
     rows, inputs = (t.unsqueeze(0) if t.dim() == 1 else t for t in (grad_logits, x))
     return (
@@ -1016,7 +1019,7 @@ def _gradients_of_head(
 
 
 def _check_sgd_lists(params: list[Tensor], **lists: list[Tensor]) -> None:
-    """Raises unless the parameters are floating-point and each list fits them."""
+    """Raises unless all parameters are floating-point and each list matches them."""
     for i, param in enumerate(params):
         if not param.is_floating_point():
             raise RuntimeError(f"expected params[{i}] to be floating-point, but got {param.dtype}")
@@ -1052,17 +1055,17 @@ def sgd_step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One SGD step in place over a list of tensors; the formula is that in
-    :class:`torch.optim.SGD`'s documentation.
+    """One in-place SGD step over a list of tensors, by the formula in :class:`torch.optim.SGD`'s
+    documentation.
 
     Args:
-        params, grads: floating-point tensors, alike in dtype and shape; ``params`` is written.
-        momentum_buffers: likewise, written; those of bfloat16 and float16 parameters may be of
-            float32. Empty where ``momentum`` is zero.
+        params, grads: floating-point tensors of equal dtypes and shapes; ``params`` is modified.
+        momentum_buffers: as ``params``, modified; those of bfloat16 and float16 parameters may be
+            float32. Empty if ``momentum`` is zero.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
-        is_first_step: the buffers are written without being read, and dampening is not applied.
-        grad_scale: one-element tensor that the gradients are divided by in place first.
-        found_inf: one-element tensor; where it is nonzero nothing is done.
+        is_first_step: write the buffers without reading them, and apply no dampening.
+        grad_scale: one-element tensor by which the gradients are first divided in place.
+        found_inf: one-element tensor; if it is nonzero, nothing is changed.
 
     >>> import torch
     >>> from fastnn import reference

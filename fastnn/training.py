@@ -1,4 +1,4 @@
-"""A training step as one call, in place of the loop's five lines."""
+"""A training step as one call instead of the five lines of a loop."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["StepReport", "TrainStep", "train_step"]
 
 @dataclass(frozen=True)
 class StepReport:
-    """Which way a :class:`TrainStep` goes; prints as a table.
+    """How a :class:`TrainStep` runs; prints as a table.
 
     Args:
         way: ``"fused"``, ``"CUDA graph"`` or ``"ordinary"``.
-        reasons: why it does not go the faster ways: their names, each with its reason.
+        reasons: why it doesn't run in the faster ways: the name of each, with the reason.
 
     >>> import torch, fastnn
     >>> model = torch.nn.Linear(2, 2)
@@ -47,13 +47,13 @@ class StepReport:
 
 
 class TrainStep:
-    """A training step to be called with each batch; :func:`train_step` makes it.
+    """A training step that is called with each batch; made by :func:`train_step`.
 
-    ``copy.deepcopy`` and ``pickle`` take its model and optimizer along, which then belong together
-    as these do; a copy begins with nothing accumulated, as copied parameters have no gradients.
+    ``copy.deepcopy`` and ``pickle`` include its model and optimizer, so the copies belong together
+    as these do. A copy starts with nothing accumulated, since copied parameters have no gradients.
 
     Args:
-        program: what ``train_step`` was called with.
+        program: the arguments of ``train_step``.
 
     >>> import torch, fastnn
     >>> model = torch.nn.Linear(8, 3)
@@ -71,9 +71,9 @@ class TrainStep:
 
     def _begin(self, program: Program) -> None:
         self._program = program
-        # The first that can run a call does.
+        # The first one that can run a call does.
         self._ways: tuple[Way, ...] = (FusedStep(), GraphedStep(), OrdinaryStep())
-        self._reasons: dict[str, str] = {}  # what was the matter with the last batch
+        self._reasons: dict[str, str] = {}  # why the last batch couldn't run a faster way
 
     def __getstate__(self) -> dict[str, Any]:
         return {"program": replace(self._program, accumulated=0, stepped=None)}
@@ -85,8 +85,8 @@ class TrainStep:
         """Trains on a batch.
 
         Args:
-            input: what the model is called with: a tuple or list is unpacked into its positional
-                arguments, a dict into its keyword arguments, and anything else is passed as it is.
+            input: the model's input: a tuple or list is unpacked into positional arguments, a dict
+                into keyword arguments; anything else is passed as it is.
             target: passed to ``loss_fn`` as it is.
 
         Returns:
@@ -95,8 +95,8 @@ class TrainStep:
         Raises:
             TypeError: ``loss_fn`` returned no tensor.
             RuntimeError: the call is under ``torch.inference_mode()``.
-            Exception: what model, loss, hooks or optimizer raise. Parameters, buffers, gradients,
-                the optimizer's state and what is accumulated are then as they were before the call.
+            Exception: whatever model, loss, hooks or optimizer raise. Parameters, buffers,
+                gradients, optimizer state and accumulated gradients are then as before the call.
 
         >>> import torch, fastnn
         >>> model = torch.nn.Bilinear(4, 5, 1)
@@ -119,10 +119,10 @@ class TrainStep:
         return way.run(program, batch)
 
     def report(self) -> StepReport:
-        """Says which way calls go as things are now, with batches like the last one.
+        """Says how calls run as things are now, with batches like the last one.
 
         Returns:
-            A :class:`StepReport`. Before the first call it leaves out what hangs on the batch.
+            A :class:`StepReport`. Before the first call it omits reasons that depend on the batch.
 
         >>> import torch, fastnn
         >>> model = torch.nn.Linear(2, 2)
@@ -141,13 +141,13 @@ class TrainStep:
         return StepReport(way.name, reasons)
 
     def flush(self) -> None:
-        """Updates the parameters with what is accumulated so far, if anything.
+        """Updates the parameters with the gradients accumulated so far, if any.
 
-        For the last batches of an epoch. Their gradients stay divided by ``accumulate``, as in
-        Lightning, though they are fewer.
+        Use it after the last batches of an epoch. Their gradients stay divided by ``accumulate``
+        although they are fewer, as in Lightning.
 
         Raises:
-            Exception: what hooks or the optimizer raise; all is then as before.
+            Exception: whatever hooks or the optimizer raise; everything is then as before.
 
         >>> import torch, fastnn
         >>> model = torch.nn.Linear(2, 1)
@@ -181,20 +181,20 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(params, clip_grad_norm)  # if given; the optimizer's
         optimizer.step()
 
-    and so is what it leaves in the optimizer: the loop can take over at any time, and the step
-    again from there. Options of the optimizer are read at each call, so that schedulers work as
-    ever. After an update the gradients are None. :meth:`TrainStep.report` says how it is run.
+    and so is the state it leaves in the optimizer: the loop can take over at any time, and hand
+    back again. The optimizer's options are read at each call, so schedulers work as usual. After an
+    update the gradients are None. :meth:`TrainStep.report` says how the step runs.
 
     Args:
         model: the module to train.
         loss_fn: called with the model's output and the target; a module or a function. It returns
             a scalar tensor.
         optimizer: any :class:`torch.optim.Optimizer` that needs no closure.
-        accumulate: how many calls' gradients are added up for an update; each is divided by it
-            (default 1: every call updates).
-        clip_grad_norm: the largest norm that the gradients of the optimizer's parameters may have
-            together; scaled down to it by :func:`torch.nn.utils.clip_grad_norm_` (default
-            ``None``: not clipped).
+        accumulate: number of calls whose gradients are summed before an update; each is divided by
+            this number (default 1: every call updates).
+        clip_grad_norm: maximum norm of the gradients of all the optimizer's parameters together;
+            :func:`torch.nn.utils.clip_grad_norm_` scales them down to it (default ``None``: no
+            clipping).
 
     Returns:
         A :class:`TrainStep`.
@@ -202,8 +202,8 @@ def train_step(
     Raises:
         TypeError: ``model`` is not a module, ``loss_fn`` can't be called, ``optimizer`` is not a
             :class:`torch.optim.Optimizer`, or its step needs a closure, as LBFGS's does.
-        ValueError: ``accumulate`` is not an integer from 1, or ``clip_grad_norm`` not a number
-            above 0.
+        ValueError: ``accumulate`` is not a positive integer, or ``clip_grad_norm`` not a positive
+            number.
 
     >>> import torch, fastnn
     >>> model = torch.nn.Sequential(fastnn.nn.LinearReLU(8, 4), torch.nn.Linear(4, 3))

@@ -1,5 +1,5 @@
-"""A parameter group stepped in one pass: which parameters the operator takes, and what happens to
-the others. Nothing here knows which optimizer it is."""
+"""Steps a parameter group in one pass: which parameters the operator takes, and what happens to the
+others. Nothing here depends on the optimizer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ State = dict[Tensor, dict[str, Tensor]]
 
 
 class FusedOptimizer(Float32State):
-    """An optimizer of torch whose step is one pass of an operator of ours.
+    """A torch optimizer whose step is one pass of our operator.
 
-    A subclass derives from torch's class, too. It says what its state is called (see
-    :class:`Float32State`), what its formula and its options are (:meth:`_step_fused`), and how
-    torch computes the same (:meth:`_step_stock`). Its ``step`` is :meth:`_step` with hooks, under
-    its own name, which torch's messages and profilers show.
+    A subclass also derives from torch's class. It names its state (see :class:`Float32State`),
+    passes its options to its operator (:meth:`_step_fused`), and computes the same with torch's
+    functions (:meth:`_step_stock`). Its ``step`` is :meth:`_step` with hooks, under its own name,
+    which torch's messages and profilers show.
     """
 
     _stock: ClassVar[type[Optimizer]]
-    # Its step without hooks, as a function.
+    # The step of ``_stock`` without hooks, as a function.
     _stock_step: ClassVar[Callable[..., Any]]
 
     def _step_fused(
@@ -43,7 +43,10 @@ class FusedOptimizer(Float32State):
         scaling: Mapping[str, Tensor | None],
         all_or_nothing: bool,
     ) -> list[Tensor]:
-        """Steps what the operator takes and returns the rest; nothing where all or nothing asks."""
+        """Steps what the operator can take and returns the rest.
+
+        With ``all_or_nothing`` it steps no parameter unless it can step all.
+        """
         raise NotImplementedError
 
     def _step_stock(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
@@ -51,7 +54,7 @@ class FusedOptimizer(Float32State):
         raise NotImplementedError
 
     def _kernels_may_skip(self, group: dict[str, Any]) -> bool:
-        """Whether a step that the kernels skip leaves the optimizer as it was."""
+        """Whether the optimizer is unchanged after a step that the kernels skip."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,7 +63,7 @@ class FusedOptimizer(Float32State):
 
     @classmethod
     def _take_over(cls, optimizer: Any) -> Any:
-        """Makes a live optimizer of torch one of ours, the same object; see ``from_torch``."""
+        """Turns a live torch optimizer into one of ours, the same object; see ``from_torch``."""
         if isinstance(optimizer, cls):
             return optimizer
         if type(optimizer) is not cls._stock:
@@ -78,10 +81,11 @@ class FusedOptimizer(Float32State):
         return ours
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        """What ``step`` does, within its hooks."""
+        """Implements ``step``, inside its hooks."""
         if is_compiling():
-            # torch's own loop over the parameters, which the compiler fuses; but not with state of
-            # another dtype than the gradients', which torch neither makes nor always takes.
+            # torch's own loop over the parameters, which the compiler fuses, except with state of
+            # another dtype than the gradients', which torch never creates and doesn't always
+            # accept.
             if self._has_float32_state:
                 return _uncompiled_step(self, closure)
             return self._stock_step(closure)
@@ -97,7 +101,7 @@ class FusedOptimizer(Float32State):
         """Resets the gradients of all parameters.
 
         Args:
-            set_to_none: to None (default), or else to zero.
+            set_to_none: set them to None (default) instead of zero.
         """
         if extension is None or not set_to_none or is_compiling() or _torch.profiler_enabled():
             super().zero_grad(set_to_none)
@@ -107,12 +111,12 @@ class FusedOptimizer(Float32State):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         if group.get(self._float32_option):
-            self._has_float32_state = True  # set in the group since it was looked at
+            self._has_float32_state = True  # set in the group since the last check
         params = _params_of(group)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         fusable = extension is not None and self._is_fusable(group)
-        # On a GPU the kernels find out whether to skip, so that nobody waits for it.
+        # On a GPU the kernels check found_inf, so that the CPU needn't wait for it.
         kernels_skip = False
         if found_inf is not None:
             kernels_skip = fusable and _is_on_gpu(found_inf) and self._kernels_may_skip(group)
@@ -122,9 +126,9 @@ class FusedOptimizer(Float32State):
             self._step_as_torch(group, params, grad_scale)
             return
         state, fused = self.state, group["fused"]
-        _ = group["foreach"]  # without effect, but torch's step asks for it, too
+        _ = group["foreach"]  # no effect, but a group without it raises, as in torch
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf if kernels_skip else None}
-        # fused=True refuses what torch's fused implementation does, before anything is changed.
+        # fused=True must refuse what torch's fused implementation does, before anything changes.
         rest = self._step_fused(group, params, state, scaling, all_or_nothing=bool(fused))
         if rest and fused:
             self._check_fused(rest)
@@ -135,7 +139,7 @@ class FusedOptimizer(Float32State):
             self._step_as_torch(group, rest, grad_scale)
 
     def _is_fusable(self, group: dict[str, Any]) -> bool:
-        """Whether the operator can read the state, and no option wants autograd to see the step."""
+        """Whether the operator can read the state, and autograd doesn't need to see the step."""
         lr, weight_decay = group["lr"], group["weight_decay"]
         return not (
             type(self.state) is not defaultdict
@@ -148,9 +152,9 @@ class FusedOptimizer(Float32State):
     def _step_parts(
         self, group: dict[str, Any], params: list[Tensor], scaling: Mapping[str, Tensor | None]
     ) -> list[Tensor]:
-        """Steps this process's part of each DTensor; returns the rest. No element needs another."""
+        """Steps the local part of each DTensor and returns the rest; the update is elementwise."""
         rest: list[Tensor] = []
-        whole: dict[Tensor, Tensor] = {}  # each part's DTensor
+        whole: dict[Tensor, Tensor] = {}  # the DTensor of each part
         parts: State = defaultdict(dict)
         for param in params:
             grad, states = _grad_of(param), self._states_of(param)
@@ -172,7 +176,7 @@ class FusedOptimizer(Float32State):
         return rest
 
     def _states_of(self, param: Tensor) -> dict[str, Tensor]:
-        """What there is of a parameter's state."""
+        """The state that a parameter has."""
         entry = self.state.get(param, {})
         states = {name: entry.get(name) for name in self._state_names}
         return {name: state for name, state in states.items() if state is not None}
@@ -180,7 +184,8 @@ class FusedOptimizer(Float32State):
     def _step_as_torch(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
     ) -> None:
-        """Torch's own update, parameter by parameter; its fused one is wrong for odd layouts."""
+        """Torch's own update, parameter by parameter: its fused one is wrong for unusual
+        layouts."""
         params = [param for param in params if param.grad is not None]
         grads = [_grad_of(param) for param in params]
         if group["fused"]:
@@ -192,7 +197,7 @@ class FusedOptimizer(Float32State):
             self._step_stock(group, params, grads)
 
     def _check_fused(self, params: list[Tensor]) -> None:
-        """Raises for parameters that torch refuses with fused=True."""
+        """Raises for parameters that torch rejects with fused=True."""
         name = f"{self._stock.__name__}(fused=True)"
         for param in params:
             _torch.check_param_for_fused(param)
@@ -216,12 +221,12 @@ def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | Non
 
 
 def scalar(value: float | Tensor) -> float | Tensor:
-    """An option as the operators take it: a number, or the tensor where a GPU has it."""
+    """An option as the operators take it: a number, or a tensor on a GPU."""
     return float(value) if isinstance(value, Tensor) and not _is_on_gpu(value) else value
 
 
 def _params_of(group: dict[str, Any]) -> list[Tensor]:
-    """The group's parameters, which may be any iterable; an iterator's are gone afterwards."""
+    """The group's parameters, which may be any iterable; an iterator is used up afterwards."""
     params = group["params"]
     return params if type(params) is list else list(params)
 

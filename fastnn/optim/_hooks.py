@@ -1,5 +1,5 @@
-"""The agreements that torch has with a class about its ``step``: who runs the hooks around it, and
-how a scheduler sees it."""
+"""Conventions of torch about an optimizer class's ``step``: what runs the hooks around it, and how a
+scheduler watches it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastnn import _torch
 
 
 def stock_step(cls: type[Optimizer]) -> Callable[..., Any]:
-    """A stock class's step without the hooks that its first optimizer puts around it.
+    """A stock class's step without the hooks that torch adds with its first optimizer.
 
     Args:
         cls: the class.
@@ -27,16 +27,16 @@ def stock_step(cls: type[Optimizer]) -> Callable[..., Any]:
 
 
 def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a step in a profiler range and its hooks, as torch does, but only when needed.
+    """Wraps a step in a profiler range and its hooks, as torch does, but only when needed.
 
-    They would cost a small model's whole step. Where a subclass's step calls its parent's, they run
-    around the subclass's alone.
+    They would cost as much as a small model's whole step. If a subclass's step calls its parent's,
+    they run around the subclass's only.
 
     Args:
         step: the method.
 
     Returns:
-        The method that takes its place in its class.
+        The method to put into its class instead.
     """
     observed_step = Optimizer.profile_hook_step(step)
 
@@ -51,7 +51,7 @@ def with_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hook_step(cls: type[Optimizer]) -> None:
-    """Lets a subclass's own step run the hooks, before torch does so at a higher cost.
+    """Makes a subclass's own step run the hooks, before torch does so at a higher cost.
 
     Args:
         cls: the class.
@@ -61,15 +61,15 @@ def hook_step(cls: type[Optimizer]) -> None:
 
 
 def _runs_hooks(step: Callable[..., Any]) -> bool:
-    """Whether a step has torch's mark that it runs the hooks itself, which is a plain True.
+    """Whether a step has torch's mark for running the hooks itself: a plain True.
 
-    Ours names its owner, since functools.wraps copies it to steps that don't.
+    Our mark is the step itself, since functools.wraps copies marks to steps that run none.
     """
     return getattr(step, "hooked", None) in (True, step)
 
 
 def _outermost_hooks(cls: type) -> Callable[..., Any] | None:
-    """The step that runs the hooks, of those that a class and its parents define."""
+    """The first step in a class's MRO that runs the hooks."""
     for parent in cls.__mro__:
         step = vars(parent).get("step")
         if step is not None and _runs_hooks(step):
@@ -78,13 +78,13 @@ def _outermost_hooks(cls: type) -> Callable[..., Any] | None:
 
 
 def has_replaced_step(optimizer: Optimizer) -> bool:
-    """Whether the optimizer has a step of its own, other than the one that a scheduler gives it."""
+    """Whether the optimizer's step was replaced by anything but a scheduler's wrapper."""
     step = vars(optimizer).get("step")
     return step is not None and not _torch.has_scheduler_mark(step)
 
 
 def take_over_scheduler(optimizer: Optimizer) -> None:
-    """Has a scheduler see the steps of the optimizer's new class.
+    """Makes a scheduler watch the steps of the optimizer's new class.
 
     Args:
         optimizer: the optimizer, whose step a scheduler may have wrapped.
@@ -95,7 +95,7 @@ def take_over_scheduler(optimizer: Optimizer) -> None:
 
 @functools.wraps(Optimizer.step)
 def _step_for_schedulers(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-    """The step of an optimizer that a scheduler watches: in place of its wrapper of torch's."""
+    """Replaces the wrapper that a scheduler put around the step of torch's class."""
     _torch.note_step_for_schedulers(optimizer)
     return type(optimizer).step(optimizer, *args, **kwargs)
 

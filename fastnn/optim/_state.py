@@ -1,4 +1,4 @@
-"""State in float32 beside parameters of two bytes: which groups ask for it, and how it loads."""
+"""Float32 state for 2-byte parameters: which groups ask for it, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.optim.optimizer import Optimizer
 
 
 class Float32State(Optimizer):
-    """An optimizer with an option of its groups for state in float32."""
+    """An optimizer whose groups have an option for float32 state."""
 
-    # What the optimizer remembers of a parameter, and the option, by their names.
+    # The names of a parameter's state tensors, and of the option.
     _state_names: tuple[str, ...]
     _float32_option: str
 
-    # Whether a group has, or had, the option: a compiled step that looked for it there would be
-    # compiled anew for each lr.
+    # Whether a group has, or had, the option. A compiled step that read it from the groups would be
+    # recompiled for each lr.
     _has_float32_state = False
 
     def _ask_for_float32(self) -> None:
-        """Sets the option in every group that doesn't say otherwise."""
-        # Not torch's, so that the groups have it only where asked for.
+        """Sets the option in every group that doesn't set it itself."""
+        # Not one of torch's options, so groups have it only on request.
         self.defaults[self._float32_option] = True
         for group in self.param_groups:
             group.setdefault(self._float32_option, True)
@@ -35,7 +35,7 @@ class Float32State(Optimizer):
         return bool(group.get(self._float32_option))
 
     def _wants_float32(self, group: dict[str, Any], param: Tensor) -> bool:
-        """Whether the state of this parameter is to be of float32 and torch's would not be."""
+        """Whether this parameter's state must be float32 where torch's would not be."""
         return self._asks_for_float32(group) and param.dtype in (torch.bfloat16, torch.float16)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -43,14 +43,14 @@ class Float32State(Optimizer):
         self._look_at_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, as torch's does."""
+        """Adds a parameter group, as in torch."""
         super().add_param_group(param_group)
         self._look_at_groups()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of ours or of torch's.
 
-        State in float32 of groups that ask for it is loaded as it is, where torch rounds it to the
+        Float32 state is loaded as it is into groups that ask for it; torch would round it to the
         parameters' dtype.
 
         Args:
@@ -72,9 +72,9 @@ class Float32State(Optimizer):
             self._look_at_groups()
 
         with (
-            # The last before it, which sees what the others have made of the state dict.
+            # Runs last of the pre-hooks, and so sees what the others made of the state dict.
             self.register_load_state_dict_pre_hook(keep),
-            # The first after it: the others see, and may change, what is loaded.
+            # Runs first of the post-hooks, so that the others see, and may change, what was loaded.
             self.register_load_state_dict_post_hook(load_float32_state, prepend=True),
         ):
             super().load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""SGD with momentum: its options, its formula as an operator, and torch's own."""
+"""SGD with momentum: its options, its operator, and torch's own functions for the rest."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     r"""Stochastic gradient descent with momentum; :class:`torch.optim.SGD` with our operator.
 
     The whole update of a parameter list (weight decay, momentum, step) is one pass over memory in
-    one parallel region. ``param_groups``, ``state_dict`` (both ways), hooks, schedulers and
-    ``GradScaler`` work as in torch; ``lr`` and the other options are read from the groups at each
-    step. Each process steps its own part of a :class:`~torch.distributed.tensor.DTensor`. What the
-    fused pass can't serve (sparse, complex or lazily negated tensors, other tensor subclasses,
-    ``differentiable=True``, an ``lr`` that requires a gradient, a gradient or momentum buffer of
-    another dtype or device than its parameter's, but for buffers as ``float32_momentum`` makes
-    them) takes torch's own path.
+    one parallel region. ``param_groups``, ``state_dict`` (in both directions), hooks, schedulers
+    and ``GradScaler`` work as in torch; ``lr`` and the other options are read from the groups at
+    each step. Each process steps its local part of a
+    :class:`~torch.distributed.tensor.DTensor`. torch's own path runs what the fused pass can't
+    serve: sparse, complex or lazily negated tensors, other tensor subclasses,
+    ``differentiable=True``, an ``lr`` that requires a gradient, and gradients or momentum buffers
+    of another dtype or device than their parameter (except buffers from ``float32_momentum``).
 
     Args:
         params: iterable of parameters, of named parameters, or of dicts (parameter groups).
@@ -39,22 +39,21 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         nesterov: Nesterov momentum (default ``False``).
         maximize: ascend instead of descend (default ``False``).
         foreach, fused: accepted as in torch. All settings compute the same; ``fused=True`` also
-            makes ``GradScaler`` hand over its scale instead of unscaling first.
+            makes ``GradScaler`` pass on its scale instead of unscaling first.
         differentiable: let autograd see the step (default ``False``).
-        float32_momentum: gives bfloat16 and float16 parameters momentum buffers of float32, in
-            which small gradients don't vanish, of 4 bytes to an element instead of 2 (default
-            ``False``: of the parameter's dtype, as in torch). A parameter group may have a value of
-            its own, and the groups of a loaded state dict that have one replace it. It applies to
-            buffers as they are made or loaded; others stay as they are. torch's optimizer rounds
-            such buffers as it loads them, and ``torch.distributed.checkpoint`` asks that who saves
-            and who loads have both set it or neither. Under ``torch.compile`` the step runs our
-            kernels then, at a graph break.
+        float32_momentum: keep the momentum buffers of bfloat16 and float16 parameters in float32,
+            in which small gradients don't vanish, at 4 bytes per element instead of 2 (default
+            ``False``: the parameter's dtype, as in torch). A parameter group may set its own value,
+            and a loaded state dict's groups override it. It applies to buffers when they are
+            created or loaded, not to existing ones. torch's optimizer rounds such buffers when it
+            loads them, and ``torch.distributed.checkpoint`` requires the same setting for saving
+            and loading. Under ``torch.compile`` the step then runs our kernels at a graph break.
 
     Raises:
         ValueError: as :class:`torch.optim.SGD`, for a negative lr, momentum or weight decay, or for
             Nesterov momentum without momentum or with dampening.
 
-    Formula: that of :class:`torch.optim.SGD`'s documentation.
+    The formula is that in :class:`torch.optim.SGD`'s documentation.
 
     >>> import torch, fastnn
     >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -65,7 +64,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     tensor([0.9000, 0.9000])
     """
 
-    # Where its pickles look for it, and its readers.
+    # Where pickles, and readers, look for it.
     __module__ = "fastnn.optim"
 
     _stock = torch.optim.SGD
@@ -108,8 +107,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def from_torch(cls, optimizer: torch.optim.SGD) -> SGD:
         """Takes over a live :class:`torch.optim.SGD` in the middle of its training.
 
-        The optimizer stays the same object and becomes one of ours: schedulers, scalers and whoever
-        else holds it go on with it, and so do its parameter groups, state and hooks.
+        The optimizer stays the same object and becomes one of ours: schedulers, scalers and other
+        holders of a reference keep working, and parameter groups, state and hooks are kept.
 
         Args:
             optimizer: the optimizer, with or without state.
@@ -118,8 +117,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             ``optimizer``.
 
         Raises:
-            TypeError: where ``optimizer`` is not a :class:`torch.optim.SGD`, or one whose ``step``
-                is not PyTorch's (a subclass, or replaced).
+            TypeError: ``optimizer`` is not a :class:`torch.optim.SGD`, or its ``step`` is not
+                PyTorch's (a subclass, or replaced).
 
         >>> import torch, fastnn
         >>> stock = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
@@ -184,8 +183,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             self.state[param]["momentum_buffer"] = buffer
 
     def _kernels_may_skip(self, group: dict[str, Any]) -> bool:
-        # The first step differs from later ones if there is dampening: skipped, it has to leave no
-        # buffer behind.
+        # With dampening the first step differs from later ones: if skipped, it must leave no
+        # buffer.
         return not group["dampening"]
 
 
