@@ -142,8 +142,7 @@ class MLP(torch.nn.Sequential):
     forward = _containers.run_row
 
     def __getitem__(self, index: slice | int) -> torch.nn.Module:
-        # A slice of the layers is a plain Sequential; Sequential's own way would call our
-        # constructor.
+        # A slice is a plain Sequential; Sequential's own __getitem__ would call our constructor.
         if isinstance(index, slice):
             return torch.nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)

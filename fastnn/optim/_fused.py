@@ -84,8 +84,7 @@ class FusedOptimizer(Float32State):
         """Implements ``step``, inside its hooks."""
         if is_compiling():
             # torch's own loop over the parameters, which the compiler fuses, except with state of
-            # another dtype than the gradients', which torch never creates and doesn't always
-            # accept.
+            # another dtype than the gradients', which torch never creates and may not accept.
             if self._has_float32_state:
                 return _uncompiled_step(self, closure)
             return self._stock_step(closure)
@@ -184,8 +183,7 @@ class FusedOptimizer(Float32State):
     def _step_as_torch(
         self, group: dict[str, Any], params: list[Tensor], grad_scale: Tensor | None
     ) -> None:
-        """Torch's own update, parameter by parameter: its fused one is wrong for unusual
-        layouts."""
+        """Torch's own update, parameter by parameter: its fused one is wrong for odd layouts."""
         params = [param for param in params if param.grad is not None]
         grads = [_grad_of(param) for param in params]
         if group["fused"]:

@@ -1,4 +1,4 @@
-"""Conventions of torch about an optimizer class's ``step``: what runs the hooks around it, and how a
+"""Conventions of torch about an optimizer's ``step``: what runs the hooks around it, and how a
 scheduler watches it."""
 
 from __future__ import annotations

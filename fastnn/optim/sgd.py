@@ -183,8 +183,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             self.state[param]["momentum_buffer"] = buffer
 
     def _kernels_may_skip(self, group: dict[str, Any]) -> bool:
-        # With dampening the first step differs from later ones: if skipped, it must leave no
-        # buffer.
+        # With dampening the first step differs from later ones: skipped, it must leave no buffer.
         return not group["dampening"]
 
 
