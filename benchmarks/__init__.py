@@ -1,5 +1,5 @@
 """Benchmarks of fastnn against its peers: ``python -m benchmarks --help``.
 
-One runner for all operators. Every case is measured in one process per thread count, all contenders
-taking turns sample by sample, so that what else happens on the machine hits all of them alike.
+One runner serves all operators. Each thread count has a process, in which all contenders of a case
+take turns sample by sample, so that disturbances on the machine hit all of them alike.
 """

@@ -1,4 +1,4 @@
-"""The command line: chooses cases, runs a worker per thread count, shows and saves the results."""
+"""The command line: chooses cases, runs a worker per thread count, shows and saves results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.worker import Request
 
 @dataclass(frozen=True)
 class Options:
-    """What the flags ask for."""
+    """The parsed flags."""
 
     device: Device
     quick: bool
@@ -141,7 +141,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 
 
 def chosen_cases(options: Options) -> list[Case]:
-    """The cases that the flags name."""
+    """The cases that the flags select."""
     cases = [
         case
         for case in all_cases(options.device)
@@ -153,7 +153,7 @@ def chosen_cases(options: Options) -> list[Case]:
 
 
 def run(options: Options, cases: list[Case]) -> Run:
-    """Measures everything, as far as the time reaches."""
+    """Measures all cases, as far as the time allows."""
     keys = {threads: _keys(cases, options, threads) for threads in options.threads}
     bar = progress_bar(sum(map(len, keys.values())))
     machine = machine_facts() | options.device.facts()
@@ -175,13 +175,13 @@ def _request(options: Options, threads: int, keys: list[str]) -> Request:
 
 
 def _keys(cases: list[Case], options: Options, threads: int) -> list[str]:
-    # Peak memory hardly depends on the threads: once is enough.
+    # Peak memory hardly depends on the number of threads, so once is enough.
     first = threads == options.threads[0]
     return [case.key for case in cases if first or case.mode != "memory"]
 
 
 def _command(options: Options) -> str:
-    """The command that measures this again; where results were saved is nobody's business."""
+    """The command that repeats this measurement, without the flags for saving."""
     parts = ["python -m benchmarks"]
     if options.device is not CPU:
         parts.append(f"--device {options.device.name}")
@@ -214,7 +214,7 @@ def present(measured: Run, options: Options) -> None:
 
 
 def check_setup(options: Options) -> None:
-    """Raises where the results would be worthless or could not be drawn."""
+    """Raises if the results would be worthless or could not be drawn."""
     if not fastnn.is_available():
         raise BenchmarkError("fastnn's extension is not built, so that nothing of it can be timed")
     complaint = options.device.complaint()

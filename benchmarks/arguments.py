@@ -1,4 +1,4 @@
-"""Values of command lines, also for programs that must start without torch."""
+"""Types of command-line arguments, also for programs that must start without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: a case is one operator at one shape, dtype and mode, with its contenders."""
+"""What is measured: a case is an operator with a shape, dtype and mode, and its contenders."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ OURS = "fastnn"
 MODES = ("forward", "forward_backward", "step", "call", "memory")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
-# The largest error accepted, as the sum of absolute errors over the sum of absolute values (a sum,
-# so that neither one large element nor many small ones hide the others). float32: rounding errors
-# of 2^-24 grow about with the square root of a sum's length, 2e-6 at 1024 terms, and some libraries
-# add in less careful orders. bfloat16: torch rounds log-probabilities around -10 to multiples of
-# 1/16 before it takes their exponentials, which is 2 % on average; twice that.
+# The largest error accepted: the sum of absolute errors over the sum of absolute values (sums, so
+# that neither one large element nor many small ones hide the others). float32: rounding errors of
+# 2^-24 grow roughly with the square root of the number of terms, to 2e-6 at 1024, and some
+# libraries sum in less careful orders. bfloat16: torch rounds log-probabilities around -10 to
+# multiples of 1/16 before it exponentiates them, an average error of 2 %; twice that is allowed.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 
@@ -31,14 +31,14 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call, and the gradient that its backward starts from."""
+    """The arguments of one call, and the gradient its backward starts from."""
 
     args: tuple
     grad: Tensor | None = None
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """The arguments whose gradients are asked for."""
+        """The arguments whose gradients are wanted."""
         return tuple(arg for arg in self.args if isinstance(arg, Tensor) and arg.requires_grad)
 
     def double(self) -> Inputs:
@@ -46,7 +46,7 @@ class Inputs:
         return self.map(_double)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """Each tensor changed."""
+        """Applies a function to each tensor."""
         return Inputs(_map(change, self.args), None if self.grad is None else change(self.grad))
 
 
@@ -64,7 +64,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a case must do, whoever does it: GEMM flops, or bytes to and from memory."""
+    """The least work of any implementation: GEMM flops, or bytes of memory traffic."""
 
     flops: float = 0
     bytes: float = 0
@@ -74,10 +74,10 @@ class Work:
 class Contender:
     """One implementation of a case.
 
-    ``trainable`` is False for what autograd can't differentiate, ``same_algorithm`` for what solves
-    a larger problem in another way than operator by operator. ``devices`` are those it exists on.
-    ``compiled`` is True for torch.compile, ``jit`` also for a peer that compiles kernels of its own
-    at their first call. ``overwrites`` is True for what leaves its gradient in its input's memory.
+    ``trainable`` is False if autograd can't differentiate it, ``same_algorithm`` if it solves a
+    larger problem as a whole instead of operator by operator. ``devices`` are those it supports.
+    ``compiled`` is True for torch.compile, ``jit`` also for peers that compile their kernels at the
+    first call. ``overwrites`` is True if it leaves its gradient in its input's memory.
     """
 
     name: str
@@ -89,11 +89,11 @@ class Contender:
     devices: Collection[str] = field(default=tuple(DEVICES), kw_only=True)
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:
-        """The call to time, over these inputs; preparation that a user does once happens here."""
+        """The call to time, for these inputs; preparation that users do once happens here."""
         raise NotImplementedError
 
     def check(self, inputs: Inputs) -> object:
-        """What to compare with the reference: the call's results."""
+        """The call's results, for comparison with the reference."""
         return self.bind(inputs)()
 
     def exact(self, inputs: Inputs) -> object:
@@ -101,19 +101,19 @@ class Contender:
         return self.check(inputs.double())
 
     def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
-        """What times the calls over these inputs."""
+        """Times the calls for these inputs."""
         return partial(timer, self.bind(inputs))
 
     def close(self) -> None:
-        """Ends what the contender started."""
+        """Ends whatever the contender started."""
 
 
 @dataclass
 class Function(Contender):
-    """An operator: its forward, and its backward where the inputs ask for gradients.
+    """An operator: its forward, and its backward if the inputs want gradients.
 
-    ``torch.autograd.grad`` computes what ``backward`` does in a training loop but adds up nothing
-    in ``.grad``, so that the contenders can share their inputs.
+    ``torch.autograd.grad`` does the work of ``backward`` in a training loop, but accumulates
+    nothing in ``.grad``, so the contenders can share their inputs.
     """
 
     function: Callable[..., Tensor]
@@ -135,15 +135,15 @@ def forward_backward(
     return output, *torch.autograd.grad(output, leaves, grad)
 
 
-# Elements of float64 at a time: 1 GiB in each tensor of the reference's.
+# Float64 elements at a time: 1 GiB in each of the reference's tensors.
 EXACT_ELEMENTS = 2**27
 
 
 @dataclass
 class MeanOverRows(Function):
-    """A reference that is a mean over the first dimension, computed from some rows at a time.
+    """A reference that is a mean over the first dimension, computed a block of rows at a time.
 
-    A gradient has the rows of its argument; copies of all in float64 might not fit the memory.
+    Gradients have the rows of their arguments; float64 copies of all might not fit in memory.
     """
 
     def exact(self, inputs: Inputs) -> list[Tensor]:
@@ -154,7 +154,7 @@ class MeanOverRows(Function):
         return [torch.stack(losses).sum(), *map(torch.cat, zip(*gradients, strict=True))]
 
     def _part(self, inputs: Inputs, rows: int) -> tuple[Tensor, list[Tensor]]:
-        """What these rows add to the loss, and their gradients."""
+        """The contribution of these rows to the loss, and their gradients."""
         results = self.check(inputs.double())
         loss, *gradients = results if isinstance(results, tuple) else (results,)
         share = len(inputs.args[0]) / rows
@@ -163,14 +163,14 @@ class MeanOverRows(Function):
 
 @dataclass
 class Compiled(Function):
-    """The function through ``torch.compile``, for exactly the shapes it will see."""
+    """The function under ``torch.compile``, specialised to the shapes it will see."""
 
     def __post_init__(self) -> None:
         self.compiled = True
         self.is_ready = False
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:
-        if not self.is_ready:  # not earlier: the compiler's import alone takes seconds
+        if not self.is_ready:  # deferred: importing the compiler takes seconds
             self.function = torch.compile(self.function, dynamic=False)
             self.is_ready = True
         return super().bind(inputs)
@@ -191,20 +191,20 @@ class Case:
     tolerance: float | None = None  # default: by dtype
     check_inputs: Callable[[torch.Generator], Inputs] | None = None  # default: inputs
     grad_enabled: bool | None = None  # default: not in forward mode
-    peak_bytes: float = 0  # memory that the check and the contenders need, about; 0: little
-    large: bool = False  # peak memory is worth measuring
-    tf32: bool = False  # every contender's float32 products may use TF32
-    compiles: bool = True  # torch.compile is worth its time
-    priority: int = 1  # the cases of 1 come first, should the time not be enough for all
+    peak_bytes: float = 0  # approximate memory for the check and the contenders; 0: little
+    large: bool = False  # whether peak memory is worth measuring
+    tf32: bool = False  # whether all contenders' float32 products may use TF32
+    compiles: bool = True  # whether torch.compile is worth its time
+    priority: int = 1  # cases of priority 1 run first, in case time runs out
 
     @property
     def key(self) -> str:
-        """The case's name: what ``--filter`` searches."""
+        """The case's name, which ``--filter`` searches."""
         return f"{self.op} {self.label} {self.dtype_name} {self.mode}"
 
     @property
     def dtype_name(self) -> str:
-        """The dtype that the results name."""
+        """The dtype as named in the results."""
         return "tf32" if self.tf32 else DTYPE_NAMES[self.dtype]
 
     @property
@@ -214,18 +214,18 @@ class Case:
 
     @property
     def allowed_error(self) -> float:
-        """The error above which a contender isn't timed."""
+        """The error above which a contender is not timed."""
         return TOLERANCES[self.dtype] if self.tolerance is None else self.tolerance
 
     def in_memory_mode(self) -> Case:
-        """The same case, of which peak memory is measured."""
+        """The same case, measuring peak memory."""
         return replace(self, mode="memory", grad_enabled=self.records_graph)
 
 
 def normal(
     generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
-    """A tensor of normally distributed values; drawn in float32 for every dtype."""
+    """A tensor of normally distributed values, drawn in float32 whatever the dtype."""
     values = torch.randn(*shape, generator=generator, device=generator.device)
     return values.mul_(scale).to(dtype)
 
@@ -237,7 +237,7 @@ def classes(generator: torch.Generator, count: int, *shape: int) -> Tensor:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 matrix products may use TF32 meanwhile."""
+    """Allows float32 matrix products to use TF32, or forbids it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if allowed else before)
     try:

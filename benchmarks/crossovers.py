@@ -1,11 +1,11 @@
-"""Our products against PyTorch's, over many shapes: where is which one faster?
+"""Our products against PyTorch's, over many shapes: which one is faster where?
 
     python -m benchmarks.crossovers [--threads 1] [--dtype float32]
 
-Prints, for each product of a layer (its output, and the gradients of its input and weight),
+For each product of a layer (its output, and the gradients of its input and weight) this prints
 PyTorch's time over that of fastnn's own kernels, for rows x features -> features. The rules in
-csrc/cpu/gemm.cpp and csrc/cpu/simd/ are made from such tables: one for each instruction set
-(FASTNN_CPU_CAPABILITY chooses it), as the library's kernels differ, too.
+csrc/cpu/gemm.cpp and csrc/cpu/simd/ come from such tables, one for each instruction set (chosen by
+FASTNN_CPU_CAPABILITY), because the library's kernels differ, too.
 """
 
 from __future__ import annotations

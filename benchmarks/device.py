@@ -1,4 +1,4 @@
-"""Where the cases run, and all that differs there: data, clocks, memory, limits, facts."""
+"""Where the cases run, and everything that depends on it: data, clocks, memory, limits, facts."""
 
 from __future__ import annotations
 
@@ -19,75 +19,74 @@ from benchmarks.gpu_timing import GpuClock, KernelTimer
 from benchmarks.timing import Plan
 from fastnn import _extension
 
-#: Makes a call as often as it is told, and returns the seconds that the calls took.
+#: Repeats a call a given number of times and returns the seconds that took.
 Timer = Callable[[Callable[[], object], int], float]
 
 MIB = 2**20
-# A loop of calls is timed five times, each with so many calls, or fewer where they take longer.
+# A loop of calls is timed five times, with this many calls each, or fewer if they take long.
 LOOPS, LOOP_CALLS, LOOP_SECONDS = 5, 40, 0.02
 
 
 class Device:
-    """The CPU, and what any other device has in common with it."""
+    """The CPU, and the defaults for other devices."""
 
     name = "cpu"
-    # Sizes of the matrix products that the limit is looked for with. Where bfloat16 has no
-    # instructions of its own, converting to float32 is the better way, and a small size says so
-    # without taking minutes.
+    # Sizes of the matrix products that measure the limit. Without bfloat16 instructions it is
+    # better to convert to float32; a small size shows this without taking minutes.
     gemm_sizes: Mapping[torch.dtype, Sequence[int]] = {
         torch.float32: (1024, 2048),
         torch.bfloat16: (512,),
     }
-    tf32_gemm_sizes: Sequence[int] = ()  # none where there is no TF32
+    tf32_gemm_sizes: Sequence[int] = ()  # empty without TF32
     copy_bytes: Sequence[int] = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
     full_plan, quick_plan = timing.FULL, timing.QUICK
-    # Whether peak memory needs a process for each contender: an allocator keeps what it once had.
+    # Whether peak memory needs a process per contender: allocators keep memory once they have it.
     isolates_memory = True
-    # What the processes that compile or measure find in their environment.
+    # Environment variables for the processes that compile or measure.
     environment: Mapping[str, str] = {}
 
     def limit_seconds(self, plan: Plan) -> float:
-        """How long each of the device's limits is looked for."""
+        """How long to measure each of the device's limits."""
         return plan.seconds / 4
 
     def complaint(self) -> str | None:
-        """Why nothing can be measured here, in one sentence; None where it can."""
+        """Why nothing can be measured here, in one sentence; None if it can."""
         return None
 
     def default_threads(self) -> tuple[int, ...]:
-        """One, and all that this process may use."""
+        """One thread, and as many as this process may use."""
         affinity = getattr(os, "sched_getaffinity", None)
         usable = len(affinity(0)) if affinity else os.cpu_count()
         return tuple(sorted({1, usable or 1}))
 
     def facts(self) -> dict[str, str]:
-        """What the results depend on, beside the facts of the machine; the same key replaces."""
+        """What results depend on besides the machine's facts; replaces those of the same name."""
         return {}
 
     def generator(self, seed: int) -> torch.Generator:
-        """What draws the inputs, on this device."""
+        """The generator of the inputs, on this device."""
         return torch.Generator(self.name).manual_seed(seed)
 
     def synchronize(self) -> None:
-        """Waits for what is queued; a CPU operator has finished when it returns."""
+        """Waits for queued work; a CPU operator is done when it returns."""
 
     def timer(self) -> Timer:
-        """What times one contender's calls."""
+        """A timer for one contender's calls."""
         return self.time_calls
 
     def more_times(self, bind: Callable[[], Callable[[], object]], timer: Timer) -> dict:
-        """What is measured beside the timer's samples, by the names it has in the results."""
+        """Further measurements besides the timer's samples, by their names in the results."""
         return {}
 
     def launch_rate(self) -> float | None:
-        """Kernels launched per second; None where calls need no launch."""
+        """Kernel launches per second; None if calls launch none."""
         return None
 
     def check_health(self) -> None:
-        """Raises where a failed case has left the device unusable for this process."""
+        """Raises if a failed case has made the device unusable for this process."""
 
     def time_calls(self, call: Callable[[], object], count: int) -> float:
-        """The seconds that pass until ``count`` calls, one after the other, are done."""
+        """The seconds that ``count`` consecutive calls take."""
         self.synchronize()
         start = time.perf_counter_ns()
         for _ in repeat(None, count):
@@ -96,22 +95,22 @@ class Device:
         return (time.perf_counter_ns() - start) * 1e-9
 
     def prepare_compiler(self) -> None:
-        """Sets torch.compile up for a comparison, before anything is compiled."""
+        """Configures torch.compile for a comparison, before anything is compiled."""
 
     def interruptions(self) -> int:
-        """How often other programs have disturbed the timing so far."""
+        """How often other programs have interrupted the timing so far."""
         return timing.involuntary_switches()
 
     def available_bytes(self) -> float:
-        """The memory that can be used; infinite where the system doesn't tell."""
+        """The available memory; infinite if the system doesn't tell."""
         return machine.available_bytes()
 
     def measures_memory(self) -> bool:
-        """Whether ``peak_growth`` works."""
+        """Whether ``peak_growth`` is supported."""
         return resident.supported()
 
     def peak_growth(self, call: Callable[[], object]) -> int:
-        """How many bytes more than before are in use while the call runs, at the most."""
+        """The peak memory in use during the call, in bytes above that before it."""
         return resident.peak_growth(call)
 
 
@@ -123,20 +122,20 @@ class Cuda(Device):
     """The current GPU.
 
     Args:
-        cuda: :mod:`torch.cuda`, or what stands in for it.
-        make_buffer: returns so many bytes of the device's memory.
+        cuda: :mod:`torch.cuda`, or a fake of it.
+        make_buffer: allocates a number of bytes on the device.
     """
 
     name = "cuda"
-    # float32 as torch multiplies it by default, which is without TF32: its contenders do so too.
+    # float32 as torch multiplies it by default: without TF32, like its contenders.
     gemm_sizes = dict.fromkeys((torch.float32, torch.bfloat16), (8192,))
     tf32_gemm_sizes = (8192,)
     copy_bytes = (*Device.copy_bytes, 4096 * MIB)
-    # Each sample is a single call: events have no overhead that many calls would have to hide.
+    # Each sample is a single call: events have no overhead that several calls would have to hide.
     full_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=30, long_call=0.0)
     quick_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=7, long_call=0.0)
-    isolates_memory = False  # torch's allocator counts what each call gets
-    # A pool of processes for every compiler would start beside the timing, mostly for nothing.
+    isolates_memory = False  # torch's allocator counts what each call allocates
+    # A pool of compiler processes would start during the timing, mostly for nothing.
     environment: Mapping[str, str] = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
     def __init__(
@@ -183,8 +182,8 @@ class Cuda(Device):
     def more_times(self, bind: Callable[[], Callable[[], object]], timer: Timer) -> dict:
         """``loop`` and ``replay``: seconds per call in a loop of calls, and of a graph's replays.
 
-        ``waits`` tells a call that waits for the GPU: no graph can hold it. ``no_replay`` is why
-        there is no time of replays.
+        ``waits`` is True for a call that waits for the GPU, which no graph can contain.
+        ``no_replay`` is the reason for a missing replay time.
         """
         times: dict = {"waits": timer.waits}
         reason = "it waits for the GPU"
@@ -198,32 +197,32 @@ class Cuda(Device):
         return times | {"no_replay": reason}
 
     def time_loop(self, call: Callable[[], object]) -> float:
-        """Seconds per call, as a loop waits that makes one call after the other."""
+        """Seconds per call in a loop that makes one call after another."""
         once = max(self.time_calls(call, 1), 1e-9)
         count = max(1, min(LOOP_CALLS, int(LOOP_SECONDS / once)))
         return statistics.median(self.time_calls(call, count) / count for _ in range(LOOPS))
 
     def launch_rate(self) -> float:
-        """The rate of a kernel that does nothing."""
+        """The launch rate of an empty kernel."""
         count = 1000
         return count / self.time_calls(lambda: self.cuda._sleep(0), count)
 
     def check_health(self) -> None:
-        """An illegal access stays an error of the process, a failed capture one of the cache."""
+        """Detects an illegal access, which persists, after clearing a failed capture's error."""
         self.cuda.synchronize()
         self.cuda.empty_cache()
 
     def prepare_compiler(self) -> None:
-        """Has kernels tuned anew: a choice in the cache was made while other processes compiled."""
+        """Tunes kernels anew: cached choices were made while other processes were compiling."""
         from torch._inductor import config
 
         config.autotune_local_cache = False
 
     def interruptions(self) -> int:
-        return 0  # the GPU goes on with what is queued when Python loses the processor
+        return 0  # the GPU continues with queued work when Python loses the processor
 
     def available_bytes(self) -> float:
-        self.cuda.empty_cache()  # what torch only keeps for later
+        self.cuda.empty_cache()  # releases memory that torch merely caches
         free, _ = self.cuda.mem_get_info()
         return free
 
@@ -231,7 +230,7 @@ class Cuda(Device):
         return True
 
     def peak_growth(self, call: Callable[[], object]) -> int:
-        """Counts the memory that torch's allocator has handed out, not what it keeps."""
+        """Counts the memory that torch's allocator has handed out, not what it caches."""
         gc.collect()
         self.synchronize()
         before = self.cuda.memory_allocated()
@@ -242,7 +241,7 @@ class Cuda(Device):
 
 
 def _driver_version() -> str:
-    """As nvidia-smi tells it."""
+    """The driver version, from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -252,7 +251,7 @@ def _driver_version() -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, short enough for a table."""
+    """An error's message, short enough for a table."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:160]
 

@@ -1,8 +1,8 @@
-"""How a call is timed on a GPU, over :mod:`torch.cuda` or what stands in for it.
+"""Timing of calls on a GPU, with :mod:`torch.cuda` or a fake of it.
 
-A call's kernels are measured by events around it. The call is queued while the GPU sleeps, so that
-the time its launches take the CPU doesn't count, and after the GPU has read a buffer larger than
-its L2, so that nothing of the call's data is there and nothing is left to be written back.
+Events around a call measure its kernels. The call is queued while the GPU sleeps, so that the CPU's
+launch time doesn't count, and after the GPU has read a buffer larger than its L2, so that the L2
+holds none of the call's data and has nothing left to write back.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from types import ModuleType
 
 from torch import Tensor
 
-SLEEP = 1e-3  # seconds: several times what it takes to queue most calls
+SLEEP = 1e-3  # seconds: several times as long as most calls take to queue
 LONGEST_SLEEP = 16e-3
 CALIBRATION_CYCLES = 10**7  # a few milliseconds of sleep
-WARM_UP_CALLS = 3  # before a capture: libraries and allocators prepare what no graph can hold
+WARM_UP_CALLS = 3  # before a capture: libraries and allocators prepare what a graph can't contain
 
 
 class GpuClock:
     """Measures single calls on the current GPU.
 
     Args:
-        cuda: :mod:`torch.cuda`, or what stands in for it.
-        make_buffer: returns so many bytes of the device's memory.
+        cuda: :mod:`torch.cuda`, or a fake of it.
+        make_buffer: allocates a number of bytes on the device.
     """
 
     def __init__(self, cuda: ModuleType, make_buffer: Callable[[int], Tensor]) -> None:
         self.cuda, self.make_buffer = cuda, make_buffer
 
     def after_sleep(self, call: Callable[[], object], sleep: float) -> tuple[float, bool]:
-        """The GPU's seconds for a call, and whether all of it was queued before the sleep ended."""
+        """The GPU's seconds for a call, and whether it was all queued before the sleep ended."""
         asleep, start, end = (self.cuda.Event(enable_timing=True) for _ in range(3))
         cycles = int(sleep * self._cycles_per_second)
         self._buffer.sum()
@@ -46,19 +46,19 @@ class GpuClock:
         end.record()
         queueing = time.perf_counter() - began
         self.cuda.synchronize()
-        slept = asleep.elapsed_time(start) * 1e-3  # from milliseconds
+        slept = asleep.elapsed_time(start) * 1e-3  # milliseconds to seconds
         return start.elapsed_time(end) * 1e-3, queueing < slept
 
     def capture(self, call: Callable[[], object]):
-        """A graph of the call; raises where the call can't be captured."""
+        """A graph of the call; raises if it can't be captured."""
         graph, stream = self.cuda.CUDAGraph(), self._stream
         stream.wait_stream(self.cuda.current_stream())
         with self.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
                 call()
             self.cuda.synchronize()
-            self.cuda.empty_cache()  # a capture can't free what is only kept for later
-            gc.disable()  # a collection could free what must not be freed in a capture
+            self.cuda.empty_cache()  # a capture can't free cached memory
+            gc.disable()  # a collection could free memory that must not be freed in a capture
             try:
                 graph.capture_begin()
                 try:
@@ -72,18 +72,18 @@ class GpuClock:
 
     @cached_property
     def _stream(self):
-        """The one that captures: the default stream can't, and memory is kept for each stream."""
+        """The capture stream: the default stream can't capture, and memory is cached per stream."""
         return self.cuda.Stream()
 
     @cached_property
     def _buffer(self) -> Tensor:
-        """Four times the L2's size: when it has been read, nothing else is left there."""
+        """Four times the size of the L2: reading it evicts everything else."""
         index = self.cuda.current_device()
         return self.make_buffer(4 * self.cuda.get_device_properties(index).L2_cache_size)
 
     @cached_property
     def _cycles_per_second(self) -> float:
-        """The highest of some tries: the first may find the GPU at an idle one's clock rate."""
+        """The highest of some tries: at the first one the GPU's clock may still be idling."""
         return max(CALIBRATION_CYCLES / self._sleep_seconds() for _ in range(5))
 
     def _sleep_seconds(self) -> float:
@@ -96,10 +96,10 @@ class GpuClock:
 
 
 class KernelTimer:
-    """Times the calls of one contender, with a sleep as long as their queueing needs.
+    """Times the calls of one contender, with a sleep as long as it takes to queue them.
 
-    A call that waits for the GPU can't be queued behind any sleep. ``waits`` is True once even the
-    longest was too short; its time then holds the launches that it makes after it has waited.
+    A call that waits for the GPU can't be queued during any sleep. ``waits`` is True once even the
+    longest was too short; the time then includes the launches after the wait.
     """
 
     def __init__(self, clock: GpuClock) -> None:

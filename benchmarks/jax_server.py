@@ -1,4 +1,4 @@
-"""JAX's jitted step of an MLP with SGD and momentum, in a process without torch.
+"""A jitted step in JAX of an MLP with SGD and momentum, in a process without torch.
 
 Reads pickled requests from stdin and answers on stdout: ``("build", weights, lr, momentum)``,
 ``("batch", images, labels)``, ``("losses", steps)`` and ``("time", steps)``, in seconds. The
@@ -14,13 +14,13 @@ import time
 
 
 def limit_threads(threads: int) -> None:
-    """XLA takes as many threads as it may use processors; to be called before jax is imported."""
+    """Limits XLA's threads, as many as the processors it may use; call it before importing jax."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 class Mlp:
-    """The state of the training and its jitted step."""
+    """The state of the training, and its jitted step."""
 
     def __init__(self, weights: list, lr: float, momentum: float) -> None:
         import jax
@@ -38,20 +38,20 @@ class Mlp:
 
         def step(params, buffers, images, labels):
             loss, grads = jax.value_and_grad(loss_of)(params, images, labels)
-            # Zero buffers make the first step's momentum the gradient, as torch has it.
+            # With zero buffers the first step's momentum is the gradient, as in torch.
             buffers = [momentum * old + grad for old, grad in zip(buffers, grads, strict=True)]
             params = [old - lr * buffer for old, buffer in zip(params, buffers, strict=True)]
             return params, buffers, loss
 
-        # Donated: the old parameters' memory becomes the new ones', as in an update in place.
+        # Donated: the new parameters reuse the memory of the old ones, like an in-place update.
         self.jitted = jax.jit(step, donate_argnums=(0, 1))
 
     def batch(self, images, labels) -> None:
-        """What the following steps train on."""
+        """Sets the batch for the following steps."""
         self.images, self.labels = self.asarray(images), self.asarray(labels)
 
     def step(self):
-        """One step; returns its loss, which may not be computed yet."""
+        """Runs one step; returns its loss, which may not be computed yet."""
         self.params, self.buffers, loss = self.jitted(
             self.params, self.buffers, self.images, self.labels
         )
@@ -69,7 +69,7 @@ class Mlp:
 
 
 def main(threads: int) -> None:
-    """Answers until stdin ends."""
+    """Answers requests until stdin ends."""
     limit_threads(threads)
     mlp = None
     while True:

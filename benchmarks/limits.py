@@ -1,8 +1,8 @@
-"""What the machine can do: the rates that results are compared with.
+"""The machine's limits: the rates that results are compared with.
 
 GEMM-bound work is compared with the best large matrix product, memory-bound work with a copy that
-moves about as many bytes (read plus written), so that what fits a cache is held against that cache.
-A call too small for any of this is compared with the smallest copy and just comes out low.
+moves about as many bytes (read plus written), so that work that fits a cache is compared with that
+cache. Calls too small for either are compared with the smallest copy and simply come out low.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from benchmarks.case import Work, tf32
 from benchmarks.device import Device
 
-# A call is timed no more often: on a GPU each waits behind a sleep of a millisecond.
+# Upper bound on repetitions: on a GPU each one waits for a sleep of a millisecond.
 MOST_TIMES = 1000
 
 
@@ -23,13 +23,13 @@ def measure_limits(seconds: float, device: Device) -> dict:
 
     Args:
         seconds: how long to try each.
-        device: where.
+        device: the device to measure.
     """
     sgemm, bfloat16 = (
         _best_gemm_rate(device.gemm_sizes[dtype], dtype, seconds, device)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    # bfloat16 can be converted to float32, and must be where it has no instructions.
+    # bfloat16 can be converted to float32, and must be without instructions of its own.
     limits = {
         "gemm": {"float32": sgemm, "bfloat16": max(sgemm, bfloat16)},
         "copy": {str(size): _copy_rate(size, seconds, device) for size in device.copy_bytes},
@@ -43,7 +43,7 @@ def measure_limits(seconds: float, device: Device) -> dict:
 
 
 def best_of(first: dict, second: dict) -> dict:
-    """The better of two measurements of each rate: a limit that was reached once is one."""
+    """The better of two measurements of each rate: a rate reached once is possible."""
     return {
         kind: {name: max(rate, second[kind][name]) for name, rate in rates.items()}
         for kind, rates in first.items()
@@ -51,7 +51,7 @@ def best_of(first: dict, second: dict) -> dict:
 
 
 def limit_for(work: Work, dtype: str, limits: dict) -> float | None:
-    """The rate that this work is compared with; None where it is neither kind."""
+    """The rate that this work is compared with; None if it has neither flops nor bytes."""
     if work.flops:
         return limits["gemm"][dtype]
     if work.bytes:
@@ -80,7 +80,7 @@ def _copy_rate(moved: int, seconds: float, device: Device) -> float:
 
 
 def _shortest(call: Callable[[], object], seconds: float, device: Device) -> float:
-    """The shortest of the calls' times, after a first one that touches the memory."""
+    """The shortest time of the calls, after a first one that touches the memory."""
     timer = device.timer()
     call()
     times: list[float] = []

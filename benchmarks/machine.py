@@ -1,4 +1,4 @@
-"""The facts that a result depends on; nothing that names the machine or its user."""
+"""The facts that a result depends on; none identifies the machine or its user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastnn import env
 
 
 def machine_facts() -> dict[str, str]:
-    """Processor, system and versions, as recorded beside the results."""
+    """Processor, system and versions, as recorded with the results."""
     facts = env.collect()
     return {
         "cpu": facts["cpu"],
@@ -36,7 +36,7 @@ def _system() -> str:
 
 
 def available_bytes() -> float:
-    """The memory that can be used without swapping; infinite where the system doesn't tell."""
+    """The memory available without swapping; infinite if the system doesn't tell."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

@@ -1,6 +1,6 @@
-"""Peak memory: how far a call raises the memory in use above what it finds.
+"""Peak memory: how far a call raises the memory in use above the level before it.
 
-Where an allocator keeps what it once had, each contender runs in a process of its own:
+If an allocator keeps memory once it has it, each contender runs in a process of its own:
 
     python -m benchmarks.memory "KEY OF THE CASE" CONTENDER DEVICE     prints each call's bytes
 """
@@ -21,7 +21,7 @@ CALLS = 3
 
 
 def peak_memory(case: Case, contender: str, device: Device) -> Summary:
-    """Measures one contender; raises Unavailable where it can't run."""
+    """Measures one contender; raises Unavailable if it can't run."""
     if not device.isolates_memory:
         return summarise(_growth_or_unavailable(case, contender, device))
     answer = subprocess.run(
@@ -42,19 +42,19 @@ def growth(case: Case, contender_name: str, device: Device) -> list[int]:
     contender = next(one for one in case.contenders() if one.name == contender_name)
     with torch.set_grad_enabled(case.records_graph), tf32(case.tf32):
         call = contender.bind(inputs)
-        call()  # libraries load and compilers run now, and state that stays is made
+        call()  # libraries load, compilers run and persistent state is created now
         return [device.peak_growth(call) for _ in range(CALLS)]
 
 
 def _growth_or_unavailable(case: Case, contender: str, device: Device) -> list[int]:
     try:
         return growth(case, contender, device)
-    except Exception as problem:  # as in the check before the timing: any peer may refuse
+    except Exception as problem:  # as in the check before the timing: any peer may fail
         raise Unavailable(one_line(problem)) from None
 
 
 def main(key: str, contender: str, name: str) -> None:
-    """Prints the bytes of each call as JSON, or why there are none."""
+    """Prints the bytes of each call as JSON, or the reason that there are none."""
     from benchmarks.cases import all_cases
 
     device = DEVICES[name]

@@ -1,8 +1,8 @@
-"""Calls the kernels of some cases once each, for a profiler to look at.
+"""Runs the kernels of some cases once each, for a profiler.
 
     ncu --profile-from-start off ... python -m benchmarks.once --device cuda
 
-Each call is made twice, and the profiler is on in the second: the first loads and prepares.
+Each call is made twice and profiled the second time; the first one loads and prepares everything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEYS = (
 
 
 def once(case: Case, device: Device) -> None:
-    """Calls fastnn, and then again where a profiler sees it."""
+    """Calls fastnn twice, the second time under the profiler."""
     ours, *_ = case.contenders()
     with torch.set_grad_enabled(case.records_graph):
         call = ours.bind(case.inputs(device.generator(0)))
@@ -60,7 +60,7 @@ def _profiled(device: Device) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Calls every case of the list that the device has."""
+    """Runs the cases of the list that the device has."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.once")
     parser.add_argument("--device", choices=DEVICES, default=CUDA.name)
     device = DEVICES[parser.parse_args(arguments).device]

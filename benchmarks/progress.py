@@ -1,4 +1,4 @@
-"""A progress bar: tqdm's where it is installed, a counter of our own otherwise."""
+"""A progress bar: tqdm's if it is installed, otherwise a simple counter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """The part of tqdm's interface used here."""
+    """The part of tqdm's interface that is used."""
 
     def update(self, n: int = 1) -> object: ...
 
@@ -17,7 +17,7 @@ class Bar(Protocol):
 
 
 class Counter:
-    """Rewrites one line: how many are done, and what is being measured."""
+    """Rewrites one line: the number of finished measurements and the current one."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.shown = total, 0, sys.stderr.isatty()
@@ -35,7 +35,7 @@ class Counter:
 
 
 def progress_bar(total: int) -> Bar:
-    """A bar over ``total`` measurements, shown where stderr is a terminal."""
+    """A bar over ``total`` measurements, shown if stderr is a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""How far a call raises this process's resident memory above what it finds."""
+"""How far a call raises this process's resident memory above the level before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def supported() -> bool:
-    """Whether the system tells a process its peak and lets it start over; Linux does."""
+    """Whether the system reports a process's peak memory and can reset it, as Linux does."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -25,13 +25,13 @@ def peak_growth(call: Callable[[], object]) -> int:
     gc.collect()
     _return_free_memory()
     before = _status("VmRSS")
-    CLEAR_REFS.write_text("5")  # sets the peak back to the present
+    CLEAR_REFS.write_text("5")  # resets the peak to the current value
     call()
     return max(0, _status("VmHWM") - before)
 
 
 def _return_free_memory() -> None:
-    """Gives the allocator's free blocks back, or the next call would find its memory there."""
+    """Returns the allocator's free blocks to the system, or the next call would reuse them."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

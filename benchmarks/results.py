@@ -1,14 +1,14 @@
-"""The document of results, and what is computed from it. Plain dicts, as JSON has them.
+"""The document of results, and what is computed from it; plain dicts, as in JSON.
 
 A document is ``{"machine": facts, "command": ..., "limits": {threads: rates}, "results": [...],
-"complaints": [...]}``, the last about cases that have no result.
+"complaints": [...]}``; the complaints are about cases without a result.
 
-A result is one case at one thread count: its names, ``work``, what each contender took
-(``contenders``: name to median, quartiles and number of samples; seconds, or bytes in memory
-mode), who was left out and why (``skipped``), how many seconds all this took (``elapsed``), then
-what :func:`complete` adds. On a GPU a contender also has ``loop`` and ``replay``, the seconds per
-call of a loop of calls and of a graph's replays, or ``no_replay``, why it has none; ``waits`` tells
-whether its calls wait for the GPU.
+A result is one case at one thread count: its names, ``work``, the measurements of each contender
+(``contenders``: name to median, quartiles and number of samples; in seconds, or bytes in memory
+mode), the contenders left out with the reason (``skipped``), the total seconds (``elapsed``), and
+the values that :func:`complete` adds. On a GPU a contender also has ``loop`` and ``replay``, the
+seconds per call of a loop of calls and of a graph's replays, or ``no_replay``, the reason for a
+missing one; ``waits`` says whether its calls wait for the GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DISTURBED = 30
 def complete(result: dict, limits: dict | None) -> dict:
     """Adds the ratios, the rate and its share of the limit.
 
-    fastnn by another of its ways ("fastnn tiled") is compared, but is no rival.
+    Variants of fastnn ("fastnn tiled") are compared, but are not peers.
     """
     contenders = result["contenders"]
     peers = {name: peer for name, peer in contenders.items() if name != OURS}
@@ -50,13 +50,13 @@ def complete(result: dict, limits: dict | None) -> dict:
 
 
 def gpu(document: dict) -> list[str]:
-    """The GPU's name where the document's results are a GPU's, as a list of one; else none."""
+    """The GPU's name as a list of one, if the results are a GPU's; else an empty list."""
     machine = document["machine"]
     return [machine["gpu"]] if "gpu" in machine else []
 
 
 def _compared(contender: dict, unit: str) -> float:
-    """The median; memory in whole MiB and at least one, for pages of others' come and go."""
+    """The median; memory in whole MiB and at least one, since unrelated pages come and go."""
     median = contender["median"]
     return median if unit == "seconds" else max(1, round(median / MIB))
 
@@ -66,7 +66,7 @@ def _smallest(ratios: dict[str, float]) -> str | None:
 
 
 def best_rival(result: dict, time: str) -> tuple[str, float] | None:
-    """The best peer by ``loop`` or ``replay``, and its time divided by fastnn's; None without."""
+    """The best peer by ``loop`` or ``replay``, and its time over fastnn's; None without a peer."""
     times = {name: one[time] for name, one in result["contenders"].items() if time in one}
     peers = {name: seconds for name, seconds in times.items() if not name.startswith(OURS)}
     if OURS not in times or not peers:
@@ -76,7 +76,7 @@ def best_rival(result: dict, time: str) -> tuple[str, float] | None:
 
 
 def best_ratio(result: dict) -> float | None:
-    """The ratio to the best peer; None where there is none."""
+    """The ratio to the best peer; None without a peer."""
     return None if result["best"] is None else result["ratios"][result["best"]]
 
 
@@ -86,18 +86,18 @@ def is_disturbed(result: dict) -> bool:
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
-    """The mean that treats twice as fast and half as fast as opposites."""
+    """A mean in which twice as fast and half as fast cancel."""
     logarithms = [math.log(ratio) for ratio in ratios]
     return math.exp(sum(logarithms) / len(logarithms))
 
 
 def key(result: dict) -> str:
-    """The case's name, as ``--filter`` sees it."""
+    """The case's name, as in ``--filter``."""
     return " ".join(result[name] for name in ("op", "label", "dtype", "mode"))
 
 
 def overall(results: list[dict]) -> dict | None:
-    """How many cases, in how many ahead, geometric mean and worst; None where nothing compares."""
+    """Number of cases, number ahead, geometric mean and worst case; None if nothing compares."""
     compared = [result for result in results if best_ratio(result) is not None]
     if not compared:
         return None

@@ -1,4 +1,4 @@
-"""A run: workers that measure, what they report, and the file that holds it after each case."""
+"""A run: the workers that measure, their events, and the file that is saved after each case."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class BenchmarkError(Exception):
-    """The benchmark can't run as asked; the message is one sentence for the user."""
+    """The benchmark can't run as requested; the message is one sentence for the user."""
 
 
 class WorkerEnded(Exception):
-    """A worker has ended before it was done; the message says how."""
+    """A worker ended early; the message says how."""
 
 
 @dataclass
 class Run:
-    """What has been measured so far, and what measures more.
+    """The results so far, and the means to measure more.
 
-    ``end`` is the moment of ``time.monotonic`` at which the run ends, measured or not.
+    ``end`` is the time (of ``time.monotonic``) at which the run ends, finished or not.
     """
 
     command: str
@@ -48,7 +48,7 @@ class Run:
     complaints: list[str] = field(default_factory=list)
 
     def document(self) -> dict:
-        """The results as they are saved."""
+        """The results in the form that is saved."""
         return {
             "schema": SCHEMA,
             "machine": self.machine,
@@ -61,7 +61,7 @@ class Run:
         }
 
     def measure(self, request: Request) -> None:
-        """Has a worker measure the cases, and another one the rest should it end before."""
+        """Has a worker measure the cases, and another one the rest if it ends early."""
         while request.keys:
             left = list(request.keys)
             reason = self._follow(request, left)
@@ -75,7 +75,7 @@ class Run:
             request = replace(request, keys=left, limit_seconds=0.0)
 
     def _follow(self, request: Request, left: list[str]) -> str | None:
-        """Takes down what a worker reports and its cases off the list; returns how it failed."""
+        """Records a worker's events and removes its cases from ``left``; returns how it failed."""
         started = None
         try:
             for event in worker_events(request, self.end):
@@ -99,7 +99,7 @@ class Run:
         return None
 
     def _take(self, event: dict) -> None:
-        """Takes down how a case has ended."""
+        """Records how a case ended."""
         if event["event"] != "result":
             self.complaints.append(f"{event['event']}: {event['key']}: {event['reason']}")
             return
@@ -112,20 +112,20 @@ class Run:
         self.results.append(result)
 
     def save(self) -> None:
-        """Writes what there is to the file, so that nothing is lost should the run be killed."""
+        """Saves all results so far, so that nothing is lost if the run is killed."""
         if self.json is not None:
             write_json(self.json, self.document())
 
 
 def write_json(path: Path, document: dict) -> None:
-    """Writes all or nothing: until the document is written, the file is the one before."""
+    """Writes atomically: the old file stays until the document is complete."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
 
 def worker_events(request: Request, end: float) -> Iterator[dict]:
-    """Starts a worker and yields what it reports; it is killed at the end."""
+    """Starts a worker and yields its events; kills it at the end."""
     count, device = str(request.threads), DEVICES[request.device]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker"],
@@ -140,7 +140,7 @@ def worker_events(request: Request, end: float) -> Iterator[dict]:
     timer.daemon = True
     timer.start()
     try:
-        with suppress(BrokenPipeError):  # the worker has ended, and its exit code is looked at
+        with suppress(BrokenPipeError):  # the worker has ended; its exit code is checked below
             process.stdin.write(request.to_json())
             process.stdin.close()
         for line in process.stdout:

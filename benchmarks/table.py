@@ -1,4 +1,4 @@
-"""The results as text: a table per operator and thread count, and a closing line."""
+"""The results as text: a table per operator and thread count, and a summary line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MODE_NAMES = {
     "call": "call",
     "memory": "peak mem",
 }
-# What a GPU's results have beside the time of the kernels, and the columns' headings.
+# Further times in a GPU's results, and their columns' headings.
 MORE_TIMES = {"loop": "loop", "replay": "graph"}
-TEXT_COLUMNS = 3  # aligned left; numbers are aligned right
+TEXT_COLUMNS = 3  # left-aligned; numbers are right-aligned
 RED, PLAIN = "\033[31m", "\033[0m"
 
 
@@ -83,32 +83,32 @@ def _cells(row: dict, peers: list[str], more: list[str]) -> list[str]:
 
 
 def more_text(row: dict, time: str) -> str:
-    """fastnn's time of this kind, and the best peer's divided by it."""
+    """fastnn's time of this kind, and the best peer's time over it."""
     ours, rival = row["contenders"][OURS].get(time), best_rival(row, time)
     texts = ["" if ours is None else amount(ours, "seconds")]
     return " ".join(texts if rival is None else [*texts, ratio_text(rival[1])])
 
 
 def is_slower(row: dict) -> bool:
-    """Whether some peer is ahead of fastnn."""
+    """Whether any peer is ahead of fastnn."""
     best = best_ratio(row)
     return best is not None and best < 1
 
 
 def amount(value: float, unit: str) -> str:
-    """A time in us or ms, memory in MiB."""
+    """A time in us or ms, or memory in MiB."""
     if unit == "bytes":
         return f"{value / 2**20:.1f} MiB"
     return f"{value * 1e6:.1f} us" if value < 1e-3 else f"{value * 1e3:.2f} ms"
 
 
 def ratio_text(ratio: float) -> str:
-    """Rounded down, so that what reads 1.00 is not below it."""
+    """Rounded down, so that nothing below 1 reads 1.00."""
     return f"{math.floor(ratio * 100) / 100:.2f}"
 
 
 def spread(contender: dict) -> str:
-    """Half the interquartile range, as a share of the median."""
+    """Half the interquartile range relative to the median."""
     if contender["median"] == 0:
         return ""
     share = (contender["high"] - contender["low"]) / 2 / contender["median"]
@@ -128,7 +128,7 @@ def share_text(row: dict) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
-    """A table in Markdown, whose first columns are text and the others numbers."""
+    """A Markdown table whose first columns are text and the rest numbers."""
     rule = ["---" if column < text_columns else "---:" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 

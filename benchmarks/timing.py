@@ -14,10 +14,10 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-WARM_UP = 0.1  # of the time to be measured
-DRAWING = 0.25  # the drawing of fresh inputs may take so much of the time measured
+WARM_UP = 0.1  # as a share of the time to be measured
+DRAWING = 0.25  # the largest share of the measured time for drawing fresh inputs
 
-#: Makes as many calls as it is told and returns the seconds that they took.
+#: Makes a number of calls and returns the seconds that they took.
 Sampler = Callable[[int], float]
 
 
@@ -26,9 +26,9 @@ class Plan:
     """How long to measure."""
 
     seconds: float  # timed, per contender
-    sample_seconds: float  # one sample, about: far above the clock's own 0.1 us
-    min_rounds: int  # where one call alone takes long
-    # A call that takes so many seconds needs none to warm it up: it runs through all caches.
+    sample_seconds: float  # approximate; far above the clock's resolution of 0.1 us
+    min_rounds: int  # used when a single call takes long
+    # A call that takes this many seconds needs no warm-up: it goes through all caches.
     long_call: float = 0.1
 
 
@@ -38,15 +38,15 @@ QUICK = Plan(seconds=0.15, sample_seconds=3e-4, min_rounds=3)
 
 @dataclass(frozen=True)
 class Summary:
-    """One contender's samples, in seconds per call or in bytes: median, quartiles, the least."""
+    """One contender's samples, in seconds per call or in bytes: median, quartiles, minimum."""
 
     median: float
     low: float
     high: float
     least: float
     samples: int
-    # How often a second the system took the processor away: only another program's threads make
-    # it do so, a sign that the times are not to be trusted.
+    # Involuntary context switches per second: only other programs' threads cause them, so they mean
+    # that the times can't be trusted.
     interruptions: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Summary:
 
 
 def summarise(samples: Sequence[float], interruptions: float = 0.0) -> Summary:
-    """The median, not the mean: an interruption lengthens a few samples a lot."""
+    """Summarises by the median, because an interruption lengthens a few samples a lot."""
     if len(samples) == 1:
         return Summary(*list(samples) * 4, 1, interruptions)
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -62,7 +62,7 @@ def summarise(samples: Sequence[float], interruptions: float = 0.0) -> Summary:
 
 
 def involuntary_switches() -> int:
-    """How often the system took the processor from this process's threads; 0 where it can't say."""
+    """How often the system preempted this process's threads; 0 if unknown."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
@@ -76,11 +76,11 @@ def measure(
     """Times all contenders in turn.
 
     Args:
-        draw: makes fresh inputs and returns each contender's sampler over them.
-        plan: how long.
-        rng: shuffles the order in each round, so that nobody always follows the same neighbour.
-        clock: what the drawing of inputs is timed with.
-        switches: how often this process has been interrupted so far.
+        draw: makes fresh inputs and returns a sampler for each contender.
+        plan: how long to measure.
+        rng: shuffles the order in each round, so that a contender's predecessor varies.
+        clock: times the drawing of inputs.
+        switches: counts this process's interruptions so far.
     """
     samplers, drawing = _timed(draw, clock)
     call_seconds = {name: _warm_up(sampler, plan) for name, sampler in samplers.items()}
@@ -89,10 +89,10 @@ def measure(
     switched, timed = dict.fromkeys(samplers, 0), dict.fromkeys(samplers, 0.0)
     rounds = 0
     gc.collect()
-    gc.disable()  # as timeit does: a collection would hit whoever's turn it is
+    gc.disable()  # as timeit does: a collection would hit an arbitrary contender
     try:
         while rounds < plan.min_rounds or sum(timed.values()) < plan.seconds * len(samplers):
-            # Fresh inputs in each round, unless making them would take too much of the time.
+            # Fresh inputs in each round, unless drawing them takes too much of the time.
             if rounds and drawing <= DRAWING * sum(timed.values()):
                 samplers, seconds = _timed(draw, clock)
                 drawing += seconds
@@ -100,8 +100,7 @@ def measure(
             rng.shuffle(order)
             for name in order:
                 if call_seconds[name] < plan.long_call:
-                    # Not counted: brings inputs, code and the allocator's free blocks back into
-                    # the caches that the one before has used.
+                    # Untimed: brings inputs, code and free blocks back into the caches.
                     samplers[name](1)
                 before = switches()
                 seconds = samplers[name](counts[name])
@@ -124,7 +123,7 @@ def _timed(draw: Callable[[], Mapping[str, Sampler]], clock: Callable[[], float]
 
 
 def _warm_up(sampler: Sampler, plan: Plan) -> float:
-    """Calls until the plan's warm-up has passed; returns the seconds that one call takes."""
+    """Calls until the plan's warm-up has passed; returns the seconds per call."""
     seconds = spent = sampler(1)
     count = 1
     while seconds / count < plan.long_call:

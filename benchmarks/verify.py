@@ -1,4 +1,4 @@
-"""The check before the timing: a benchmark of wrong results is worth nothing."""
+"""The check before the timing: timing wrong results is worthless."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from benchmarks.case import Case, Contender, Inputs
 
-# Elements: on the CPU as many as fit a cache, on a GPU enough to keep it busy.
+# Elements: few enough to fit a CPU's cache, many enough to keep a GPU busy.
 CPU_PIECE, GPU_PIECE = 2**18, 2**26
 
 
 def check_inputs(case: Case, generator: torch.Generator) -> Inputs:
-    """The inputs that the contenders are checked on."""
+    """The inputs for checking the contenders."""
     return (case.check_inputs or case.inputs)(generator)
 
 
@@ -26,7 +26,7 @@ def expected(case: Case, inputs: Inputs) -> list[Tensor]:
 def error(contender: Contender, inputs: Inputs, reference: list[Tensor]) -> float:
     """The largest error over the results: sum of absolute errors over sum of absolute values."""
     results = list(_tensors(contender.check(inputs)))
-    # A contender in another process may show only the first ones.
+    # A contender in another process may only return the first ones.
     pairs = list(zip(results, reference, strict=False))
     if not pairs or any(result.shape != want.shape for result, want in pairs):
         return float("inf")
@@ -34,14 +34,14 @@ def error(contender: Contender, inputs: Inputs, reference: list[Tensor]) -> floa
 
 
 def _error(result: Tensor, reference: Tensor) -> float:
-    """In pieces: temporaries of a large result's size would take longer than the result."""
+    """Works in pieces: temporaries as large as the result would take longer than the result."""
     pieces = zip(_pieces(result), _pieces(reference), strict=True)
     sums = [((got.double() - want).abs_().sum(), want.abs().sum()) for got, want in pieces]
     difference, size = (sum(column).item() for column in zip(*sums, strict=True))
     if difference == 0:
         return 0.0
     relative = difference / max(size, 1e-30)
-    return relative if relative == relative else float("inf")  # NaN is as wrong as can be
+    return relative if relative == relative else float("inf")  # NaN counts as infinitely wrong
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
-"""Compiles what the cases will compile, in many processes, so that a run finds it in the caches.
+"""Compiles everything the cases need in many processes, so that a run finds it in the caches.
 
     python -m benchmarks --device cuda --warm
 
-TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR say where the caches are; the run needs the same ones.
+TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR set the caches; the run needs the same ones.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from benchmarks.cases import all_cases
 from benchmarks.device import DEVICES, Device, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
-# Each holds a context of the GPU's and the largest case's tensors.
+# Each holds a GPU context and the largest case's tensors.
 MOST_PROCESSES = 10
 
 
 def warm(device: Device, keys: list[str], limit: float | None) -> int:
-    """Compiles the contenders of these cases; returns 0 where all were, 1 otherwise."""
+    """Compiles the contenders of these cases; returns 0 if all succeeded, otherwise 1."""
     wanted = [case.key for case in all_cases(device) if case.key in keys and _jits(case, device)]
     count = max(1, min(MOST_PROCESSES, os.cpu_count() or 1, len(wanted)))
     end = None if limit is None else time.monotonic() + limit
-    # One thread each: the processes are many already.
+    # One thread each, as there are many processes already.
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | device.environment
     processes = [
         subprocess.Popen(
@@ -56,7 +56,7 @@ def _wait(process: subprocess.Popen, end: float | None) -> int:
 
 
 def _jits(case: Case, device: Device) -> list[Contender]:
-    """The case's contenders that compile something."""
+    """The case's contenders that compile anything."""
     return [
         one
         for one in case.contenders()
@@ -65,7 +65,7 @@ def _jits(case: Case, device: Device) -> list[Contender]:
 
 
 def warm_case(case: Case, device: Device) -> list[str]:
-    """Calls each contender that compiles; returns what failed."""
+    """Calls each contender that compiles; returns the failures."""
     torch._dynamo.reset()
     complaints = []
     with torch.set_grad_enabled(case.records_graph), tf32(case.tf32):
@@ -73,7 +73,7 @@ def warm_case(case: Case, device: Device) -> list[str]:
         for contender in _jits(case, device):
             try:
                 contender.check(inputs)
-            except Exception as problem:  # the run will meet it again, and go on as well
+            except Exception as problem:  # the run will meet it again, and carry on
                 complaints.append(f"{contender.name}: {one_line(problem)}")
             contender.close()
     return complaints
@@ -89,7 +89,7 @@ def main(name: str, *keys: str) -> None:
             complaints = warm_case(case, device)
             said = ", ".join([f"{time.monotonic() - start:.1f} s", *complaints])
             print(f"{case.key}: {said}", flush=True)
-            device.available_bytes()  # returns the memory that torch keeps to the other processes
+            device.available_bytes()  # releases torch's cached memory to the other processes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures cases at one thread count, in a process of its own, so that OpenMP starts afresh.
+"""Measures cases at one thread count in its own process, so that OpenMP starts afresh.
 
     python -m benchmarks.worker     reads a request (JSON) from stdin, prints events (JSON lines)
 
@@ -33,13 +33,13 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure."""
+    """The cases to measure, and how."""
 
     keys: list[str]
     threads: int
     compile: bool
     plan: Plan
-    limit_seconds: float  # 0: without the device's limits
+    limit_seconds: float  # 0: don't measure the device's limits
     device: str
 
     def to_json(self) -> str:
@@ -53,13 +53,13 @@ class Request:
 
 @dataclass
 class Outcome:
-    """The contenders of a case that can be measured, and why the others can't."""
+    """The contenders of a case that can be measured, and the reasons of the others."""
 
     contenders: list[Contender] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def leave_out(self, contender: Contender, reason: str) -> None:
-        """Goes on without this one; without ours there would be nothing to compare."""
+        """Drops a contender; dropping ours fails the case, which would have nothing to compare."""
         contender.close()
         if contender.name == OURS:
             raise RuntimeError(f"{OURS}: {reason}")
@@ -71,7 +71,7 @@ def run(request: Request, emit: Emit) -> None:
     """Measures all cases, with the machine's limits before and after."""
     torch.set_num_threads(request.threads)
     device = DEVICES[request.device]
-    logging.getLogger("torch").setLevel(logging.ERROR)  # the compiler's remarks on optimizers
+    logging.getLogger("torch").setLevel(logging.ERROR)  # hides what the compiler says
     if request.compile:
         device.prepare_compiler()
     wanted = set(request.keys)
@@ -85,7 +85,7 @@ def run(request: Request, emit: Emit) -> None:
             start = time.monotonic()
             event = _run_case(case, request, device)
             emit(event | {"elapsed": time.monotonic() - start})
-        except Exception as error:  # one broken case must not take the others' results along
+        except Exception as error:  # a broken case must not lose the others' results
             traceback.print_exc()
             emit({"event": "failed", "key": case.key, "reason": one_line(error)})
         device.check_health()
@@ -95,7 +95,7 @@ def run(request: Request, emit: Emit) -> None:
 
 
 def _limits(request: Request, device: Device) -> dict | None:
-    """The device's limits; None where they can't be measured, which the cases can do without."""
+    """The device's limits; None if they can't be measured, which the cases don't need."""
     try:
         return measure_limits(request.limit_seconds, device)
     except Exception as error:
@@ -112,7 +112,7 @@ def _run_case(case: Case, request: Request, device: Device) -> dict:
     if reason:
         return {"event": "skipped", "key": case.key, "reason": reason}
     if request.compile:
-        # Compiled code of earlier cases would make the compiler generalise over shapes.
+        # Earlier compiled code would make the compiler generalise over shapes.
         torch._dynamo.reset()
     generator = device.generator(SEED)
     contenders = [one for one in case.contenders() if device.name in one.devices]
@@ -140,7 +140,7 @@ def _why_not(case: Case, device: Device) -> str | None:
 
 
 def _check(case: Case, outcome: Outcome, generator: torch.Generator) -> None:
-    """Leaves the contenders whose results are right."""
+    """Keeps the contenders whose results are right."""
     inputs = verify.check_inputs(case, generator)
     reference = verify.expected(case, inputs)
     case.reference.close()
@@ -153,7 +153,7 @@ def _check(case: Case, outcome: Outcome, generator: torch.Generator) -> None:
 def _complaint(case: Case, contender: Contender, inputs, reference) -> str | None:
     try:
         error = verify.error(contender, inputs, reference)
-    except Exception as problem:  # peers are private or experimental operators: any may refuse
+    except Exception as problem:  # peers are private or experimental operators: any may fail
         return one_line(problem)
     if error > case.allowed_error:
         return f"wrong by {error:.1%}, {case.allowed_error:.0e} is allowed"
@@ -161,7 +161,7 @@ def _complaint(case: Case, contender: Contender, inputs, reference) -> str | Non
 
 
 class Broken(Exception):
-    """A contender that was right has failed at a later call."""
+    """A contender that passed the check has failed in a later call."""
 
     def __init__(self, contender: Contender, problem: Exception) -> None:
         super().__init__(one_line(problem))
@@ -171,7 +171,7 @@ class Broken(Exception):
 def _time_all(
     case: Case, outcome: Outcome, plan: Plan, generator: torch.Generator, device: Device
 ) -> dict[str, dict]:
-    """Times the contenders, anew without one that fails."""
+    """Times the contenders; if one fails, drops it and starts over."""
     while True:
         try:
             return _time(case, outcome.contenders, plan, generator, device)
@@ -203,7 +203,7 @@ def _time(
 
 
 def _sampler(contender: Contender, inputs: Inputs, timer: Timer) -> Sampler:
-    """The contender's sampler; a failure names the contender."""
+    """The contender's sampler; its failures name the contender."""
 
     def guarded(call: Callable, *args):
         try:

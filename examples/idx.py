@@ -1,4 +1,4 @@
-"""Reads the IDX files of MNIST with numpy alone.
+"""Reads the IDX files of MNIST with numpy only.
 
 An IDX file is a big-endian header followed by the values: two zero bytes, one byte for the type
 of the values (8: unsigned byte), one byte for the number of dimensions, then each dimension's
@@ -34,7 +34,7 @@ def find_idx(folder: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read an IDX file of unsigned bytes with so many dimensions; ``.gz`` is unpacked."""
+    """Read an IDX file of unsigned bytes with this many dimensions; ``.gz`` is unpacked."""
     content = _read_bytes(path)
     header_size = 4 + 4 * dimensions
     magic = bytes([0, 0, UNSIGNED_BYTE, dimensions])
@@ -57,7 +57,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             f"{path}: found {found} bytes of values, expected {expected} ({sizes}, as its header "
             f"says): {problem}."
         )
-    # frombuffer gives a read-only view; a copy can be handed to torch.from_numpy without a warning.
+    # frombuffer gives a read-only view; torch.from_numpy takes a copy without a warning.
     return np.frombuffer(content, np.uint8, offset=header_size).reshape(shape).copy()
 
 

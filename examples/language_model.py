@@ -1,8 +1,8 @@
-"""A small language model whose head has tens of thousands of classes: the last layer and its loss
-as one operator, beside the ordinary two.
+"""A small language model with tens of thousands of classes: its last layer and its loss as one
+operator, compared with the ordinary two.
 
-The text is this repository's documentation; a class is a word, hashed. The model sees the last
-words, embedded, and guesses the next.
+The text is this repository's documentation; a class is a hashed word. The model sees the embedded
+last words and predicts the next one.
 
     python examples/language_model.py --steps 50 --classes 32768
 """
@@ -26,7 +26,7 @@ CONTEXT, WIDTH = 4, 64
 
 
 class Trunk(nn.Sequential):
-    """From the last words to the features of the next."""
+    """Maps the last words to the features of the next."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class Trunk(nn.Sequential):
 
 
 class OrdinaryHead(nn.Module):
-    """The layer, then the loss: the logits of a batch lie in memory, more than once."""
+    """The layer, then the loss: a batch's logits are in memory, more than once."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ HEADS = {
 
 
 def words(classes: int) -> Tensor:
-    """The text, a number for each word."""
+    """The text, as one number per word."""
     text = " ".join(path.read_text() for path in sorted(DOCUMENTS.glob("*.md")))
     hashes = [zlib.crc32(word.encode()) % classes for word in re.findall(r"\w+|\S", text)]
     return torch.tensor(hashes)
 
 
 def train(head: str, classes: int, batch: int, steps: int) -> tuple[list[float], float]:
-    """The losses, and the seconds of a step."""
+    """The losses, and the seconds per step."""
     torch.manual_seed(0)
     trunk, loss_of = Trunk(classes), HEADS[head](classes)
     optimizer = fastnn.optim.SGD([*trunk.parameters(), *loss_of.parameters()], lr=0.5)

@@ -1,8 +1,8 @@
-"""Makes a notebook of a script and runs it, so that it holds the script's pictures.
+"""Makes a notebook from a script and runs it, so that it contains the script's pictures.
 
     python examples/make_notebook.py examples/quadratic.py
 
-The script's cells start with a line "# %%", or "# %% [markdown]" where they are text in comments.
+A cell of the script starts with a line "# %%", or "# %% [markdown]" if it is text in comments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def notebook_of(script: Path) -> NotebookNode:
     notebook = v4.new_notebook(metadata={"kernelspec": kernel})
     for kind, source in zip(cells[::2], cells[1::2], strict=True):
         notebook.cells.append(_cell(kind.strip(), source.strip()))
-        notebook.cells[-1].id = str(len(notebook.cells))  # else it is drawn at random
+        notebook.cells[-1].id = str(len(notebook.cells))  # it would be drawn at random
     return notebook
 
 
@@ -39,11 +39,11 @@ def _cell(kind: str, source: str) -> NotebookNode:
 
 
 def run(notebook: NotebookNode) -> None:
-    """Runs the cells, which get their output; an error in one ends it."""
-    # Over a socket of the system's: by default the kernel listens on a port, and warns of it.
+    """Runs the cells and stores their output; stops at the first error."""
+    # Through a Unix socket: by default the kernel listens on a port, and warns about it.
     config = Config({"KernelManager": {"transport": "ipc"}})
     NotebookClient(notebook, timeout=120, record_timing=False, config=config).execute()
-    # The rest is this machine's: the version of its Python.
+    # The rest describes this machine: the version of its Python.
     notebook.metadata = {"kernelspec": notebook.metadata.kernelspec}
 
 

@@ -1,4 +1,4 @@
-"""Lightning: an MLP fused inside of a LightningModule, SGD with a one-cycle schedule.
+"""Lightning: an MLP fused inside a LightningModule, SGD with a one-cycle schedule.
 
 python examples/with_lightning.py
 """

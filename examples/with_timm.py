@@ -13,7 +13,7 @@ import fastnn
 
 
 def pictures(count: int) -> tuple[Tensor, Tensor]:
-    """Noise with one brighter channel, which is the class."""
+    """Noise with one brighter channel; which one is the class."""
     labels = torch.randint(3, (count,))
     images = torch.rand(count, 3, 32, 32)
     images[torch.arange(count), labels] += 1

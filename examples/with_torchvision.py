@@ -1,4 +1,4 @@
-"""torchvision: the training step of PyTorch's autograd tutorial; then, what fuses in VGG.
+"""torchvision: the training step of PyTorch's autograd tutorial; then, what can be fused in VGG.
 
 python examples/with_torchvision.py
 """
@@ -13,7 +13,7 @@ import fastnn
 
 
 def step() -> nn.Module:
-    """A ResNet has no Linear before a ReLU: here the optimizer is what is replaced."""
+    """A ResNet has no Linear before a ReLU, so only the optimizer is replaced."""
     torch.manual_seed(0)
     model = resnet18()
     optimizer = fastnn.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
@@ -28,7 +28,7 @@ def step() -> nn.Module:
 def main() -> None:
     for name, parameter in step().named_parameters():
         print(f"{name:32} gradient's norm {parameter.grad.norm():.3g}")
-    with torch.device("meta"):  # the structure will do: VGG's weights take half a gigabyte
+    with torch.device("meta"):  # the structure is enough: VGG's weights take half a gigabyte
         fastnn.fuse(vgg16(), inplace=True, verbose=True)
 
 

@@ -80,7 +80,7 @@ def losses_of(trainer: Trainer) -> list[float]:
 def main() -> None:
     with TemporaryDirectory() as folder:
         build_trainer(folder).train()
-        # As after a crash: a new process would go on from the last checkpoint.
+        # As after a crash: a new process would continue from the last checkpoint.
         trainer = build_trainer(folder)
         trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-20"))
         losses = losses_of(trainer)

@@ -1,4 +1,4 @@
-"""The cases, one file per operator: what is worth measuring on the CPU, and on a GPU."""
+"""The cases, one file per operator: what is worth measuring on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FILES = (linear_relu, linear, mlp, cross_entropy, log_softmax, nll_loss, sgd, t
 
 
 def all_cases(device: Device = CPU) -> list[Case]:
-    """Every case of a device, the important ones first, in the order of their measurement."""
+    """All cases of a device in the order they are measured, important ones first."""
     if device.name == CUDA.name:
         timed = [case for file in _FILES for case in file.cuda_cases()]
     else:

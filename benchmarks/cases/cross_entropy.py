@@ -1,4 +1,4 @@
-"""Cross entropy, with its options, and behind the linear layer of a large vocabulary."""
+"""Cross entropy, its options, and cross entropy after the linear layer of a large vocabulary."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from benchmarks.device import CUDA
 
 OPTIONS_SHAPE = (512, 1000)
 SMOOTHING = 0.1
-# Rows, features, vocabulary. Inductor's auto-chunker leaves the first as it is: the weight has as
-# many elements as the logits, and is taken for a part of what has to be chunked. The last is a
-# language model's: the logits are many times its weight.
+# Rows, features, vocabulary. Inductor's auto-chunker leaves the first whole: it takes the weight,
+# with as many elements as the logits, for part of what has to be chunked. The last is a language
+# model's, with logits many times as large as its weight.
 VOCABULARY_SHAPES = ((256, 256, 32000), (512, 256, 32000), (2048, 512, 32000))
-# The chunks of torch's fusion: large ones are fastest here, small ones save memory. Its default
-# options make chunks of 2 to 8 rows, which take several times as long.
+# Chunk sizes of torch's fusion: large chunks are fastest here, small ones save memory. Its default
+# options make chunks of 2 to 8 rows, which are several times slower.
 CHUNK_ROWS = (64, 256)
-# How many chunks inductor's auto-chunker makes: few are fastest, and 8 is its default.
+# Numbers of chunks for inductor's auto-chunker: few are fastest, and 8 is the default.
 AUTO_CHUNKS = (2, 8)
 
 
@@ -56,7 +56,7 @@ def cases() -> list[Case]:
 
 
 # Rows, classes, dtypes, priority on a GPU: batches of a language model's tokens; MNIST's batch and
-# many of its rows; ImageNet's classes; few very long rows.
+# many such rows; ImageNet's classes; few very long rows.
 CUDA_SIZES = (
     (8192, 32000, DTYPES, 1),
     (8192, 128256, (torch.bfloat16,), 1),
@@ -102,7 +102,7 @@ def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:
         ),
         contenders=_contenders,
         reference=Function("reference", F.cross_entropy),
-        # The logits are read and their gradient is written, once each.
+        # The logits are read once and their gradient is written once.
         work=Work(bytes=_bytes(rows, columns, dtype, 2 if gradients else 1)),
         **size_facts(rows, columns, mode),
     )
@@ -143,18 +143,18 @@ def _apex(logits: Tensor, target: Tensor) -> Tensor:
         from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
     except ImportError:
         raise Unavailable("apex with its xentropy extension is not installed") from None
-    # No smoothing; the class that it ignores is 0 where it is told no other.
+    # No smoothing; -100 because it ignores class 0 by default.
     return SoftmaxCrossEntropyLoss.apply(logits, target, 0.0, -100).mean()
 
 
 @dataclass
 class Destructive(Function):
-    """A function that overwrites its first argument, as Liger's does, with the gradient.
+    """A function that, like Liger's, overwrites its first argument with the gradient.
 
-    It gets a copy of its own, or its neighbours would find other inputs than the check has seen.
-    The copy is made outside of the timed calls, for in a training loop the logits may be lost and
-    need none. Only the first call finds the logits there, the later ones what the one before has
-    left: finite numbers too, over which the kernel takes as long.
+    It gets its own copy, so that the other contenders keep the inputs of the check. The copy is
+    made outside the timed calls, because a training loop can afford to lose its logits. Only the
+    first call sees the logits; later ones see the previous gradient, finite numbers that take the
+    kernel as long.
     """
 
     overwrites: bool = field(default=True, kw_only=True)
@@ -188,7 +188,7 @@ def _probabilities_case(rows: int, columns: int, mode: str) -> Case:
         inputs=partial(_logits_and_probabilities, rows=rows, columns=columns, gradients=gradients),
         contenders=partial(_option_contenders, 0.0),
         reference=Function("reference", F.cross_entropy),
-        # The logits and the probabilities are read, the gradient is written.
+        # Logits and probabilities are read, the gradient is written.
         work=Work(bytes=(3 if gradients else 2) * elements * torch.float32.itemsize),
     )
 
@@ -220,11 +220,11 @@ def _option_contenders(smoothing: float) -> list[Contender]:
     return contenders
 
 
-# ---- under autocast, and of pictures -------------------------------------------------------------
+# ---- under autocast, and for images --------------------------------------------------------------
 
 
 def _autocast_case(rows: int) -> Case:
-    """As in mixed precision: autocast asks for float32, and the logits are narrower."""
+    """Mixed precision: autocast asks for float32, and the logits are narrower."""
     columns = LANGUAGE_MODEL[1]
     return replace(
         _case(rows, columns, torch.bfloat16, "forward_backward"),
@@ -266,7 +266,7 @@ def _pictures(generator: torch.Generator, dtype: torch.dtype, gradients: bool) -
     return Inputs((logits, classes(generator, count, pictures, *size)))
 
 
-# ---- behind a linear layer -----------------------------------------------------------------------
+# ---- after a linear layer ------------------------------------------------------------------------
 
 
 def _vocabulary_case(rows: int, features: int, vocabulary: int, mode: str) -> Case:
@@ -319,7 +319,7 @@ def _vocabulary_contenders(gradients: bool) -> list[Contender]:
         Function("F.linear, F.cross_entropy", stock),
         Compiled("torch.compile", stock),
     ]
-    if gradients:  # without a backward there is nothing that the auto-chunker would chunk
+    if gradients:  # a forward alone gives the auto-chunker nothing to chunk
         contenders += [
             AutoChunked(
                 f"torch.compile, auto-chunker, {chunks} chunks", stock, chunks, same_algorithm=False
@@ -330,7 +330,7 @@ def _vocabulary_contenders(gradients: bool) -> list[Contender]:
 
 
 def _linear_cross_entropies() -> list[Contender]:
-    """Torch's function for both, which without options calls one operator after the other."""
+    """Torch's function for both, which without options just calls one operator after the other."""
     name, make_options = "F.linear_cross_entropy", torch.nn.LinearCrossEntropyOptions
     chunked = {"default options": make_options()} | {
         f"{rows} rows": make_options(batch_chunk_size=rows) for rows in CHUNK_ROWS
@@ -345,7 +345,7 @@ def _linear_cross_entropies() -> list[Contender]:
 
 
 def _chunked(options: torch.nn.LinearCrossEntropyOptions) -> Callable[..., Tensor]:
-    """Torch's own fusion of both, in chunks; it has the gradients ready after the forward."""
+    """Torch's own chunked fusion of both; its forward already computes the gradients."""
 
     def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.linear_cross_entropy(hidden, weight, target, options=options)
@@ -357,7 +357,7 @@ def _chunked(options: torch.nn.LinearCrossEntropyOptions) -> Callable[..., Tenso
 class AutoChunked(Compiled):
     """``torch.compile`` with inductor's auto-chunker: chunks of rows, each forward and backward.
 
-    Inductor does not report a graph that it can't chunk but compiles it as a whole. That would be
+    Inductor silently compiles a graph that it can't chunk as a whole. That would be
     ``torch.compile`` again under another name, so the contender is then unavailable.
     """
 
@@ -366,7 +366,7 @@ class AutoChunked(Compiled):
     def bind(self, inputs: Inputs) -> Callable[[], object]:
         if self.is_ready:
             return super().bind(inputs)
-        # Not earlier: the compiler's import alone takes seconds.
+        # Deferred: importing the compiler takes seconds.
         from torch._functorch import config as autograd_config
         from torch._inductor import config, metrics
 
@@ -375,14 +375,14 @@ class AutoChunked(Compiled):
         options = {
             "auto_chunker.enable": True,
             "auto_chunker.num_chunk": self.chunks,
-            # How much larger than its factors the product must be: by default 8 times, which would
-            # need thousands of rows.
+            # Chunk products this much larger than their factors: the default of 8 would need
+            # thousands of rows.
             "auto_chunker.amplify_ratio_threshold": 1,
         }
         self.function = torch.compile(self.function, dynamic=False, options=options)
         self.is_ready = True
         call, before = super().bind(inputs), metrics.num_auto_chunking
-        # A graph from the cache skips the pass that chunks and counts.
+        # A graph from the cache would skip the pass that chunks and counts.
         with autograd_config.patch(enable_autograd_cache=False):
             call()
         if metrics.num_auto_chunking == before:

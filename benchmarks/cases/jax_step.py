@@ -1,4 +1,4 @@
-"""JAX as a contender: its process is asked for samples, and so takes its turns like the others."""
+"""JAX as a contender: its process is asked for samples, so it takes turns like the others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class JaxStep(Contender):
         self.process: subprocess.Popen[bytes] | None = None
 
     def check(self, inputs: Inputs) -> list[Tensor]:
-        """The losses; they depend on the weights, whose layout is JAX's own business."""
+        """The losses, which depend on the weights; the weights' layout is internal to JAX."""
         self._start()
         self._send(inputs)
         return [torch.tensor(loss) for loss in self._ask("losses", self.checked_steps)]

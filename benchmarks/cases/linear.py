@@ -14,7 +14,7 @@ from benchmarks.case import Case, Compiled, Contender, Function
 from benchmarks.cases import linear_relu
 from benchmarks.device import CPU
 
-# The MNIST MLP's last layer, at two batches; a middle and a large one.
+# The MNIST MLP's last layer at two batch sizes; a medium and a large layer.
 SHAPES = ((64, 64, 10), (256, 64, 10), (128, 512, 256), (1024, 1024, 1024))
 CUDA_SHAPES = ((64, 64, 10), (1024, 1024, 1024))
 
@@ -29,7 +29,7 @@ def cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    """Few: the product is the library's there, and linear_relu's cases say more of ours."""
+    """Few: the product is the library's there, and the cases of linear_relu cover our part."""
     return [
         replace(_case(shape, dtype, mode), priority=3, compiles=False)
         for shape in CUDA_SHAPES
@@ -39,7 +39,7 @@ def cuda_cases() -> list[Case]:
 
 
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, mode: str) -> Case:
-    """Takes linear_relu's inputs: a product without a ReLU has no kink to keep away from."""
+    """Shares linear_relu's inputs; without a ReLU there is no kink to avoid."""
     inputs = partial(
         linear_relu._inputs, shape=shape, dtype=dtype, gradients=mode == "forward_backward"
     )

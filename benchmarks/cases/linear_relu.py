@@ -15,8 +15,8 @@ import fastnn
 from benchmarks.case import Case, Compiled, Contender, Function, Inputs, Work, normal
 from benchmarks.device import CPU
 
-# Rows, input features, output features: the MNIST MLP's two layers, the first at a larger batch, a
-# middle and a large square one.
+# Rows, input features, output features: the MNIST MLP's two layers, the first at a larger batch
+# size, a medium layer and a large square one.
 SHAPES = (
     (64, 784, 128),
     (256, 784, 128),
@@ -25,8 +25,8 @@ SHAPES = (
     (1024, 1024, 1024),
 )
 MODES = ("forward", "forward_backward")
-# In float32 alone: a wide layer's few rows, as in inference and fine-tuning; tall thin matrices; a
-# long depth.
+# In float32 only: a wide layer with few rows, as in inference and fine-tuning; tall thin matrices;
+# a long inner dimension.
 MORE_SHAPES = (
     (1, 1000, 1000),
     (4, 1000, 4096),
@@ -35,9 +35,9 @@ MORE_SHAPES = (
     (65536, 16, 4),
     (512, 2048, 512),
 )
-# The backward's products apart: each with the mask of the ReLU, which it takes.
+# The backward's products one by one, each with the ReLU's mask applied.
 BACKWARD_SHAPES = (*SHAPES, (512, 2048, 512))
-# On a GPU, each with its priority: MNIST's two layers and a single picture, a middle layer and a
+# On a GPU, each with its priority: MNIST's two layers and a single image, a medium layer and a
 # language model's.
 CUDA_SHAPES = (
     ((64, 784, 128), 1),
@@ -46,10 +46,10 @@ CUDA_SHAPES = (
     ((1, 784, 128), 2),
     ((64, 128, 64), 3),
 )
-# torch.compile multiplies by the same library: where it is compared it can only fuse the ReLU.
+# torch.compile uses the same library for products: it can only gain by fusing the ReLU.
 CUDA_COMPILED = ((64, 784, 128), (8192, 4096, 4096))
-# Our product against the library's: around the size from which fastnn takes the library's, and
-# where rows are few or the depth is long.
+# Our product against the library's: around the size at which fastnn switches to the library, and
+# with few rows or a long inner dimension.
 PRODUCT_SHAPES = (
     (1, 784, 128),
     (1, 4096, 4096),
@@ -65,9 +65,9 @@ PRODUCT_SHAPES = (
     (4096, 16, 64),
 )
 PRODUCT_VARIABLE = "FASTNN_CUDA_GEMM"
-# TF32 rounds factors to 2^-11, and so a sum of products with random signs by about as much.
+# TF32 rounds factors to 2^-11, and hence a sum of products with random signs by about as much.
 TF32_TOLERANCE = 5e-3
-# What counts as close to zero: a hundred times float32's rounding error in a sum of 1024 terms.
+# Close to zero: a hundred times float32's rounding error in a sum of 1024 terms.
 NEAR_ZERO = 1e-3
 
 
@@ -134,7 +134,7 @@ def _inputs(
 
 
 def _check_inputs(generator: torch.Generator, **arguments) -> Inputs:
-    """Units within rounding of zero get no gradient: which side they are on is nobody's error."""
+    """Units within rounding of zero get no gradient, since rounding may put them on either side."""
     inputs = _inputs(generator, **arguments)
     if inputs.grad is not None:
         with torch.no_grad():
@@ -249,7 +249,7 @@ def _product_case(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
 
 
 def _by_product(name: str) -> Callable[..., Tensor]:
-    """linear_relu by one of its two products, which an environment variable chooses at a call."""
+    """linear_relu with one of its two products, chosen by an environment variable at the call."""
 
     def linear_relu(*args: Tensor) -> Tensor:
         before = os.environ.get(PRODUCT_VARIABLE, "")
@@ -264,7 +264,7 @@ def _by_product(name: str) -> Callable[..., Tensor]:
 
 @dataclass
 class Prepacked(Function):
-    """A function whose arguments are brought into its own layout once, outside the timed call."""
+    """A function whose arguments are converted to its own layout once, outside the timed call."""
 
     pack: Callable[..., tuple]
 

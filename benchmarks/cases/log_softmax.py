@@ -28,7 +28,7 @@ def cuda_cases() -> list[Case]:
 
 def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:
     gradients = mode == "forward_backward"
-    # Forward: input and output. Backward: output and its gradient are read, a gradient is written.
+    # Forward: reads input, writes output. Backward: reads output and its gradient, writes one.
     passes = 5 if gradients else 2
     return Case(
         op="log_softmax",

@@ -1,4 +1,4 @@
-"""Linear layers in a row, with ReLUs between them: mlp, against the layers one by one."""
+"""Linear layers in a row with ReLUs between them: mlp, against the layers one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fastnn
 from benchmarks.case import Case, Compiled, Contender, Function, Inputs, Work, normal
 
-# Rows and the sizes of the layers: the MNIST MLP's at two batches, and a wider one's.
+# Rows, and the sizes of the layers: the MNIST MLP at two batch sizes, and a wider one.
 CHAINS = (
     (64, (784, 128, 64, 10)),
     (256, (784, 128, 64, 10)),
@@ -33,7 +33,7 @@ def cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    """Where mlp runs layer by layer."""
+    """On a GPU mlp runs layer by layer."""
     return [
         replace(_case(*CHAINS[0], dtype, mode), priority=3, compiles=False)
         for dtype in (torch.float32, torch.bfloat16)
@@ -43,7 +43,7 @@ def cuda_cases() -> list[Case]:
 
 def _case(rows: int, sizes: Sequence[int], dtype: torch.dtype, mode: str) -> Case:
     products = [2.0 * rows * ins * outs for ins, outs in pairwise(sizes)]
-    # A training asks for no gradient of its input.
+    # Training needs no gradient of the input.
     flops = sum(products) if mode == "forward" else 3 * sum(products) - products[0]
     arguments = {"rows": rows, "sizes": sizes, "dtype": dtype, "gradients": mode != "forward"}
     return Case(
@@ -78,13 +78,13 @@ def _inputs(
 
 
 def _check_inputs(generator: torch.Generator, **arguments) -> Inputs:
-    """Biases that keep the ReLUs' inputs from zero: which side they round to is nobody's error."""
+    """Biases that keep the ReLUs' inputs from zero, where rounding could flip their sign."""
     inputs = _inputs(generator, **arguments)
     input, *parameters = inputs.args
     with torch.no_grad():
         x = input.double()
         for weight, bias in list(zip(parameters[::2], parameters[1::2], strict=True))[:-1]:
-            # Each unit on one side for all rows, so that no rounding takes it to the other.
+            # Put each unit on the same side in all rows, so that rounding can't flip it.
             before = F.linear(x, weight.double())
             sides = torch.sign(bias).double()
             bias.copy_(sides * (before.abs().amax(0) + 1))

@@ -1,4 +1,4 @@
-"""Negative log likelihood of log-probabilities."""
+"""Negative log likelihood loss of log-probabilities."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cuda_cases() -> list[Case]:
 
 def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:
     gradients = mode == "forward_backward"
-    # One element and the target of each row are read; the gradient is written, zeros included.
+    # Per row one element and the target are read; the gradient is written, zeros included.
     moved = rows * (dtype.itemsize + torch.int64.itemsize)
     if gradients:
         moved += rows * columns * dtype.itemsize

@@ -1,4 +1,4 @@
-"""What a call costs: everything at eight elements, where the arithmetic takes no time."""
+"""The overhead of a call: everything with eight elements, where arithmetic takes no time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _row_and_target(generator: torch.Generator) -> Inputs:
 
 
 def _linear() -> nn.Linear:
-    """The same layer each time."""
+    """The same layer at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Linear(SIZE, SIZE)
@@ -93,7 +93,7 @@ def _fused_models() -> dict[str, Layer]:
 
 
 def _compiled_models() -> dict[str, Layer]:
-    """A compiled call includes Dynamo's checks, whatever the backend."""
+    """A compiled call includes Dynamo's guards, whatever the backend."""
     stock = _stock_model()
     return {
         "fastnn": (torch.compile(stock, backend="fastnn"), (stock,)),
@@ -160,7 +160,7 @@ def _backward_case(
 
 @dataclass
 class Call(Contender):
-    """The forward alone, whether or not autograd records it."""
+    """The forward only, whether or not autograd records it."""
 
     function: Callable[..., Tensor]
     modules: tuple[nn.Module, ...]
@@ -173,7 +173,7 @@ class Call(Contender):
 
 @dataclass
 class Backward(Call):
-    """The backward alone, again and again over one graph."""
+    """The backward only, repeatedly over one graph."""
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:
         output = super().bind(inputs)()

@@ -1,4 +1,4 @@
-"""The optimizer alone: SGD with momentum over given gradients, and zero_grad."""
+"""The optimizer by itself: SGD with momentum for given gradients, and zero_grad."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from benchmarks.timing import Sampler
 
 Shapes = list[tuple[int, ...]]
 
-CHECKED_STEPS = 3  # the first step makes the momentum buffers, the later ones use them
-# So large that how far a bfloat16 parameter goes is not lost in its own rounding.
+CHECKED_STEPS = 3  # the first step creates the momentum buffers, the others use them
+# Large enough that a bfloat16 parameter's change is not lost in its own rounding.
 OPTIONS = {"lr": 0.1, "momentum": 0.9}
 
 
@@ -98,13 +98,13 @@ def cuda_cases() -> list[Case]:
 
 
 def _huge_contenders() -> list[Contender]:
-    """Each has 12 GB of its own."""
+    """Each needs 12 GB of its own."""
     names = ("fastnn", "SGD fused", "torch.compile")
     return [one for one in step_contenders() if one.name in names]
 
 
 def optimizers() -> dict[str, Callable[[Iterable[Tensor]], Optimizer]]:
-    """What makes each contender's optimizer."""
+    """Functions that make the contenders' optimizers."""
     stock = partial(torch.optim.SGD, **OPTIONS)
     return {
         "fastnn": partial(fastnn.optim.SGD, **OPTIONS),
@@ -124,7 +124,7 @@ def _step_case(
     float32_momentum: bool = False,
 ) -> Case:
     elements = sum(torch.Size(shape).numel() for shape in shapes)
-    # Parameter and gradient and momentum are read, parameter and momentum are written.
+    # Parameter, gradient and momentum are read; parameter and momentum are written.
     bytes_per_element = 3 * dtype.itemsize + 2 * (4 if float32_momentum else dtype.itemsize)
     return Case(
         op="SGD momentum",
@@ -156,7 +156,7 @@ def step_contenders() -> list[Contender]:
 
 
 def float32_momentum_contenders() -> list[Contender]:
-    """float32 momentum of narrower parameters, which torch's fused implementation refuses."""
+    """float32 momentum of narrower parameters, which torch's fused implementation rejects."""
     made = optimizers()
     stock = partial(_with_float32_momentum, made["SGD"])
     return [
@@ -170,7 +170,7 @@ def float32_momentum_contenders() -> list[Contender]:
 def _with_float32_momentum(
     make: Callable[[Iterable[Tensor]], Optimizer], params: list[Tensor]
 ) -> Optimizer:
-    """As one gets it from torch: by float32 buffers that the first step finds."""
+    """How to get it from torch: float32 buffers that exist before the first step."""
     optimizer = make(params)
     for param in params:
         zeros = torch.zeros_like(param, dtype=torch.float32)
@@ -223,7 +223,7 @@ class Step(Contender):
         call = self.bind(inputs)
         for _ in range(CHECKED_STEPS):
             call()
-        # How far each went: beside the parameters themselves an error would look small.
+        # The change, not the parameters: next to their size an error would look small.
         return [new.detach() - old for new, old in zip(self.params, inputs.args[0], strict=True)]
 
 
@@ -268,7 +268,7 @@ class ZeroGrad(Contender):
         return self.optimizer.zero_grad
 
     def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
-        """Gradients must be there each time; putting them there is not timed."""
+        """The gradients must exist each time; setting them is not timed."""
         zero_grad, params, grads = self.bind(inputs), self.params, inputs.args[1]
 
         def sample(count: int) -> float:

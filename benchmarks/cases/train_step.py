@@ -1,4 +1,4 @@
-"""The whole training step of the MNIST MLP: in an ordinary loop, and by ``train_step``."""
+"""The whole training step of the MNIST MLP: in an ordinary loop, and with ``train_step``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from benchmarks.cases.sgd import OPTIONS, optimizers
 from benchmarks.device import CPU
 
 CHECKED_STEPS = 3
-# float32 rounds a weight of 0.03 to 2e-9, which is 1e-4 of the 2e-5 that three steps move it.
+# float32 rounds a weight of 0.03 to 2e-9, which is 1e-4 of the 2e-5 it moves in three steps.
 TOLERANCE = 1e-3
 # The generated code calls the kernels from C++ instead of from Python.
 CPP_WRAPPER = {"cpp_wrapper": True}
 
 
 class Program(NamedTuple):
-    """What is trained: a model of these widths on batches of this size."""
+    """The trained model: its layer widths and batch size."""
 
     batch: int
     widths: tuple[int, ...]
@@ -36,7 +36,7 @@ class Program(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Each layer's product and its two gradients; nobody asks for the images' gradient."""
+        """Each layer's product and its two gradients; the images need no gradient."""
         products = [2.0 * self.batch * ins * outs for ins, outs in pairwise(self.widths)]
         return 3 * sum(products) - products[0]
 
@@ -50,7 +50,7 @@ PROGRAMS = {
 }
 
 Step = Callable[[Tensor, Tensor], Tensor]
-#: Makes the step out of the model, its loss and the optimizer.
+#: Makes the step from the model, its loss and the optimizer.
 MakeStep = Callable[[nn.Module, nn.Module, Optimizer], Step]
 
 
@@ -103,9 +103,10 @@ def _contenders(program: Program, make_step: MakeStep) -> list[Contender]:
 
 
 def _compiled_steps(program: Program) -> list[Contender]:
-    """The compiler is given more and more of the step, at last all of it as one graph.
+    """Compiles more and more of the step, up to all of it as one graph.
 
-    Each takes it ten seconds: in a GPU's few minutes only the first and the last, the best, run.
+    Each takes ten seconds to compile: a GPU run of a few minutes only includes the first and the
+    last, the best.
     """
     on_cpu = {"devices": (CPU.name,)}
     fused, foreach = (optimizers()[name] for name in ("SGD fused", "SGD foreach"))
@@ -142,7 +143,7 @@ def _fused_model(program: Program) -> tuple[nn.Module, nn.Module]:
 
 
 def initial_weights(program: Program) -> list[Tensor]:
-    """Weights and biases that every contender starts from."""
+    """The initial weights and biases of all contenders."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, _ = _stock_model(program)
@@ -153,23 +154,23 @@ def initial_weights(program: Program) -> list[Tensor]:
 
 
 def as_written(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
-    """The ordinary loop's body."""
+    """The body of the ordinary loop."""
     return _body(_loss_of(model, criterion), optimizer.zero_grad, optimizer.step)
 
 
 def as_train_step(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
-    """One call of ours."""
+    """One call of train_step."""
     return fastnn.train_step(model, criterion, optimizer)
 
 
 def with_loss_compiled(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
-    """The compiler makes the model's and the loss's backward, too; the optimizer stays eager."""
+    """The model's and the loss's backward are compiled, too; the optimizer stays eager."""
     loss_of = torch.compile(_loss_of(model, criterion), dynamic=False)
     return _body(loss_of, optimizer.zero_grad, optimizer.step)
 
 
 def with_parts_compiled(model: nn.Module, criterion: nn.Module, optimizer: Optimizer) -> Step:
-    """As above, and the optimizer's step is compiled by itself."""
+    """As above, with the optimizer's step compiled by itself."""
     loss_of = torch.compile(_loss_of(model, criterion), dynamic=False)
     return _body(loss_of, optimizer.zero_grad, torch.compile(optimizer.step, dynamic=False))
 
@@ -183,8 +184,8 @@ def as_one_function(
     """The loop's body under one ``torch.compile``.
 
     It becomes two graphs, since torch's optimizers break the graph at their step. The loss is
-    detached, since a graph that contains its backward can't return it with a history, and the
-    gradients are dropped by hand, since the compiler refuses to trace ``zero_grad``.
+    detached, since a graph that contains its backward can't return it with a history; the gradients
+    are set to None by hand, since the compiler can't trace ``zero_grad``.
     """
     loss_of, params = _loss_of(model, criterion), list(model.parameters())
 
@@ -206,12 +207,12 @@ def as_one_graph(
     optimizer: Optimizer,
     options: dict[str, bool] | None = None,
 ) -> Step:
-    """One graph for the whole step: gradients are values, and ``sgd`` is what the optimizer calls.
+    """One graph for the whole step: gradients are values, and ``sgd`` is torch's functional step.
 
-    ``optimizer`` only has the settings; the momentum buffers live here.
+    ``optimizer`` only provides the settings; the momentum buffers live here.
     """
     loss_of, params = _loss_of(model, criterion), list(model.parameters())
-    # Zero buffers make the first step's momentum the gradient.
+    # With zero buffers the first step's momentum is the gradient, as in torch.
     buffers = [torch.zeros_like(param) for param in params]
     names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach")
     settings = {name: optimizer.param_groups[0][name] for name in names}
@@ -246,7 +247,7 @@ def _body(loss_of: Step, zero_grad: Callable[[], None], update: Callable[[], obj
 
 @dataclass
 class TrainingStep(Contender):
-    """zero_grad, model, loss, backward, step; the weights stay from call to call."""
+    """zero_grad, model, loss, backward, step; the weights persist between calls."""
 
     program: Program
     build: Callable[[Program], tuple[nn.Module, nn.Module]]
@@ -272,7 +273,7 @@ class TrainingStep(Contender):
         self.step = self.make_step(model, criterion, self.make_optimizer(self.params))
 
     def check(self, inputs: Inputs) -> list[Tensor]:
-        """The losses of some steps, and how far each parameter went."""
+        """The losses of some steps, and each parameter's change."""
         call = self.bind(inputs)
         losses = [call().detach() for _ in range(CHECKED_STEPS)]
         moves = zip(self.params, initial_weights(self.program), strict=True)
@@ -281,18 +282,18 @@ class TrainingStep(Contender):
 
 @dataclass
 class TracedStep(TrainingStep):
-    """A compiled step that contains its backward, which older compilers can't trace."""
+    """A compiled step that includes its backward, which older compilers can't trace."""
 
     def check(self, inputs: Inputs) -> list[Tensor]:
-        # The first calls compile, and only there the switch matters.
+        # Only the first calls compile and need the setting.
         with _traced_backward():
             return super().check(inputs)
 
 
 def _traced_backward() -> AbstractContextManager:
-    from torch._dynamo import config  # not earlier: the compiler's import alone takes seconds
+    from torch._dynamo import config  # deferred: importing the compiler takes seconds
 
     if not hasattr(config, "trace_autograd_ops"):
         raise Unavailable("this torch's compiler can't trace a backward")
-    # Beyond the limit on recompilations torch would run the rest of the steps eagerly.
+    # Beyond the recompile limit torch would silently run the remaining steps eagerly.
     return config.patch(trace_autograd_ops=True, fail_on_recompile_limit_hit=True)
