@@ -66,6 +66,12 @@ MODELS = {
     "MLP, 6 tensors": mnist_mlp(),
 }
 
+# A parameter that is a view of a larger one.
+STRIDED = {
+    "512 of 1024 columns": lambda whole: whole[:, :512],
+    "every other of 1024 columns": lambda whole: whole[:, ::2],
+}
+
 
 def cases() -> list[Case]:
     steps = [_step_case(label, shapes) for label, shapes in MODELS.items()]
@@ -74,6 +80,7 @@ def cases() -> list[Case]:
         _step_case("resnet18, 62 tensors", **half),
         _step_case("resnet18, float32 momentum", **half, float32_momentum=True),
     ]
+    steps += [_strided_case(label, view) for label, view in STRIDED.items()]
     return steps + [_zero_grad_case(label, shapes) for label, shapes in MODELS.items()]
 
 
@@ -137,6 +144,19 @@ def _step_case(
         work=Work(bytes=bytes_per_element * elements),
         large=elements > 2**20,
     )
+
+
+def _strided_case(label: str, view: Callable[[Tensor], Tensor]) -> Case:
+    def inputs(generator: torch.Generator) -> Inputs:
+        params, grads = parameters_and_gradients(generator, [(512, 1024)]).args
+        return Inputs(([view(param) for param in params], [view(grad).clone() for grad in grads]))
+
+    return replace(_step_case(label, [(512, 512)]), inputs=inputs, contenders=_strided_contenders)
+
+
+def _strided_contenders() -> list[Contender]:
+    """Without torch's fused implementation, which is wrong where strides differ."""
+    return [one for one in step_contenders() if one.name != "SGD fused"]
 
 
 def parameters_and_gradients(
@@ -212,7 +232,11 @@ class Step(Contender):
         return self.step
 
     def _build(self, params: list[Tensor]) -> None:
-        self.params = [torch.nn.Parameter(torch.empty_like(param)) for param in params]
+        # Not empty_like(), which would close the gaps of a view.
+        self.params = [
+            torch.nn.Parameter(param.new_empty_strided(param.shape, param.stride()))
+            for param in params
+        ]
         optimizer = self.make(self.params)
         self.step = torch.compile(lambda: optimizer.step()) if self.compiled else optimizer.step
 

@@ -2,9 +2,11 @@
 // Nothing here knows which optimizer it is.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "cpu/launch.h"
+#include "cpu/strided_runs.h"
 #include "ops/tensor_lists.h"
 
 namespace fastnn::cpu {
@@ -12,42 +14,98 @@ namespace fastnn::cpu {
 // One parameter's tensors and their memory: in the parallel region copy-on-write memory, which is
 // copied when a pointer to write to it is taken, may not be copied.
 struct SteppedTensors {
-  FlatTensors tensors;
-  void* param;
-  void* grad;
-  c10::SmallVector<void*, 2> states;
+  at::ScalarType dtype;
+  c10::SmallVector<at::ScalarType, 2> state_dtypes;
+  int64_t numel;
+  // The parameter, its states and its gradient, if each is one run of memory in the same order.
+  c10::SmallVector<void*, 3> runs;
+  std::unique_ptr<StridedRuns> strided;  // else
 
   SteppedTensors(const TensorLists& lists, size_t i)
-      : tensors(lists, i),
-        param(data<void>(tensors.param)),
-        grad(grad_data<void>(tensors.grad, lists.writes_grads)) {
-    for (const at::Tensor& state : tensors.states) states.push_back(data<void>(state));
+      : dtype(lists.params[i].scalar_type()), numel(lists.params[i].numel()) {
+    const at::Tensor& param = lists.params[i];
+    const at::Tensor& grad = lists.grads[i];
+    for (const StateList& state : lists.states) {
+      state_dtypes.push_back(state.tensors[i].scalar_type());
+    }
+    if (are_flat(lists, i)) {
+      runs.push_back(data<void>(param));
+      for (const StateList& state : lists.states) runs.push_back(data<void>(state.tensors[i]));
+      runs.push_back(grad_data<void>(grad, lists.writes_grads));
+    } else if (numel != 0) {
+      std::vector<at::Tensor> written = {param}, read;
+      for (const StateList& state : lists.states) written.push_back(state.tensors[i]);
+      if (lists.writes_grads) {
+        written.push_back(grad);
+      } else {
+        // One in the parameter's own memory is read as it was before the step.
+        read.push_back(grad.is_alias_of(param) ? grad.clone() : grad);
+      }
+      strided = std::make_unique<StridedRuns>(written, read);
+    }
   }
 };
 
-// A piece of one parameter's tensors: what one call of a kernel takes.
+// A piece of one parameter's tensors.
 struct Chunk {
   const SteppedTensors* of;
   int64_t begin;
   int64_t size;
 };
 
+// What one call of a kernel takes: elements [begin, begin + size) of the parameter, its states and
+// its gradient.
+class SteppedRun {
+ public:
+  SteppedRun(const SteppedTensors& of, void* const* runs, int64_t begin, int64_t size)
+      : of(of), size(size), runs_(runs), begin_(begin) {
+  }
+
+  const SteppedTensors& of;
+  int64_t size;
+
+  template <typename T>
+  T* param() const {
+    return static_cast<T*>(runs_[0]) + begin_;
+  }
+  template <typename T>
+  T* state(size_t i) const {
+    return static_cast<T*>(runs_[1 + i]) + begin_;
+  }
+  template <typename T>
+  T* grad() const {
+    return static_cast<T*>(runs_[1 + of.state_dtypes.size()]) + begin_;
+  }
+
+ private:
+  void* const* runs_;
+  int64_t begin_;
+};
+
+// Calls step(run) for all of a chunk.
+template <typename F>
+void step_chunk(const Chunk& chunk, F step) {
+  const SteppedTensors& of = *chunk.of;
+  if (!of.strided) return step(SteppedRun(of, of.runs.data(), chunk.begin, chunk.size));
+  of.strided->for_each(chunk.begin, chunk.begin + chunk.size,
+                       [&](void* const* runs, int64_t n) { step(SteppedRun(of, runs, 0, n)); });
+}
+
 inline std::vector<Chunk> split(const std::vector<SteppedTensors>& all) {
   constexpr int64_t kChunk = 1 << 14;  // elements: 192 KiB of float parameter, gradient and state
   std::vector<Chunk> chunks;
   for (const SteppedTensors& of : all) {
-    const int64_t n = of.tensors.param.numel();
-    for (int64_t begin = 0; begin < n; begin += kChunk) {
-      chunks.push_back({&of, begin, std::min(kChunk, n - begin)});
+    for (int64_t begin = 0; begin < of.numel; begin += kChunk) {
+      chunks.push_back({&of, begin, std::min(kChunk, of.numel - begin)});
     }
   }
   return chunks;
 }
 
-// Calls step(chunk) for all that there is to step, in one parallel region, where no two tensors
+// Calls step(run) for all that there is to step, in one parallel region, where no two tensors
 // share memory; else in one for each parameter.
 template <typename F>
-void step_chunks(const TensorLists& all_lists, F step) {
+void step_tensors(const TensorLists& all_lists, F step) {
   step_in_order(all_lists, [&](const TensorLists& lists) {
     std::vector<SteppedTensors> stepped;
     stepped.reserve(lists.params.size());
@@ -57,9 +115,8 @@ void step_chunks(const TensorLists& all_lists, F step) {
     for (const Chunk& chunk : chunks) elements += chunk.size;
     const int64_t chunk_size = chunks.empty() ? 1 : elements / int64_t(chunks.size());
     at::parallel_for(0, chunks.size(), grain(chunk_size), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) step(chunks[i]);
+      for (int64_t i = begin; i < end; ++i) step_chunk(chunks[i], step);
     });
-    for (size_t i = 0; i < stepped.size(); ++i) stepped[i].tensors.copy_back(lists, i);
   });
 }
 

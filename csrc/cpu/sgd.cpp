@@ -8,20 +8,19 @@
 namespace fastnn::cpu {
 namespace {
 
-void step_chunk(const Chunk& chunk, const SGDOptions& options, double grad_scale) {
-  const SteppedTensors& of = *chunk.of;
-  const at::ScalarType dtype = of.tensors.param.scalar_type();
-  void* const buffer = of.states.empty() ? nullptr : of.states[0];
-  const bool is_wide = buffer != nullptr && of.tensors.states[0].scalar_type() != dtype;
-  dispatch(dtype, "sgd_step_", [&]<typename T>() {
-    const auto step = [&](auto kernel, auto* b) {
-      kernel(static_cast<T*>(of.param) + chunk.begin, static_cast<T*>(of.grad) + chunk.begin,
-             b == nullptr ? nullptr : b + chunk.begin, chunk.size, options, grad_scale);
+void step_run(const SteppedRun& run, const SGDOptions& options, double grad_scale) {
+  const SteppedTensors& of = run.of;
+  const bool has_buffer = !of.state_dtypes.empty();
+  const bool is_wide = has_buffer && of.state_dtypes[0] != of.dtype;
+  dispatch(of.dtype, "sgd_step_", [&]<typename T>() {
+    const auto step = [&]<typename B>(auto kernel, std::type_identity<B>) {
+      kernel(run.param<T>(), run.grad<T>(), has_buffer ? run.state<B>(0) : nullptr, run.size,
+             options, grad_scale);
     };
     if (is_wide) {
-      step(kernels<T>().sgd_step_wide, static_cast<accum<T>*>(buffer));
+      step(kernels<T>().sgd_step_wide, std::type_identity<accum<T>>());
     } else {
-      step(kernels<T>().sgd_step, static_cast<T*>(buffer));
+      step(kernels<T>().sgd_step, std::type_identity<T>());
     }
   });
 }
@@ -32,7 +31,7 @@ void sgd_step_cpu(TensorLists lists, SGDOptions options, const SGDScalars& scala
   if (scalars.lr) options.lr = scalars.lr->item<double>();
   const double grad_scale = scalars.grad_scale ? scalars.grad_scale->item<double>() : 1;
   lists.writes_grads = grad_scale != 1;
-  step_chunks(lists, [&](const Chunk& chunk) { step_chunk(chunk, options, grad_scale); });
+  step_tensors(lists, [&](const SteppedRun& run) { step_run(run, options, grad_scale); });
 }
 
 }  // namespace

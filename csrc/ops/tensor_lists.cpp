@@ -78,9 +78,14 @@ void check_writable(std::string_view op, const char* name, at::TensorList tensor
   }
 }
 
+// Whether both are dense blocks in the same order.
+bool are_runs_alike(const at::Tensor& param, const at::Tensor& tensor) {
+  return param.is_non_overlapping_and_dense() && tensor.strides() == param.strides();
+}
+
 // The tensor as one dense block in the parameter's order: itself if it is laid out so, else a copy.
 at::Tensor in_order_of(const at::Tensor& param, const at::Tensor& tensor) {
-  if (param.is_non_overlapping_and_dense() && tensor.strides() == param.strides()) return tensor;
+  if (are_runs_alike(param, tensor)) return tensor;
   return at::empty_like(param, tensor.options()).copy_(tensor);
 }
 
@@ -130,6 +135,14 @@ void check_tensor_lists(std::string_view op, const TensorLists& lists) {
 void check_scalar(std::string_view op, const char* name, const std::optional<at::Tensor>& scalar) {
   TORCH_CHECK(!scalar || scalar->numel() == 1, op, ": expected ", name,
               " to have one element, but got shape ", scalar->sizes());
+}
+
+bool are_flat(const TensorLists& lists, size_t i) {
+  const at::Tensor& param = lists.params[i];
+  return are_runs_alike(param, param) && are_runs_alike(param, lists.grads[i]) &&
+         std::all_of(lists.states.begin(), lists.states.end(), [&](const StateList& state) {
+           return are_runs_alike(param, state.tensors[i]);
+         });
 }
 
 FlatTensors::FlatTensors(const TensorLists& lists, size_t i)

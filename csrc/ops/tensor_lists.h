@@ -44,6 +44,9 @@ void check_tensor_lists(std::string_view op, const TensorLists& lists);
 // Raises unless `scalar`, the argument `name`, is missing or has one element.
 void check_scalar(std::string_view op, const char* name, const std::optional<at::Tensor>& scalar);
 
+// Whether the tensors of parameter i are dense blocks, all in the same order.
+bool are_flat(const TensorLists& lists, size_t i);
+
 // One parameter's tensors, each as one dense block in the parameter's order; a copy if it isn't
 // laid out so.
 struct FlatTensors {

@@ -75,6 +75,18 @@ def test_fused_takes_any_layout(dtype):
     assert_same_training(ours, stock, 4)
 
 
+@pytest.mark.parametrize("size", [5, 300])
+def test_gradient_that_is_the_parameter_transposed(size):
+    """It is read as it was before the step."""
+    ours, stock = make_pair((size, size), **MOMENTUM)
+    for optimizer in (ours, stock):
+        (param,) = params_of(optimizer)
+        param.grad = param.detach().t()
+        optimizer.step()
+        param.grad = param.grad.clone()  # for the tolerance: the gradient has been stepped, too
+    assert_same_training(ours, stock, 1)
+
+
 def test_two_hundred_steps_of_float32():
     ours, stock = make_pair((13, 11), (29,), **EVERYTHING)
     for optimizer in (ours, stock):

@@ -42,6 +42,11 @@ def sliced(x: Tensor) -> Tensor:
     return base[..., ::2]
 
 
+def left_half(x: Tensor) -> Tensor:
+    """Rows that are each in one piece, with others between them."""
+    return torch.cat([x, torch.full_like(x, math.nan)], dim=-1)[..., : x.shape[-1]]
+
+
 def shifted(x: Tensor) -> Tensor:
     """Starts one element into its memory: no vector load of it is aligned."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
@@ -74,6 +79,10 @@ LAYOUTS = [
     ((7, 5), sliced, contiguous),
     ((7, 5), contiguous, sliced),
     ((7, 5), sliced, transposed),
+    ((40, 50), left_half, contiguous),  # rows of vectors
+    ((700, 25), left_half, contiguous),  # short rows, several of them at once
+    ((2, 70, 121), sliced, contiguous),  # on several threads, which start amid a row
+    ((130, 131), contiguous, transposed),  # long rows across each other
     ((7, 1), transposed, contiguous),  # strides that mean nothing, as the size is 1
     ((7, 5), contiguous, expanded),
     ((7, 5), transposed, expanded),
