@@ -9,17 +9,19 @@
 namespace fastnn::cuda {
 
 constexpr int kSGDThreads = 256;
-// To a multiprocessor at the least: for more, ptxas would spill registers on 8.6.
-constexpr int kSGDBlocks = 4;
+// To a multiprocessor at the least: for more, ptxas would spill registers.
+template <typename T>
+constexpr int kSGDBlocks = sizeof(T) == 4 ? 4 : 3;
 
 // Vectors that a thread steps, and those that it has in flight at once: of each of the tensors.
 constexpr int kSGDVectors = 4;
-template <typename T>
-constexpr int kSGDVectorsAtOnce = sizeof(T) == 2 ? 1 : 2;  // more would spill registers
+constexpr int kSGDVectorsAtOnce = 2;
 
-// Elements that one block steps.
+// Elements from one of a thread's vectors to its next, and those that one block steps.
 template <typename T>
-constexpr int64_t kSGDChunk = kSGDVectors * kSGDThreads * kVecSize<T>;
+constexpr int kSGDStride = kSGDThreads * kVecSize<T>;
+template <typename T>
+constexpr int64_t kSGDChunk = kSGDVectors * kSGDStride<T>;
 
 // What a launch takes beside its tensors.
 struct SGDArgs {
@@ -78,8 +80,14 @@ struct SGDPointers {
     return co_aligned(param, grad) && (!kMomentum || co_aligned(param, buffer));
   }
 
+  __device__ void advance(int64_t elements) {
+    param += elements;
+    grad += elements;
+    if (kMomentum) buffer += elements;
+  }
+
   template <typename A>
-  __device__ void step_element(const SGDStep<A, kMomentum>& step, int64_t i) const {
+  __device__ void step_element(const SGDStep<A, kMomentum>& step, int i) const {
     A x = A(param[i]), g = A(grad[i]);
     // What a first buffer holds is nobody's, and may be NaN.
     A b = kMomentum && !step.is_first_step ? A(buffer[i]) : A(0);
@@ -95,7 +103,7 @@ struct SGDPointers {
   };
   // Those at element i, a 16-byte boundary in all.
   template <typename A>
-  __device__ Vectors load(const SGDStep<A, kMomentum>& step, int64_t i) const {
+  __device__ Vectors load(const SGDStep<A, kMomentum>& step, int i) const {
     Vectors at{load_vec(param + i, /*aligned=*/true), load_vec(grad + i, /*aligned=*/true), {}};
     if (kMomentum && !step.is_first_step) {
 #pragma unroll
@@ -106,7 +114,7 @@ struct SGDPointers {
     return at;
   }
   template <typename A>
-  __device__ void step_and_store(const SGDStep<A, kMomentum>& step, int64_t i, Vectors at) const {
+  __device__ void step_and_store(const SGDStep<A, kMomentum>& step, int i, Vectors at) const {
     auto& [x, g, b] = at;
 #pragma unroll
     for (int j = 0; j < kVecSize<T>; ++j) {
@@ -126,49 +134,56 @@ struct SGDPointers {
       }
     }
   }
+  // All are loaded before one is stored: the compiler doesn't know that tensors don't overlap.
+  template <int kCount, typename A>
+  __device__ void step_vectors(const SGDStep<A, kMomentum>& step, int i) const {
+    Vectors loaded[kCount];
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) loaded[v] = load(step, i + v * kSGDStride<T>);
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) step_and_store(step, i + v * kSGDStride<T>, loaded[v]);
+  }
 };
 
 template <typename T, typename B, bool kMomentum>
-__global__ void __launch_bounds__(kSGDThreads, kSGDBlocks)
+__global__ void __launch_bounds__(kSGDThreads, kSGDBlocks<T>)
     sgd_step_kernel(TensorBatch<SGDPointers<T, B, kMomentum>> tensors, SGDArgs args) {
   static_assert(sizeof(tensors) + sizeof(args) <= 4096);
   if (args.found_inf.value_or(0) != 0) return;
   const SGDStep<accum<T>, kMomentum> step(args);
   const int t = tensor_of_block(tensors, blockIdx.x);
-  const SGDPointers<T, B, kMomentum> at = tensors.pointers[t];
-  const int64_t n = tensors.sizes[t];
-  const int64_t begin = int64_t(blockIdx.x - tensors.first_block[t]) * kSGDChunk<T>;
+  SGDPointers<T, B, kMomentum> at = tensors.pointers[t];
+  // Elements are counted from the boundary at or before the block's first one, so that all vectors
+  // are aligned and only the first and the last may stick out.
+  const int64_t begin = int64_t(blockIdx.x - tensors.first_block[t]) * kSGDChunk<T> -
+                        elements_past_boundary(at.param);
+  const int first = begin < 0 ? int(-begin) : 0;
+  const int end = int(min_of(tensors.sizes[t] - begin, kSGDChunk<T>));
+  at.advance(begin);
 
   if (!at.are_co_aligned()) {
-    const int64_t end = begin + kSGDChunk<T> < n ? begin + kSGDChunk<T> : n;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kSGDThreads) at.step_element(step, i);
+#pragma unroll 1
+    for (int i = first + int(threadIdx.x); i < end; i += kSGDThreads) at.step_element(step, i);
     return;
   }
-  // Vectors are counted from the boundary at or before the first element, so that all are aligned
-  // and only the first and the last may stick out.
-  const int before = elements_past_boundary(at.param);
-  const int64_t first = begin - before + int64_t(threadIdx.x) * kVecSize<T>;
-  const auto is_whole = [&](int64_t i) { return i >= 0 && i + kVecSize<T> <= n; };
+  const auto are_whole = [&](int i, int count) {
+    return i >= first && i + (count - 1) * kSGDStride<T> + kVecSize<T> <= end;
+  };
 #pragma unroll 1
-  for (int round = 0; round < kSGDVectors; round += kSGDVectorsAtOnce<T>) {
-    // All that are loaded at once before any is stored: the compiler doesn't know that tensors
-    // don't overlap.
-    const auto element = [&](int u) {
-      return first + int64_t(round + u) * (kSGDThreads * kVecSize<T>);
-    };
-    typename SGDPointers<T, B, kMomentum>::Vectors loaded[kSGDVectorsAtOnce<T>];
-#pragma unroll
-    for (int u = 0; u < kSGDVectorsAtOnce<T>; ++u) {
-      if (is_whole(element(u))) loaded[u] = at.load(step, element(u));
+  for (int v = 0; v < kSGDVectors; v += kSGDVectorsAtOnce) {
+    const int i = v * kSGDStride<T> + int(threadIdx.x) * kVecSize<T>;
+    if (are_whole(i, kSGDVectorsAtOnce)) {
+      at.template step_vectors<kSGDVectorsAtOnce>(step, i);
+      continue;
     }
-#pragma unroll
-    for (int u = 0; u < kSGDVectorsAtOnce<T>; ++u) {
-      const int64_t i = element(u);
-      if (is_whole(i)) {
-        at.step_and_store(step, i, loaded[u]);
+#pragma unroll 1
+    for (int k = i; k < i + kSGDVectorsAtOnce * kSGDStride<T>; k += kSGDStride<T>) {
+      if (are_whole(k, 1)) {
+        at.template step_vectors<1>(step, k);
       } else {
-        for (int64_t j = i; j < i + kVecSize<T>; ++j) {
-          if (j >= 0 && j < n) at.step_element(step, j);
+#pragma unroll 1
+        for (int j = k; j < k + kVecSize<T>; ++j) {
+          if (j >= first && j < end) at.step_element(step, j);
         }
       }
     }
