@@ -6,11 +6,10 @@ much as the checks do.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastnn._head_statistics import STATISTICS
 from fastnn._torch import legacy_reduction, softmax_dim
 
 
@@ -159,19 +158,6 @@ def check_linear_cross_entropy_shapes(
             f"{tuple(input.shape)}"
         )
     return outputs
-
-
-def check_returns(returns: Collection[str], linear_weight: Tensor, target: Tensor) -> None:
-    """Raises for statistics of rows that there aren't, or of what has none."""
-    if isinstance(returns, str) or not set(returns) <= set(STATISTICS):
-        raise ValueError(f"returns must be a tuple of {', '.join(STATISTICS)}, got {returns!r}")
-    if linear_weight.dim() != 2:
-        raise ValueError(
-            "expected linear_weight with dimensionality 2 for each row's log-probability, "
-            f"got {linear_weight.dim()}"
-        )
-    if target.is_floating_point():
-        raise ValueError("each row's log-probability is one of class indices, not probabilities")
 
 
 def check_rows_of_target(target: Tensor, rows: tuple[int, ...], is_index: bool) -> None:

@@ -3,20 +3,40 @@ operators, so that the logits of one block alone exist. The backward computes th
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from fastnn._extension import operators
+from fastnn._function import cast
 from fastnn._torch import in_forward_mode, running_transform
 
-# Elements of a block's logits.
-_ELEMENTS = 2**23
+# Elements of a block's logits, which stand in two or three places.
+_ELEMENTS = 2**21
 
-STATISTICS = ("lse", "logprobs", "entropy", "accuracy", "predictions")
+# A class of this log-probability has none in float64 either.
+_LEAST_LOG_PROB = -1000.0
+
+
+class Head(NamedTuple):
+    """A classifier's last layer, its input ``(N, D)``, and what is done to its logits."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def cast(self, dtype: torch.dtype) -> Head:
+        input, weight, bias = (cast(each, dtype) for each in self[:3])
+        return Head(input, weight, bias, self.softcap, self.logit_scale)
+
+    def widened(self) -> Head:
+        """In what sums are carried in."""
+        return self.cast(torch.promote_types(self.input.dtype, torch.float32))
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -30,6 +50,9 @@ class LinearCrossEntropyOutput(NamedTuple):
     predictions: Tensor | None = None
 
 
+STATISTICS = LinearCrossEntropyOutput._fields[1:]
+
+
 class LogProbs(NamedTuple):
     """The log-probability of each row's target, and the entropy of its distribution."""
 
@@ -37,67 +60,136 @@ class LogProbs(NamedTuple):
     entropy: Tensor
 
 
+def check_returns(returns: Collection[str], linear_weight: Tensor, target: Tensor) -> None:
+    """Raises for statistics of rows that there aren't, or of what has none."""
+    if isinstance(returns, str) or not set(returns) <= set(STATISTICS):
+        raise ValueError(f"returns must be a tuple of {', '.join(STATISTICS)}, got {returns!r}")
+    if linear_weight.dim() != 2:
+        raise ValueError(
+            "expected linear_weight with dimensionality 2 for each row's log-probability, "
+            f"got {linear_weight.dim()}"
+        )
+    if target.is_floating_point():
+        raise ValueError("each row's log-probability is one of class indices, not probabilities")
+
+
 def head_statistics(
-    names: Collection[str],
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
+    names: Collection[str], head: Head, target: Tensor, ignore_index: int
 ) -> dict[str, Tensor]:
     """The statistics of those names, of the shape of the rows; ``accuracy`` is one number.
 
     Args:
-        input: ``(*, D)``.
-        linear_weight: ``(C, D)``.
-        target: class indices ``(*)``; those of rows that count for nothing are ``ignore_index``.
+        head: with an input of any leading shape.
+        target: class indices of that shape; those of rows that count for nothing are
+            ``ignore_index``.
     """
-    rows = input.shape[:-1]
-    matrix, targets = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
-    size = max(1, _ELEMENTS // max(1, len(linear_weight)))
-    # A transform records what it needs itself.
-    recomputes = torch.is_grad_enabled() and not in_forward_mode() and running_transform() is None
-    parts = []
-    for x, t in zip(matrix.split(size), targets.split(size), strict=True):
-        arguments = (x, linear_weight, t, linear_bias, ignore_index, softcap, logit_scale)
-        if recomputes:
-            parts.append(checkpoint(_block_statistics, *arguments, use_reentrant=False))
-        else:
-            parts.append(_block_statistics(*arguments))
-    all_rows = [torch.cat(part).reshape(rows) for part in zip(*parts, strict=True)]
-    results = dict(zip(("lse", "logprobs", "entropy", "predictions"), all_rows, strict=True))
+    device = head.input.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            low = torch.get_autocast_dtype(device)
+            return head_statistics(names, head.cast(low), target, ignore_index)
     counts = target != ignore_index
-    is_right = (results["predictions"] == target) & counts
-    results["accuracy"] = is_right.sum() / counts.sum()
-    return {name: results[name] for name in names}
+    index = target.long().where(counts, 0)
+    matrix = head._replace(input=head.input.reshape(-1, head.input.shape[-1]))
+    # A transform differentiates itself, and takes torch's operators alone.
+    is_plain = running_transform() is None and not in_forward_mode()
+    results = (_Statistics.apply if is_plain else _statistics_at_once)(index.reshape(-1), *matrix)
+    *numbers, predictions = (each.reshape(target.shape) for each in results)
+    lse, logprobs, entropy = (each.where(counts, 0) for each in numbers)
+    accuracy = ((predictions == target) & counts).sum() / counts.sum()
+    values = dict(zip(STATISTICS, (lse, logprobs, entropy, accuracy, predictions), strict=True))
+    return {name: values[name] for name in names}
 
 
-def _block_statistics(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    bias = None if linear_bias is None else linear_bias.to(dtype)
-    # Under autocast the product is one of its dtype, and what follows is not.
-    logits = F.linear(input.to(dtype), linear_weight.to(dtype), bias).to(dtype) * logit_scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    counts = target != ignore_index
+class _Statistics(torch.autograd.Function):
+    """:func:`_statistics_at_once`, block by block."""
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        head = Head(*arguments)
+        dtype = torch.promote_types(head.input.dtype, torch.float32)
+        lse, logprobs, entropy = (torch.empty_like(index, dtype=dtype) for _ in range(3))
+        predictions = torch.empty_like(index)
+        for rows, _, logits, terms, _ in _blocks(head.widened()):
+            maximum, predictions[rows] = logits.max(1)
+            shift = maximum.where(maximum.isfinite(), 0)  # inf - inf is NaN
+            of_index = logits.gather(1, index[rows, None]).squeeze(1) - shift
+            logits.sub_(shift[:, None]).clamp_min_(_LEAST_LOG_PROB)
+            total = torch.exp(logits, out=terms).sum(1)
+            log_total = total.log()
+            lse[rows] = shift + log_total
+            logprobs[rows] = of_index - log_total
+            entropy[rows] = log_total - terms.mul_(logits).sum(1) / total
+        ctx.mark_non_differentiable(predictions)
+        ctx.save_for_backward(head.input, head.weight, head.bias, index, lse, entropy)
+        ctx.adjustment = head.softcap, head.logit_scale
+        return lse, logprobs, entropy, predictions
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, index, lse, entropy = ctx.saved_tensors
+        head = Head(*tensors, *ctx.adjustment)
+        _, *wanted, _, _ = ctx.needs_input_grad
+        grads = grads[:3]  # the last is that of the predictions
+        if torch.is_grad_enabled():  # these gradients are differentiated themselves
+            outputs = _statistics_at_once(index, *head)[:3]
+            inputs = [each for each, wants in zip(tensors, wanted, strict=True) if wants]
+            found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True))
+            return None, *(next(found) if wants else None for wants in wanted), None, None
+        of_input, of_weight, of_bias = sums = [
+            torch.zeros_like(each, dtype=lse.dtype) if wants else None
+            for each, wants in zip(tensors, wanted, strict=True)
+        ]
+        wide = head.widened()
+        for rows, input, logits, grad, slope in _blocks(wide, with_slope=True):
+            of_lse, of_logprobs, of_entropy = (each[rows, None] for each in grads)
+            log_probs = logits.sub_(lse[rows, None]).clamp_min_(_LEAST_LOG_PROB)
+            torch.exp(log_probs, out=grad)
+            log_probs.add_(entropy[rows, None]).mul_(-of_entropy).add_(of_lse - of_logprobs)
+            grad.mul_(log_probs).scatter_add_(1, index[rows, None], of_logprobs).mul_(slope)
+            if of_input is not None:
+                torch.mm(grad, wide.weight, out=of_input[rows])
+            if of_weight is not None:
+                of_weight.addmm_(grad.t(), input)
+            if of_bias is not None:
+                of_bias.add_(grad.sum(0))
+        rounded = (None if each is None else each.to(head.input.dtype) for each in sums)
+        return None, *rounded, None, None
+
+
+def _blocks(
+    head: Head, *, with_slope: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | float]]:
+    """A few rows at a time: their numbers, their input, their logits, memory for as many numbers,
+    and the logits' derivative by what the layer gives."""
+    with_slope = with_slope and head.softcap is not None
+    count, classes = len(head.input), len(head.weight)
+    size = max(1, _ELEMENTS // max(1, classes))
+    memory = head.input.new_empty(2 if with_slope else 1, min(size, count), classes)
+    for begin in range(0, count, size):
+        rows = slice(begin, begin + size)
+        input = head.input[rows]
+        logits = operators().linear(input, head.weight, head.bias)
+        free, *slope = memory[:, : len(input)]
+        if head.logit_scale != 1:
+            logits.mul_(head.logit_scale)
+        if head.softcap is not None:
+            logits.div_(head.softcap).tanh_()
+            for each in slope:
+                torch.mul(logits, logits, out=each)
+                each.sub_(1).mul_(-head.logit_scale)
+            logits.mul_(head.softcap)
+        yield rows, input, logits, free, slope[0] if slope else head.logit_scale
+
+
+def _statistics_at_once(index: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Each row's log-sum-exp, its class's log-probability, the entropy, and the likeliest class."""
+    head = Head(*arguments).widened()
+    logits = F.linear(head.input, head.weight, head.bias) * head.logit_scale
+    if head.softcap is not None:
+        logits = torch.tanh(logits / head.softcap) * head.softcap
     log_probs = logits.log_softmax(-1)
-    of_target = log_probs.gather(-1, target.where(counts, 0).unsqueeze(-1)).squeeze(-1)
+    of_index = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     # 0 log 0 is 0; its derivative too.
-    entropy = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(dtype).min)).sum(-1)
-    lse = logits.logsumexp(-1)
-    return (
-        lse.where(counts, 0),
-        of_target.where(counts, 0),
-        entropy.where(counts, 0),
-        logits.detach().argmax(-1),
-    )
+    entropy = -(log_probs.exp() * log_probs.clamp_min(_LEAST_LOG_PROB)).sum(-1)
+    return logits.logsumexp(-1), of_index, entropy, logits.detach().argmax(-1)

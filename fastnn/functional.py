@@ -35,7 +35,6 @@ from fastnn._arguments import (
     check_linear_cross_entropy_arguments,
     check_linear_cross_entropy_shapes,
     check_loss_arguments,
-    check_returns,
     check_rows_of_target,
     check_tensor,
     log_softmax_dim,
@@ -43,7 +42,13 @@ from fastnn._arguments import (
     mlp_layers,
 )
 from fastnn._extension import is_tracing, operators
-from fastnn._head_statistics import LinearCrossEntropyOutput, LogProbs, head_statistics
+from fastnn._head_statistics import (
+    Head,
+    LinearCrossEntropyOutput,
+    LogProbs,
+    check_returns,
+    head_statistics,
+)
 from fastnn._tensor_classes import (
     PLAIN,
     PLAIN_OR_NONE,
@@ -424,11 +429,9 @@ def linear_cross_entropy(
     if not returns:
         return loss
     check_returns(returns, linear_weight, target)
-    statistics = head_statistics(
-        *(returns, input, linear_weight, target, linear_bias),
-        *(-100 if ignore_index is None else ignore_index, softcap, logit_scale),
-    )
-    return LinearCrossEntropyOutput(loss, **statistics)
+    head = Head(input, linear_weight, linear_bias, softcap, logit_scale)
+    ignored = -100 if ignore_index is None else ignore_index
+    return LinearCrossEntropyOutput(loss, **head_statistics(returns, head, target, ignored))
 
 
 def linear_logprobs(
@@ -477,8 +480,8 @@ def linear_logprobs(
     )
     check_returns((), linear_weight, target)
     if entropy:
-        arguments = (input, linear_weight, target, linear_bias, ignored, softcap, logit_scale)
-        return LogProbs(**head_statistics(("logprobs", "entropy"), *arguments))
+        head = Head(input, linear_weight, linear_bias, softcap, logit_scale)
+        return LogProbs(**head_statistics(LogProbs._fields, head, target, ignored))
 
     def losses(*arguments: Any) -> Tensor:
         *operands, _ = arguments

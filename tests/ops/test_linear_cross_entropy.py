@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.func import grad, hessian, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
+from fastnn._head_statistics import STATISTICS
 from fastnn.functional import linear_cross_entropy, linear_logprobs
 from support.marks import needs_extension
 from support.sample_inputs import DTYPES, Draws, on_device
@@ -246,9 +248,8 @@ def test_returns(extra):
     x, w, b = head()
     target = targets()
     options = {name: value for name, value in EXTRAS[extra].items() if name != "z_loss"}
-    names = ("lse", "logprobs", "entropy", "accuracy", "predictions")
     output = linear_cross_entropy(
-        x, w, target, linear_bias=b, ignore_index=IGNORED, returns=names, **EXTRAS[extra]
+        x, w, target, linear_bias=b, ignore_index=IGNORED, returns=STATISTICS, **EXTRAS[extra]
     )
     logits = F.linear(x, w, b) * options.get("logit_scale", 1)
     if "softcap" in options:
@@ -273,6 +274,22 @@ def test_returns(extra):
     assert output.accuracy == right.double().mean()
     only = linear_cross_entropy(x, w, target, returns=("lse",))
     assert only.entropy is None and torch.equal(only.loss, linear_cross_entropy(x, w, target))
+
+
+def test_derivatives_of_returns():
+    def statistics(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        options = {"ignore_index": IGNORED, **EXTRAS["all"]}
+        output = linear_cross_entropy(
+            x, w, targets(), linear_bias=b, returns=("lse", "logprobs", "entropy"), **options
+        )
+        return output[1:4]
+
+    assert gradcheck(statistics, head(), fast_mode=True)
+    assert gradgradcheck(statistics, head(), fast_mode=True)
+    masked = torch.tensor([0.0, -math.inf] + [0.0] * (CLASSES - 2), dtype=torch.float64)
+    x, w, _ = head()
+    entropy = statistics(x, w, on_device(masked))[2]
+    assert all(each.isfinite().all() for each in torch.autograd.grad(entropy.sum(), (x, w)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -318,23 +335,40 @@ def test_the_same_bits_on_any_number_of_threads(dtype, reduction):
         assert all(map(torch.equal, results[0], other))
 
 
+def peak_memory(call) -> int:
+    """The most bytes that were allocated at a time, as the profiler counts them."""
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    pieces = sorted(
+        (each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]"
+    )
+    return max(accumulate(size for _, size in pieces))
+
+
 @needs_extension
 @pytest.mark.cpu_only("of the processor's memory")
 @every_reduction
 def test_memory_is_a_part_of_the_logits(reduction):
-    """The profiler counts what is allocated: the largest piece is a block, or a gradient."""
     rows, features, classes = 1024, 16, 20000
     draw = Draws(0)
-    x, w = (
-        draw.normal(rows, features).requires_grad_(),
-        draw.normal(classes, features).requires_grad_(),
-    )
+    x = draw.normal(rows, features).requires_grad_()
+    w = draw.normal(classes, features).requires_grad_()
     target = on_device(torch.arange(rows))
-    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
-        loss = linear_cross_entropy(x, w, target, reduction=reduction)
+
+    def loss(**options) -> None:
+        loss = linear_cross_entropy(x, w, target, reduction=reduction, **options)
         torch.autograd.grad(loss.sum(), (x, w))
-    largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert largest <= rows * classes * 4 / 2
+
+    def statistics() -> None:
+        statistics = linear_cross_entropy(x, w, target, returns=STATISTICS)
+        torch.autograd.grad(statistics.lse.sum() + statistics.entropy.sum(), (x, w))
+
+    # Half of them, beside the gradients of the two.
+    gradients = 2 * (x.nbytes + w.nbytes)
+    assert peak_memory(loss) <= rows * classes * 4 / 2 + gradients
+    # The statistics' blocks are smaller, of which there are more at a time.
+    assert peak_memory(statistics) <= peak_memory(loss)
 
 
 def test_autocast_multiplies_narrow_and_gives_a_wide_loss():
@@ -422,10 +456,9 @@ def test_the_module_is_the_function():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_statistics_under_autocast_are_wide(dtype):
     input, weight, target = torch.randn(4, 6), torch.randn(5, 6), torch.arange(4)
-    names = ("lse", "logprobs", "entropy", "accuracy", "predictions")
+    logits = F.linear(input.to(dtype).float(), weight.to(dtype).float())
     with torch.autocast("cpu", dtype):
-        logits = torch.nn.functional.linear(input, weight).float()
-        result = fastnn.functional.linear_cross_entropy(input, weight, target, returns=names)
+        result = linear_cross_entropy(input, weight, target, returns=STATISTICS)
     torch.testing.assert_close(result.lse, logits.logsumexp(1))
     assert result.entropy.dtype == torch.float32
     assert torch.equal(result.predictions, logits.argmax(1))
