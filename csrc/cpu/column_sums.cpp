@@ -34,9 +34,8 @@ class ChunkSums {
   std::vector<double> sums_;
 };
 
-// Calls block(first, sums, rows, cols) for the blocks of a matrix; `first` is the index of a
-// block's first element. It adds the sums over the block's rows to `sums`, which is null if they
-// aren't wanted.
+// Calls block(first, sums, rows, cols) for the blocks of a matrix, where `first` is the index of
+// the first element. It adds the sums over rows to `sums`, which is null if they aren't wanted.
 template <typename T, typename F>
 void sum_blocks(T* result, int64_t rows, int64_t cols, F block) {
   constexpr int64_t kLeastRows = 64, kMostChunks = 16;

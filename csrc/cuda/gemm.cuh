@@ -1,11 +1,10 @@
-// A tiled matrix product with bias and ReLU as its epilogue: out = a Tile b (+ bias) (then ReLU),
-// for any dtype, size, stride and alignment.
+// A tiled matrix product with bias and ReLU as its epilogue: out = a @ b (+ bias) (then ReLU), for
+// any dtype, size, stride and alignment.
 //
-// A block computes a tile of the output. Step by step it goes through the depth: both operands'
-// next tiles travel from global memory to registers while the current ones, in shared memory and
-// already in the type that is summed in, are multiplied. There are two buffers of shared memory, so
-// that one barrier to a step suffices.
-// What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
+// A block computes a tile of the output in steps along the depth: it loads both operands' next
+// tiles from global memory into registers while it multiplies the current ones, which are in shared
+// memory and already in the accumulation type. Shared memory is double-buffered, so that one
+// barrier per step suffices. What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <type_traits>
@@ -23,7 +22,7 @@ struct GemmOperand {
   const T* data;
   int64_t line_stride;
   int64_t depth_stride;
-  bool along_depth;  // whether its neighbours in memory are those along the depth, or those lines
+  bool along_depth;  // whether neighbours in memory are neighbours along the depth, or lines
 };
 
 template <typename T>
@@ -33,13 +32,13 @@ struct GemmArgs {
   int64_t depth;
   GemmOperand<T> a;
   GemmOperand<T> b;
-  const T* bias;  // one value for each column, or null
+  const T* bias;  // one value per column, or null
   bool relu;
-  bool whole_groups;  // whether groups of columns are aligned in `out`, none sticking out
+  bool whole_groups;  // whether all groups of columns are whole and aligned in `out`
   T* out;             // contiguous
 };
 
-// The output's tile of a block, and the part of it that each thread computes.
+// A block's tile of the output, and the part of it that each thread computes.
 template <int kRows_, int kCols_, int kThreadRows_, int kThreadCols_>
 struct GemmShape {
   static constexpr int kRows = kRows_;
@@ -48,31 +47,31 @@ struct GemmShape {
   static constexpr int kThreadCols = kThreadCols_;
   static constexpr int kThreadsAcross = kCols / kThreadCols;
   static constexpr int kThreads = kThreadsAcross * (kRows / kThreadRows);
-  // Blocks that a multiprocessor's 65536 registers must suffice for: while one waits at its
-  // barrier, another multiplies. Numbers of 8 bytes take two registers.
+  // Blocks that a multiprocessor's 65536 registers must hold: while one waits at its barrier,
+  // another multiplies. Numbers of 8 bytes take two registers.
   static constexpr int min_blocks(int number_bytes) {
     return (number_bytes == 8 ? 256 : 512) / kThreads;
   }
 };
 using LargeShape = GemmShape<128, 64, 8, 4>;
-// In float64 the two buffers of a large tile would take 49 KiB, and a block may declare 48. This
-// one's 8 flop to a byte are about as many as F / B of the GPUs that are fast in float64 (6 to 10).
+// In float64 the two buffers of a large tile would take 49 KiB, but a block may declare only 48.
+// This shape does 8 flop per byte, about the F / B of GPUs that are fast in float64 (6 to 10).
 using LargeDoubleShape = GemmShape<64, 64, 4, 4>;
-// Where large tiles are fewer than multiprocessors: eight times as many blocks. 8 flop to a byte of
-// float32, mostly from the second-level cache, which holds such small operands; and a warp's turns
-// of shared memory are half of its multiply-adds' here, too.
+// For fewer large tiles than multiprocessors: eight times as many blocks. It does 8 flop per byte
+// of float32, mostly from the L2 cache, which holds such small operands; and shared memory takes
+// half as many of a warp's cycles as the multiply-adds here, too.
 using SmallShape = GemmShape<32, 32, 4, 4>;
 
 // The depth of one step.
 constexpr int kStep = 16;
-// Steps whose products are summed by themselves before they join the total: the rounding error then
-// grows with the depth of such a block and the number of blocks, not with their product.
+// Steps whose products are summed separately before they are added to the total: the rounding error
+// then grows with the depth of such a block and the number of blocks, not with their product.
 constexpr int kStepsPerSum = 16;
-// A thread's values lie in groups of so many neighbours; its groups are spread over the tile, so
-// that neighbouring threads read neighbouring groups: no two banks of shared memory collide.
+// A thread's values form groups of this many neighbours, which are spread over the tile so that
+// neighbouring threads read neighbouring groups: there are no bank conflicts in shared memory.
 constexpr int kGroup = 4;
 
-// kCount neighbours in memory, aligned so that one instruction moves 16 bytes of them, or all.
+// kCount neighbours in memory, aligned so that one instruction moves 16 bytes of them, or them all.
 template <typename T, int kCount>
 struct alignas(min_of<int>(kCount * sizeof(T), 16)) Neighbours {
   T values[kCount];
@@ -96,8 +95,8 @@ __device__ void write_to(T* to, const Neighbours<T, kCount>& value) {
 template <typename A, int kLines>
 class Tile {
  public:
-  // Padded by 16 bytes: of the threads that store side by side along the depth fewer meet in a
-  // bank, and every depth still starts at a multiple of 16 bytes.
+  // Padded by 16 bytes: threads that store side by side along the depth have fewer bank conflicts,
+  // and every depth still starts at a multiple of 16 bytes.
   static constexpr int kPitch = kLines + 16 / int(sizeof(A));
 
   __device__ A* at(int depth, int line) {
@@ -111,7 +110,7 @@ class Tile {
   A values_[kStep * kPitch];
 };
 
-// One operand's tile on its way from global to shared memory, in pieces of kWidth neighbours.
+// Moves one operand's tile from global to shared memory, in pieces of kWidth neighbours.
 template <typename T, int kWidth, int kLines, int kThreads>
 class TileLoader {
  public:
@@ -141,8 +140,8 @@ class TileLoader {
     pitch_in_piece_ = from.along_depth ? Tile<A, kLines>::kPitch : 1;
   }
 
-  // Loads the next step's tile, of which `depths` remain, into registers; zeros beyond the
-  // operand's end, which add nothing to a sum.
+  // Loads the next step's tile into registers, with `depths` left; beyond the operand's end it is
+  // zeros, which add nothing to a sum.
   __device__ void load(int64_t depths) {
     const int end = int(min_of<int64_t>(depths, kStep));
 #pragma unroll
@@ -153,12 +152,12 @@ class TileLoader {
     from_ += next_step_;
   }
 
-  // From registers to shared memory.
+  // Stores the tile from registers to shared memory.
   __device__ void store(Tile<A, kLines>& tile) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int line = line_ + i * next_line_, depth = depth_ + i * next_depth_;
-      // Some threads have a piece less than others.
+      // Some threads have one piece less than others.
       const bool in_tile =
           kPieces * kWidth * kThreads == kLines * kStep || (line < kLines && depth < kStep);
       if (!in_tile) return;
@@ -176,7 +175,7 @@ class TileLoader {
   const T* from_;       // this thread's first piece of the next tile
   int64_t next_piece_;  // from one of this thread's pieces to the next, in memory
   int64_t next_step_;
-  int lines_;                   // that the tile has
+  int lines_;                   // the tile's number of lines
   int line_, depth_;            // where this thread's first piece starts in the tile
   int next_line_, next_depth_;  // from one piece to the next
   int pitch_in_piece_;          // between neighbours in a piece, in shared memory
@@ -225,7 +224,8 @@ class ThreadSums {
     }
   }
 
-  // Bias, ReLU and the rounding to T, of the tile that starts at a row and a column.
+  // Adds the bias, applies the ReLU and rounds to T, for the tile that starts at this row and
+  // column.
   __device__ void write(const GemmArgs<T>& args, int64_t first_row, int64_t first_col) const {
 #pragma unroll
     for (int j = 0; j < Shape::kThreadCols; j += kGroup) {
@@ -287,8 +287,8 @@ class ThreadSums {
   A totals_[Shape::kThreadRows][Shape::kThreadCols] = {};
 };
 
-// One block for each tile of the output, those of a row of tiles side by side. With a kWidth above
-// 1 (a vector's) the pieces of both operands are aligned, and none sticks out.
+// One block per tile of the output, one row of tiles after the other. With a kWidth above 1 (a
+// vector's) the pieces of both operands are aligned and whole.
 template <typename T, int kWidth, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::min_blocks(sizeof(accum<T>)))
     gemm_kernel(GemmArgs<T> args) {
@@ -316,14 +316,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::min_blocks(sizeof(accu
   if (args.depth > 0) {
     load(args.depth);
     store(0);
-    // Before anyone reads what others have stored.
+    // Before threads read what others have stored.
     __syncthreads();
   }
   int steps_summed = 0;
   int buffer = 0;
   for (int64_t depths = args.depth; depths > 0; depths -= kStep) {
     const bool has_next = depths > kStep;
-    // Under way while the current tiles are multiplied.
+    // In flight while the current tiles are multiplied.
     if (has_next) load(depths - kStep);
     sums.multiply(a_tiles[buffer], b_tiles[buffer]);
     if (++steps_summed == kStepsPerSum || !has_next) {
@@ -331,9 +331,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::min_blocks(sizeof(accu
       steps_summed = 0;
     }
     if (has_next) {
-      // Nobody reads the other buffer any more: all were past it at the last barrier. This one
-      // stands between these stores and the next step's reads, and the next step's stores to this
-      // buffer.
+      // No thread reads the other buffer any more: all were past it at the last barrier. This
+      // barrier separates these stores from the next step's reads, and this step's reads from the
+      // next step's stores.
       buffer = 1 - buffer;
       store(buffer);
       __syncthreads();
@@ -354,7 +354,7 @@ GemmOperand<T> operand(const T* data, int64_t line_stride, int64_t depth_stride)
   return {data, line_stride, depth_stride, depth_stride <= line_stride};
 }
 
-// Whether an operand consists of aligned vectors. The stride of what there is one of means nothing.
+// Whether an operand consists of aligned vectors. A dimension of size 1 may have any stride.
 template <typename T>
 bool has_vectors(const GemmOperand<T>& from, int64_t lines, int64_t depth) {
   constexpr int64_t kWidth = kVecSize<T>;
@@ -384,7 +384,7 @@ void launch_gemm_shape(const GemmArgs<T>& args, cudaStream_t stream) {
   }
 }
 
-// Large tiles move the fewest bytes, but only where they are enough to occupy every multiprocessor.
+// Large tiles move the fewest bytes; they are used if they are enough for every multiprocessor.
 template <typename T>
 void launch_gemm(GemmArgs<T> args, int multiprocessors, cudaStream_t stream) {
   if (args.rows == 0 || args.cols == 0) return;

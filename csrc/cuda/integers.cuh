@@ -1,4 +1,4 @@
-// Arithmetic with sizes, in kernels and launchers.
+// Integer arithmetic for kernels and launchers.
 #pragma once
 
 #include "cuda/portability.cuh"

@@ -1,4 +1,4 @@
-// What every CUDA launcher includes: guard, stream, launch check, and the kernels' storage types.
+// Included by every CUDA launcher: guard, stream, launch check, and the kernels' storage types.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@
 #include "cuda/portability.cuh"
 #include "ops/operands.h"
 
-// The dispatch key that the launchers register under; the tests' emulation says CPU.
+// The dispatch key that the launchers register under; the tests' emulation defines it as CPU.
 #ifndef FASTNN_CUDA_KEY
 #define FASTNN_CUDA_KEY CUDA
 #endif

@@ -1,5 +1,6 @@
 // linear and linear_relu on CUDA: the library's matrix product and a ReLU, or our own product with
-// both; the backward makes mask and bias gradient in one pass, then the library's two products.
+// both. The backward masks the gradient and sums it for the bias in one pass, then calls the
+// library for two products.
 #include "ops/linear.h"
 
 #include <ATen/Context.h>
@@ -20,12 +21,11 @@
 namespace fastnn::cuda {
 namespace {
 
-// ATen's operators would be cast once more: whoever called us has settled the dtype.
+// The dtype is already decided here; autocast would cast ATen's operators again.
 using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
-// The largest products with a ReLU that ours is faster for: those with short sums. On an H200 it
-// takes 2 us and 0.03 us for each element of a sum, the library's and the ReLU behind it 5 us or
-// more.
+// The largest products with a ReLU for which ours is faster: those with short sums. On an H200 it
+// takes 2 us and 0.03 us per element of a sum, the library's product and ReLU 5 us or more.
 struct Largest {
   int64_t depth;
   double multiplications;
@@ -36,7 +36,7 @@ constexpr Largest largest_tiled(at::ScalarType dtype) {
       return {128, 1 << 28};
     case at::kDouble:
       return {64, 1 << 24};
-    default:  // those that tensor cores multiply without TF32
+    default:  // the dtypes that tensor cores multiply without TF32
       return {64, 1 << 26};
   }
 }
@@ -51,9 +51,9 @@ bool is_for_library(bool relu, at::ScalarType dtype, int64_t rows, int64_t cols,
     case Product::Auto:
       break;
   }
-  // Without a ReLU behind it the library takes one launch, as ours does.
+  // Without a ReLU the library takes one launch, as ours does.
   if (!relu) return true;
-  // The library alone has TF32: a layer's rounding would else depend on its batch.
+  // Only the library has TF32: with ours, a layer's rounding would depend on its batch.
   if (dtype == at::kFloat && at::globalContext().allowTF32CuBLAS()) return true;
   const Largest largest = largest_tiled(dtype);
   return depth > largest.depth ||
@@ -67,7 +67,7 @@ int multiprocessors() {
   return count;
 }
 
-// Without the library's fused ReLU: with some of its kernels that turns NaN into 0.
+// Doesn't use the library's fused ReLU, which turns NaN into 0 in some of its kernels.
 at::Tensor library_product(const at::Tensor& input, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, bool relu) {
   at::Tensor output = bias ? at::addmm(*bias, input, weight.t()) : at::mm(input, weight.t());
@@ -111,7 +111,7 @@ at::Tensor linear_cuda(const at::Tensor& input, const at::Tensor& weight,
   return input.dim() == 2 ? output : output.view(with_last_size(input, weight.size(0)));
 }
 
-// grad_linear = output > 0 ? grad : 0 and its columns' sums; either may be unwanted: undefined.
+// grad_linear = output > 0 ? grad : 0 and its column sums; an unwanted result is undefined.
 void relu_backward(const at::Tensor& grad, const at::Tensor& output, const at::Tensor& grad_linear,
                    const at::Tensor& grad_bias) {
   if (grad.numel() == 0) return;
@@ -126,7 +126,7 @@ void relu_backward(const at::Tensor& grad, const at::Tensor& output, const at::T
         .partials = nullptr,
         .grad_bias = nullptr};
     if (!grad_bias.defined()) {
-      // Columns mean nothing then: one long row has the fewest ends.
+      // Columns don't matter then, and one long row has the fewest ends.
       args.cols = grad.numel();
       args.rows = 1;
       launch_relu_backward(args, plan_relu_backward(args), stream);

@@ -1,5 +1,4 @@
-// The backward of ReLU and of the bias in one pass: the mask over the gradient, and the columns'
-// sums.
+// The backward of the ReLU and the bias in one pass: masks the gradient and sums its columns.
 // What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
@@ -18,15 +17,15 @@ struct ReluBackwardArgs {
   const T* output;
   T* grad_linear;      // the masked gradient; or null
   accum<T>* partials;  // each block row's sums of every column; or null
-  T* grad_bias;        // the sums themselves, where there is one row of blocks; or null
-  // Rows r and r + phases reach 16-byte boundaries at the same columns. 1 where there is no matter.
+  T* grad_bias;        // the sums themselves, if there is one row of blocks; or null
+  // Rows r and r + phases reach 16-byte boundaries at the same columns. 1 if all do, or need not.
   int phases = 1;
 };
 
-// A block's threads stand threadIdx.x beside one another over columns, kWidth to a thread, and
-// threadIdx.y over rows; a row of blocks has the rows of one phase, so that a thread keeps its
-// columns throughout, whatever their alignment. With a kWidth of a vector's, grad, output and
-// grad_linear are equally far from a 16-byte boundary.
+// In a block, threadIdx.x runs over columns, kWidth per thread, and threadIdx.y over rows. A row of
+// blocks has the rows of one phase, so that a thread keeps its columns throughout, whatever their
+// alignment. If kWidth is a vector's, grad, output and grad_linear are equally far from a 16-byte
+// boundary.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwardArgs<T> args) {
   using A = accum<T>;
@@ -38,8 +37,7 @@ __global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwar
   const int64_t phase = blockIdx.y % args.phases;
   const int64_t first = blockIdx.y / args.phases * blockDim.y + threadIdx.y;
   const int64_t step = int64_t(gridDim.y / args.phases) * blockDim.y;
-  // The row's vectors start at the boundary before it, so that the first and the last may stick
-  // out.
+  // The row's vectors start at the boundary before it, so the first and the last may be partial.
   const int before = kWidth == 1 ? 0 : elements_past_boundary(grad + phase * args.cols);
   const int64_t col = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth - before;
   const bool whole = col >= 0 && col + kWidth <= args.cols;
@@ -47,12 +45,12 @@ __global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwar
 
   A sums[kWidth] = {};
   const auto mask = [&](T grad_value, T output_value, int j) {
-    // Not `output > 0`: where the output is NaN the gradient passes, as in torch.
+    // Not `output > 0`: the gradient passes where the output is NaN, as in torch.
     const T masked = A(output_value) <= 0 ? T(0) : grad_value;
     sums[j] += A(masked);
     return masked;
   };
-  // Single elements of two bytes are too few on their way unless there are those of several rows.
+  // Only with several rows are enough loads of single 2-byte elements in flight.
 #pragma unroll kWidth == 1 ? 4 : 1
   for (int64_t n = first; phase + n * args.phases < args.rows; n += step) {
     const int64_t i = (phase + n * args.phases) * args.cols + col;
@@ -75,13 +73,13 @@ __global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwar
   }
   if (args.partials == nullptr && args.grad_bias == nullptr) return;
 
-  // The sums of the threads above one another, in an order that depends on their number only.
+  // Adds the sums of the threads in a column, in an order that depends only on their number.
   FASTNN_SHARED(A, block_sums, [kReluThreads][kWidth]);
   A* mine = block_sums[threadIdx.y * blockDim.x + threadIdx.x];
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) mine[j] = sums[j];
   for (int half = int(blockDim.y) / 2; half > 0; half /= 2) {
-    // Before the upper half's sums are read: they were written at the start or one turn ago.
+    // Before the upper half's sums are read: they were written at the start or one step ago.
     __syncthreads();
     if (int(threadIdx.y) < half) {
       const A* theirs = block_sums[(threadIdx.y + half) * blockDim.x + threadIdx.x];
@@ -104,8 +102,8 @@ __global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwar
 constexpr int kSumColumns = 32;
 constexpr int kSumRows = 32;
 
-// The second stage: sums[c] = the sum over rows of partials[r * cols + c]. A thread takes every
-// kSumRows-th row, then the threads above one another join, both in a fixed order.
+// The second stage: sums[c] = the sum over rows of partials[r * cols + c]. A thread adds every
+// kSumRows-th row, then the sums of the threads in a column are added, both in a fixed order.
 template <typename T>
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
     column_sums_kernel(T* sums, const accum<T>* partials, int64_t rows, int64_t cols) {
@@ -119,7 +117,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
   A* column = &block_sums[0][threadIdx.x];
   column[threadIdx.y * kSumColumns] = sum;
   for (int half = kSumRows / 2; half > 0; half /= 2) {
-    // Before the upper half's sums are read: they were written at the start or one turn ago.
+    // Before the upper half's sums are read: they were written at the start or one step ago.
     __syncthreads();
     if (int(threadIdx.y) < half) {
       column[threadIdx.y * kSumColumns] += column[(threadIdx.y + half) * kSumColumns];
@@ -130,29 +128,29 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
 
 // ---- the launches, on the host ----
 
-// How a pass over (rows, cols) is cut: its partial sums depend on the sizes and the alignment
-// alone.
+// How a pass over (rows, cols) is split. The partial sums depend only on the sizes and the
+// alignment.
 struct ReluBackwardPlan {
   bool vectors;
   int phases;
   dim3 block;
-  dim3 grid;  // of which y is the number of partial sums of a column
+  dim3 grid;  // y is the number of partial sums per column
 };
 
 template <typename T>
 ReluBackwardPlan plan_relu_backward(const ReluBackwardArgs<T>& args) {
   constexpr int64_t kWidth = kVecSize<T>;
-  // One wave of an H100 or H200: six to each multiprocessor, for 39 registers to a thread. A few
-  // more would take a second one.
+  // One wave of an H100 or H200: six per multiprocessor, at 39 registers per thread. A few more
+  // would take a second wave.
   constexpr int64_t kBlocks = 768;
-  // Fewer would not be worth a block's sums, nor more partial sums the time to add them.
+  // Fewer rows would not be worth a block's reduction, nor more partial sums the time to add them.
   constexpr int64_t kMinRowsToThread = 8;
   constexpr int64_t kMaxPartials = 512;
   const auto past = [](const T* p) {
     return reinterpret_cast<uintptr_t>(p) % kVecBytes / sizeof(T);
   };
 
-  // Rows of less than a few vectors would be mostly ends, unless they are whole vectors.
+  // Rows of very few vectors would be mostly ends, unless they are whole vectors.
   const bool ends_matter = args.cols % kWidth != 0 || past(args.grad) != 0;
   const bool vectors = past(args.grad) == past(args.output) &&
                        (args.grad_linear == nullptr || past(args.grad) == past(args.grad_linear)) &&
@@ -163,7 +161,7 @@ ReluBackwardPlan plan_relu_backward(const ReluBackwardArgs<T>& args) {
   const int64_t pieces =
       vectors ? ceil_div(args.cols + (ends_matter ? kWidth - 1 : 0), kWidth) : args.cols;
 
-  // As wide as a warp where the columns are enough, wider where rows are few.
+  // As wide as a warp if there are enough columns, wider if there are few rows.
   int64_t across = 32, down = kReluThreads / 32;
   for (; across / 2 >= pieces; across /= 2) down *= 2;
   for (; down / 2 >= rows; down /= 2) across *= 2;

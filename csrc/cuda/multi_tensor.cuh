@@ -1,5 +1,5 @@
-// A step of many tensors in one launch, each of which has blocks for all its elements: which tensor
-// a block steps, and the launches. Nothing here knows which optimizer it is.
+// Any optimizer's step of many tensors in one launch, in which each tensor has blocks for all its
+// elements: which tensor a block steps, and the launches.
 #pragma once
 
 #include "cuda/integers.cuh"
@@ -9,7 +9,7 @@ namespace fastnn::cuda {
 
 constexpr int kTensorsPerLaunch = 96;  // what a kernel's 4 KiB of arguments hold
 
-// A number that lies on the device, so that nothing waits for it.
+// A number in device memory, so that nothing waits for it.
 struct DeviceScalar {
   const void* data = nullptr;
   bool is_double = false;  // or else float
@@ -57,7 +57,7 @@ class BatchLauncher {
 
   void add(const Pointers& pointers, int64_t n) {
     if (n == 0) return;
-    // As many as where the tensor starts at the worst alignment.
+    // Enough for the worst alignment of the tensor's start.
     const int64_t blocks = ceil_div(n + vec_ - 1, chunk_);
     const int64_t first = tensors_.first_block[tensors_.count];
     if (tensors_.count == kTensorsPerLaunch || first + blocks > INT32_MAX) launch();

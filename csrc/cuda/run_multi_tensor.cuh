@@ -1,5 +1,5 @@
-// From an optimizer's lists of tensors to launches, each of one device and one dtype a list.
-// Nothing here knows which optimizer it is.
+// Splits any optimizer's lists of tensors into launches, each with one device and one dtype per
+// list.
 #pragma once
 
 #include <vector>
@@ -14,9 +14,9 @@ inline bool is_our_device(at::Device device) {
   return device.type() == c10::dispatchKeyToDeviceType(c10::DispatchKey::FASTNN_CUDA_KEY);
 }
 
-// As a number that a kernel on `device` can read: a copy where it has to be. Nothing waits for that
-// but a CPU, whose kernels would read it too early. Pinned memory is copied first: its owner may
-// write to it before the device has read it, whereas other memory is read at once.
+// The scalar as a number that a kernel on `device` can read, copied if it has to be. Only a CPU
+// waits for the copy, as its kernels would read it too early. Pinned memory is copied first: its
+// owner may write to it before the device has read it, whereas other memory is read at once.
 inline std::optional<at::Tensor> on_device(const std::optional<at::Tensor>& scalar,
                                            at::Device device) {
   if (!scalar) return std::nullopt;
@@ -33,8 +33,8 @@ inline DeviceScalar device_scalar(const std::optional<at::Tensor>& scalar) {
   return {scalar->const_data_ptr(), scalar->scalar_type() == at::kDouble};
 }
 
-// Calls launch(flat_tensors) with all tensors of lists of one device and dtype, and copies back
-// what it stepped in copies.
+// Calls launch(flat_tensors) with all tensors of lists of one device and dtype, and copies the
+// results back where it stepped copies.
 template <typename F>
 void step_flat(const TensorLists& lists, F launch) {
   std::vector<FlatTensors> all;
@@ -44,8 +44,8 @@ void step_flat(const TensorLists& lists, F launch) {
   for (size_t i = 0; i < all.size(); ++i) all[i].copy_back(lists, i);
 }
 
-// Calls step(lists) for the lists of each device and dtypes. Where some share memory it is called
-// for one parameter after the other, before they are taken apart: they may be of two dtypes.
+// Calls step(lists) for the lists of each device and dtypes. If some share memory, parameters are
+// stepped one by one, before they are grouped: they may have two dtypes.
 template <typename F>
 void step_groups(const TensorLists& all_lists, F step) {
   step_in_order(all_lists, [&](const TensorLists& lists) {

@@ -1,5 +1,5 @@
-// sgd_step_ on CUDA: a launch for each hundred tensors or so, of one device and one dtype each of
-// parameters and momentum buffers.
+// sgd_step_ on CUDA: one launch per hundred tensors or so that share a device and the dtypes of
+// parameter and momentum buffer.
 #include "ops/sgd.h"
 
 #include <torch/library.h>
@@ -52,7 +52,7 @@ void sgd_step_cuda(const TensorLists& all_lists, const SGDOptions& options,
     if (is_our_device(device)) {
       step_on_device(lists, options, here);
     } else {
-      // A list of several kinds of devices comes to one of them only.
+      // Lists with several types of devices are dispatched to only one of them.
       sgd_step_(lists, options, here);
     }
   });

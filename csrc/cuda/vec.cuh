@@ -15,7 +15,7 @@
 
 namespace fastnn::cuda {
 
-// What one thread loads or stores in one instruction, at an address that is a multiple of it.
+// The bytes that a thread loads or stores in one instruction, at an address that is a multiple.
 inline constexpr int kVecBytes = 16;
 template <typename T>
 inline constexpr int kVecSize = kVecBytes / int(sizeof(T));
@@ -46,7 +46,7 @@ struct Peel {
     if (head > n) head = n;
     return {head, (n - head) / kVecSize<T>, n, kVecSize<T>};
   }
-  // The single elements, and where each of them lies.
+  // The number of single elements, and the index of each.
   __device__ int64_t singles() const {
     return n - vecs * vec_size;
   }
@@ -58,16 +58,16 @@ struct Peel {
   }
 };
 
-// Whether b is at a 16-byte boundary wherever a is, so that a's peel is b's. Of rows equally far
-// apart the answer is the same for all.
+// Whether b is at a 16-byte boundary wherever a is, so that a's peel is b's. The answer is the same
+// for all rows that are equally far apart.
 template <typename T, typename U>
 __device__ inline bool co_aligned(const T* a, const U* b) {
   static_assert(sizeof(U) >= sizeof(T), "then a's vector is one or several of b's");
   return elements_past_boundary(a) % kVecSize<U> == elements_past_boundary(b);
 }
 
-// kVecSize neighbouring elements; `aligned` says whether p is at a 16-byte boundary. Where it
-// isn't, a warp's single loads still touch the same cache lines as its vector loads would.
+// kVecSize neighbouring elements; `aligned` says whether p is at a 16-byte boundary. If it isn't,
+// a warp's single loads still touch the same cache lines as its vector loads would.
 template <typename T>
 __device__ inline Vec<T> load_vec(const T* p, bool aligned) {
   if (aligned) return *reinterpret_cast<const Vec<T>*>(p);
@@ -108,7 +108,7 @@ __device__ inline void to_accum(const Vec<T>& vec, accum<T> (&values)[kVecSize<T
   for (int i = 0; i < kVecSize<T>; ++i) values[i] = to_accum(vec.values[i]);
 }
 
-// Two at a time: one instruction for each, where the compiler takes two for every second one.
+// Converts two at a time, with one instruction each; the compiler takes two for every other one.
 __device__ inline void to_accum(const Vec<c10::BFloat16>& vec,
                                 float (&values)[kVecSize<c10::BFloat16>]) {
 #pragma unroll

@@ -505,7 +505,7 @@ MUTANTS = [
         "gemm_kernel",
         "gemm.cuh",
         "no barrier before the first tiles are read",
-        "    // Before anyone reads what others have stored.\n    __syncthreads();",
+        "    // Before threads read what others have stored.\n    __syncthreads();",
         "",
         "gemm",
     ),
@@ -561,7 +561,7 @@ MUTANTS = [
         "relu_backward_kernel",
         "linear_relu_kernels.cuh",
         "no barrier between the steps of the block's sums",
-        "    // Before the upper half's sums are read: they were written at the start or one turn "
+        "    // Before the upper half's sums are read: they were written at the start or one step "
         "ago.\n    __syncthreads();\n    if (int(threadIdx.y) < half) {\n      const A* theirs",
         "    if (int(threadIdx.y) < half) {\n      const A* theirs",
         "linear_relu",

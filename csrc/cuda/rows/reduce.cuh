@@ -1,13 +1,13 @@
-// States of several threads joined to one, in a fixed order.
+// Merges the states of several threads into one, in a fixed order.
 #pragma once
 
 #include "cuda/portability.cuh"
 
 namespace fastnn::cuda {
 
-// Over 2^k neighbouring lanes of a warp, which all get the first one's result: merging a with b or
-// b with a may round differently (in which product goes into the fused multiply-add), and the lanes
-// of a row must agree. The mask names these lanes alone, for the warp's other rows may have ended.
+// Merges 2^k neighbouring lanes of a warp, which all get the first one's result: merging a with b
+// or b with a may round differently (in which product the fused multiply-add takes), and the lanes
+// of a row must agree. The mask names only these lanes, as the warp's other rows may have ended.
 template <typename State>
 __device__ State reduce_lanes(State state, int lanes) {
   const int first = int(threadIdx.x) % 32 & ~(lanes - 1);
@@ -18,8 +18,8 @@ __device__ State reduce_lanes(State state, int lanes) {
   return state.each([&](auto value) { return __shfl_sync(mask, value, first); });
 }
 
-// Over the block, whose threads all get the result: each warp merges the warps' results for itself,
-// in the same order.
+// Merges the whole block, whose threads all get the result: each warp merges the warps' results for
+// itself, in the same order.
 template <typename State>
 __device__ State reduce_block(State state) {
   FASTNN_SHARED(State, of_warp, [32]);
