@@ -179,7 +179,7 @@ MUTANTS = [
         "subwarp_rows_kernel",
         "rows/kernels.cuh",
         "no barrier before the results are stored",
-        "    __syncthreads();  // all results are there; and nobody reads what the next tile "
+        "    __syncthreads();  // all results are there, and no thread reads what the next tile "
         "replaces\n",
         "",
         "log_softmax",

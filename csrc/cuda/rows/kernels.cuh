@@ -1,4 +1,4 @@
-// Kernels that walk the rows (over classes) of a tensor, written once for all operators that do.
+// Kernels over the rows (of classes) of a tensor, written once for all operators.
 // What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
@@ -12,12 +12,12 @@
 
 namespace fastnn::cuda {
 
-// Blocks to a multiprocessor that the kernels leave registers for: 64 to 80 for a thread, of
-// float64 128. Left to itself the compiler takes fewer, and spills some (0: there it doesn't).
+// Blocks per multiprocessor that the kernels leave registers for: 64 to 80 per thread, or 128 for
+// float64. By itself the compiler takes fewer, and spills some (except where this is 0).
 template <typename T>
 inline constexpr int kRowBlocks = sizeof(T) == 8 ? 1 : 2;
-// Threads of a block that has a row: of four bytes and less, all registers that two blocks of half
-// as many have.
+// The most threads of a block per row: for four bytes and less they take all the registers that two
+// blocks of half as many would.
 template <typename T>
 inline constexpr int kMaxTeamThreads = sizeof(T) == 8 ? kMaxRowThreads : kMaxCachedRowThreads;
 template <typename T>
@@ -55,7 +55,7 @@ __device__ void store_sums(const Op& op, const LossSums& sums, LossSums* of_bloc
   }
 }
 
-// ---- a row in one piece ----
+// ---- a contiguous row ----
 
 // The threads that share a row (or a slice of one).
 struct Team {
@@ -63,7 +63,7 @@ struct Team {
   unsigned size;
 };
 
-// Where the operands' vectors are: at a 16-byte boundary wherever the first operand's are, or not.
+// Whether each operand's vectors are at a 16-byte boundary wherever the first operand's are.
 struct Aligned {
   bool in[2];
   bool out;
@@ -79,8 +79,8 @@ struct Aligned {
   }
 };
 
-// A vector of the first operand is kept in `cache` (kept by the thread that will want it: no
-// barrier is needed), or taken from it.
+// Whether a vector of the first operand is stored in `cache` or loaded from it. The same thread
+// does both, so no barrier is needed.
 enum class Cache { None, Store, Load };
 
 template <Cache kCache, typename T>
@@ -89,8 +89,8 @@ __device__ Vec<T> load_first(const T* p, Vec<T>* cache) {
   return load_vec(p, /*aligned=*/true);
 }
 
-// Calls f(classes, x, place) for all classes of a row in one piece, with the operands' elements
-// x[operand][j] and a way to store as many results: place(results). Or copies the first operand.
+// Calls f(classes, x, place) for all classes of a contiguous row, with the operands' elements
+// x[operand][j]; place(results) stores as many results. kCopies: also copies the first operand.
 template <int kInputs, int kVectors, Cache kCache, bool kCopies, typename T, typename F>
 __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const Peel& peel,
                                const Team& team, Vec<T>* cache, F f) {
@@ -133,7 +133,7 @@ __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const 
     unsigned v = team.rank;
     for (; there_are(kCount, v); v += kCount * team.size)
       vecs.template operator()<kCount>(v, kAligned);
-    // The rest are loaded at once too: one after the other, each would wait for memory.
+    // The rest are loaded at once too: one by one, each would wait for memory.
     if (kCount > 3 && there_are(3, v)) {
       vecs.template operator()<3>(v, kAligned);
     } else if (kCount > 2 && there_are(2, v)) {
@@ -201,8 +201,8 @@ __device__ void map_part(const Op& op, const typename Op::Row& row, const Tensor
   }
 }
 
-// A warp or a block to a row. `cached` says whether there is dynamic shared memory for a row of the
-// first operand to each team.
+// A warp or a block per row. `cached` says whether each team has dynamic shared memory for a row of
+// the first operand.
 template <typename Op, bool kWarp>
 __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxTeamThreads<typename Op::T>,
                                   kWarp ? kWarpBlocks<typename Op::T> : 1)
@@ -237,9 +237,9 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxTeamThreads<typenam
   store_sums(op, sums, sums_of_block);
 }
 
-// ---- a row to several blocks ----
+// ---- several blocks per row ----
 
-// Block b has slice b % slices of row b / slices, of which it leaves the state.
+// Block b reduces slice b % slices of row b / slices and stores its state.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
     split_reduce_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
 }
 
 // Each warp merges the row's states for itself, in the same order; then the block writes its slice.
-// An operator without an output has one warp to a row instead.
+// An operator without an output has one warp per row instead.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
     split_finish_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
@@ -288,10 +288,10 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
   store_sums(op, sums, sums_of_block);
 }
 
-// ---- several rows to a warp ----
+// ---- several rows per warp ----
 
 // A tile is a run of whole rows in shared memory, as far past a 16-byte boundary as it is in global
-// memory. Global memory is read and written in vectors whatever the rows' alignment, but for the
+// memory. Global memory is read and written in vectors whatever the rows' alignment, except for the
 // few elements at the tile's ends.
 template <typename T>
 __device__ T* load_tile(const T* from, int64_t n, T* memory) {
@@ -345,8 +345,8 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
   for (; c < classes; c += lanes) several(std::integral_constant<int, 1>(), c);
 }
 
-// 2^k lanes to a row. Dynamic shared memory holds `tile_rows` rows of each operand, or of the
-// output where there is none.
+// 2^k lanes per row. Dynamic shared memory holds `tile_rows` rows of each operand, or of the output
+// if there is none.
 template <typename Op>
 __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
     subwarp_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
             });
       }
     }
-    __syncthreads();  // all results are there; and nobody reads what the next tile replaces
+    __syncthreads();  // all results are there, and no thread reads what the next tile replaces
     if constexpr (Op::kMaps || Op::kCopies) {
       store_tile(tensors.out + first * classes, n, tiles[0]);
       __syncthreads();  // before the next tile replaces results that another thread stores
@@ -406,16 +406,16 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
   store_sums(op, sums, sums_of_block);
 }
 
-// ---- rows whose classes lie apart ----
+// ---- rows whose classes aren't contiguous ----
 
-// Calls f(classes, x, place) for classes [begin, end) of a row whose classes are `inner` apart, in
-// steps of several: their loads are under way together.
+// Calls f(classes, x, place) for classes [begin, end) of a row whose classes are `inner` apart,
+// several at a time: their loads are in flight together.
 template <int kInputs, int kVectors, bool kCopies, typename T, typename F>
 __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_t begin,
                                      int64_t end, F f) {
   using A = accum<T>;
   constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
-  constexpr int kUnroll = 8 * kVectors / int(sizeof(A)) / kOperands;  // registers as to any dtype
+  constexpr int kUnroll = 8 * kVectors / int(sizeof(A)) / kOperands;  // equal registers per dtype
   const auto several = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
     A x[kOperands][kCount];
 #pragma unroll
@@ -437,8 +437,8 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
   for (; c < end; ++c) several(std::integral_constant<int, 1>(), c);
 }
 
-// A thread to a row, or one to each of the `slices` of its classes. Neighbouring threads have
-// neighbouring rows, whose elements of one class are neighbours (but at the end of an inner run).
+// A thread per row, or one for each of the `slices` of its classes. Neighbouring threads have
+// neighbouring rows, whose elements of one class are neighbours (except where an inner run ends).
 template <typename Op>
 __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     strided_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
@@ -455,7 +455,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
   const int64_t end = min_of(classes, begin + slice_size);
 
   LossSums sums = LossSums::none();
-  // The block's threads go round together, with or without a row: there are barriers inside.
+  // All threads of the block iterate, with or without a row: there are barriers inside.
   for (int64_t base = int64_t(blockIdx.x) * rows_at_once; base < rows;
        base += int64_t(gridDim.x) * rows_at_once) {
     const int64_t row = base + column;

@@ -1,4 +1,4 @@
-// From a plan to launches of the kernels over rows.
+// Launches the kernels over rows by a plan.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -27,7 +27,7 @@ int64_t states_bytes(const Plan& plan, int64_t rows) {
   return split ? rows * split->slices * row_traits<Op>().state_bytes : 0;
 }
 
-// The launches of a plan of each path.
+// The launches of each path's plan.
 template <RowOperator Op>
 struct RowsLauncher {
   const Op& op;
@@ -75,7 +75,7 @@ struct RowsLauncher {
   }
 };
 
-// `states` is of states_bytes; `sums` of summing_blocks, or null where the operator has none.
+// `states` has states_bytes bytes; `sums` has summing_blocks sums, or is null if there are none.
 template <RowOperator Op>
 void launch_rows(const Op& op, const Plan& plan, const Layout& layout,
                  const Tensors<typename Op::T>& tensors, void* states, LossSums* sums,

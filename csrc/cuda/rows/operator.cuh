@@ -1,5 +1,6 @@
-// What an operator over rows is to the kernels that walk them: a struct of device functions,
-// checked by the concept RowOperator. It derives from RowDefaults and states what differs.
+// The interface between operators over rows and the kernels that run them: a struct of device
+// functions, checked by the concept RowOperator. It derives from RowDefaults and states what
+// differs.
 #pragma once
 
 #include <concepts>
@@ -19,7 +20,7 @@ struct Classes {
   __device__ int64_t at(int j) const {
     return first + j * step;
   }
-  // Whether c may be one of n classes: it is not outside of them.
+  // Whether c may be one of n classes: it lies within their range.
   __device__ bool may_hold(int64_t c, int n) const {
     return uint64_t(c - first) <= uint64_t((n - 1) * step);
   }
@@ -27,41 +28,40 @@ struct Classes {
 
 // An operator adds:
 // - T, the operands' element;
-// - Row, what all threads of a row know: its target, say, and later its lse;
-// - State, what a thread knows of the classes that it has read, and finish(row, state, position),
-//   which completes the Row with the state of all classes: where it reads operands for them;
-// - map(row, classes, x, out), which computes the output's elements: where it has an output that is
-//   no copy.
-// `position` is the row's number, and x[k][j] operand k's element of class classes.at(j). All
+// - Row, the data that all threads of a row have, such as its target and later its lse;
+// - if it reduces operands: State, a thread's reduction of the classes that it has read, and
+//   finish(row, state, position), which completes the Row with the state of all classes;
+// - if it has an output that isn't a copy: map(row, classes, x, out), which computes its elements.
+// `position` is the row's index, and x[k][j] operand k's element of class classes.at(j). All
 // threads of a row call begin and finish and get the same bits.
 struct RowDefaults {
   using State = NoState;
-  static constexpr int kReduceInputs = 0;  // operands read for the state, the first ones
-  static constexpr int kMapInputs = 0;     // operands read for the output, the first ones
+  static constexpr int kReduceInputs = 0;  // how many operands, the first ones, the state reads
+  static constexpr int kMapInputs = 0;     // how many operands, the first ones, the output reads
   static constexpr int kVectors = 4;       // of 16 bytes, that a thread has in flight
-  static constexpr bool kMaps = true;      // whether there is an output, of the rows' layout
-  static constexpr bool kCopies = false;   // whether it is a copy of what is read for the state
+  static constexpr bool kMaps = true;      // whether there is an output of the rows' layout
+  static constexpr bool kCopies = false;   // whether the output is a copy of the first operand
   static constexpr bool kSums = false;     // whether rows add to a loss and a total weight
 
-  // Whether the output is right as it is, which only the device may know.
+  // Whether the output is already right, which only the device may know.
   __device__ bool is_done() const {
     return false;
   }
-  // Finds out what holds for all rows; all threads of the block call this, before the first.
+  // Computes what all rows share; all threads of the block call this before the first row.
   __device__ void start() {
   }
-  // Sets in a Row of zeros what is known before anything is read. What it reads itself has come by
-  // the time that the operands are reduced, unless it looks at it.
+  // Sets in a Row of zeros what is known before the operands are read. Its own loads stay in flight
+  // while the operands are reduced, unless it uses their values.
   template <typename Row>
   __device__ void begin(Row&, int64_t) const {
   }
-  // Takes some classes' elements into the state.
+  // Adds some classes' elements to the state.
   template <typename State, typename Row, typename A, int N>
   __device__ void reduce(State& state, const Row&, Classes, const A (&x)[1][N]) const {
     state.add(x[0]);
   }
-  // Reads what report will take, while the threads' states are joined. The thread that reports
-  // calls this before that.
+  // Starts to read what report will need; the reporting thread calls this before the threads'
+  // states are merged.
   template <typename Row>
   __device__ void read_ahead(Row&, int64_t) const {
   }
@@ -74,7 +74,7 @@ struct RowDefaults {
   template <typename Row>
   __device__ void report(const Row&, int64_t, LossSums&) const {
   }
-  // Takes the sums of all rows, where one block had them all.
+  // Takes the sums of all rows if one block had them all.
   __device__ void conclude(const LossSums&) const {
   }
 };
@@ -94,7 +94,7 @@ concept ReducesRows =
       op.finish(row, state, position);
     };
 
-// Without operands x has one, of which nothing is read.
+// Without operands x has one that isn't read.
 template <typename Op>
 concept MapsRows =
     requires(const Op op, const typename Op::Row row, Classes classes,

@@ -1,4 +1,4 @@
-// From tensors to launches of an operator over rows, with the memory that they need between them.
+// Launches an operator over the rows of tensors, with the memory that the launches share.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -12,7 +12,7 @@
 
 namespace fastnn::cuda {
 
-// For tests: FASTNN_CUDA_ROWS=subwarp|warp|block|split has all rows in one piece take one path.
+// For tests: FASTNN_CUDA_ROWS=subwarp|warp|block|split makes all contiguous rows take one path.
 inline std::optional<Path> forced_path() {
   const char* value = std::getenv("FASTNN_CUDA_ROWS");
   const std::string_view name = value ? value : "";
@@ -25,9 +25,9 @@ inline std::optional<Path> forced_path() {
                     "'");
 }
 
-// Launches the operator; `sums` has room for those of summing_blocks(plan), or is null where the
-// operator has none. On the current stream, whose order also keeps the memory between the launches
-// safe to reuse.
+// Launches the operator on the current stream, whose order also makes it safe to reuse the memory
+// between the launches. `sums` has room for summing_blocks(plan) sums, or is null if the operator
+// has none.
 template <RowOperator Op>
 void run_rows(const Op& op, const Plan& plan, const Layout& layout,
               const Tensors<typename Op::T>& tensors, const at::TensorOptions& options,

@@ -1,4 +1,4 @@
-// What a thread knows of the part of a row that it has read, and how the parts' states are joined.
+// A thread's state of the part of a row that it has read, and how states are merged.
 // A state has none(), merge(other) and each(f), the state of f(member) for every member.
 #pragma once
 
@@ -36,7 +36,7 @@ struct SumState {
   }
   template <int N>
   __device__ void add(const A (&values)[N]) {
-    // By itself first: shorter chains of additions, and fewer roundings in each.
+    // Summed separately first: shorter chains of additions, with fewer roundings in each.
     A part = values[0];
 #pragma unroll
     for (int j = 1; j < N; ++j) part += values[j];
@@ -51,10 +51,9 @@ struct SumState {
   }
 };
 
-// exp(x - y), as a term of a sum or a factor of what is rounded to T. For two bytes it is enough
-// that it has the digits of float32 but the last few, and that subnormal ones are 0: two
-// instructions in place of seven, of which the passes over such rows otherwise have too many
-// (H200).
+// exp(x - y), as a term of a sum or a factor of a value that is rounded to T. Two bytes need only
+// the leading digits of float32, and subnormal results may be 0: two instructions instead of seven,
+// which would slow down the passes over such rows (H200).
 template <typename T>
 __device__ accum<T> exp_for(accum<T> x, accum<T> y = 0) {
   constexpr float kLog2E = 1.44269504f;
@@ -65,8 +64,8 @@ __device__ accum<T> exp_for(accum<T> x, accum<T> y = 0) {
   }
 }
 
-// The maximum so far and the sum of exp(x - max), in one reading ("online softmax"), over elements
-// of T. A NaN goes to the sum, as does the NaN of inf - inf.
+// The maximum so far and the sum of exp(x - max), in one pass ("online softmax"), over elements of
+// T. A NaN goes to the sum, as does the NaN of inf - inf.
 template <typename T>
 struct SoftmaxState {
   using A = accum<T>;
@@ -76,7 +75,7 @@ struct SoftmaxState {
   __device__ static SoftmaxState none() {
     return {lowest<A>(), A(0)};
   }
-  // What x is taken relative to: -inf - -inf would be NaN where other classes are finite.
+  // The value that x is relative to: -inf - -inf would be NaN where other classes are finite.
   __device__ A origin() const {
     return max == lowest<A>() ? A(0) : max;
   }
@@ -102,7 +101,7 @@ struct SoftmaxState {
     for (int j = 0; j < N; ++j) m = std::fmax(m, x[j]);
     return m;
   }
-  // Seldom after the first few classes, which makes a branch cheaper than an exponential each time.
+  // This is rare after the first few classes, so a branch is cheaper than an exponential each time.
   __device__ void raise_max(A m) {
     if (m > max) [[unlikely]] {
       sum *= std::exp(max - m);
@@ -117,14 +116,14 @@ struct SoftmaxState {
     for (int j = 1; j < N; ++j) part += exp_for<T>(x[j] - from);
     return part;
   }
-  // What a sum relative to `old` is multiplied by, to be relative to m.
+  // The factor that makes a sum relative to `old` one relative to m.
   __device__ static A factor(A old, A m) {
     return old == m ? A(1) : std::exp(old - m);
   }
 };
 
-// And the sums of q and of q * (x - max), for a loss over all classes: sum_c q_c * (lse - x_c) is
-// log(sum) * sum(q) less the latter. Relative to the maximum, for large logits would cancel.
+// Also the sums of q and of q * (x - max), for a loss over all classes: sum_c q_c * (lse - x_c) is
+// log(sum) * sum(q) minus the latter. It is relative to the maximum as large logits would cancel.
 template <typename T>
 struct SpreadState {
   using A = accum<T>;
@@ -163,16 +162,15 @@ struct SpreadState {
   }
 
  private:
-  // What q_x loses when the maximum becomes m. Classes of -inf alone were taken relative to 0, and
-  // stay -inf.
+  // What q_x loses when the maximum becomes m. If all classes were -inf, they were taken relative
+  // to 0, and stay -inf.
   __device__ A q_times_rise(A m) const {
     const A old = softmax.max;
     return old == m || old == lowest<A>() ? A(0) : q * (m - old);
   }
 };
 
-// In double whatever the storage: a loss over many rows keeps its digits, at two additions to a
-// row.
+// In double for every storage type: a loss over many rows stays precise, for two additions per row.
 struct LossSums {
   double loss;
   double weight;
