@@ -1,10 +1,10 @@
-"""Builds the CUDA part, needs no GPU, and checks what the compiler made: see ``make cuda-check``.
+"""Builds the CUDA part without a GPU and checks what the compiler made: see ``make cuda-check``.
 
-Then the tests: those of the operators over the kernels' PTX, which tools/cuda_emulation/ptx
-executes on the CPU, and all of them over the CPU's own kernels.
+Then it runs the operators' tests on the kernels' PTX, which tools/cuda_emulation/ptx executes on
+the CPU, and all tests on the CPU's own kernels.
 
-The build is a copy of the repository in build/cuda_check, so that the extension that is built in
-the repository itself stays what it is.
+It builds in a copy of the repository in build/cuda_check, so that the extension that is built in
+the repository itself stays unchanged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from repository import REPOSITORY, copy_to
 COPY = REPOSITORY / "build/cuda_check"
 ARCHITECTURES = "8.0+PTX"
 
-# The kernels that have 128-bit loads or stores of global memory, by their names and, where a kernel
-# is compiled in several widths, its template arguments. Each of the names must be met. Strided rows
-# (`strided_rows_kernel`) and the targets' elements (`nll_loss_kernel`) have nothing that wide.
+# The kernels with 128-bit loads or stores of global memory, by name and, if a kernel is compiled in
+# several widths, template arguments. Each pattern must match some kernel. `strided_rows_kernel` and
+# `nll_loss_kernel` (the targets' elements) access nothing that wide.
 WIDTH = r"(\(int\))?[248]"  # some versions of c++filt name an argument's type
 WHOLE_ROWS = r"(subwarp_rows|team_rows|split_finish)_kernel<.*::"
 WIDE_LOADS = [
@@ -40,7 +40,7 @@ WIDE_LOADS = [
     r"split_reduce_kernel<",
 ]
 WIDE_STORES = [
-    r"gemm_kernel<(float|double), ",  # four columns to a store: those of two bytes take half of it
+    r"gemm_kernel<(float|double), ",  # four columns per store: those of two bytes take half of it
     rf"relu_backward_kernel<.*, {WIDTH}>",
     r"sgd_step_kernel<",
     rf"{WHOLE_ROWS}CrossEntropyBackwardRows<",
@@ -49,8 +49,8 @@ WIDE_STORES = [
     rf"{WHOLE_ROWS}NLLLossBackwardRows<",
 ]
 
-# The most instructions for an element of two bytes in the loop over a row's vectors. With more,
-# kernels might compute for longer than they read: an H200 has time for 14.
+# The most instructions per 2-byte element in the loop over a row's vectors. With more, kernels
+# might compute for longer than they read: an H200 has time for 14.
 TWO_BYTES = r"<c10::(BFloat16|Half)\b"
 A_BLOCK_TO_A_ROW = r"team_rows_kernel<.*::"
 CLASS_INDICES = r"\(fastnn::cuda::TargetKind\)0>, false>"
@@ -64,7 +64,7 @@ WIDE_LOAD = r"LDG\.E\.(\w+\.)*128\b"
 WIDE_STORE = r"STG\.E\.(\w+\.)*128\b"
 
 
-# The others have nothing that another form of the kernels could change.
+# The other tests test nothing that another form of the kernels could change.
 PTX_TESTS = [
     "tests/ops/test_operators.py",
     "tests/ops/test_gradients.py",
@@ -74,8 +74,8 @@ PTX_TESTS = [
     "tests/cuda/test_cuda_emulation.py",
     "tests/cuda/test_cuda_plans.py",
 ]
-# Storages that Python makes, as copy.deepcopy and pickle do, come from an allocator that can't be
-# watched: to the checks of each access their memory is nobody's.
+# Storages made in Python, as by copy.deepcopy and pickle, come from an allocator that can't be
+# watched: the checks of each access don't know their memory.
 UNWATCHED_MEMORY = [
     "tests/optim/test_sgd_between_steps.py::test_nothing_stale_is_kept_between_steps[reload_own_state]",
     "tests/optim/test_sgd_saving.py::test_copies_train_on_their_own",
@@ -99,7 +99,7 @@ class Kernel:
         return sum(bool(re.match(pattern, text)) for text in self.instructions[places])
 
     def loops(self) -> list[slice]:
-        """The places of each: from where a branch leads back to, up to that branch."""
+        """The instructions of each loop: from a backward branch's target up to that branch."""
         loops = []
         for end, text in enumerate(self.instructions):
             if match := re.match(r"BRA\b.*?\b0x(\w+)", text):
@@ -109,9 +109,9 @@ class Kernel:
         return loops
 
     def instructions_for_an_element(self) -> float:
-        """In the longest of the loops with the most 128-bit loads, and no such loop in them.
+        """In the longest innermost loop with the most 128-bit loads.
 
-        What the loop seldom does counts too, if it lies in between.
+        Instructions that it seldom executes count too, if they lie in between.
         """
         wide = [loop for loop in self.loops() if self.count(WIDE_LOAD, loop) > 0]
         sizes = [
@@ -162,7 +162,7 @@ print(f"{len(on_cuda)} operators registered for CUDA")
 
 
 def check_import() -> None:
-    """That it loads where no GPU is; LD_BIND_NOW looks up every symbol, not just those called."""
+    """Checks that it loads without a GPU; LD_BIND_NOW looks up every symbol, called or not."""
     run([sys.executable, "-c", IMPORT], {"LD_BIND_NOW": "1"})
 
 
@@ -184,12 +184,12 @@ def check_kernels(kernels: list[Kernel]) -> None:
         meant = named(pattern, kernels, problems)
         counts = [kernel.instructions_for_an_element() for kernel in meant]
         problems += [
-            f"{kernel.name} takes {count:.1f} instructions for an element, more than {most}"
+            f"{kernel.name} takes {count:.1f} instructions per element, more than {most}"
             for kernel, count in zip(meant, counts, strict=True)
             if count > most
         ]
         shown = ", ".join(f"{count:.1f}" for count in counts)
-        print(f"{len(meant):3d} kernels {pattern} take {shown} instructions for an element")
+        print(f"{len(meant):3d} kernels {pattern} take {shown} instructions per element")
     if problems:
         sys.exit("\n".join(["cuda_build.py:", *problems]))
     print(f"{len(kernels)} kernels, none of which spills registers")
@@ -226,7 +226,7 @@ def read_sass(text: str) -> Iterator[Kernel]:
 
 
 def extract_ptx(library: Path) -> None:
-    """Puts it where tools/cuda_emulation/build.py looks for it."""
+    """Puts the PTX where tools/cuda_emulation/build.py looks for it."""
     folder = COPY / "build/cuda_emulation/ptx"
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("*.ptx"):
@@ -236,7 +236,7 @@ def extract_ptx(library: Path) -> None:
 
 
 def execute_ptx() -> None:
-    """Each kernel, by some test at least."""
+    """Runs the tests, which must launch each kernel at least once."""
     print("--- the tests of the operators, over the kernels' PTX", flush=True)
     report = COPY / "build/never_launched.txt"
     pytest = [sys.executable, "-m", "pytest", f"--never-launched={report}"]

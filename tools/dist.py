@@ -1,6 +1,6 @@
 """Builds the source distribution and the wheel into dist, and tries the wheel: see ``make dist``.
 
-The wheel is built from the source distribution, unpacked in an empty folder: it stands for both.
+The wheel is built from the source distribution, unpacked in an empty folder, so it tests both.
 ``python tools/dist.py torch==2.13.0`` names the torch of the new environment that it is tried in.
 """
 
@@ -23,7 +23,7 @@ from repository import REPOSITORY
 DIST = REPOSITORY / "dist"
 REQUIRED = ("fastnn/__init__.py", "fastnn/py.typed", "fastnn/_build_info.json")
 
-# Run in an empty folder: what it imports has been installed.
+# Run in an empty folder, so that it imports what has been installed.
 SMOKE = """
 import fastnn, torch
 from torch import nn
@@ -57,7 +57,7 @@ print(f"trained: loss {ours[0]:.3f} -> {ours[-1]:.3f}, as with stock PyTorch")
 def main(requirement: str) -> None:
     shutil.rmtree(DIST, ignore_errors=True)
     print("--- building (some minutes)", flush=True)
-    # Without --wheel and --sdist it unpacks the one to build the other.
+    # Without --wheel and --sdist, the wheel is built from the unpacked source distribution.
     os.environ["FASTNN_LOCAL_VERSION"] = tag_of(torch.__version__)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", DIST, quiet=True)
     (wheel,) = DIST.glob("*.whl")
@@ -68,19 +68,19 @@ def main(requirement: str) -> None:
         run(python, "-m", "pip", "install", "--quiet", requirement, wheel)
         empty = Path(folder) / "empty"
         empty.mkdir()
-        # -I: whatever PYTHONPATH says. Without the extension the import warns.
+        # -I ignores PYTHONPATH. Without the extension the import warns.
         run(python, "-I", "-W", "error::RuntimeWarning", "-c", SMOKE, cwd=empty)
         run(python, "-I", "-m", "fastnn.env", cwd=empty)
     print("\n".join(f"dist/{path.name}" for path in sorted(DIST.iterdir())))
 
 
 def tag_of(torch_version: str) -> str:
-    """What a wheel's version says of the torch that it is for."""
+    """The local version of a wheel for this torch."""
     return f"torch{torch_version.replace('+', '.')}"
 
 
 def run(*command: str | Path, cwd: Path = REPOSITORY, quiet: bool = False) -> None:
-    """Runs a command; one that fails ends the program, after what it printed."""
+    """Runs a command; if it fails, ends the program with the command's output."""
     output = subprocess.PIPE if quiet else None
     process = subprocess.run(
         [*map(str, command)], cwd=cwd, stdout=output, stderr=subprocess.STDOUT, text=True
@@ -90,7 +90,7 @@ def run(*command: str | Path, cwd: Path = REPOSITORY, quiet: bool = False) -> No
 
 
 def check_contents(wheel: Path) -> None:
-    """That it holds the package, its extension and its metadata, and nothing else."""
+    """Checks that it holds the package, its extension and its metadata, and nothing else."""
     with ZipFile(wheel) as archive:
         names = archive.namelist()
         extensions = [name for name in names if name.endswith(".so")]
@@ -108,7 +108,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Whether it is the wheel's own record, or lies in one of the packages of fastnn."""
+    """Whether the file is the wheel's own record or in one of fastnn's packages."""
     path = PurePosixPath(name)
     in_package = (REPOSITORY / path.parent / "__init__.py").exists()
     return path.parts[0].endswith(".dist-info") or (path.parts[0] == "fastnn" and in_package)

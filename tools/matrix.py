@@ -1,6 +1,6 @@
 """Builds and tests fastnn for several versions of PyTorch and Python: see ``make test-matrix``.
 
-``python tools/matrix.py 2.9.1 2.15.0`` takes two of them. Each has a copy of the repository in
+``python tools/matrix.py 2.9.1 2.15.0`` runs two of them. Each has a copy of the repository in
 build/matrix, with an environment of its own. The results go into docs/install.md.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def check(versions: list[str]) -> None:
-    """Ends this program where one of them can't be run."""
+    """Ends this program if one of them can't be run."""
     for version in versions:
         if version not in PYTHONS:
             sys.exit(f"matrix.py: torch is one of {', '.join(PYTHONS)}, not {version}.")
@@ -80,7 +80,7 @@ def run(version: str) -> Counts:
     print(f"--- torch {version}, {PYTHONS[version]}", flush=True)
     copy_to(folder)
     make = ["make", "build", "VENV=.venv", f"TORCH=torch=={version}", f"PYTHON={PYTHONS[version]}"]
-    # Not what the make that runs this was told.
+    # Without the options of the make that runs this.
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
     built = subprocess.run(make, cwd=folder, env={**environment, "FASTNN_CUDA": "0"}, check=False)
     if built.returncode != 0:
@@ -95,7 +95,7 @@ def run(version: str) -> Counts:
 
 
 def counts_in(report: Path) -> Counts:
-    """Those of a report in JUnit's format."""
+    """The counts in a report in JUnit's format."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     tests, skipped = int(suite.get("tests")), int(suite.get("skipped"))
     failed = int(suite.get("failures")) + int(suite.get("errors"))
@@ -110,7 +110,7 @@ def row(version: str, counts: Counts) -> str:
 
 
 def with_row(page: str, version: str, counts: Counts) -> str:
-    """The page with this row in its table; those of other versions stay."""
+    """The page with this row in its table; the rows of other versions stay."""
     before, rest = page.split(BEGIN)
     table, after = rest.split(END)
     lines = table.splitlines(keepends=True)

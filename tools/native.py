@@ -1,4 +1,4 @@
-"""What the runners of tests written in C++ share: the compiler, and the ways to build a program."""
+"""The compiler and the ways to build a program, for the runners of tests written in C++."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Way:
 
 
 def without_random_addresses() -> tuple[str, ...]:
-    """GCC 12's thread sanitizer can't start where the kernel spreads addresses too widely."""
+    """GCC 12's thread sanitizer can't start if the kernel spreads addresses too widely."""
     command = ("setarch", NATIVE, "--addr-no-randomize")
     if shutil.which(command[0]) is None:
         return ()
@@ -56,7 +56,7 @@ THREAD = Way(
 
 
 def run(command: list[str], variables: dict[str, str] | None = None) -> None:
-    """Ends this program, naming the command, where the command fails."""
+    """Runs a command; if it fails, ends this program and names the command."""
     process = subprocess.run(command, env={**os.environ, **(variables or {})}, check=False)
     if process.returncode != 0:
         name = Path(sys.argv[0]).name

@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def copy_to(folder: Path) -> None:
-    """Copies what git knows or would add; files that did not change stay, and stay built."""
+    """Copies the files that git tracks or would add; unchanged ones stay, and stay built."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     names = listed.stdout.split("\0")
@@ -18,7 +18,7 @@ def copy_to(folder: Path) -> None:
     modules = (f"{name}/**/*.py" for name in ("build_support", "fastnn", "tests", "tools"))
     for pattern in ("csrc/**/*", *modules):
         for path in folder.glob(pattern):
-            if path.is_file() and path not in wanted:  # gone since: or it would be compiled, or run
+            if path.is_file() and path not in wanted:  # deleted since; it would be compiled or run
                 path.unlink()
     for name in names:
         source, target = REPOSITORY / name, folder / name

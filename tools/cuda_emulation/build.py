@@ -1,8 +1,8 @@
 """Builds fastnn's extension with the CUDA launchers and kernels in place of the CPU's, emulated.
 
-It lies outside the package, in ``build/``; only the tests load it (see chosen.py). There are two:
-one with the kernels as the host's compiler makes them of their sources, and one with what nvcc made
-of them, that is, with the PTX of a built library, translated (see ptx/).
+It is outside the package, in ``build/``; only the tests load it (see chosen.py). There are two: one
+with the kernels as the host's compiler compiles them, and one as nvcc did, that is, with the PTX of
+a built library, translated (see ptx/).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ INCLUDES = [
     f"-isystem{sysconfig.get_paths()['include']}",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
-# Where an operator over rows is made from its members' names, GCC misses the base of defaults.
+# GCC misses the base of defaults if an operator over rows is made with designated initializers.
 WARNINGS += ["-Wno-missing-field-initializers"]
-# Not -O2: GCC 12's vectorizer then takes a load that is aligned in one branch for aligned in both.
+# Not -O2: GCC 12's vectorizer then assumes a load that is aligned in one branch aligned in both.
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-DTORCH_EXTENSION_NAME=_C"]
 LIBRARIES = ["c10", "torch", "torch_cpu", "torch_python"]
 
 
 class Emulation:
-    """The extension with the kernels as the host's compiler makes them."""
+    """The extension with the kernels as the host's compiler compiles them."""
 
     folder = FOLDER / "extension"
     flags = (*FLAGS, "-fvisibility=hidden")
@@ -54,10 +54,10 @@ class Emulation:
         return [self.write_common_sources(), *launchers, *sorted(EMULATION.glob("*.cpp"))]
 
     def write_common_sources(self) -> Path:
-        """The sources that CPU and CUDA share as one: torch's headers are then compiled once."""
+        """Joins the sources that CPU and CUDA share: torch's headers are then compiled once."""
         folders = ("csrc/ops", "csrc/autograd", "csrc/python")
         paths = [path for folder in folders for path in sorted((REPOSITORY / folder).glob("*.cpp"))]
-        paths.remove(REPOSITORY / "csrc/python/mlp_step.cpp")  # the CPU's alone
+        paths.remove(REPOSITORY / "csrc/python/mlp_step.cpp")  # only for the CPU
         path = self.folder / "common.cpp"
         write_if_new(path, "".join(f'#include "{source}"\n' for source in paths))
         return path
@@ -91,10 +91,10 @@ class Emulation:
 
 
 class PTXEmulation(Emulation):
-    """The extension with the kernels' PTX, which is where `extract_ptx` puts it."""
+    """The extension with the kernels' PTX, from the folder where `extract_ptx` puts it."""
 
     folder = FOLDER / "ptx"
-    # The launchers' kernels are exported, as their names lead to those of the PTX.
+    # The launchers' kernels are exported: their names lead to those of the PTX.
     flags = (*FLAGS, "-DFASTNN_EMULATION_PTX")
 
     def sources(self) -> list[Path]:
@@ -119,7 +119,7 @@ class PTXEmulation(Emulation):
 
 
 def write_if_new(path: Path, text: str) -> None:
-    """Keeps the time of a file that would not change, and with it what was built from it."""
+    """Leaves an unchanged file alone, so that nothing is rebuilt from it."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
@@ -130,7 +130,7 @@ def link_flags() -> str:
 
 
 def load(emulation: Emulation) -> ModuleType:
-    """Builds the extension and puts it where ``import fastnn`` finds it, as its own."""
+    """Builds the extension and puts it where ``import fastnn`` finds it as its own."""
     if "fastnn" in sys.modules:
         raise RuntimeError("fastnn has been imported with its own extension already")
     spec = importlib.util.spec_from_file_location("fastnn._C", emulation.build())

@@ -1,7 +1,7 @@
 """Whether the tests run over the CUDA launchers and kernels, emulated on the CPU.
 
-``FASTNN_TEST_CUDA_EMULATION=1`` says so, and ``=ptx`` that the kernels be those that nvcc made.
-Imported before fastnn, this module then puts the emulated extension in the place of fastnn's own.
+``FASTNN_TEST_CUDA_EMULATION=1`` turns this on; with ``=ptx`` the kernels are those that nvcc made.
+Imported before fastnn, this module then replaces fastnn's own extension by the emulated one.
 """
 
 from __future__ import annotations

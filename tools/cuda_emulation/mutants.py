@@ -1,6 +1,6 @@
 """Plants faults in the CUDA kernels, one at a time, and counts those that the kernels' tests catch.
 
-``python tools/cuda_emulation/mutants.py [WORD]``: all, or those with the word in their description.
+``python tools/cuda_emulation/mutants.py [WORD]``: all, or those whose description has the word.
 Each fault goes into a copy of csrc/cuda; the tests named beside it are built on the copy and run. A
 fault is caught if they fail, end in a fault of the emulation's, or take too long.
 """
@@ -42,12 +42,12 @@ def plant(mutant: Mutant, folder: Path) -> None:
     path = folder / "cuda" / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
-        sys.exit(f"mutants.py: {mutant.file} has not exactly one place to plant: {mutant}")
+        sys.exit(f"mutants.py: {mutant.file} doesn't have exactly one place to plant: {mutant}")
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
 def build_tests(name: str, folder: Path, objects: list[str]) -> Path:
-    """The tests of one file, on the sources in the folder before those in csrc."""
+    """Builds the tests of one file; the folder's sources take precedence over those in csrc."""
     source = Path("tools/cuda_emulation/kernels") / f"{name}.cpp"
     output = folder / f"{name}.o"
     flags = [*PLAIN.flags, "-w", f"-I{folder}", *FLAGS, *torch_includes()]
@@ -58,7 +58,7 @@ def build_tests(name: str, folder: Path, objects: list[str]) -> Path:
 
 
 def outcome(program: Path) -> str:
-    """The first line of what the tests say as they fail; empty where they pass."""
+    """The first line of the tests' failure; empty if they pass."""
     try:
         process = subprocess.run(
             [program], capture_output=True, text=True, timeout=SECONDS, check=False
@@ -79,7 +79,7 @@ def try_mutant(number: int, mutant: Mutant, objects: list[str]) -> bool:
 
 
 def check_unchanged(names: set[str], objects: list[str]) -> None:
-    """What fails without a fault would catch any."""
+    """Tests that fail without a fault would seem to catch any."""
     for name in sorted(names):
         folder = FOLDER / f"unchanged_{name}"
         shutil.rmtree(folder, ignore_errors=True)

@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant(
         "team_rows_kernel",
         "rows/kernels.cuh",
-        "takes all operands for aligned alike",
+        "assumes that all operands are aligned alike",
         "  if (aligned.all()) {",
         "  if (true) {",
         "log_softmax",
@@ -120,7 +120,7 @@ MUTANTS = [
     Mutant(
         "co_aligned",
         "vec.cuh",
-        "takes all operands for aligned alike",
+        "assumes that all operands are aligned alike",
         "return elements_past_boundary(a) % kVecSize<U> == elements_past_boundary(b);",
         "return elements_past_boundary(a) >= 0 || elements_past_boundary(b) >= 0;",
         "log_softmax",
@@ -674,7 +674,7 @@ MUTANTS = [
     Mutant(
         "sgd_step_kernel",
         "sgd_kernels.cuh",
-        "found_inf is not looked at",
+        "found_inf is ignored",
         "if (args.found_inf.value_or(0) != 0) return;",
         "",
         "sgd",

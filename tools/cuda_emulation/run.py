@@ -1,8 +1,8 @@
-"""Builds and runs what of the emulation's tests needs neither CUDA nor torch's libraries.
+"""Builds and runs the emulation's tests that need neither CUDA nor torch's libraries.
 
-Its own tests, those of what executes PTX, and those of the CUDA kernels, without the compiler's
-sanitizers or (but for PTX) under them: ``python tools/cuda_emulation/run.py plain|sanitize [--only
-NAME]``. CXX names the compiler. Of torch, the headers of c10::Half and c10::BFloat16 are used.
+These are its own, the PTX machine's and the CUDA kernels', without the compiler's sanitizers or
+(except for PTX) under them: ``python tools/cuda_emulation/run.py plain|sanitize [--only NAME]``.
+CXX names the compiler. They use torch's headers of c10::Half and c10::BFloat16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from native import ADDRESS_UNDEFINED, CXX, THREAD, Way, build, run
 from repository import REPOSITORY
 
 EMULATION = Path("tools/cuda_emulation")
-# `#pragma unroll` is nvcc's. Where an operator over rows is made from its members' names, GCC
+# `#pragma unroll` is nvcc's. If an operator over rows is made with designated initializers, GCC
 # misses the base of defaults, which has none.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
 FLAGS = [
@@ -36,10 +36,10 @@ FLAGS = [
     "-Itools",
 ]
 
-# Not -O2: GCC 12's vectorizer then takes a load that is aligned in one branch for aligned in both.
+# Not -O2: GCC 12's vectorizer then assumes a load that is aligned in one branch aligned in both.
 PLAIN = Way("plain", flags=("-O1",))
 
-# Faults that are planted in a kernel, and what a sanitizer says of each.
+# Faults that are planted in a kernel, and what a sanitizer reports for each.
 OVERFLOW = "heap-buffer-overflow"
 FAULTS = {
     ADDRESS_UNDEFINED: {
@@ -59,7 +59,7 @@ FAULTS = {
 
 
 def torch_includes() -> list[str]:
-    """Where torch's headers are, without the time that importing it takes."""
+    """The flags for torch's headers, without the time that importing torch takes."""
     torch = importlib.util.find_spec("torch")
     if torch is None:
         sys.exit(
@@ -93,7 +93,7 @@ class Program:
         return commands
 
     def runtime_flags(self) -> list[str]:
-        """The thread sanitizer is not to look at the runtime's own memory: see sanitizers.h."""
+        """The thread sanitizer must not check the runtime's own memory: see sanitizers.h."""
         if self.way is THREAD:
             return ["-O2", "-DFASTNN_EMULATION_TSAN"]
         return list(self.way.flags)
@@ -131,7 +131,7 @@ class Program:
             print(f"{len(faults)} planted faults reported")
 
     def expect_report(self, fault: str, words: str) -> None:
-        """That the sanitizer ends the program, with the words, where the fault is planted."""
+        """Checks that the sanitizer ends the program with the words if the fault is planted."""
         process = subprocess.run(
             [*self.way.runner, str(self.path), fault],
             env={**os.environ, **self.way.variables},
@@ -144,7 +144,7 @@ class Program:
 
 
 class PTXTests(Program):
-    """Those of what executes PTX, with kernels that are written in it."""
+    """The tests of the PTX machine, with kernels that are written in PTX."""
 
     link_flags = ("-pthread", "-rdynamic")  # the kernels are found by their names
 

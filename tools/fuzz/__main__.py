@@ -1,9 +1,9 @@
-"""Random programs of users, run with torch and with fastnn side by side: see ``make fuzz``.
+"""Runs random user programs with torch and with fastnn side by side: see ``make fuzz``.
 
     python -m fuzz [--minutes 5] [--seed N] [--only modules,losses]
 
 Prints the smallest program that shows each difference. The exit status is 1 if there is one. If a
-program ends this process, it is build/fuzz/last.py.
+program crashes this process, it is in build/fuzz/last.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from repository import REPOSITORY
 from .program import Program
 from .search import KINDS, Search
 
-# So many programs are drawn from a seed; a difference then takes a few seconds to be made small.
+# The number of programs drawn from a seed; it then takes a few seconds to shrink a difference.
 EXAMPLES = 100
 LAST = REPOSITORY / "build/fuzz/last.py"
 
@@ -47,14 +47,14 @@ def save(program: Program) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5, help="to look for (5)")
+    parser.add_argument("--minutes", type=float, default=5, help="of searching (5)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="(random)")
-    parser.add_argument("--only", metavar="A,B", default=",".join(KINDS), help="of %(default)s")
+    parser.add_argument("--only", metavar="A,B", default=",".join(KINDS), help="(%(default)s)")
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")
     unknown = [kind for kind in options.only if kind not in KINDS]
     if unknown:
-        parser.error(f"there are no programs of {unknown[0]!r}; choose of {', '.join(KINDS)}")
+        parser.error(f"there are no programs of {unknown[0]!r}; choose from {', '.join(KINDS)}")
     return options
 
 

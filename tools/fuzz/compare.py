@@ -1,4 +1,4 @@
-"""What a program's sides saw, compared: the first difference that is not meant to be."""
+"""Compares what a program's sides saw: the first difference that isn't intended."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from .expected import is_expected
 from .program import Program
 
-# Units in the last place, of a number or of 1. A program rounds a few dozen times, one in float64
-# hundreds of times, and larger numbers than are seen. Models of other dtypes hold integers.
+# Units in the last place, of a number or of 1. A program rounds a few dozen times, in float64
+# hundreds of times, and larger numbers than it shows. Models of other dtypes hold integers.
 ROUNDINGS = {torch.float64: 1e6, torch.float32: 64, torch.bfloat16: 16, torch.float16: 16}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two sides part.
+    """Where two sides differ.
 
     Args:
         name: what was observed.
@@ -46,7 +46,7 @@ def difference(program: Program) -> Difference | None:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers, tensors, errors in what was seen, and their names."""
+    """The names and values of the numbers, tensors and errors that were seen."""
     if isinstance(value, dict):
         for key in sorted(value, key=str):  # an order that no program relies on
             yield from leaves(value[key], f"{name}[{key!r}]")
@@ -68,7 +68,7 @@ def differences(stock: list, ours: list, exact: list) -> Iterator[Difference]:
 
 
 def unlike(theirs: Any, mine: Any, exact: Any) -> str | None:
-    """How ours differs from torch's; None where it does not."""
+    """How ours differs from torch's; None if it doesn't."""
     if type(theirs) is not type(mine):
         return f"{words(('', mine))}, not {words(('', theirs))}"
     if isinstance(theirs, Exception):

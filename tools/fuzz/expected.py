@@ -1,4 +1,4 @@
-"""The differences that are meant to be, and faults of torch's own."""
+"""The intended differences, and torch's own faults."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 from .program import Program
 
-# What the program has (first what it calls of ours, such as fastnn.functional.linear_relu), what is
-# seen, and why; docs/numerics.md has those on purpose.
+# Patterns of the program (it starts with our function, such as fastnn.functional.linear_relu) and
+# of the difference, and the reason; docs/numerics.md lists those on purpose.
 EXPECTED = [
     (
         r"prune",
@@ -27,7 +27,7 @@ EXPECTED = [
     (
         r"label_smoothing=(-0.1|float\('nan'\))",
         "label_smoothing must be",
-        "torch takes a bad label_smoothing for none",
+        "torch accepts a bad label_smoothing",
     ),
     (
         r"ignore_index(?s:.*)(inf|nan|finfo)|(inf|nan|finfo)(?s:.*)ignore_index",
@@ -52,7 +52,7 @@ EXPECTED = [
     (
         r"(?s)^(?=.*fused=True)(?=.*(::2|imag|expand|\.t\(\)|channels_last|_neg_view))",
         "values$|expected each element",
-        "torch's fused step takes tensors for contiguous",
+        "torch's fused step assumes that tensors are contiguous",
     ),
     (
         r"foreach=True(?s:.*)(imag|_neg_view)|(imag|_neg_view)(?s:.*)foreach=True",
@@ -73,7 +73,7 @@ EXPECTED = [
         r"(?s)^fastnn\.functional\.linear(_relu)?,(?=.*\.(max|min)\b)(?=.*('-?inf'|\.(max|min).*\.(max|min)))",
         "values$",
         "a product with the largest number overflows by itself, but not in a fused multiply-add: "
-        "beside another such term or an infinity the sum hangs on its order",
+        "next to another such term or an infinity the sum depends on its order",
     ),
     (
         r"(?s)^fastnn\.(functional\.linear_cross|nn\.LinearCross).*logits\.data\.mul_",

@@ -12,7 +12,7 @@ from fastnn._operators import OPERATORS
 from .program import Program, attempt, indented
 
 FUNCTIONS = [operator.name for operator in OPERATORS]
-# (A module with parameters of its own takes no function's arguments.)
+# (A module with its own parameters doesn't take the function's arguments.)
 MODULES = {
     operator.name: operator.module
     for operator in OPERATORS
@@ -28,7 +28,7 @@ EXTREMES += [f"torch.finfo(dtype).{name}" for name in ("max", "min", "tiny")]
 BACKWARD = """\
 value.backward(ramp(value))
 see("gradients", [leaf.grad for leaf in leaves])"""
-# What is done with call(input), which runs the operator.
+# Uses of call(input), which runs the operator.
 USES = [
     f"""\
 value = call(input)
@@ -99,7 +99,7 @@ def programs(draw: st.DrawFn) -> Program:
     return Program(text, {"stock": f"{stock}, as_is", "ours": f"{ours}, as_is", "exact": exact})
 
 
-# What follows draws the lines that make the tensors, the tensors after the input, and the options.
+# These draw the lines that make the tensors, the tensors after the input, and the options.
 Call = tuple[list[str], list[str], list[str]]
 
 
@@ -197,7 +197,7 @@ def indices(draw: st.DrawFn, shape: list[int], classes: int, ignored: int | None
 
 
 def floats(draw: st.DrawFn, name: str, shape: tuple[int, ...], values: str = "randn") -> list[str]:
-    """Lines that draw a tensor of floating-point numbers; of normal ones some are extreme."""
+    """Lines that draw a floating-point tensor; some of randn's values become extreme."""
     lines = [f"{name} = torch.{values}({tuple(shape)}, dtype=torch.float64).to(dtype)"]
     if values == "randn" and 0 not in shape:
         for extreme in draw(st.lists(st.sampled_from(EXTREMES), max_size=2)):

@@ -26,7 +26,7 @@ LAYERS = [
     "activation",
 ]
 # These round even small integers. Their eps keeps them from dividing by small deviations, which
-# would enlarge what was rounded before.
+# would amplify earlier rounding errors.
 INEXACT_LAYERS = [
     "nn.BatchNorm1d(4, eps=1)",
     "nn.LayerNorm(4, eps=1)",
@@ -34,8 +34,8 @@ INEXACT_LAYERS = [
     "nn.LogSoftmax(dim=-1)",
 ]
 ROWS = ["nn.Sequential({})"] * 3 + ["named({})", "Chain({})", "Residual({})", "Loop({})"]
-# What a forward does with its parts: two Sequentials, lists of pairs, a dict of
-# Sequentials, and two layers that others have, too.
+# What a forward does with its parts: two Sequentials, lists of pairs, a dict of Sequentials, and
+# two layers that other parts contain too.
 FORWARD = [
     "x = self.first(x)",
     "x = self.second(x)",
@@ -127,7 +127,7 @@ RUNS = [
     "see('second', torch.autograd.grad(first, [*model.parameters()], ramp(x), allow_unused=True))",
     "look_at(see, model)",
 ]
-# Hooks would keep what these make for themselves.
+# Hooks would keep these transforms' internal values.
 TRANSFORMS = [
     "see('vmap', torch.func.vmap(model, randomness='same')(torch.stack([x, x * 2]).detach()))",
     "see('jvp', torch.func.jvp(model, (x.detach(),), (ramp(x),)))",
@@ -213,7 +213,7 @@ def method(signature: str, *lines: str) -> str:
 
 
 def rows(layers: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    """Sequentials of them; seldom empty, as most steps take the first layer."""
+    """Sequentials of the layers; seldom empty, as most steps take the first layer."""
     inner = st.lists(layers, min_size=1, max_size=4) | st.lists(layers, max_size=4)
     return st.builds(
         lambda kind, layers: kind.format(", ".join(layers)), st.sampled_from(ROWS), inner

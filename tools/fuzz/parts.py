@@ -1,6 +1,6 @@
-"""What the programs are made of. The source of each part that a program names goes into its text.
+"""The parts of the programs. The source of each part that a program names goes into its text.
 
-So a program needs nothing but torch and fastnn, and this file is what the linter reads.
+So a program needs nothing but torch and fastnn, and the linter reads this file.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def named(*layers: nn.Module) -> nn.Sequential:
 
 
 def untouched(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """In place of ``fuse`` and ``unfuse``."""
+    """Stands in for ``fuse`` and ``unfuse``."""
     return model
 
 

@@ -1,4 +1,4 @@
-"""A program that uses fastnn: the text of it, which is printed where it fails, and runs here."""
+"""A program that uses fastnn, as a text that runs here and is printed if it fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support import sample_inputs, stock
 
 from . import parts
 
-# Those whose last word the program has.
+# A program gets those whose last word it contains.
 IMPORTS = """\
 import copy
 import pickle
@@ -59,7 +59,7 @@ class Program:
 
     @cached_property
     def source(self) -> str:
-        """All of it, with the helpers that it needs."""
+        """The whole program, with the helpers that it needs."""
         runs = "\n".join(
             f"{side} = Seen()\nwith {side}:\n    program({side}, {arguments})"
             for side, arguments in self.sides.items()
@@ -78,7 +78,7 @@ class Program:
 
 
 def _helpers_of(text: str) -> list[str]:
-    """The sources of what the text names, and of what these name, in the order of the files."""
+    """The sources of the helpers that the text names, directly or not, in file order."""
     needed: set[str] = set()
     while found := (words_of(text) & _HELPERS.keys()) - needed:
         needed |= found

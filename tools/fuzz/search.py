@@ -1,4 +1,4 @@
-"""Looks for programs in which fastnn differs from torch, and makes those it finds small."""
+"""Searches for programs in which fastnn differs from torch, and shrinks those that it finds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Search:
     found: dict[Difference, Program] = field(default_factory=dict)
 
     def look(self, seed: int, examples: int) -> dict[Difference, Program]:
-        """Runs that many programs of a seed. Returns the first new difference, made small."""
+        """Runs programs drawn from a seed. Returns the first new difference, shrunk."""
         sought: list[Difference] = []
         smallest: list[Program] = []
 

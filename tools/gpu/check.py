@@ -2,9 +2,9 @@
 
     python tools/gpu/check.py [--out DIR] [--seconds 540] [--only build,smoke]
 
-Uses the environment it is started in: sets nothing up, and needs no network. Every step is a
-process with a limit of its own, and its result is saved before the next begins: neither a failure
-nor the end of the time takes along what was found. In DIR (build/gpu_check):
+It uses the environment that it is started in, sets nothing up and needs no network. Every step is a
+process with its own time limit, and its result is saved before the next begins: neither a failure
+nor a timeout loses earlier results. In DIR (build/gpu_check):
 
     summary.json    for each step: how it ended, how long it took, the end of its output
     log.txt         the output of all steps
@@ -13,7 +13,7 @@ nor the end of the time takes along what was found. In DIR (build/gpu_check):
     bench.json      the benchmark; bench.txt: the same as tables
     ncu.csv         what Nsight Compute measured of our kernels
 
-The exit status is 0 if every step that ran has passed, 1 if one has not, 2 where there is no GPU.
+The exit status is 0 if every step that ran has passed, 1 if one has not, 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ sys.path.insert(0, str(REPOSITORY))  # the benchmarks are not installed with the
 
 from benchmarks.arguments import seconds
 
-#: A step is not begun with less time left.
+#: A step isn't started with less time left.
 LEAST_SECONDS = 15
 #: How long a step that has reached its limit may take to write what it has.
 GRACE_SECONDS = 8
@@ -65,9 +65,8 @@ class Check:
     """Runs steps within a time, phase by phase; those of a phase run side by side.
 
     Args:
-        out: the folder of results. What an earlier run has left there goes, as far as these steps
-            write it.
-        seconds: how long the whole may take.
+        out: the folder of results. Results of an earlier run that these steps write are deleted.
+        seconds: how long all of it may take.
     """
 
     def __init__(self, out: Path, seconds: float) -> None:
@@ -99,7 +98,7 @@ class Check:
         return self.results
 
     def tell_to_end(self, *_: object) -> None:
-        """Handles a signal. An exception could come between a step's start and the list of those
+        """Handles a signal. An exception could come before a started step is in the list of those
         that run, and would leave the step behind."""
         self.told_to_end = True
 
@@ -125,7 +124,7 @@ class Check:
         self.save(Result(step.name, status, tail=reason))
 
     def save(self, result: Result) -> None:
-        """At once, and whole: a reader never finds half a file."""
+        """Saves at once and atomically: a reader never finds half a file."""
         self.results.append(result)
         print(line(result), flush=True)
         temporary = self.out / ".summary.json"
@@ -162,21 +161,21 @@ class Running:
             )
 
     def has_ended(self) -> bool:
-        """Whether the process is gone; stops it where its time is up, and kills it in the end."""
+        """Whether the process is gone; stops it when its time is up, and kills it in the end."""
         if self.process.poll() is not None:
             self.signal(signal.SIGKILL)  # what it has left behind
             return True
         now = time.monotonic()
         if now > self.kill_at:
             self.signal(signal.SIGKILL)
-            return now > self.kill_at + GRACE_SECONDS  # what a driver holds can't even be killed
+            return now > self.kill_at + GRACE_SECONDS  # one stuck in a driver can't even be killed
         if now > self.until and not self.stopped:
             self.stopped = True
             self.signal(signal.SIGINT)  # pytest and ncu still write what they have
         return False
 
     def interrupt(self) -> None:
-        """Ends the process at once, as this program is to end."""
+        """Ends the process at once, because this program has been told to end."""
         self.interrupted = True
         self.signal(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -230,7 +229,7 @@ def succeeds(command: Sequence[str], variables: dict[str, str]) -> bool:
 
 
 def take_junit(path: Path) -> tuple[dict[str, int], list[str]]:
-    """What a report says; a hidden one has then served."""
+    """Reads a report, and deletes it if it is hidden."""
     found = read_junit(path)
     if path.name.startswith("."):
         path.unlink(missing_ok=True)
@@ -238,7 +237,7 @@ def take_junit(path: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
-    """How many tests ended how, and the names of those that failed; nothing without a report."""
+    """The number of tests by outcome, and the names of the failed ones; empty without a report."""
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -262,7 +261,7 @@ def line(result: Result) -> str:
 
 
 def why_no_gpu() -> str | None:
-    """Why nothing can be checked here, in one sentence; None where there is a GPU."""
+    """Why nothing can be checked here, in one sentence; None if there is a GPU."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -278,7 +277,7 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     parser = argparse.ArgumentParser(description="Check and measure fastnn on a GPU.")
     default = REPOSITORY / "build/gpu_check"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"({default})")
-    parser.add_argument("--seconds", type=seconds, default=540, metavar="S", help="of it all (540)")
+    parser.add_argument("--seconds", type=seconds, default=540, metavar="S", help="in all (540)")
     parser.add_argument("--only", metavar="A,B", help=f"some of the steps: {', '.join(names)}")
     options = parser.parse_args(arguments)
     options.only = names if options.only is None else options.only.split(",")

@@ -1,11 +1,11 @@
-"""Launches every CUDA kernel of fastnn by each of its paths: what compute-sanitizer watches.
+"""Launches every CUDA kernel of fastnn on each of its paths, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck python tools/gpu/launches.py
 
-Sizes are small and odd, so that vectors have ends, and tiles and slices tails. Results are tested
-elsewhere. ``--no-library`` leaves out what cuBLAS multiplies: its kernels make racecheck fail, and
-what they wrote counts as unwritten where initcheck watches ours alone. For the latter the inputs
-come from the host, and so do the gradients that a backward starts from.
+Sizes are small and odd, so that vectors, tiles and slices have partial ends. Results are tested
+elsewhere. ``--no-library`` leaves out cuBLAS: its kernels make racecheck fail, and their results
+count as unwritten where initcheck watches only ours. For the same reason the inputs come from the
+host, and so do the gradients that a backward starts from.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PRODUCTS = ((1, 9, 7), (33, 64, 65), (130, 72, 264), (300, 31, 8))
 
 
 def mlp(input: Tensor, weight: Tensor, bias: Tensor, last: Tensor) -> Tensor:
-    """Two layers, of which the last has no bias."""
+    """Two layers, the last without a bias."""
     return functional.mlp(input, [weight, last], [bias, None])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Launch every CUDA kernel by each of its paths.")
+    parser = argparse.ArgumentParser(description="Launch every CUDA kernel on each of its paths.")
     parser.add_argument("--device", default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--no-library", dest="library", action="store_false")
     options = parser.parse_args()
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def check_kernels(device: str) -> None:
-    """Ends this program where other kernels than ours would run."""
+    """Ends this program if other kernels than ours would run."""
     if device == "cuda" and not (fastnn.is_available() and build_info().get("cuda")):
-        sys.exit("fastnn is built without its CUDA part here, of which nothing could be checked.")
+        sys.exit("fastnn is built without its CUDA part here, so there is nothing to check.")
 
 
 class Launches:
@@ -68,7 +68,7 @@ class Launches:
         self.generator, self.dtype, self.device = generator, dtype, device
 
     def normal(self, *shape: int, offset: int = 0) -> Tensor:
-        """Values on the device, some elements past the start of their memory."""
+        """Random values on the device, ``offset`` elements past the start of their memory."""
         size = torch.Size(shape).numel()
         values = torch.randn(size + offset, generator=self.generator).to(self.dtype)
         return values.to(self.device)[offset:].view(shape)
@@ -77,7 +77,7 @@ class Launches:
         return torch.randint(classes, shape, generator=self.generator).to(self.device)
 
     def rows(self) -> None:
-        """Rows whose classes are neighbours: each path, at both sides of what it is meant for."""
+        """Contiguous rows: each path, with sizes on both sides of what it is meant for."""
         for path in ROW_PATHS:
             with environment("FASTNN_CUDA_ROWS", path):
                 for rows, classes, offset in ((1, 1, 0), (7, 10, 1), (33, 257, 0), (5, 1031, 3)):
@@ -104,7 +104,7 @@ class Launches:
         self.backward(functional.cross_entropy, [logits], (), probabilities, weight=weight)
 
     def products(self) -> None:
-        """Our product; the mask and the bias gradient, over inputs without features."""
+        """Our product; then the mask and the bias gradient, with inputs without features."""
         with environment("FASTNN_CUDA_GEMM", "tiled"), torch.no_grad():
             for rows, depth, cols in PRODUCTS:
                 args = self.normal(rows, depth), self.normal(cols, depth), self.normal(cols)
@@ -128,7 +128,7 @@ class Launches:
     def backward(
         self, function, inputs: Sequence[Tensor], shape, *args, offset: int = 0, **kwargs
     ) -> None:
-        """The function, and its gradients of the inputs from a gradient of a shape."""
+        """Calls the function and takes its inputs' gradients from an incoming one of the shape."""
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         output = function(*leaves, *args, **kwargs)
         torch.autograd.grad(output, leaves, self.normal(*shape, offset=offset))
@@ -147,7 +147,7 @@ class Launches:
 
 @contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """A variable of the environment, which the launchers read at each call."""
+    """Sets an environment variable, which the launchers read at each call."""
     os.environ[name] = value
     try:
         yield

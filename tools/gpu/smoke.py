@@ -1,9 +1,9 @@
-"""Every operator on the device against float64, small and large, and what becomes of NaN: a minute.
+"""Checks every operator on the device against float64, small and large, and NaN: takes a minute.
 
     python tools/gpu/smoke.py
 
 Prints a line for each check and goes on after a failure; the exit status is 1 if there was one.
-The tests of the whole suite ask more, and take longer to say so.
+The test suite checks more, but takes longer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import fastnn
 from fastnn import functional
 
 # The norm of the error over the norm of the result. A few roundings for each dtype; products of
-# bfloat16 and float16 may be added up in pieces that are rounded to it.
+# bfloat16 and float16 may add partial sums that are rounded to it.
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -34,8 +34,7 @@ TOLERANCES = {
 # TF32 rounds the factors to 11 bits.
 TF32_TOLERANCE = 2e-3
 
-# (rows, depth, columns): below the 2^20 multiply-adds from which the library's product is taken,
-# and above.
+# (rows, depth, columns): a small product and a large one.
 PRODUCTS = ((33, 65, 31), (512, 1000, 776))
 LOGITS = ((64, 10), (4096, 257), (1000, 1000), (16, 50257), (4, 21, 64, 65))
 
@@ -95,7 +94,7 @@ class Smoke:
             return self.against_float64(functional.linear, exact, leaves, dtype, TOLERANCES[dtype])
 
     def mlp(self, shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> str:
-        """Two layers, so twice the roundings: what is passed between them is rounded too."""
+        """Two layers, so twice the roundings: the values between them are rounded too."""
         input, weight, bias = self.product_leaves(shape, dtype)
         last = self.normal(shape[1], shape[2], dtype=dtype) / shape[2] ** 0.5
 
@@ -103,7 +102,7 @@ class Smoke:
             return functional.mlp(input, [weight, last], [bias, None])
 
         def exact(_value: Tensor, input: Tensor, weight: Tensor, bias: Tensor, last: Tensor):
-            # What is a rounding error from zero may be on its other side: ReLU as we took it.
+            # A value within a rounding error of zero may have either sign: take our ReLU's.
             hidden = functional.linear_relu(*(t.to(dtype) for t in (input, weight, bias)))
             return F.linear(torch.where(hidden > 0, F.linear(input, weight, bias), 0.0), last)
 
@@ -113,7 +112,7 @@ class Smoke:
 
     def product(self, shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> str:
         def exact(value: Tensor, *leaves: Tensor) -> Tensor:
-            # What is a rounding error from zero may be on its other side: ReLU as we took it.
+            # A value within a rounding error of zero may have either sign: take our ReLU's.
             return torch.where(value > 0, F.linear(*leaves), 0.0)
 
         leaves = self.product_leaves(shape, dtype)
@@ -145,7 +144,7 @@ class Smoke:
         return f"{exact.isnan().sum().item()} NaN and {exact.isinf().sum().item()} infinities pass"
 
     def library_epilogue(self, dtype: torch.dtype) -> str:
-        """A fact and no check of ours: does NaN pass the library's own fused ReLU?"""
+        """Not a check but a fact: does NaN pass the library's own fused ReLU?"""
         input, weight, bias = self.product_leaves(PRODUCTS[-1], dtype)
         input[3, 5] = float("nan")
         output = torch._addmm_activation(bias, input, weight.t())
@@ -197,12 +196,12 @@ class Smoke:
         dtype: torch.dtype,
         tolerance: float,
     ) -> str:
-        """Value and gradients; returns their errors. ``exact`` gets our value, then the inputs."""
+        """The errors of value and gradients, checked. ``exact`` gets our value, then the inputs."""
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         exact_leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
         value = ours(*leaves)
         exact_value = exact(value.detach(), *exact_leaves)
-        # A mean's gradients are small: scaled, or float16 would have few bits of them.
+        # A mean's gradients are small: without scaling, float16 would hold few of their bits.
         scale = inputs[0].numel() / inputs[0].shape[1] if value.dim() == 0 else 1.0
         incoming = (1 + self.normal(*value.shape, dtype=torch.float32).abs()).mul(scale).to(dtype)
         results = [value, *torch.autograd.grad(value, leaves, incoming)]
@@ -228,13 +227,13 @@ class Smoke:
                 param.grad, twin.grad = grad.clone(), grad.double()
             optimizer.step()
             stock.step()
-        # The error of all together: in a parameter of one element the terms may cancel.
+        # The error over all parameters: in one with a single element the terms may cancel.
         error = _error(*(torch.cat([one.detach() for one in list]) for list in (params, exact)))
         assert error <= TOLERANCES[dtype], f"{error:.1e}"
         return f"{error:.1e}"
 
     def train_step(self, options: dict, dtype: torch.dtype) -> str:
-        """Beside the loop, through two learning rates and a batch of another size."""
+        """Compares it with the loop, through two learning rates and batches of another size."""
         model = torch.nn.Sequential(
             fastnn.nn.LinearReLU(65, 31), torch.nn.BatchNorm1d(31), torch.nn.Linear(31, 10)
         ).to(self.device, dtype)
@@ -261,7 +260,7 @@ class Smoke:
         flat = [torch.cat([p.detach().flatten() for p in one.parameters()]) for one in models]
         pairs = (flat, map(torch.stack, losses))
         error = max(_error(*pair) for pair in pairs)
-        # Both round alike, but that the library may choose another product in a graph.
+        # Both round alike, except that the library may choose another product in a graph.
         assert error <= 16 * TOLERANCES[dtype], f"{error:.1e}"
         return f"{error:.1e} by the {way} way"
 
@@ -270,7 +269,7 @@ def _no_target(*_: object) -> tuple[()]:
     return ()
 
 
-# Ours, torch's, the options, and what makes the target.
+# Ours, torch's, the options, and the function that makes the target.
 CALLS = {
     "log_softmax": (functional.log_softmax, F.log_softmax, {"dim": 1}, _no_target),
     "nll_loss": (functional.nll_loss, F.nll_loss, {"weight": None}, Smoke.targets),

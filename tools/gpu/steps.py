@@ -1,4 +1,4 @@
-"""The steps of check.py: what each runs, how long it may take, and beside which others."""
+"""The steps of check.py: what each runs, how long it may take, and which others run beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 TO_SPARE = 15  # seconds
-# What is compiled in one step is found by the next.
+# One step finds what another has compiled.
 CACHES = {
     "TORCHINDUCTOR_CACHE_DIR": str(REPOSITORY / "build/inductor"),
     "TRITON_CACHE_DIR": str(REPOSITORY / "build/triton"),
@@ -25,17 +25,17 @@ class Step:
     """A command.
 
     Args:
-        name: what ``--only`` and the results call it.
+        name: its name for ``--only`` and in the results.
         command: the program and its arguments; "{seconds}" stands for the time it has.
         seconds: how long it may take.
-        phase: those of one phase run side by side; where times are measured, nothing else runs.
-        env: variables beside those of this process.
-        needs: a program without which the step is not run.
-        done_if: a command that succeeds where the step need not run.
-        junit: the name of the report of tests that it writes, if it does. One whose name begins
-            with a point goes when it has been read.
+        phase: steps of one phase run side by side; a step that measures times runs alone.
+        env: variables besides those of this process.
+        needs: a program without which the step isn't run.
+        done_if: a command that succeeds if the step need not run.
+        junit: the name of the test report that it writes, if any. One whose name begins with a dot
+            is deleted once it has been read.
         writes: the names of other results that it writes.
-        output: the name under which what it prints is kept, beside the log.
+        output: the name of the file that keeps its output, besides the log.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Step:
         return {*self.writes, *filter(None, (self.junit, self.output))}
 
     def within(self, limit: float) -> Step:
-        """The step with its command told how long it may take, and some seconds to spare."""
+        """The step with its time limit, less some seconds to spare, in its command."""
         told = str(max(1, int(limit) - TO_SPARE))
         return replace(self, command=[word.replace("{seconds}", told) for word in self.command])
 
@@ -78,7 +78,7 @@ TESTS = [
     if path != "ops/test_torch_inputs.py" or has("expecttest")
 ]  # fmt: skip
 
-# All that ncu is asked for of each kernel.
+# What ncu measures of each kernel.
 METRICS = [
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -109,7 +109,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def prepare() -> Iterator[Step]:
-    """What the machine is; the extension, for its GPU alone."""
+    """Describes the machine, and builds the extension for its GPU only."""
     python = shlex.quote(PYTHON)
     facts = f"nvidia-smi; nvcc --version; c++ --version; {python} -m torch.utils.collect_env"
     yield Step("facts", shell(facts), 30, 0)
@@ -130,7 +130,7 @@ def prepare() -> Iterator[Step]:
 
 def correct(out: Path) -> Iterator[Step]:
     """The tests, and compute-sanitizer's tools; the benchmark's peers are compiled meanwhile."""
-    # A seed for all: each worker collects the tests by itself, and their names must agree.
+    # One seed for all: each worker collects the tests by itself, and their names must agree.
     env = {"FASTNN_TEST_SEED": "20250101", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     junit = "junit.xml"
     count = str(max(2, (os.cpu_count() or 1) - 4))  # four are the sanitizer's
@@ -166,7 +166,7 @@ def sanitizer(tool: str) -> Step:
         [*sanitizer, *launches],
         120,
         3,
-        # Without the caching, or an overflow stays inside of torch's pool of memory.
+        # With caching, an overflow would stay inside torch's memory pool.
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         needs="compute-sanitizer",
         output="sanitizer.txt",
@@ -174,7 +174,7 @@ def sanitizer(tool: str) -> Step:
 
 
 def measured(out: Path) -> Iterator[Step]:
-    """Alone on the GPU, each."""
+    """The steps that run alone on the GPU."""
     bench = [PYTHON, "-m", "benchmarks", "--device", "cuda", "--limit", "{seconds}"]
     bench += ["--json", f"{out}/bench.json"]
     yield Step("bench", bench, 185, 4, env=CACHES, writes=("bench.json",), output="bench.txt")
@@ -192,7 +192,7 @@ def large(out: Path) -> Iterator[Step]:
 
 
 CAPABILITY = "import torch; print('{}.{}'.format(*torch.cuda.get_device_capability()))"
-# For this GPU, of the sources as they are.
+# Succeeds if the extension is built for this GPU and from the current sources.
 IS_BUILT = """
 import torch, fastnn
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Translates the PTX that nvcc made of the kernels to C++ for the emulation's runtime.
 
 Instruction by instruction: ``add.s64 %rd3, %rd1, 8;`` becomes ``set(rd3, add<s64>(rd1, 8))``, and
-machine.h says what ``add`` does. What machine.h doesn't know fails to compile, with the PTX's own
-line; a form of statement that isn't known here raises UnsupportedPTX. The kernels are those of one
+machine.h says what ``add`` does. An instruction that machine.h lacks fails to compile, with the
+PTX's own line; an unknown form of statement raises UnsupportedPTX. The kernels are those of one
 module, that is, of one translation unit that nvcc compiled.
 """
 
@@ -32,7 +32,7 @@ SPECIAL_REGISTERS = {
     for axis in "xyz"
 }
 
-# For the C++ that comes out. What that leaves to the compiler, PTX does not.
+# For the C++ that comes out: PTX defines what C++ leaves to the compiler.
 COMPILER_FLAGS = ["-w", "-fwrapv", "-ffp-contract=off"]
 
 
@@ -42,7 +42,7 @@ class UnsupportedPTX(ValueError):
 
 @dataclass(frozen=True)
 class Shared:
-    """A variable in shared memory; of 0 bytes: the memory whose size the launch gives."""
+    """A variable in shared memory; 0 bytes stand for the launch's dynamic memory."""
 
     name: str
     size: int
@@ -219,7 +219,7 @@ def declaration(text: str) -> str:
 
 
 def registers_of(opcode: str, text: str) -> str:
-    """Those of a vector, as many as the instruction says, or one."""
+    """The registers of a vector, as many as the instruction says, or one."""
     registers = elements(text)
     vector = re.search(r"\.v(\d)\b", opcode)
     if len(registers) != (int(vector.group(1)) if vector else 1):
@@ -292,7 +292,7 @@ def translate_entry(entry: Entry, path: Path) -> Iterator[str]:
     for part in entry.body:
         try:
             translated = statement(part.text)
-        except (ValueError, TypeError, IndexError) as error:  # other operands than are known
+        except (ValueError, TypeError, IndexError) as error:  # unknown operands
             raise UnsupportedPTX(f"{path}:{part.line}: {part.text}") from error
         yield f'#line {part.line} "{path.name}"'
         yield translated
