@@ -3,7 +3,7 @@
 namespace fastnn::tests {
 namespace {
 
-constexpr int64_t kIgnored = 1;  // as the ignore_index: a class that may occur
+constexpr int64_t kIgnored = 1;  // the ignore_index, a class that may occur
 
 struct Options {
   bool probabilities = false;
@@ -150,7 +150,7 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out, const Wante
     actual_sum += out.sums(i);
     actual_weight += out.sums(i + 1);
   }
-  // Summed over the rows in float64 whatever the storage.
+  // Summed over the rows in float64 for every storage type.
   const double added = layout.rows() * kEpsilon<double>;
   expect_within("sum of losses", 0, actual_sum, sum,
                 (roundings * kEpsilon<accum<T>> + added) * sum_magnitude);

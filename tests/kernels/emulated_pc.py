@@ -27,7 +27,7 @@ BOCHS = "/usr/bin/bochs"
 SCREEN = "/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so"
 LOADER = ("/usr/lib/ISOLINUX/isolinux.bin", "/usr/lib/syslinux/modules/bios/ldlinux.c32")
 
-# Debian's packages, each with a file of it.
+# Debian's packages, each with one of its files.
 PACKAGES = {
     "apt": "/usr/bin/apt-get",
     "bochs": BOCHS,
@@ -37,7 +37,7 @@ PACKAGES = {
     "xorriso": "/usr/bin/xorriso",
 }
 
-# Debian's smallest: it is downloaded, not installed.
+# Debian's smallest kernel: it is downloaded, not installed.
 KERNEL = "linux-image-cloud-amd64"
 
 # Linux leaves AVX off where the CPU misstates the size of its compacted registers, as Bochs 2.7
@@ -46,8 +46,8 @@ KERNEL_OPTIONS = (
     "console=ttyS0 loglevel=1 clearcpuid=xsavec,xsaves mitigations=off acpi=off tsc=reliable"
 )
 
-# The screen is one that nobody looks at. Time goes by as instructions are counted, whatever they
-# take: the more to a second, the fewer the timer's interrupts.
+# The screen isn't shown. Emulated time counts instructions: the more per second, the fewer timer
+# interrupts.
 SETTINGS = """
 cpu: model=corei7_skylake_x, ips=100000000, reset_on_triple_fault=0
 memory: guest=512, host=512
@@ -66,7 +66,7 @@ TIME_LIMIT = 3600  # seconds; the kernels' tests take some 500
 
 
 def archive(files: dict[str, Path]) -> bytes:
-    """The files as a file system for Linux's start: cpio's "newc". /dev/console is there anyway."""
+    """The files as Linux's initial file system: cpio's "newc". /dev/console exists anyway."""
     entries = [(name, 0o100755, path.read_bytes()) for name, path in files.items()]
     return b"".join(archived(*entry) for entry in [*entries, ("TRAILER!!!", 0, b"")])
 
@@ -82,7 +82,7 @@ def padded(content: bytes) -> bytes:
 
 
 def kernel() -> Path:
-    """Debian's newest, downloaded unless there is one already."""
+    """Debian's newest kernel, downloaded unless there is one already."""
     if not list(FOLDER.glob("boot/vmlinuz-*")):
         depends = ["apt-cache", "depends", "--important", KERNEL]
         listed = subprocess.run(depends, capture_output=True, text=True, check=True).stdout
@@ -111,7 +111,7 @@ def make_disc(files: dict[str, Path], arguments: list[str]) -> None:
 def start() -> subprocess.Popen[bytes]:
     SERIAL.unlink(missing_ok=True)
     (FOLDER / "settings").write_text(SETTINGS)
-    (FOLDER / "debugger").write_text("continue\n")  # Debian's Bochs has one, which waits at first
+    (FOLDER / "debugger").write_text("continue\n")  # Debian's Bochs waits in its debugger at first
     command = [BOCHS, "-q", "-f", "settings", "-rc", "debugger"]
     with open(FOLDER / "screen.txt", "wb") as screen:
         return subprocess.Popen(
@@ -127,7 +127,7 @@ def start() -> subprocess.Popen[bytes]:
 def follow(pc: subprocess.Popen[bytes]) -> int | None:
     """Prints what the PC prints until the program's end, and returns its status.
 
-    None where the PC stops before, or the time is up.
+    None if the PC stops before that, or the time is up.
     """
     begin = time.monotonic()
     printed = ""

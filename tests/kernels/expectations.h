@@ -27,7 +27,7 @@ inline int64_t random_index(int64_t n) {
 
 // ---- expectations ----
 
-// What runs, for the message of a failure.
+// The test that runs, for the message of a failure.
 struct Running {
   std::string test;
   std::string detail;
@@ -54,7 +54,7 @@ void describe(const char* text, Args... args) {
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "FAILED: %s, %s: %s\n", running().test.c_str(), running().detail.c_str(),
                what.c_str());
-  std::_Exit(1);  // without the destructors of what threads may still use
+  std::_Exit(1);  // runs no destructors: other threads may still use the objects
 }
 
 inline void expect(bool condition, const char* what) {

@@ -13,8 +13,8 @@ struct Size {
 
 // ---- sizes ----
 
-// The kernel's own sizes (csrc/cpu/simd/gemm.h), to test around. Were they to change there, these
-// tests would hold still, but see less.
+// The kernel's own sizes (csrc/cpu/simd/gemm.h), to test around. If they change there, these tests
+// still hold, but test less.
 struct Tile {
   int64_t lanes;
   int64_t rows;
@@ -28,8 +28,8 @@ constexpr int64_t kDepth = 200;
 constexpr int64_t kGroup = 8;
 // More rows than are multiplied without packing.
 constexpr int64_t kManyRows = 17;
-// Depths that can't be halved in whole vectors, at most a vector below a limit of two blocks: were
-// a block to exceed the limit, its panels would run into the next part of the scratch memory.
+// Depths that can't be halved in whole vectors, at most a vector below a limit of two blocks: if a
+// block exceeded the limit, its panels would run into the next part of the scratch memory.
 constexpr int64_t kUnevenDepths[] = {2 * kDepth - 8, 2 * kDepth, 2 * kDepth + 16};
 
 std::vector<Size> sizes(const Tile& tile) {
@@ -56,8 +56,8 @@ std::vector<Size> sizes(const Tile& tile) {
     result.push_back({tile.rows + 1, tile.lanes - 1, d});
     result.push_back({kManyRows, kGroup * tile.cols + 1, d});
   }
-  // What fills each part of the scratch memory: the left operand, and both kinds of sums. The right
-  // one's is filled above.
+  // Fill each part of the scratch memory: the left operand's and both kinds of sums. The right
+  // operand's is filled above.
   result.push_back({simd::kGemmRows, 1, kDepth});
   result.push_back({simd::kGemmRows, tile.cols - 1, 2});
   result.push_back({simd::kGemmRows, simd::kGemmCols, 1});
@@ -99,8 +99,8 @@ std::vector<Size> sizes(const Tile& tile) {
 
 // ---- operands ----
 
-// Integers, whose sums are exact whatever the order; numbers of any kind, whose sums are rounded;
-// and those with some that are infinite and NaN.
+// Integers, whose sums are exact in any order; numbers of any kind, whose sums are rounded; and
+// numbers some of which are infinite or NaN.
 enum class Values { Integers, Reals, Special };
 
 template <typename T>
@@ -116,7 +116,7 @@ Buffer<T> random_values(int64_t n, Values values) {
   return result;
 }
 
-// The operands by their lines, and the product's elements with the sums of their terms' magnitudes.
+// The operands as lines, and the product's elements with the sums of their terms' magnitudes.
 template <typename T>
 struct Problem {
   Size size;
@@ -165,7 +165,7 @@ struct Options {
 };
 
 // A copy of an operand's lines, with element p of line l at p * stride + l if `by_depth`, at
-// l * stride + p otherwise. Nobody has written what lies between: NaN.
+// l * stride + p otherwise. The memory between them is NaN.
 template <typename T>
 struct Stored {
   int64_t stride;
@@ -181,7 +181,7 @@ struct Stored {
   }
 
  private:
-  // As of torch's tensors, the stride where there is one row or no element means nothing.
+  // As in torch, the stride doesn't matter if there is one row or no element.
   Stored(int64_t rows, int64_t cols, const Options& options)
       : stride(rows == 1 && options.padding != 0 ? 1 : cols + options.padding),
         memory(rows == 0 || cols == 0 ? 0 : (rows - 1) * stride + cols, options.offset) {
@@ -190,7 +190,7 @@ struct Stored {
 
 // ---- runs ----
 
-// Memory of a call's own, of which nothing is written yet: NaN.
+// The memory of one call, NaN until it is written.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : memory_(::operator new(bytes, kAlignment)) {
@@ -210,7 +210,7 @@ class Scratch {
   std::unique_ptr<void, Free> memory_;
 };
 
-// With the blocks meant for `jobs` threads on `threads` of them.
+// Multiplies the blocks meant for `jobs` threads on `threads` threads.
 template <typename T>
 Buffer<T> multiply(const Target& target, simd::Gemm<T> arguments, int64_t offset, int jobs,
                    int threads) {
@@ -373,7 +373,7 @@ const Test backward_test("gemm_backward", [](const Target& target) {
     int n = 0;
     for (const Size& size : sizes(Tile(lanes, lanes * sizeof(accum<T>)))) {
       const Problem<T> problem(size, n % 2 ? Values::Integers : Values::Reals);
-      // As of a gradient passed on, and of a weight's.
+      // Transposed as for the gradient of an input, and for that of a weight.
       const Options options{.a_transposed = n % 3 == 1, .b_transposed = n % 3 == 2};
       const Stored<T> a(problem.a, size.rows, size.depth, options.a_transposed, options);
       const Stored<T> b(problem.b, size.cols, size.depth, !options.b_transposed, options);
@@ -397,8 +397,8 @@ const Test backward_test("gemm_backward", [](const Target& target) {
   });
 });
 
-// A product added to what is there, of a right operand that is stored as T and all else as wide as
-// the sums: a product of integers, which is exact.
+// Adds a product whose right operand is stored as T, and all else in the accumulation type, to the
+// output. It is a product of integers, which is exact.
 template <typename T>
 void wide_gemm(const Target& target, const Size& size, bool a_transposed, bool b_transposed) {
   using A = accum<T>;
@@ -449,7 +449,7 @@ const Test wide_test("wide_gemm", [](const Target& target) {
   });
 });
 
-// That the blocks, in their order, cover the output row by row of blocks, and none is too large.
+// Expects the blocks, in their order, to cover the output row by row, and none to be too large.
 void blocks_cover(const Size& size, int64_t threads) {
   const cpu::GemmJobs jobs(size.rows, size.cols, size.depth, threads);
   int64_t row = 0, col = 0;  // where the next block starts

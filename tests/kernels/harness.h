@@ -1,4 +1,4 @@
-// What the tests of the CPU kernels share. They need neither torch nor Python, so that sanitizers
+// Shared by the tests of the CPU kernels, which need neither torch nor Python, so that sanitizers
 // and emulators can run them: each operator's tests are a file that registers itself, and main.cpp
 // runs them on every instruction set.
 #pragma once
@@ -46,14 +46,14 @@ struct Target {
   simd::VecFunctions<T> vec() const {
     return std::get<Tables<T>>(tables).vec();
   }
-  // Elements of a vector of the type that T is summed in.
+  // The elements of a vector of T's accumulation type.
   template <typename T>
   int64_t lanes() const {
     return vec<T>().lanes;
   }
 };
 
-// A test in a file of its own makes one of these at namespace scope.
+// Each test makes one of these at namespace scope.
 struct Test {
   const char* name;
   void (*run)(const Target&);
@@ -95,9 +95,9 @@ inline constexpr const char* kName<float16> = "float16";
 // ---- memory ----
 
 // Exactly n elements on the heap, so that the first byte past them is poisoned. With an `offset`
-// they start that many elements into the allocation: kernels may count on no more alignment than
-// an element's own. No elements are a null pointer, as torch's empty tensors have. What nobody has
-// written is NaN.
+// they start that many elements into the allocation: kernels may assume no more alignment than an
+// element's own. An empty buffer is a null pointer, as torch's empty tensors have. Unwritten
+// elements are NaN.
 template <typename T>
 class Buffer {
  public:
@@ -149,8 +149,8 @@ auto data_if(bool wanted, B& buffer) {
 
 // ---- expectations ----
 
-// That an element is the expected value, after as many `roundings` in accum<T>, of magnitudes up
-// to `scale`, and one to T.
+// Expects an element to be the value, after as many `roundings` in accum<T>, of magnitudes up to
+// `scale`, and one to T.
 template <typename T>
 void expect_close(const char* name, int64_t i, T actual, double expected, double roundings,
                   double scale) {
@@ -170,8 +170,8 @@ void expect_same_bits(const char* name, const Buffer<T>& actual, const Buffer<T>
 
 // ---- threads ----
 
-// Calls f(begin, end) on pieces of [0, n) as at::parallel_for does: one for each thread, as equal
-// as can be, and none of nothing. But one thread gets even nothing: kernels take an empty range.
+// Calls f(begin, end) on pieces of [0, n) as at::parallel_for does: one per thread, as equal as
+// possible, and none empty. But a single thread gets even an empty range, which kernels take.
 template <typename F>
 void parallel_for(int threads, int64_t n, F f) {
   if (threads == 1) return f(int64_t{0}, n);

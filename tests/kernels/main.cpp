@@ -1,5 +1,5 @@
-// Runs every test on every instruction set that this CPU has, and says which it hasn't; or on those
-// that the arguments name, each of which it must have. See run.py.
+// Runs every test on every instruction set that this CPU has, and names those that it lacks; or on
+// those that the arguments name, which it must have. See run.py.
 #include <span>
 #include <string_view>
 
@@ -28,7 +28,7 @@ std::vector<Target> targets() {
   result.push_back(TARGET(avx2, "avx2", avx2 ? nullptr : missing));
   result.push_back(TARGET(avx512, "avx512", avx512 ? nullptr : missing));
 #if defined(FASTNN_TESTS_SPLIT)
-  // The same source with vectors as wide; but neither AVX-512's instructions nor its intrinsics.
+  // The same source with vectors as wide, but without AVX-512's instructions and intrinsics.
   const char* not_split = avx512 ? "avx512 itself was run" : avx2 ? nullptr : "it takes avx2";
   result.push_back(TARGET(avx512_split, "avx512's vectors split for avx2", not_split));
 #endif
@@ -66,7 +66,7 @@ const Target& named(const std::vector<Target>& targets, std::string_view name) {
 
 int main(int argc, char** argv) {
   using namespace fastnn::tests;
-  // Line by line wherever it goes: a sanitizer's end would lose what waits to be printed.
+  // Line-buffered everywhere: a sanitizer's abort would lose buffered output.
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   const std::vector<Target> targets = fastnn::tests::targets();
   if (argc == 1) {

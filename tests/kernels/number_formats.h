@@ -58,7 +58,7 @@ double to_double(T value) {
   }
 }
 
-// The bits of a narrow format's number but the sign, of a value that isn't negative.
+// The bits of a narrow format's number without the sign, for a value that isn't negative.
 template <typename T>
 int magnitude_bits(double value) {
   using F = Format<T>;

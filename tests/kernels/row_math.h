@@ -19,7 +19,7 @@ inline int64_t elements(const Layout& layout) {
   return layout.rows() * layout.classes;
 }
 
-// Where class c of a row lies.
+// The index of class c of a row.
 inline int64_t element(const Layout& layout, int64_t row, int64_t c) {
   return (row / layout.inner * layout.classes + c) * layout.inner + row % layout.inner;
 }
@@ -31,7 +31,7 @@ struct LogSumExp {
   double log_softmax(double x) const {
     return (x - max) - log_sum;
   }
-  // The magnitudes that a log-softmax is the difference of.
+  // The magnitude of the terms of a log-softmax.
   double scale(double x) const {
     return std::isinf(x) ? 0 : 1 + std::abs(x - max) + log_sum;
   }

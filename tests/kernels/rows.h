@@ -1,4 +1,4 @@
-// What the tests of log_softmax and cross_entropy share: layouts, and how they round.
+// Shared by the tests of log_softmax and cross_entropy: layouts, and how they round.
 #pragma once
 
 #include "harness.h"
@@ -6,7 +6,7 @@
 
 namespace fastnn::tests {
 
-// Rows in one piece, fewer and more than a vector's lanes, and rows whose classes lie apart.
+// Contiguous rows, fewer and more than a vector's lanes, and rows whose classes aren't contiguous.
 inline std::vector<Layout> layouts(int64_t lanes) {
   std::vector<Layout> result;
   for (const int64_t classes : odd_sizes(lanes)) {

@@ -24,13 +24,13 @@ from repository import REPOSITORY
 
 TESTS = Path("tests/kernels")
 
-# For a CPU without AVX-512: vectors as wide, which the compiler splits into AVX2's. That takes it
-# several times as long as any other set, and at -O2 many times.
+# For a CPU without AVX-512: vectors as wide, which the compiler splits into AVX2's. That takes
+# several times as long as any other set, and many times at -O2.
 SPLIT = "avx512_split"
 
 
 def has_avx512() -> bool:
-    """Whether this CPU has it, as Linux says."""
+    """Whether this CPU has AVX-512, according to Linux."""
     facts = Path("/proc/cpuinfo")
     return facts.exists() and " avx512bw " in facts.read_text()
 
@@ -56,11 +56,11 @@ class Program:
     def commands(self) -> Iterator[tuple[list[str], Path]]:
         """The compiler's commands, each with its object, in the order to link in.
 
-        Of an inline function that several objects hold the linker takes the first, which must be
-        one for every CPU.
+        If several objects hold an inline function, the linker takes the first, which must be one
+        for every CPU.
         """
         targets = self.targets()
-        # The lines of the code, but not its variables, which take GCC minutes more.
+        # Debug information of lines, but not of variables, which takes GCC minutes more.
         common = [*self.compiler, *self.way.flags, "-g1", "-pthread"]
         flags = [*common, *instruction_sets.KERNEL_FLAGS, "-Icsrc"]
         if SPLIT in targets:
@@ -104,7 +104,7 @@ def sanitize(jobs: int) -> None:
 
 
 def present(what: str, packages: dict[str, str]) -> bool:
-    """Whether these Debian packages are there, each known by a command or file; says if not."""
+    """Whether these Debian packages are installed, known by a command or file; prints if not."""
     absent = [
         package
         for package, file in packages.items()
@@ -115,7 +115,7 @@ def present(what: str, packages: dict[str, str]) -> bool:
     return not absent
 
 
-# So that an emulator needs no libraries of its machine.
+# So that an emulator needs no libraries of the machine that it emulates.
 STATIC = ("-static",)
 
 # An x86-64 CPU of the time before AVX.

@@ -29,7 +29,7 @@ template <typename T>
 VecFunctions<T> vec_functions();
 }
 
-// AVX-512's vectors, which the compiler splits into AVX2's (see run.py): a set of the tests alone.
+// AVX-512's vectors, which the compiler splits into AVX2's (see run.py), only in the tests.
 namespace avx512_split {
 template <typename T>
 VecFunctions<T> vec_functions();

@@ -37,7 +37,7 @@ struct Unwind {};
 // The fibers, kept from launch to launch.
 class FiberPool {
  public:
-  // For the thread sanitizer a fiber is a thread's own: two threads on one would be in order.
+  // For the thread sanitizer each thread has its own fiber: two on one would count as ordered.
   Fiber* take(int position) {
     if (sanitizers::kThread) return at(position);
     if (free_.empty()) return at(static_cast<int>(fibers_.size()));
@@ -127,7 +127,7 @@ void Block::start_threads() {
   finished_ += static_cast<int>(order_.size() - started_);  // after a fault the rest never run
 }
 
-// What each fiber does for ever.
+// The endless loop of each fiber.
 void Block::fiber_body() {
   for (;;) {
     running_block->run_unstarted_threads();
@@ -135,7 +135,7 @@ void Block::fiber_body() {
   }
 }
 
-// One thread after the other for as long as none waits, which spares switches.
+// Runs one thread after the other as long as none waits, which saves switches.
 void Block::run_unstarted_threads() {
   Fiber* fiber = threads_[order_[started_]].fiber;
   do {
@@ -171,8 +171,8 @@ void Block::run_current_thread() {
   ++finished_;
 }
 
-// Resumes the threads whose meeting is over; whether there were any. Each warp goes as far ahead of
-// the others as it can: what a missing barrier would let it overwrite is then still unread.
+// Resumes the threads whose meeting is over; returns whether there were any. Each warp runs as far
+// ahead of the others as it can: what a missing barrier lets it overwrite is then still unread.
 bool Block::resume_threads() {
   bool any = false;
   for (const int warp : warp_order_) {
@@ -269,7 +269,7 @@ WarpGroup& Block::group(unsigned mask) {
   return *warp.groups.back();
 }
 
-// Returns what the lanes have brought, by lane; of those in the mask only.
+// Returns the values by lane; only those of lanes in the mask are valid.
 const uint64_t* Block::meet_warp(const char* function, unsigned mask, uint64_t value,
                                  const Site& site) {
   check_mask(function, mask, site);

@@ -1,5 +1,5 @@
 // One block of a launch: its threads, what they wait for, and its shared memory. Nothing of it
-// outlives the block, so that for the thread sanitizer, too, blocks have nothing in common.
+// outlives the block, so that the thread sanitizer, too, sees nothing that blocks share.
 #pragma once
 
 #include <functional>
@@ -22,12 +22,12 @@ struct Kernel {
   const std::function<void()>& thread_body;
 };
 
-// A meeting that takes place again and again: its number tells those who wait that it is over.
+// A recurring meeting of threads: its number tells those that wait that it is over.
 struct Meeting {
   uint64_t number = 0;
   char tokens[2];  // for the thread sanitizer
 
-  // By parity: what comes before one meeting is not in order with what comes after the next.
+  // By parity, so that arrivals at the next meeting aren't ordered before what follows this one.
   const void* token(uint64_t which) const {
     return &tokens[which % 2];
   }
@@ -38,11 +38,11 @@ struct Barrier : Meeting {
   Site site;
   int arrived = 0;
   int true_predicates = 0;
-  // By parity: a thread that is late reads it while others have come to the next meeting.
+  // By parity: a late thread reads one while others have reached the next meeting.
   BarrierResult results[2];
 };
 
-// Lanes of one warp, those in a mask.
+// The lanes of one warp that are in a mask.
 struct WarpGroup : Meeting {
   unsigned mask = 0;
   unsigned arrived = 0;
@@ -53,7 +53,7 @@ struct WarpGroup : Meeting {
 struct Warp {
   unsigned existing = 0;  // lanes; the last warp may have fewer
   unsigned exited = 0;
-  std::vector<int> order;  // of its threads: as they get their turns
+  std::vector<int> order;  // of its threads' turns
   std::vector<std::unique_ptr<WarpGroup>> groups;
 };
 
@@ -77,7 +77,7 @@ struct Thread {
 
 class Block {
  public:
-  // `order`: the positions of the threads as they get their turns.
+  // `order`: the positions of the threads in the order of their turns.
   Block(const Kernel& kernel, const uint3& index, const std::vector<int>& order);
 
   void run();
@@ -143,7 +143,7 @@ extern Block* running_block;
 
 int64_t fiber_switches();
 
-// For the thread sanitizer: what was done until here comes before what the blocks do.
+// For the thread sanitizer: what was done until here happens before what the blocks do.
 void begin_launch();
 
 std::string text(const char* name, const uint3& index);

@@ -1,4 +1,4 @@
-// Switches stacks. By hand on the processors below, since swapcontext() asks the system for the
+// Switches stacks, by assembly on the processors below: swapcontext() asks the system for the
 // signal mask at each switch and takes 50 times as long.
 #pragma once
 
@@ -17,8 +17,8 @@ using Entry = void (*)();
 
 #if defined(FASTNN_EMULATION_SWITCHES)
 
-// Pushes the registers that a function must preserve, stores the stack pointer in *from, and goes
-// on with the registers that lie at `to`.
+// Pushes the registers that a function must preserve, stores the stack pointer in *from, and
+// continues with the registers saved at `to`.
 extern "C" void fastnn_emulation_switch(void** from, void* to);
 
 #if defined(__x86_64__)
@@ -45,8 +45,8 @@ fastnn_emulation_switch:
   popq %rbp
   ret
 )");
-constexpr size_t kSavedWords = 8;     // six registers, the return address, and one that aligns
-constexpr size_t kReturnAddress = 6;  // which of the words
+constexpr size_t kSavedWords = 8;     // six registers, the return address, and one for alignment
+constexpr size_t kReturnAddress = 6;  // the index of that word
 #else
 asm(R"(
   .text

@@ -1,4 +1,4 @@
-// What the emulation's own tests expect: values, and faults.
+// The expectations of the emulation's own tests: values and faults.
 #pragma once
 
 #include <cstdio>
@@ -20,7 +20,7 @@ inline void expect(bool condition, const std::string& what) {
   std::exit(1);
 }
 
-// That `launch` ends in a fault whose message has each of the words.
+// Expects that `launch` ends in a fault whose message has each of the words.
 inline void expect_fault(const std::function<void()>& launch,
                          const std::vector<std::string>& words) {
   std::string message = "no fault";

@@ -1,4 +1,4 @@
-// What the test-only extension has beside the product's own sources: see build.py.
+// What the test-only extension has besides the product's own sources: see build.py.
 #include <torch/library.h>
 
 #include "cpu/capability.h"
@@ -12,7 +12,7 @@
 
 namespace fastnn::cpu {
 
-// The CPU's kernels are not there.
+// The CPU's kernels are not built in.
 const char* capability() {
   return "cuda emulation";
 }

@@ -22,7 +22,7 @@ struct Host {
 };
 Host host;
 
-// Stacks that all began at the same place of a page would share a few lines of the caches.
+// Stacks that all started at the same offset in a page would compete for a few cache lines.
 size_t unused_top() {
   static size_t fibers = 0;
   return fibers++ % 32 * 128;
@@ -36,7 +36,7 @@ Fiber::Fiber(Body body) : body_(body) {
   mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-  // The lowest page is never accessible: a stack that grows too far ends there.
+  // The lowest page is a guard page: a stack that grows too far faults there.
   mprotect(mapping_, page, PROT_NONE);
   stack_ = static_cast<char*>(mapping_) + page;
   context_.prepare(stack_, kStackBytes - unused_top(), start);

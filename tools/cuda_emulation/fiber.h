@@ -1,4 +1,4 @@
-// A stack of its own for each CUDA thread, between which one thread of the system switches.
+// A separate stack for each CUDA thread; one system thread switches between them.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Runs the fiber until it suspends itself. Not called on a fiber.
+  // Runs the fiber until it suspends itself. Must not be called on a fiber.
   void resume();
   // Goes back to where the running fiber was resumed.
   static void suspend();

@@ -19,9 +19,9 @@ constexpr unsigned kMaxBlockZ = 64;
 constexpr unsigned kMaxGridX = 0x7fffffff;
 constexpr unsigned kMaxGridYZ = 65535;
 constexpr size_t kMaxShared = 48 << 10;
-constexpr size_t kMaxSharedOptIn = 64 << 10;  // of compute capability 7.5, the least we support
+constexpr size_t kMaxSharedOptIn = 64 << 10;  // of compute capability 7.5, the lowest we support
 
-// One launch at a time, from whichever thread: a kernel's threadIdx etc. are global variables.
+// One launch at a time over all threads: a kernel's threadIdx etc. are global variables.
 std::mutex mutex;
 std::map<const void*, size_t> opted_in;
 int64_t launches = 0;
@@ -39,7 +39,7 @@ Settings& current_settings() {
   return settings;
 }
 
-// The most dynamic memory, and the most in all, with what the kernel declares.
+// The limits of dynamic memory, and of all memory with what the kernel declares.
 std::pair<size_t, size_t> max_shared_bytes_of(const void* kernel) {
   const auto found = opted_in.find(kernel);
   if (found == opted_in.end()) return {kMaxShared, kMaxShared};
@@ -86,7 +86,7 @@ class Turns {
         return turn;
     }
   }
-  // Another order for each block, where they are shuffled.
+  // Another order for each block if they are shuffled.
   const std::vector<int>& threads() {
     if (settings_.order == ThreadOrder::Shuffled) {
       std::shuffle(threads_.begin(), threads_.end(), random_);

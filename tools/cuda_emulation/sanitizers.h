@@ -1,8 +1,8 @@
-// What the address and thread sanitizers must be told about fibers; without them, nothing.
+// Tells the address and thread sanitizers about fibers; without them it does nothing.
 //
-// The thread sanitizer sees each CUDA thread as a thread: it knows of no order between them but
-// what acquire() and release() say, and so reports what a missing barrier leaves unordered. This
-// runtime is to be compiled without -fsanitize=thread, so that its own memory is not looked at, and
+// The thread sanitizer sees each CUDA thread as a thread: the only order between them is what
+// acquire() and release() declare, so it reports what a missing barrier leaves unordered. This
+// runtime must be compiled without -fsanitize=thread, so that its own memory isn't checked, and
 // with -DFASTNN_EMULATION_TSAN.
 #pragma once
 
@@ -34,7 +34,7 @@ struct Stack {
   size_t bytes = 0;
 };
 
-// Before a switch to `stack`; `*saved` keeps what belongs to the present one.
+// Called before a switch to `stack`; `*saved` keeps the state of the present one.
 inline void start_switch([[maybe_unused]] void** saved, [[maybe_unused]] const Stack& stack,
                          [[maybe_unused]] void* thread) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -45,7 +45,7 @@ inline void start_switch([[maybe_unused]] void** saved, [[maybe_unused]] const S
 #endif
 }
 
-// After it, on the stack switched to; `previous` receives the one left, unless null.
+// Called after the switch, on the new stack; `previous` receives the old one, unless null.
 inline void finish_switch([[maybe_unused]] void* saved, [[maybe_unused]] Stack* previous) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(saved, previous ? &previous->bottom : nullptr,
@@ -75,7 +75,7 @@ inline void destroy_thread([[maybe_unused]] void* thread) {
 #endif
 }
 
-// What came before a release() of an address comes before what follows an acquire() of it.
+// What precedes a release() of an address happens before what follows an acquire() of it.
 inline void release([[maybe_unused]] const void* address) {
 #if defined(FASTNN_EMULATION_TSAN)
   __tsan_release(const_cast<void*>(address));
@@ -87,8 +87,8 @@ inline void acquire([[maybe_unused]] const void* address) {
 #endif
 }
 
-// While it lives, what the runtime does on a fiber counts as done by one thread that knows nothing
-// of the kernel's: its own allocations are not taken for theirs.
+// While it lives, the runtime's work on a fiber counts as that of a separate thread: its own
+// allocations aren't attributed to the kernel's threads.
 class OutsideOfThreads {
  public:
   OutsideOfThreads() : thread_(current_thread()) {
@@ -103,7 +103,7 @@ class OutsideOfThreads {
     __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
 #endif
   }
-  // For the thread that frees, later, what was allocated.
+  // Called by the thread that later frees the allocations.
   static void acquire_all() {
     acquire(&token);
   }

@@ -42,7 +42,7 @@ class SharedMemory {
       std::free(pointer);
     }
   };
-  // An allocation of exact size, beyond which the address sanitizer sees.
+  // An allocation of exact size, so that the address sanitizer sees accesses past its end.
   struct Memory {
     const void* key = nullptr;
     std::unique_ptr<void, Free> data;
@@ -50,14 +50,14 @@ class SharedMemory {
   };
 
   void add(const void* key, size_t bytes) {
-    const sanitizers::OutsideOfThreads outside;  // not the thread that comes first
+    const sanitizers::OutsideOfThreads outside;  // not attributed to the first thread
     variables_.push_back(allocate(key, bytes));
   }
   static Memory allocate(const void* key, size_t bytes) {
     constexpr size_t kAlignment = 16;  // what FASTNN_SHARED and FASTNN_DYNAMIC_SHARED promise
     void* pointer = nullptr;
     if (posix_memalign(&pointer, kAlignment, bytes) != 0) throw std::bad_alloc();
-    constexpr int kNaN = 0xFF;  // in each format of floating point; as an integer, -1
+    constexpr int kNaN = 0xFF;  // in every floating-point format; as an integer, -1
     std::memset(pointer, kNaN, bytes);
     sanitizers::release(pointer);
     return {key, std::unique_ptr<void, Free>(pointer), bytes};

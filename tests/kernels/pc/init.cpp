@@ -1,5 +1,5 @@
-// The first process of the emulated PC: runs the program, says how it ended, and stays, as the
-// first process must. See emulated_pc.py.
+// The first process of the emulated PC: runs the program, prints how it ended, and never exits, as
+// the first process mustn't. See emulated_pc.py.
 #include <sys/wait.h>
 #include <unistd.h>
 

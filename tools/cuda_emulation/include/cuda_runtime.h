@@ -1,4 +1,4 @@
-// Stands in for CUDA's <cuda_runtime.h> where kernels are compiled as plain C++: the part of CUDA
+// Stands in for CUDA's <cuda_runtime.h> when kernels are compiled as plain C++: the part of CUDA
 // that fastnn's kernels use, on tools/cuda_emulation's runtime.
 #pragma once
 
@@ -82,7 +82,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-// A small GPU, so that small products have tiles enough for large ones to be chosen.
+// A small GPU, so that small products have enough tiles for large ones to be chosen.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -183,7 +183,7 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
 
 // --- memory
 
-// Integers only: of floating point, the sum would depend on the order.
+// Integers only: a floating-point sum would depend on the order.
 template <typename T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   static_assert(std::is_integral_v<T>);
@@ -195,7 +195,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// A store of a vector as one. By its bytes: they are part of an array of another type.
+// Stores a vector as one, by its bytes: they are part of an array of another type.
 #define FASTNN_STORE_WHOLE(p, words) ::fastnn::cuda_emulation::store_whole(p, words)
 
 namespace fastnn::cuda_emulation {

@@ -72,7 +72,7 @@ Tensors<T> operands(const Problem<T>& problem, T* out) {
           out};
 }
 
-// By an operator that `make` makes of the plain forward's.
+// Runs the operator that `make` makes of the plain forward's.
 template <typename T, TargetKind Kind, typename Make>
 Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& offsets, bool lse,
                    Make make) {
@@ -230,7 +230,7 @@ void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offse
   }
 }
 
-// An incoming gradient of 1 leaves the memory alone: what lies there isn't looked at.
+// An incoming gradient of 1 leaves the memory alone: it isn't even read.
 template <typename T>
 void check_scale_by_one(const Problem<T>& problem, const Way& way) {
   Buffer<T> kept(elements(problem.layout)), one(1);  // NaN
@@ -344,7 +344,7 @@ const Test test("cross_entropy", [] {
   });
 });
 
-// What stands out of range ends the launch.
+// A target out of range ends the launch.
 const Test bad("cross_entropy: target out of range", [] {
   using Op = CrossEntropyForwardRows<float, TargetKind::Index>;
   for (const int64_t wrong : {int64_t{5}, int64_t{-1}, INT64_MAX, INT64_MIN}) {

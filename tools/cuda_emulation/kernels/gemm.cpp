@@ -23,7 +23,7 @@ struct Options {
   bool relu = true;
 };
 
-// An operand in memory of its own, of which nobody has written what lies between its elements: NaN.
+// An operand in memory of its own; the memory between its elements is NaN.
 template <typename T>
 struct Stored {
   int64_t line_stride;
@@ -109,7 +109,7 @@ struct Problem {
           magnitude += std::abs(term);
         }
         const double expected = options.relu && sum <= 0 ? 0 : sum;
-        // A block of the depth is summed by itself; the bound of one sum would be the depth.
+        // Each block of the depth is summed separately; the bound of one sum would be the depth.
         const double roundings = std::min<double>(size.depth, kStep * kStepsPerSum) +
                                  size.depth / (kStep * kStepsPerSum) + 3;
         expect_close("out", r * size.cols + c, out[r * size.cols + c], expected, roundings,
@@ -119,7 +119,7 @@ struct Problem {
   }
 };
 
-// Each kernel by itself, not the one that launch_gemm would choose.
+// Runs this kernel, not the one that launch_gemm would choose.
 template <typename T, typename Shape>
 void run_shape(const Size& size, const Options& options) {
   Problem<T> problem(size, options);
@@ -204,7 +204,7 @@ const Test accuracy_test("gemm_accuracy", [] {
   expect(std::abs(out(0) - expected) <= 1e-5 * expected, "sums over the depth drift");
 });
 
-// What choices must come out as: vectors wherever they are, none where one would be misaligned.
+// Vectors must be chosen wherever there are any, and not where one would be misaligned.
 const Test vectors_test("gemm_vectors", [] {
   for_each_dtype([]<typename T>() {
     describe("%s", kName<T>);

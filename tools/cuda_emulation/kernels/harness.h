@@ -1,4 +1,4 @@
-// What the tests of the CUDA kernels share. They need neither torch's libraries nor CUDA: each
+// Shared by the tests of the CUDA kernels, which need neither torch's libraries nor CUDA: each
 // kernel's tests are a file that registers itself, and main.cpp runs them in every order of
 // threads.
 #pragma once
@@ -22,7 +22,7 @@ using namespace fastnn::tests;
 using c10::BFloat16;
 using c10::Half;
 
-// A test in a file of its own makes one of these at namespace scope.
+// Each test makes one of these at namespace scope.
 struct Test {
   const char* name;
   void (*run)();
@@ -59,8 +59,8 @@ inline constexpr const char* kName<Half> = "float16";
 
 // ---- memory ----
 
-// n elements that start `offset` elements past a 16-byte boundary. What nobody has written is NaN;
-// what lies around is checked, or poisoned by the address sanitizer.
+// n elements that start `offset` elements past a 16-byte boundary. Unwritten ones are NaN; the
+// memory around them is checked, or poisoned by the address sanitizer.
 template <typename T>
 class Buffer {
  public:
@@ -136,7 +136,7 @@ inline constexpr double kEpsilon<Half> = 1.0 / 1024;
 template <>
 inline constexpr double kEpsilon<BFloat16> = 1.0 / 128;
 
-// That an element is the expected value, after as many `roundings` in accum<T>, of magnitudes up to
+// Expects an element to be the value, after as many `roundings` in accum<T>, of magnitudes up to
 // `scale`, and one to T.
 template <typename T>
 void expect_close(const char* name, int64_t i, T actual, double expected, double roundings,
@@ -147,7 +147,7 @@ void expect_close(const char* name, int64_t i, T actual, double expected, double
                 roundings * kEpsilon<accum<T>> * scale + rounded);
 }
 
-// That a sum of n terms, of magnitudes that sum to `scale`, is the expected value: it is summed in
+// Expects a sum of n terms, of magnitudes that sum to `scale`, to be the value: it is summed in
 // float64 and rounded once to T.
 template <typename T>
 void expect_sum(const char* name, T actual, double expected, int64_t n, double scale) {
@@ -158,7 +158,7 @@ void expect_sum(const char* name, T actual, double expected, int64_t n, double s
   fail(format("%s is %.17g, expected %.17g within %.3g", name, value, expected, bound));
 }
 
-// What was computed in the first order of threads, for the others to be compared with.
+// The results in the first order of threads, which those in the others are compared with.
 struct Record {
   std::vector<uint64_t> hashes;
   size_t next = 0;
@@ -168,8 +168,8 @@ inline Record& record() {
   return record;
 }
 
-// That the buffer holds the same bits in every order of threads. (main.cpp has each order draw the
-// same random numbers.)
+// Expects the same bits in the buffer in every order of threads. (main.cpp makes each order draw
+// the same random numbers.)
 template <typename T>
 void expect_same_in_every_order(const Buffer<T>& buffer) {
   uint64_t hash = 14695981039346656037u;  // FNV-1a

@@ -31,7 +31,7 @@ struct Problem {
         output(random_buffer<T>(rows * cols, options.output_offset)),
         grad_linear(rows * cols, options.grad_linear_offset),
         grad_bias(cols, options.grad_linear_offset) {
-    // Half of ReLU's outputs are zero; and the gradient of NaN passes.
+    // Some of ReLU's outputs are zero, and one is NaN, whose gradient passes.
     for (int64_t i = 0; i < output.size(); i += 3) output[i] = static_cast<T>(0.0);
     output[output.size() - 1] = static_cast<T>(NAN);
     describe("%s rows=%d cols=%d offsets=%d,%d,%d wants=%d,%d", kName<T>, int(rows), int(cols),
@@ -91,7 +91,7 @@ const Test test("relu_backward", [] {
     for (const int64_t c : cols) {
       for (const int64_t rows : {1, 2, 7, 33, 400}) {
         relu_backward<T>(rows, c, {});
-        // Equally misaligned: vectors all the same; and differently: none.
+        // Equally misaligned: vectors; differently: none.
         relu_backward<T>(rows, c, {.grad_offset = 1, .output_offset = 1, .grad_linear_offset = 1});
         relu_backward<T>(rows, c, {.output_offset = 1});
       }
@@ -105,8 +105,8 @@ const Test test("relu_backward", [] {
   });
 });
 
-// The second stage by itself: more partial sums than threads above one another, columns that fill
-// no block.
+// The second stage by itself: more partial sums than threads per column, and columns that don't
+// fill a block.
 template <typename T>
 void column_sums(int64_t rows, int64_t cols) {
   describe("%s rows=%d cols=%d", kName<T>, int(rows), int(cols));
@@ -133,8 +133,7 @@ const Test sums_test("column_sums", [] {
   });
 });
 
-// Where vectors are to be expected, and that nothing but sizes and alignment decides the sums'
-// order.
+// Where vectors are expected, and that only sizes and alignment decide the order of the sums.
 const Test plan_test("relu_backward_plan", [] {
   for_each_dtype([]<typename T>() {
     describe("%s", kName<T>);

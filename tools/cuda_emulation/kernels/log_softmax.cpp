@@ -5,7 +5,7 @@
 namespace fastnn::cuda::tests {
 namespace {
 
-// `center`: the logits' mean. Their differences alone count, and keep their digits.
+// `center`: the logits' mean. Only their differences count, and must keep their digits.
 template <typename T>
 void log_softmax(const Layout& layout, const Way& way, const Offsets& offsets, double center,
                  bool masked) {
@@ -65,8 +65,8 @@ const Test test("log_softmax", [] {
   });
 });
 
-// Rows that shared memory holds because it is asked for; of which only a part would fit beside what
-// the reductions need; and one of which a multiprocessor would have no second.
+// Rows that fit into shared memory on request; that would fit only without what the reductions
+// need; and of which a multiprocessor would hold only one.
 const Test long_row("log_softmax of a long row", [] {
   const Way block{"block", Path::Block};
   for (const int64_t kibibytes : {48, 64, 111}) {

@@ -16,11 +16,11 @@ bool chosen(const char* name, int argc, char** argv) {
 int main(int argc, char** argv) {
   using namespace fastnn::cuda::tests;
   using fastnn::cuda_emulation::ThreadOrder;
-  // Line by line wherever it goes: a sanitizer's end would lose what waits to be printed.
+  // Line-buffered everywhere: a sanitizer's abort would lose buffered output.
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   const std::vector<std::pair<ThreadOrder, const char*>> orders = {
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-      // What a sanitizer reports hardly depends on the order, and takes it minutes.
+      // What a sanitizer reports hardly depends on the order, and each order takes minutes.
       {ThreadOrder::Forward, "forward"},
       {ThreadOrder::Reverse, "reverse"},
 #endif

@@ -5,7 +5,7 @@
 namespace fastnn::cuda::tests {
 namespace {
 
-constexpr int64_t kIgnored = 1;  // as the ignore_index: a class that may occur
+constexpr int64_t kIgnored = 1;  // the ignore_index, a class that may occur
 
 template <typename T>
 struct Problem {

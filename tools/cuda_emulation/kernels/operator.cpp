@@ -1,4 +1,4 @@
-// What the concept RowOperator takes and refuses: each operator below lacks one thing.
+// What the concept RowOperator accepts and rejects: each rejected operator lacks one thing.
 #include "cuda/rows/operator.cuh"
 
 #include "harness.h"

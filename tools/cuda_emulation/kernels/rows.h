@@ -1,5 +1,5 @@
-// What the tests of the kernels over rows share: layouts, the ways to hand rows to threads, and
-// how they round.
+// Shared by the tests of the kernels over rows: layouts, the ways to map rows to threads, and how
+// they round.
 #pragma once
 
 #include "cuda/rows/launch.cuh"
@@ -9,7 +9,7 @@
 namespace fastnn::cuda::tests {
 
 // No rows; rows of no, few and many classes around the ends of vectors, lanes and blocks; and rows
-// whose classes lie apart, for one thread each and for several.
+// whose classes aren't contiguous, for one thread each and for several.
 inline std::vector<Layout> layouts() {
   std::vector<Layout> result = {{0, 5, 1}, {2, 5, 0}};
   for (const int64_t classes : {0, 1, 2, 3, 7, 17, 33, 65, 129, 257, 1000}) {
@@ -24,11 +24,11 @@ inline std::vector<Layout> layouts() {
   return result;
 }
 
-// How the kernels are made to run, beside the layout.
+// How the kernels are made to run, besides the layout.
 struct Way {
   const char* name;
   std::optional<Path> path = std::nullopt;
-  int64_t max_blocks = INT64_MAX;  // of more, each does several rows
+  int64_t max_blocks = INT64_MAX;  // if the plan has more, each does several rows
   bool may_cache = true;
   int64_t slice_size = 0;  // of a split row; 0: the plan's own
 };
@@ -97,7 +97,7 @@ struct Offsets {
   int64_t output;
 };
 
-// At boundaries, all as far from one, and each in a place of its own.
+// At boundaries, all equally far from one, and each at a different distance.
 template <typename T>
 std::vector<Offsets> offsets() {
   const int64_t last = 16 / int64_t(sizeof(T)) - 1;
@@ -115,8 +115,8 @@ inline double roundings_of_row(const Layout& layout) {
   return static_cast<double>(layout.classes) / 4 + 16;
 }
 
-// A large spread, and here and there no chance at all: at the start, where nothing has been seen
-// before it, too. Each row has a class that is finite.
+// Sets some logits to -infinity, also at a row's start, before any finite one. Each row keeps a
+// finite class.
 template <typename T>
 void mask_some(Buffer<T>& logits, const Layout& layout) {
   for (int64_t row = 0; row < layout.rows() && layout.classes > 1; ++row) {

@@ -21,7 +21,7 @@ struct Item {
 
 struct Case {
   SGDOptions options;
-  // The scalars on the device, where there are any:
+  // The scalars on the device; NaN if absent.
   double device_lr = NAN;
   double grad_scale = NAN;
   double found_inf = NAN;
@@ -45,7 +45,7 @@ const Case kCases[] = {
      .scalars_are_double = true},
 };
 
-// A number where the kernel finds those of the device.
+// A number in memory, as the kernel finds it on the device.
 struct ScalarMemory {
   float as_float;
   double as_double;
@@ -111,7 +111,7 @@ void run(std::vector<Item<T, B>>& items, const Case& c) {
            int(&c - kCases));
   std::vector<Item<T, B>> before = items;
   if (c.options.is_first_step) {
-    // What such a buffer holds is nobody's.
+    // On a first step the buffer is uninitialised.
     for (Item<T, B>& item : items) {
       for (int64_t i = 0; i < item.buffer.size(); ++i) item.buffer[i] = static_cast<B>(NAN);
     }
@@ -128,10 +128,10 @@ void run_cases() {
     std::vector<Item<T, B>> items;
     for (const int64_t n : {int64_t{0}, int64_t{1}, w - 1, w, w + 1, 5 * w + 1, int64_t{97}}) {
       items.emplace_back(n, 0, 0, 0);
-      items.emplace_back(n, 1, 1, 1);  // equally misaligned: vectors all the same
+      items.emplace_back(n, 1, 1, 1);  // equally misaligned: vectors
       items.emplace_back(n, w - 1, w - 1, w - 1);
       items.emplace_back(n, w / 2, w / 2, w / 2);
-      items.emplace_back(n, 0, 1, 0);  // differently: none
+      items.emplace_back(n, 0, 1, 0);  // differently misaligned: no vectors
       items.emplace_back(n, 1, 1, 0);
     }
     run(items, c);

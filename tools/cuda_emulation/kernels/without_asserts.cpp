@@ -1,5 +1,5 @@
-// A target out of range must read and write nothing, also where device asserts are compiled out:
-// these kernels are compiled without, in a namespace of their own.
+// A target out of range must read and write nothing, even if device asserts are compiled out: these
+// kernels are compiled without them, in a namespace of their own.
 #include <cuda_runtime.h>
 
 #include <c10/cuda/CUDAException.h>

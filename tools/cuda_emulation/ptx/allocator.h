@@ -1,4 +1,4 @@
-// torch's memory, made known to the checks of memory.h.
+// Registers torch's memory with the checks of memory.h.
 #pragma once
 
 namespace fastnn::cuda_emulation::ptx {

@@ -13,7 +13,7 @@ struct Parameter {
   size_t bytes;
 };
 
-// A variable in shared memory; of 0 bytes: the memory whose size the launch gives.
+// A variable in shared memory; 0 bytes stand for the launch's dynamic memory.
 struct SharedVariable {
   const char* name;
   size_t bytes;
@@ -33,8 +33,8 @@ struct Registration {
                size_t max_threads);
 };
 
-// What stands for the kernel that the host's compiler has at the address. Throws a Fault where
-// there is none, or where it could not be launched so.
+// The translation of the kernel that the host's compiler has at the address. Throws a Fault if
+// there is none, or if it could not be launched so.
 const TranslatedKernel& find(const void* kernel, std::span<const Parameter> parameters,
                              size_t threads);
 

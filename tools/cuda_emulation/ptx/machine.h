@@ -1,6 +1,5 @@
-// What the instructions of PTX do, for the C++ that translate.py makes: a function for each, named
-// and typed as there. Numbers lie in registers as bits; each instruction takes them as its type.
-// (PTX ISA 9.0, chapter 9.)
+// PTX's instructions for the C++ that translate.py makes: a function for each, named and typed as
+// there. Registers hold bits; each instruction takes them as its type. (PTX ISA 9.0, chapter 9.)
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -45,7 +44,7 @@ consteval Site here(Site site = Site::current()) {
 
 // --- registers
 
-// Bits as a number of the type; of a wider register the lower ones, of a literal all that fit.
+// Bits as a number of the type: a wider register's lower ones, or those of a literal that fit.
 template <typename T, typename Register>
 T get(Register bits) {
   if constexpr (std::is_integral_v<T> && std::is_integral_v<Register>) {
@@ -55,7 +54,7 @@ T get(Register bits) {
   }
 }
 
-// A register that is wider than the number takes it with its sign or zeros before it.
+// A register that is wider than the number takes it sign- or zero-extended.
 template <typename Register, typename T>
 void set(Register& result, T value) {
   result = get<Register>(value);
@@ -68,7 +67,7 @@ inline f64 double_of(u64 bits) {
   return std::bit_cast<f64>(bits);
 }
 
-// What a register holds before it is written: NaN, and no address.
+// What a register holds before it is written: NaN, and no valid address.
 template <typename T>
 T poison() {
   if constexpr (std::is_floating_point_v<T>) {
@@ -154,7 +153,7 @@ T fma_rn(A a, B b, C c) {
   return std::fma(get<T>(a), get<T>(b), get<T>(c));
 }
 
-// Rounded down. The product of two floats is exact in double, and what the sum then loses is known.
+// Rounded down. The product of two floats is exact in double, and the error of the sum is known.
 template <typename T, typename A, typename B, typename C>
 T fma_rm(A a, B b, C c) {
   static_assert(std::is_same_v<T, f32>);
@@ -168,7 +167,7 @@ T fma_rm(A a, B b, C c) {
   return above ? std::nextafter(nearest, -std::numeric_limits<f32>::infinity()) : nearest;
 }
 
-// By zero, the result is undefined.
+// A division by zero is undefined.
 template <typename T, typename B>
 T divisor(B b) {
   const T value = get<T>(b);
@@ -199,8 +198,8 @@ template <typename T, typename A>
 T rcp_rn(A a) {
   return 1 / get<T>(a);
 }
-// No more than the upper half of a double's bits, as the hardware has it: a start for Newton's
-// method. Denormal numbers count as zero.
+// Only the upper half of a double's bits, as in hardware: a start for Newton's method. Denormal
+// numbers count as zero.
 template <typename T, typename A>
 T rcp_approx_ftz(A a) {
   static_assert(std::is_same_v<T, f64>);
@@ -225,7 +224,7 @@ template <typename T, typename A>
 T abs(A a) {
   return std::abs(get<T>(a));
 }
-// Returns the number where the other operand is NaN.
+// Return the number if the other operand is NaN.
 template <typename T, typename A, typename B>
 T min(A a, B b) {
   if constexpr (std::is_floating_point_v<T>) return std::fmin(get<T>(a), get<T>(b));
@@ -256,7 +255,7 @@ T not_(A a) {
   if constexpr (std::is_same_v<T, pred>) return !get<pred>(a);
   return static_cast<T>(~get<T>(a));
 }
-// Past the width: nothing is left but zeros, or the sign.
+// A shift past the width leaves only zeros, or the sign.
 template <typename T, typename A, typename B>
 T shl(A a, B bits) {
   return get<u32>(bits) < sizeof(T) * 8 ? static_cast<T>(get<T>(a) << get<u32>(bits)) : T{0};
@@ -269,7 +268,7 @@ T shr(A a, B bits) {
   return std::is_signed_v<T> && get<T>(a) < 0 ? static_cast<T>(-1) : T{0};
 }
 
-// --- comparisons. With a NaN those that end in u are true, the others (but ne) false.
+// --- comparisons. With a NaN those that end in u are true, the others (except ne) false.
 
 #define FASTNN_PTX_COMPARISON(name, expression) \
   template <typename T, typename A, typename B> \
@@ -315,7 +314,7 @@ template <typename To, typename From, typename A>
 To cvt_sat(A a) {
   static_assert(std::is_same_v<To, f32> && std::is_same_v<From, f32>);
   const f32 value = get<f32>(a);
-  return value > 0 ? std::min(value, 1.f) : 0.f;  // of NaN, 0
+  return value > 0 ? std::min(value, 1.f) : 0.f;  // 0 for NaN
 }
 
 // --- memory
@@ -377,8 +376,8 @@ inline void bar_sync(const Site& site, s64 barrier) {
   meet_block("bar.sync", false, site);
 }
 
-// `c`: how the warp is split into segments, and the last lane of one. `source` says from which lane
-// to take the value; one past the last leaves the thread its own.
+// `c` encodes the warp's segments and the last lane of one. `source` gives the lane to take the
+// value from; past the last lane, the thread keeps its own.
 template <typename T, typename Register, typename A, typename B, typename C, typename Mask>
 void shuffle(const char* function, int (*source)(int lane, int b, int segments), const Site& site,
              Register& result, pred& inside, A a, B b, C c, Mask mask) {

@@ -15,7 +15,7 @@ std::map<uint64_t, size_t>& tensors() {
   static auto* result = new std::map<uint64_t, size_t>();  // tensors may outlive static variables
   return *result;
 }
-// The one that was last asked for, as most accesses are to the same few.
+// The tensor of the last access, as most are to the same few.
 uint64_t last_start = 0;
 size_t last_bytes = 0;
 

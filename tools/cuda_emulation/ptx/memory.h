@@ -1,5 +1,5 @@
-// The addresses that kernels see. Of tensors they are the CPU's; each variable in shared memory and
-// each parameter has a window of its own, so that one is never reached from another.
+// The addresses that kernels see. Tensors have the CPU's; each variable in shared memory and each
+// parameter has a window of its own, so that one is never reached from another.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@ namespace fastnn::cuda_emulation::ptx {
 
 constexpr int kWindowBits = 20;
 
-// The first is the parameter or variable of number 1: an address of 0 is nobody's.
+// The first parameter or variable has number 1, so that address 0 is never valid.
 constexpr uint64_t window_address(uint64_t number) {
   return number << kWindowBits;
 }

@@ -1,5 +1,5 @@
-// Tests of what executes PTX: kernels.ptx, translated, with results that are known, and faults that
-// must be seen. The kernels below only lend their names and parameters.
+// Tests of the PTX machine: kernels.ptx, translated, with known results, and with faults that must
+// be detected. The kernels below only lend their names and parameters.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -168,7 +168,7 @@ void test_integers() {
   check(10, two_words(2, 2), "ntid.x, ctaid.y");
 }
 
-// As C++ has them, but for what is undefined there: by -1 they wrap around.
+// As in C++, except where it is undefined: by -1 they wrap around.
 template <typename Unsigned, typename Signed>
 Unsigned quotient(Signed a, Signed b) {
   return b == -1 ? Unsigned{0} - a : a / b;

@@ -1,7 +1,7 @@
-// Tests of the emulation itself: kernels that are right, and kernels with a fault in them, which it
-// must see. See run.py.
+// Tests of the emulation itself: correct kernels, and kernels with a fault that it must detect. See
+// run.py.
 //
-//   self_tests          runs all that a plain build can see
+//   self_tests          runs all that a plain build can detect
 //   self_tests NAME     plants a fault that ends the program, for a sanitizer to report
 #include <cuda_runtime.h>
 
@@ -190,7 +190,7 @@ __global__ void count_threads(int* counter) {
   atomicAdd(counter, 1);
 }
 
-// From several threads of the system.
+// Launches from several system threads.
 void test_concurrent_launches() {
   std::vector<int> counters(4);
   std::vector<std::thread> threads;
@@ -285,7 +285,7 @@ void test_faults() {
   expect_fault([] { FASTNN_LAUNCH(assert_small, 3, 32, 0, nullptr, 70); },
                {"device-side assert triggered: i < limit && \"too large\"", "block (2, 0, 0)",
                 "thread (6, 0, 0)"});
-  // And the next launch is as if nothing had happened.
+  // The next launch is as if nothing had happened.
   expect(sums_in_shared_memory<true>()[0] == 4656, "a launch after a fault");
 }
 

@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the CPU: block after block, each CUDA thread on a fiber of its own. All that
-// CUDA leaves undefined and that can be seen from here (a barrier that not all threads reach, a
-// lane that is not there for a shuffle, ...) ends the launch with a Fault that says where.
+// Runs CUDA kernels on the CPU: block after block, each CUDA thread on a fiber of its own.
+// Undefined behaviour that can be detected here (a barrier that not all threads reach, a shuffle
+// with a lane that has exited, ...) ends the launch with a Fault that says where.
 #pragma once
 
 #include <cstddef>
@@ -27,13 +27,13 @@ using Site = std::source_location;
 
 constexpr int kWarpSize = 32;
 
-// What a launch ends with where the kernel did something undefined or failed an assertion.
+// Thrown by a launch whose kernel did something undefined or failed an assertion.
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 // The order in which the threads of a block, and the blocks, get their turns. CUDA promises none:
-// whatever comes out must be the same in each.
+// results must be the same in each.
 enum class ThreadOrder { Forward, Reverse, Shuffled };
 
 struct Settings {
@@ -41,8 +41,8 @@ struct Settings {
   unsigned seed = 1;  // of the shuffled order
 };
 
-// For the launches to come. At the start: the order that FASTNN_EMULATION_ORDER names (forward,
-// reverse or shuffled).
+// Applies to later launches. Initially the order is the one that FASTNN_EMULATION_ORDER names
+// (forward, reverse or shuffled).
 void set_settings(const Settings& settings);
 ThreadOrder parse_thread_order(const std::string& name);
 
@@ -66,7 +66,7 @@ void run_grid(const char* kernel_name, const void* kernel, const LaunchConfig& c
 // Lets the kernel's launches have more than 48 KiB of shared memory.
 void allow_dynamic_shared_memory(const void* kernel, size_t bytes);
 
-// What one thread does: the kernel as the host's compiler made it, or what nvcc made of it.
+// The code of one thread: the kernel as the host's compiler compiled it, or as nvcc did.
 template <typename... Parameters>
 std::function<void()> thread_body(void (*kernel)(Parameters...),
                                   const std::tuple<std::decay_t<Parameters>...>& parameters,
@@ -102,20 +102,20 @@ struct BarrierResult {
 };
 BarrierResult meet_block(const char* function, bool predicate, const Site& site);
 
-// Wait for the lanes in `mask`. The first returns the bits that lane `source` has brought, the
-// second the lanes whose predicate was true.
+// Wait for the lanes in `mask`. exchange() returns the bits of lane `source`, vote() the lanes
+// whose predicate was true.
 uint64_t exchange(const char* function, unsigned mask, uint64_t bits, int source, const Site& site);
 unsigned vote(const char* function, unsigned mask, bool predicate, const Site& site);
 int lane_id();
 
-// Memory of the block: uninitialized (NaN where read as floating point) when it starts.
+// Memory of the block, uninitialized (NaN if read as floating point) when it starts.
 void* dynamic_shared_memory();
 size_t dynamic_shared_bytes();
 void* shared_memory(const void* variable, size_t bytes);
 
 [[noreturn]] void fail(const std::string& what, const Site& site);
 
-// The block's variable that `tag`'s type, the type of a lambda, stands for.
+// The block's variable that the type of `tag`, a lambda's, identifies.
 template <typename T, typename Tag>
 T& shared_variable(Tag) {
   static const char variable = 0;
@@ -138,8 +138,8 @@ T from_bits(uint64_t bits) {
   return value;
 }
 
-// The value that lane `source` brings. `in_segment`: whether that lane belongs to the segment of
-// `width` lanes; where it does not, CUDA returns the caller's own value.
+// The value of lane `source`. `in_segment`: whether that lane belongs to the segment of `width`
+// lanes; if it doesn't, CUDA returns the caller's own value.
 template <typename T>
 T shuffle(const char* function, unsigned mask, T value, int source, bool in_segment, int width,
           const Site& site) {
