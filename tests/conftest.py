@@ -1,4 +1,4 @@
-"""For all tests: a seed that failures print, what runs behind fastnn, and on which device."""
+"""For all tests: a seed that failures print, the implementation under test, and the device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-# Before torch starts its OpenMP threads: waiting ones then sleep. Spinning, they hold the core that
-# the other thread needs where the machine has no more cores than threads, or other work to do; the
-# suite then takes ten times as long. Results are the same.
+# Set before torch starts its OpenMP threads, so that idle ones sleep. Spinning, they occupy the
+# core that another thread needs if there are no more cores than threads or the machine is busy; the
+# suite then takes ten times as long. Results don't change.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Before anything imports fastnn: this may build and load the extension that stands in for its own.
+# Runs before anything imports fastnn: it may build and load the extension that replaces fastnn's.
 from cuda_emulation.chosen import EMULATES_CUDA, EXECUTES_PTX
 
 # isort: split
@@ -48,8 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("--device cuda needs a GPU, and torch finds none")
         if not BUILT_FOR_CUDA:
             raise pytest.UsageError("--device cuda needs fastnn's CUDA part, which is not built")
-        # By default the library may add up parts of a sum that it has rounded to the narrow dtype:
-        # errors of that kind have no bound that would say anything of ours.
+        # By default the library may round parts of a sum to the narrow dtype before it adds them
+        # up: such errors have no bound tight enough to test our kernels.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if path := config.getoption("--capabilities"):
@@ -90,7 +90,7 @@ left_out: Counter[str] = Counter()
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device, large = config.getoption("device"), config.getoption("large")
-    # xdist compares the workers' lists of tests, and addresses differ from process to process.
+    # xdist compares the workers' lists of tests, and addresses differ between processes.
     if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
         raise pytest.UsageError(f"a test is named after an address: {named[0]}")
     reasons = {item: reason_to_leave_out(item, device, large) for item in items}
@@ -106,13 +106,13 @@ def pytest_runtest_makereport(item: pytest.Item):
         report.sections.append(("seed", f"rerun with FASTNN_TEST_SEED={SEED}"))
 
 
-# How many of PyTorch's own test inputs agree, by operator; printed when the run ends.
+# Number of PyTorch's own test inputs that agree, by operator; printed at the end of the run.
 AGREEMENT = pytest.StashKey[Counter]()
 
 
 @pytest.fixture
 def record_agreement(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Counts one of torch's inputs on which fastnn agreed."""
+    """Counts the torch inputs on which fastnn agrees."""
     counter = request.config.stash.setdefault(AGREEMENT, Counter())
 
     def record(name: str) -> None:
@@ -138,15 +138,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Whatever a test draws from torch's own generator comes from the seed too."""
+    """Seeds torch's own generator, too, for tests that draw from it."""
     torch.manual_seed(SEED)
 
 
 @pytest.fixture(autouse=True)
 def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With ``--device cuda``, what a test makes without naming a device lies on the GPU.
+    """With ``--device cuda``, tensors created without a device are on the GPU.
 
-    ``torch.get_default_device()`` is the device under test, for those that need its name.
+    ``torch.get_default_device()`` is the device under test, for tests that need its name.
     """
     device = request.config.getoption("device")
     with torch.device(device) if device != "cpu" else nullcontext():
@@ -155,9 +155,9 @@ def _default_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _ends_with_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After a failed kernel this process can't use the GPU, and every later test would fail too.
+    """Ends the process after a failed kernel: it can't use the GPU any more.
 
-    Under xdist the worker ends: another takes its place, and this test alone is reported.
+    Under xdist another worker takes its place, and only this test is reported as failed.
     """
     yield
     if request.config.getoption("device") != "cuda":
@@ -174,7 +174,7 @@ def _ends_with_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
-    """Puts back the number of threads that a test changes."""
+    """Restores the number of threads after a test that changes it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -182,22 +182,22 @@ def restore_threads() -> Iterator[None]:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """No compiled code of another test's, and none left behind."""
+    """Starts without another test's compiled code, and leaves none behind."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-# What the functions of fastnn.functional are: those, the same over the plain PyTorch that they fall
-# back to, or the Functions of fastnn.autograd, over the extension or over plain PyTorch.
+# Implementations of fastnn.functional's functions: themselves, the plain PyTorch that they fall
+# back to, and the Functions of fastnn.autograd, over the extension or over plain PyTorch.
 IMPLEMENTATIONS = ("functional", "reference", "autograd", "autograd over reference")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Puts one of those in the place of the functions.
+    """Replaces the functions by one of the implementations.
 
-    Where the extension isn't built all are over plain PyTorch (test_dispatch.py fails then).
+    Without the extension all of them run plain PyTorch (and test_dispatch.py fails).
     """
     if request.param == "reference":
         monkeypatch.setattr(fastnn.functional, "operators", lambda: fastnn.reference)

@@ -1,4 +1,4 @@
-"""The benchmarks are not installed with the package: their folder comes on the path first."""
+"""The benchmarks are not installed with the package, so their folder comes first on the path."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_resnet18_has_its_parameters():
 
 
 def compiler_has(*names: str) -> bool:
-    """Whether the installed torch's compiler has such settings (dynamo's, inductor's)."""
+    """Whether the installed torch's compiler (dynamo or inductor) has these settings."""
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
@@ -154,7 +154,7 @@ needs_linear_cross_entropy = pytest.mark.skipif(
 
 @needs_traced_backward
 def test_compiled_steps_train_as_the_reference_and_hold_their_backward(fresh_dynamo):
-    """All contenders in one process, as the benchmark has them: they share a limit."""
+    """Runs all contenders in one process, as in the benchmark: they share a recompile limit."""
     from torch._dynamo.utils import counters
 
     case = next(case for case in train_step.cases() if case.label == "LogSoftmax+NLLLoss")
@@ -168,7 +168,7 @@ def test_compiled_steps_train_as_the_reference_and_hold_their_backward(fresh_dyn
             name = contender.name.removeprefix("torch.compile, ")
             graphs[name] = counters["stats"]["unique_graphs"]
             breaks[name] = list(counters["graph_break"])
-            # The benchmark's later calls run what the check has compiled.
+            # The benchmark's later calls reuse what the check compiled.
             contender.sampler(inputs)(2)
             assert counters["stats"]["unique_graphs"] == graphs[name]
     assert len(graphs) == 6
@@ -209,11 +209,11 @@ def test_auto_chunker_chunks_and_gives_the_references_numbers(fresh_dynamo):
     stock = Function("reference", cross_entropy._linear_then(torch.nn.functional.cross_entropy))
     inputs = small_vocabulary(64, 16)
     reference = list(verify._tensors(stock.check(inputs.double())))
-    for _ in range(2):  # the compiler's cache knows the second one
+    for _ in range(2):  # the compiler's cache knows the graph the second time
         torch._dynamo.reset()
         contender = auto_chunked()
         assert verify.error(contender, inputs, reference) < 1e-5
-        contender.bind(inputs)  # what is compiled stays
+        contender.bind(inputs)  # keep what has been compiled
 
 
 @needs_auto_chunker
@@ -249,7 +249,7 @@ def test_linear_cross_entropy_is_named_for_what_it_runs():
 
 
 def test_fused_sgd_competes_over_bfloat16_where_torch_steps_right():
-    """torch before 2.14.1 leaves most bfloat16 parameters where they are."""
+    """torch before 2.14.1 leaves most bfloat16 parameters unchanged."""
     case = sgd._step_case("small", [(1000,), (7,)], torch.bfloat16)
     params, grads = case.inputs(torch.Generator().manual_seed(0)).args
     moved = [torch.nn.Parameter(param.clone()) for param in params]

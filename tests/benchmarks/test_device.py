@@ -1,4 +1,4 @@
-"""benchmarks.device: which device the cases run on, and what it says of itself."""
+"""benchmarks.device: which device the cases run on, and the facts about it."""
 
 from __future__ import annotations
 

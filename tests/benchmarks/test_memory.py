@@ -28,7 +28,7 @@ def test_peak_memory_of_a_gpu_needs_no_process(monkeypatch):
     monkeypatch.delattr(subprocess, "run")
     gpu = FakeGpu()
     device = gpu.device()
-    device.name = "cpu"  # where the tensors are
+    device.name = "cpu"  # the tensors' device
     case = next(case for case in all_cases() if case.key == "nll_loss 64 x 10 float32 forward")
     assert memory.peak_memory(case, "fastnn", device).samples == memory.CALLS
     broken = replace(case, contenders=lambda: [Contender("fastnn")])

@@ -71,7 +71,7 @@ def gpu_document(*documents_results: dict) -> dict:
 
 
 def gpu_result(ours: dict, peer: dict) -> dict:
-    """A case of 1 and 4 seconds, whose contenders have more times."""
+    """A case of 1 and 4 seconds whose contenders have loop and replay times, too."""
     result = make_result({"fastnn": 1.0, "peer": 4.0}, op="both")
     result["contenders"]["fastnn"] |= ours
     result["contenders"]["peer"] |= peer

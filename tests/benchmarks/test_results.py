@@ -24,7 +24,7 @@ def test_share_of_the_limit():
     gemm = make_result({"fastnn": 1.0, "peer": 1.0}, work={"flops": 5e8, "bytes": 0.0})
     assert results.complete(gemm, LIMITS)["share"] == pytest.approx(0.5)
     assert limits.limit_for(Work(flops=1), "bfloat16", LIMITS) == 2e9
-    # The copy of the next larger size, of the largest where none is larger.
+    # Compared with the next larger copy, or with the largest if none is larger.
     moved = [limits.limit_for(Work(bytes=size), "float32", LIMITS) for size in (9, 1001, 10**6)]
     assert moved == [4e9, 1e9, 1e9]
     assert results.complete(make_result({"fastnn": 1.0}), LIMITS)["share"] is None
@@ -43,7 +43,7 @@ def test_overall_counts_wins_and_finds_the_worst():
     document = make_document(WON, LOST, make_result({"fastnn": 1.0}))
     facts = results.overall(document["results"])
     assert (facts["cases"], facts["ahead"]) == (2, 1)
-    assert facts["geometric_mean"] == pytest.approx(1.0)  # of 2 and 0.5
+    assert facts["geometric_mean"] == pytest.approx(1.0)  # the mean of 2 and 0.5
     assert facts["worst"]["op"] == "lost"
     assert results.overall([]) is None
 

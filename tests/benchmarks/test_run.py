@@ -24,7 +24,7 @@ def test_run_records_the_facts_of_the_device(monkeypatch):
 
 
 def run_workers(workers: list, monkeypatch, **changes) -> tuple[run.Run, list[worker.Request]]:
-    """Runs three cases; each worker is a list of events, of which an exception is raised."""
+    """Runs three cases; each worker is a list of events, and an exception among them is raised."""
     requests: list[worker.Request] = []
 
     def events(request: worker.Request, end: float):
@@ -88,7 +88,7 @@ def test_a_limit_that_has_passed_kills_the_worker(tmp_path: Path, capsys):
     flags = ["--limit", "0.1", "--filter", "SGD.step", "--threads", "1", "--json", str(saved)]
     start = time.monotonic()
     assert cli.main(flags) == 0
-    assert time.monotonic() - start < 30  # the worker alone would take longer to import torch
+    assert time.monotonic() - start < 30  # the worker would take longer just to import torch
     said = "skipped: overhead SGD.step float32 call: no time left"
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert json.loads(saved.read_text())["complaints"] == [said]

@@ -69,7 +69,7 @@ def test_measure_keeps_its_inputs_where_drawing_takes_long():
 def test_measure_takes_the_least_number_of_rounds_of_slow_calls():
     summaries, log = measure_fakes({"a": 60.0})
     assert summaries["a"].samples == PLAN.min_rounds
-    assert len(log) == PLAN.min_rounds + 1  # and one call to warm up
+    assert len(log) == PLAN.min_rounds + 1  # plus one call to warm up
 
 
 def test_measure_warms_up_before_each_sample_of_quick_calls():
@@ -79,7 +79,7 @@ def test_measure_warms_up_before_each_sample_of_quick_calls():
 
 
 def test_measure_counts_the_interruptions_of_each_contenders_samples():
-    interrupted = iter(range(10**6))  # one more each time it is asked
+    interrupted = iter(range(10**6))  # one more at each query
     fakes = {"a": lambda count: 0.01, "b": lambda count: 0.02}
     summaries = measure(
         lambda: fakes, PLAN, random.Random(0), lambda: 0.0, lambda: next(interrupted)

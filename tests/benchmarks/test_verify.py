@@ -21,7 +21,7 @@ def test_error_is_relative_and_sees_wrong_gradients():
         Function("b", lambda x: x.sum() + 0.1 * x.detach().sum()),
     )
     reference = list(verify._tensors(right.check(Inputs((x,)).double())))
-    # 50 additions, each of which rounds by at most 6e-8.
+    # 50 additions, each with a rounding error of at most 6e-8.
     assert verify.error(right, Inputs((x,)), reference) < 3e-6
     assert verify.error(wrong, Inputs((x,)), reference) == pytest.approx(0.1, rel=1e-3)
     halved = Function("c", lambda x: x.sum() - 0.5 * (x - x.detach()).sum())

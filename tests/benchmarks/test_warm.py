@@ -1,4 +1,4 @@
-"""benchmarks.warm: what the cases will compile, compiled before."""
+"""benchmarks.warm: compiles in advance what the cases will need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks.worker: cases at one thread count, whatever a case or a peer does."""
+"""benchmarks.worker: measures cases at one thread count, whatever a case or a peer does."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.cpu_only("the benchmarks")
 def test_worker_measures_on_the_device_of_the_request(monkeypatch):
     gpu = FakeGpu()
     device = gpu.device()
-    device.name = "cpu"  # where the tensors are; the clock is the fake's
+    device.name = "cpu"  # the tensors' device; the clock is the fake's
     device.gemm_sizes = dict.fromkeys(device.gemm_sizes, (8,))
     device.available_bytes = lambda: float("inf")
     assert device.interruptions() == 0
-    device.interruptions = partial(next, count())  # one in each sample, of three calls
+    device.interruptions = partial(next, count())  # one per sample of three calls
     monkeypatch.setattr(worker, "DEVICES", {"cuda": device})
     device.copy_bytes, device.tf32_gemm_sizes = (1024,), (8,)
-    # Every call and copy takes the fake no time; its clock only shows that it was asked.
+    # Calls and copies take no time on the fake; its clock only shows that it was used.
     monkeypatch.setattr(FakeEvent, "elapsed_time", lambda start, end: FakeGpu.CALL)
     key = "nll_loss 64 x 10 float32 forward"
     events: list[dict] = []
@@ -56,7 +56,7 @@ def worker_reports(device: Device, monkeypatch) -> list[dict]:
     events: list[dict] = []
     threads = torch.get_num_threads()
     plan = Plan(seconds=1e-3, sample_seconds=1e-4, min_rounds=2)
-    with suppress(SystemError):  # of a device that is broken
+    with suppress(SystemError):  # raised by a broken device
         worker.run(worker.Request(NLL_KEYS, threads, False, plan, 0.0, "cpu"), events.append)
     return events
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, devices, and that nothing waits for the device."""
+"""What only a GPU shows: graphs, streams, devices, and that no call waits for the device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -
 
 
 def assert_agrees(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """After five steps of float32: the same operations, in another order of sums."""
+    """Within the error of five float32 steps: the operations are the same, sums differ in order."""
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_training_gives_the_same_bits_again():
 
 
 def captured(step) -> torch.cuda.CUDAGraph:
-    """A graph of the step, after three that ran as they were."""
+    """A graph of the step, captured after three ordinary calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -72,7 +72,7 @@ def captured(step) -> torch.cuda.CUDAGraph:
 
 
 def test_training_in_a_graph():
-    """Capturing fails where anything synchronises; the replays read what a step has left."""
+    """Capturing fails if anything synchronises; replays start from what the last step left."""
     step, parameters = step_of_a_model()
     graph = captured(step)
     for _ in range(2):
@@ -94,7 +94,7 @@ def test_a_graph_reads_the_learning_rate_at_each_replay():
 
 
 def test_a_step_reads_a_pinned_learning_rate_as_it_was():
-    """It may be written again before the device has come to the step."""
+    """It may be overwritten before the device reaches the step."""
     parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
     parameter.grad = torch.ones(3, device="cuda")
     lr = torch.tensor(0.5, device="cpu").pin_memory()
@@ -106,7 +106,7 @@ def test_a_step_reads_a_pinned_learning_rate_as_it_was():
 
 
 def test_momentum_buffers_made_in_a_graph():
-    """As in torch, each replay is a first step: it sets the buffer to the gradient."""
+    """Each replay is a first step, as in torch: it sets the buffer to the gradient."""
     parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
     parameter.grad = torch.ones(3, device="cuda")
     optimizer = fastnn.optim.SGD([parameter], lr=0.25, momentum=0.5)
@@ -123,7 +123,7 @@ def test_momentum_buffers_made_in_a_graph():
 
 
 def train_step_and_loop(scheduler=None, **options):
-    """The same training by ``train_step`` and by the loop: a function that takes a step of both."""
+    """The same training with ``train_step`` and with the loop: a function that steps both."""
     torch.manual_seed(0)
     models = []
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_train_step_leaves_what_can_t_be_captured():
         def forward(self, x):
             return x if x.sum().item() > 0 else -x
 
-    Waits.__module__ = torch.nn.ReLU.__module__  # as if PyTorch had such a module
+    Waits.__module__ = torch.nn.ReLU.__module__  # pretends that PyTorch has such a module
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), Waits()).cuda()
     optimizer = fastnn.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -215,7 +215,7 @@ def loss_and_gradient(logits: torch.Tensor, target: torch.Tensor) -> list[torch.
     return [loss, *torch.autograd.grad(loss, logits)]
 
 
-# Rows in shared memory, rows of a block each, and rows that several blocks share.
+# Rows in shared memory, one row per block, and rows shared by several blocks.
 @pytest.mark.parametrize(("rows", "classes"), [(1000, 10), (64, 5000), (3, 200_000)])
 def test_a_loss_in_a_graph_reads_its_inputs_at_each_replay(rows, classes):
     logits = torch.zeros(rows, classes, device="cuda", requires_grad=True)
@@ -233,7 +233,7 @@ def test_a_loss_in_a_graph_reads_its_inputs_at_each_replay(rows, classes):
 
 
 def test_graphs_that_share_their_memory():
-    """Each one's temporary memory may be the other's, as they are replayed in turn."""
+    """Each may reuse the other's temporary memory, since they are replayed in turn."""
     inputs = [torch.randn(64, size, device="cuda", requires_grad=True) for size in (5000, 300)]
     target = torch.arange(64, device="cuda")
     graphs, results = [torch.cuda.CUDAGraph() for _ in inputs], []
@@ -257,7 +257,7 @@ def test_the_compiler_s_cuda_graphs(fresh_dynamo):
     compiled = torch.compile(step, mode="reduce-overhead")
     weight = torch.randn(50, 20, device="cuda", requires_grad=True)
     target = torch.arange(32, device="cuda")
-    for _ in range(4):  # the graph is made at the second call or the third
+    for _ in range(4):  # the graph is made at the second or third call
         x = torch.randn(32, 20, device="cuda")
         torch.compiler.cudagraph_mark_step_begin()
         loss = compiled(x, weight, target)
@@ -276,14 +276,14 @@ def test_a_backward_after_a_forward_on_another_stream():
     with torch.cuda.stream(stream):
         loss = functional.cross_entropy(logits, target)
     torch.cuda.current_stream().wait_stream(stream)
-    # autograd runs it on the forward's stream, and waits for that here.
+    # Autograd runs the backward on the forward's stream, and synchronises with it here.
     (grad,) = torch.autograd.grad(loss, logits)
     assert_same_bits([loss.detach(), grad], expected)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_a_step_over_more_tensors_than_a_launch_takes(momentum):
-    """The CPU's steps: the same operations, of which each compiler may fuse others."""
+    """Compares with the CPU: the same operations, which compilers may fuse differently."""
     generator = torch.Generator().manual_seed(0)
     sizes = [*range(1, 300), 100_003]
     values = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
@@ -338,8 +338,8 @@ def test_a_scaled_step_does_not_wait_for_the_device(overflow):
 def test_training_on_a_second_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
-    with torch.cuda.device(0):  # the tensors' device is another
-        # Not the same bits: it may be another kind of GPU.
+    with torch.cuda.device(0):  # not the tensors' device
+        # Bits may differ: it may be another kind of GPU.
         assert_agrees(trained(5, "cuda:1"), trained(5, "cuda:0"))
 
 
@@ -353,7 +353,7 @@ torch.cuda.synchronize()
 
 
 def test_a_target_out_of_range_trips_a_device_assert():
-    """In a process of its own: the device takes no other work after it."""
+    """Runs in its own process: the device accepts no other work afterwards."""
     process = subprocess.run(
         [sys.executable, "-c", BAD_TARGET], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""What tools/cuda_build.py reads in a disassembly."""
+"""What tools/cuda_build.py reads from a disassembly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from repository import REPOSITORY
 
 TOOLS = REPOSITORY / "tools"
 
-# A row's loop: head and end, two loops in it, and what one of these seldom does.
+# A loop over a row: head and end, two inner loops, and a rare branch of one of them.
 SASS = """
         Function : row
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -43,7 +43,7 @@ def cuda_build(monkeypatch):
 
 
 def test_instructions_for_an_element(cuda_build) -> None:
-    """In the loop with two loads of eight elements each: neither around it nor beside it."""
+    """Counts the loop with two loads of eight elements each, not the code around or beside it."""
     row, none = cuda_build.read_sass(SASS)
     assert row.instructions_for_an_element() == 6 / (2 * 8)
     assert none.instructions_for_an_element() == math.inf

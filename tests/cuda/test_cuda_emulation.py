@@ -1,7 +1,7 @@
 """CUDA's launchers and kernels on the CPU: the emulation's own tests, and those of the kernels.
 
-The other tests run over the emulated kernels with ``FASTNN_TEST_CUDA_EMULATION=1``; what is here
-then says that they do.
+With ``FASTNN_TEST_CUDA_EMULATION=1`` the other tests run on the emulated kernels; tests here
+verify that they do.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_an_unknown_instruction_does_not_compile(tmp_path, statement, says):
     else:
         assert process.returncode != 0
         assert says in process.stderr
-        assert "kernel.ptx:9" in process.stderr  # the line
+        assert "kernel.ptx:9" in process.stderr  # the faulty line
 
 
 def step_with_each_operator() -> None:
@@ -145,13 +145,13 @@ def test_the_emulated_kernels_run_where_they_are_asked_for():
     launches = torch.ops.fastnn_cuda_emulation.launches
     before = launches()
     step_with_each_operator()
-    assert launches() >= before + 8  # a forward and a backward kernel each, and the step
+    assert launches() >= before + 8  # a forward and a backward kernel each, plus the step
 
 
 @pytest.mark.skipif(not EMULATES_CUDA, reason="of the emulated extension")
 @pytest.mark.parametrize("order", ["forward", "reverse", "shuffled"])
 def test_the_same_bits_in_any_order_of_threads(order):
-    """Over rows, columns and whole blocks; the operators' tests compare the values."""
+    """Covers rows, columns and whole blocks; the operators' tests compare the values."""
     set_order = torch.ops.fastnn_cuda_emulation.set_thread_order
 
     def results() -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""Each way in which the CUDA launchers split up the work, on inputs that would not choose it.
+"""Each way in which the CUDA launchers split up work, on inputs that would not choose it.
 
-The other tests take what the launchers choose, which for inputs that are small enough to test is
-seldom a block for each row, or several.
+The other tests use what the launchers choose; for inputs small enough to test, that is seldom one
+block per row, or several.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from support.sample_inputs import Sample, sample_input
 
 pytestmark = pytest.mark.on_cuda_kernels
 
-# One class, rows that start at every alignment, more than a warp has lanes or a block has threads.
+# One class, rows at any alignment, more classes than a warp has lanes or a block has threads.
 ROWS = {
     "log_softmax": ["rows_3x1", "rows_3x7", "rows_3x81", "offset_dim1", "1000_classes"],
     "nll_loss": ["7x1_classes", "7x5_mean_weighted", "7x81_classes", "7x1000_classes"],
@@ -32,7 +32,7 @@ ROWS = {
     ],
 }
 PRODUCTS = ["1x9_to_7", "17x33_to_31", "65x63_to_65_no_bias", "weight_transposed", "all_active"]
-# Sizes of 0 and 1, which libraries treat by themselves, and odd ones, whose rows start anywhere.
+# Sizes of 0 and 1, which libraries treat specially, and odd ones, whose rows are unaligned.
 PRODUCTS += ["0x3_to_2", "2x0_to_3", "2x3_to_0", "1x1_to_1", "9x7_to_1", "300x129_to_257_no_bias"]
 
 
@@ -49,10 +49,10 @@ def test_rows(monkeypatch, path, op, name, dtype):
 @every_dtype
 @pytest.mark.parametrize("kibibytes", [46, 47, 48, 49, 62, 63, 111])
 def test_rows_about_as_long_as_shared_memory(kibibytes, dtype):
-    """The longest that a block keeps there, beside what its reductions need.
+    """The longest rows that a block keeps in shared memory, besides what its reductions need.
 
-    As every GPU gives it; as the emulated one gives where it is asked for more; and rows that have
-    a multiprocessor of an H100 for themselves.
+    For the size that every GPU has, for the emulated one's larger size, and for rows that occupy a
+    whole multiprocessor of an H100.
     """
     classes = kibibytes * 1024 // dtype.itemsize
     logits, target = torch.randn(2, 2, classes).to(dtype)
@@ -74,9 +74,9 @@ def test_products(monkeypatch, op, product, name, dtype):
 @pytest.mark.parametrize("product", ["library", "tiled"])
 @pytest.mark.parametrize(("rows", "depth", "cols"), [(33, 65, 31), (64, 64, 64), (512, 1000, 776)])
 def test_nan_and_infinity_pass_every_product(monkeypatch, product, rows, depth, cols, dtype):
-    """Odd sizes and those of whole vectors: a library has other kernels for each.
+    """Sizes that are odd, and sizes of whole vectors: a library has different kernels for them.
 
-    Their fused ReLUs differ: on an H200 those of odd sizes in two bytes turn NaN into 0.
+    Their fused ReLUs differ: on an H200 those for odd sizes in 2-byte dtypes turn NaN into 0.
     """
     monkeypatch.setenv("FASTNN_CUDA_GEMM", product)
     input, weight, bias = torch.randn(rows, depth), torch.randn(cols, depth), torch.randn(cols)
@@ -94,7 +94,7 @@ def test_nan_and_infinity_pass_every_product(monkeypatch, product, rows, depth, 
 @pytest.mark.parametrize("past", [0, 1, 2], ids=lambda past: f"{past}_past_a_boundary")
 @pytest.mark.parametrize("transposed", [False, True], ids=["as_is", "transposed"])
 def test_large_tiles_at_any_alignment(monkeypatch, past, transposed, dtype):
-    """Those of larger products load as many neighbours at once as the alignment lets them."""
+    """The tiles of larger products load as many neighbours at once as the alignment allows."""
     monkeypatch.setenv("FASTNN_CUDA_GEMM", "tiled")
     rows, cols, depth = 304, 200, 24
     input = torch.randn(rows * depth + past).to(dtype)[past:]
@@ -102,7 +102,7 @@ def test_large_tiles_at_any_alignment(monkeypatch, past, transposed, dtype):
     weight = torch.randn(cols * depth + past).to(dtype)[past:].view(cols, depth)
     actual = fastnn.functional.linear_relu(input, weight)
     exact = F.linear(input.double(), weight.double()).relu()
-    # As many roundings in the accumulator's type as there are products, and the result's own.
+    # One rounding in the accumulator's type per product, and the rounding of the result.
     accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * depth
     magnitude = input.double().abs() @ weight.double().abs().t()
     bound = accumulated * magnitude + torch.finfo(dtype).eps * exact

@@ -1,4 +1,4 @@
-"""build_support.cuda_toolkit: which toolkit builds the CUDA part, and what is said without one."""
+"""build_support.cuda_toolkit: which toolkit builds the CUDA part, and the message if none does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cpu_only("the build")
 def make_nvcc(
     home: Path, release: str = "13.0", script: str | None = None, known: str = "75 80 86 90 100 120"
 ) -> Path:
-    """An nvcc that tells its version and its folder as the real one does."""
+    """An nvcc that reports its version and folder like a real one."""
     nvcc = home / "bin/nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(

@@ -18,7 +18,7 @@ DOCUMENT = REPOSITORY / "docs" / "capabilities.md"
 
 @needs_extension
 def test_the_document_is_up_to_date(tmp_path):
-    """It has each cell that a test is marked for, and says yes or no as the test is expected to."""
+    """It has a cell for each marked test, and says yes or no as the test is expected to."""
     tests = (REPOSITORY / "tests").rglob("test_*.py")
     marked = [path for path in tests if "mark.capability" in path.read_text()]
     path = tmp_path / "capabilities.md"

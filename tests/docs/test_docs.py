@@ -27,14 +27,14 @@ def read(path: str) -> str:
 
 
 def text_of(node: ast.expr) -> str:
-    """A string's text, with an ellipsis for each part that changes; empty for anything else."""
+    """A string's text with an ellipsis for each variable part; empty for anything else."""
     if isinstance(node, ast.JoinedStr):
         return "".join(text_of(part) or "…" for part in node.values)
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def messages(path: str) -> Iterator[str]:
-    """What a file tells its user: by an exception, a call that ends the build, or a return."""
+    """A file's messages to the user: from exceptions, calls that end the build, and returns."""
     for node in ast.walk(ast.parse(read(path))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in ("fail", "NotBuildable", "print"):
@@ -49,7 +49,7 @@ EXPLAINED = re.findall(r"^`([^`]+)`\n: ", read("docs/install.md"), re.MULTILINE)
 
 
 def test_there_are_messages():
-    """A search that found nothing would pass what follows."""
+    """Guards against a search that finds nothing, which would pass the tests below."""
     assert len(MESSAGES) == len(EXPLAINED) == 27
 
 
@@ -63,7 +63,7 @@ def test_every_message_explained_is_one_of_ours(start):
     assert any(message.startswith(start) for message in MESSAGES)
 
 
-# Called with the name of a variable, by which it reads it.
+# Functions that are called with the name of a variable and read it.
 READERS = r"getenv|requested_product|environ\.get|environment\.get"
 
 

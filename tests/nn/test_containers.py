@@ -1,4 +1,4 @@
-"""The containers that run pairs of layers: subclasses, shared layers, other forwards."""
+"""Containers that run pairs of layers: subclasses, shared layers, other forwards."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_containers_that_run_their_modules_in_their_own_way(make_stock):
     ids=["__call__", "forward"],
 )
 def test_containers_of_their_own_way_behind_a_linear(behind):
-    """Whose ReLU is not the Linear's."""
+    """Their ReLU does not belong to the Linear before them."""
     stock = nn.Sequential(nn.Linear(6, 6), behind())
     fused = fastnn.fuse(stock)
     assert fused_paths(fused) == {"0"}
@@ -121,7 +121,7 @@ def test_shared_layers():
 
 
 def test_a_shared_tail():
-    """The ReLU at the head of a Sequential that a Linear and something else lead to."""
+    """A ReLU at the head of a Sequential that follows both a Linear and something else."""
     tail = nn.Sequential(nn.ReLU(), nn.Linear(5, 5))
     stock = nn.Sequential(nn.Linear(5, 5), tail, nn.Sequential(nn.LayerNorm(5), tail))
     fused = fastnn.fuse(stock)

@@ -1,4 +1,4 @@
-"""fastnn.fuse and unfuse: which containers they change, what runs fused in them, what doesn't."""
+"""fastnn.fuse and unfuse: which containers they change, and what runs fused in them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from support.sample_inputs import SEED, Draws
 
 
 class Mlp(nn.Module):
-    """As timm's: the same attributes, in the same order."""
+    """Like timm's: the same attributes in the same order."""
 
     def __init__(self, act_layer: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def linears(model: nn.Module) -> list[str]:
 
 # --- what is fused --------------------------------------------------------------------------------
 
-# By name: the model, which of its layers are fused, and what it runs.
+# By name: the model, its layers that are fused, and what it runs.
 LINEAR, LINEAR_RELU, MLP = OURS
 RELU = "aten::relu"
 MODELS = {
@@ -159,7 +159,7 @@ def test_neighbours(name):
         assert operators_of(fused, x) == calls
 
 
-# What splits a chain of four layers at the second, or at the ReLU behind it.
+# Changes that split a chain of four layers at the second one, or at the ReLU after it.
 SPLITS = {
     "hook": (
         lambda model: model[2].register_forward_hook(lambda *_: None),
@@ -193,7 +193,7 @@ def negative(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def nested(model: nn.Sequential) -> nn.Sequential:
-    """Puts the second pair into a Sequential of its own."""
+    """Moves the second pair into a nested Sequential."""
     inner = fastnn.fuse(nn.Sequential(model[2], model[3]))
     model[2], model[3] = inner, nn.Sequential()
     return inner
@@ -545,7 +545,7 @@ def test_what_an_object_has_in_place_of_its_classs(shadow):
     x, fused = input_of(stock), fastnn.fuse(stock)
     for model in (fused, stock):
         SHADOWS[shadow](model)
-    # With another ReLU the Linear is still ours, whose sums are in another order.
+    # With another ReLU the Linear still runs ours, which sums in another order.
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-6)
 
 

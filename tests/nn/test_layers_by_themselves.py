@@ -1,4 +1,4 @@
-"""A layer of a fused pair that is run, watched or changed by itself is PyTorch's."""
+"""A layer of a fused pair that is called directly, observed or changed is PyTorch's own."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def test_layers_that_are_run_by_themselves(way, monkeypatch):
     stock = Blocks()
     fused = fastnn.fuse(stock)
     x = Draws(SEED).normal(7, 6)
-    # The whole Sequentials run our kernel, whose sums are in another order.
+    # The whole Sequentials run our kernel, which sums in another order.
     torch.testing.assert_close(fused(x), stock(x), rtol=1e-5, atol=1e-6)
     assert type(fused.net) is not nn.Sequential
 
 
 def recorded(model: nn.Module, x: Tensor, hook: typing.Callable) -> list[Tensor]:
-    """What a hook on each layer sees, in order."""
+    """The values that a hook on each layer sees, in order."""
     seen: list[Tensor] = []
     handles = [hook(module, seen) for module in model.modules() if not list(module.children())]
     output = model(x)
@@ -128,7 +128,7 @@ def test_hooks_see_what_they_see_in_pytorch(hook):
     assert len(theirs) == 4
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one, other)
-    # The hooks are gone, and the pairs fused again.
+    # Without hooks the pairs are fused again.
     assert fused_paths(fused) == {"0.0", "1.0"}
 
 
@@ -209,7 +209,7 @@ def negated(graph_module: fx.GraphModule, inputs: list[Tensor]) -> typing.Callab
     return lambda *args: tuple(-output for output in graph_module(*args))
 
 
-# Where the Linear still runs by our operator, whose sums are in another order: its path.
+# Changes after which the Linear still runs our operator, which sums in another order: its path.
 STILL_FUSED = {
     "another activation": {"0"},
     "inserted": {"0"},
@@ -222,7 +222,7 @@ STILL_FUSED = {
 @pytest.mark.parametrize("change", PARTS)
 @pytest.mark.parametrize("first", ["fuse", "change"])
 def test_layers_that_are_changed(change, first):
-    """Before fuse or after it: the numbers are stock's, to the bit where nothing runs fused."""
+    """Before fuse or after it: the numbers are stock's, to the bit if nothing runs fused."""
     torch.manual_seed(0)
     stock = nn.Sequential(*pair())
     x = input_of(stock)
@@ -262,7 +262,7 @@ def test_batch_norm_folded_into_a_layer():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no mkldnn")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_mkldnn():
-    from torch.utils import mkldnn  # warns where it is imported
+    from torch.utils import mkldnn  # warns when it is imported
 
     stock = nn.Sequential(*pair(), nn.Linear(5, 3)).eval()
     x = input_of(stock)
@@ -307,7 +307,7 @@ def test_hooks_on_all_modules_see_the_inner_containers():
     ("owner", "name"), [(F, "linear"), (F, "relu"), (nn.Linear, "forward"), (nn.ReLU, "forward")]
 )
 def test_what_replaces_pytorchs_functions_sees_the_calls(monkeypatch, owner, name):
-    """As profilers that count operations do."""
+    """Profilers that count operations do this."""
     fused = fastnn.fuse(nn.Sequential(*pair()))
     original, called = getattr(owner, name), []
     monkeypatch.setattr(owner, name, lambda *args, **kw: called.append(1) or original(*args, **kw))
@@ -316,7 +316,7 @@ def test_what_replaces_pytorchs_functions_sees_the_calls(monkeypatch, owner, nam
 
 
 class Int8(Tensor):
-    """A weight that knows torch's functions alone, as quantization libraries make them."""
+    """A weight that knows only torch's functions, like those of quantization libraries."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -33,7 +33,7 @@ def stock_mlp(*sizes: int, **options) -> nn.Sequential:
 
 
 def both(hidden: int | tuple[int, ...] = (5, 4), **options) -> tuple[fastnn.nn.MLP, nn.Sequential]:
-    """Ours and torch's, of the same parameters."""
+    """Ours and torch's with the same parameters."""
     torch.manual_seed(0)
     ours = fastnn.nn.MLP(6, hidden, 3, **options)
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_parts_of_it():
 
 
 def test_changes_of_it():
-    """As of any Sequential."""
+    """The same changes as for any Sequential."""
     ours, stock = both()
     for model in (ours, stock):
         torch.manual_seed(1)

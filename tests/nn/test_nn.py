@@ -1,4 +1,4 @@
-"""fastnn.nn's modules are torch.nn's in all but what runs inside ``forward``."""
+"""The modules of fastnn.nn equal torch.nn's in everything but what ``forward`` runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def expected(name: str, stock: torch.nn.Module, inputs: tuple[Tensor, ...]) -> T
 
 
 def assert_same_output(name: str, ours: torch.nn.Module, stock: torch.nn.Module) -> None:
-    """The outputs of both modules, and all gradients of them."""
+    """Compares the outputs of both modules, and all gradients."""
     results = []
     for module in (ours, stock):
         inputs = inputs_of(name)
@@ -111,7 +111,7 @@ def test_linear_without_bias(name):
 
 
 def test_linear_relu_clamps():
-    """The comparison with torch would hold for a plain Linear if no output were negative."""
+    """The comparison with torch would also pass for a plain Linear if no output were negative."""
     ours, stock = make("LinearReLU", dtype=torch.float64)
     (x,) = inputs_of("LinearReLU")
     assert bool((stock(x) < 0).any())
@@ -513,14 +513,14 @@ def test_weight_norm_and_pruning(name):
 @both_linears
 def test_functional_call(name):
     layer, stock = make(name, dtype=torch.float64)
-    layer.reset_parameters()  # others than those of the call
+    layer.reset_parameters()  # different from those of the call
     (x,) = inputs_of(name)
     output = torch.func.functional_call(layer, dict(stock.named_parameters()), x)
     assert_close(output, expected(name, stock, (x,)))
 
 
 def test_in_a_sequential_with_apply():
-    """Keys, indices and isinstance-driven initialisers are those of Linear."""
+    """Keys, indices and initialisers that check isinstance treat it as a Linear."""
 
     def fill(module: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Linear):

@@ -1,8 +1,8 @@
-"""Speed is not paid for in digits: the error against float64, ours over torch's own.
+"""Speed does not cost accuracy: the error against float64, as a ratio of ours to torch's.
 
-Errors are root mean squares over enough values for their ratio to be known to a few per cent. A
-ratio of 1 is not asked for but 1.25: two correct orders of summation, and two exponential functions
-within one unit in the last place, differ by so much in either direction.
+Errors are root mean squares over enough values to know their ratio to a few per cent. The limit is
+1.25 instead of 1, because two correct orders of summation, or two exponential functions accurate to
+one unit in the last place, can differ by that much in either direction.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from support.operators import LINEARS, TORCH, ours
 pytestmark = needs_extension
 
 ALLOWED = 1.25
-# A gradient that the forward keeps is rounded once more where the incoming one multiplies it. Two
-# independent roundings make sqrt(2) of torch's error at most. In 200 rows of 1000 classes the
-# targets' entries dominate, whose ratio is known to 10 % only.
+# A gradient kept by the forward is rounded once more when the incoming one multiplies it; two
+# independent roundings make at most sqrt(2) of torch's error. In 200 rows of 1000 classes the
+# entries of the targets dominate, and their ratio is only known to 10 %.
 ALLOWED_TWICE_ROUNDED = 1.6
 INF, NAN = float("inf"), float("nan")
 
@@ -44,7 +44,7 @@ def error_ratios(ours: Callable, torchs: Callable, inputs: list[Tensor]) -> list
     ):
         my_error = (mine.double() - reference).square().mean().sqrt()
         their_error = (theirs.double() - reference).square().mean().sqrt()
-        # Where torch makes no error (all of it underflows, say), neither may we.
+        # If torch makes no error (everything underflows, say), we may not make one either.
         ratios.append(
             float(my_error / their_error) if their_error > 0 else float(my_error > 0) * INF
         )
@@ -52,10 +52,10 @@ def error_ratios(ours: Callable, torchs: Callable, inputs: list[Tensor]) -> list
 
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# Nearly equal logits, usual ones, and such that a row is all but one-hot. Not equal ones: all would
-# have one and the same error.
+# Nearly equal logits, typical ones, and rows that are almost one-hot. Not equal ones, which would
+# all have the same error.
 scales = pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-# Walked several rows at once, along the classes, and with a tail of either.
+# Rows processed several at once, rows processed along the classes, and both with a tail.
 row_lengths = pytest.mark.parametrize("classes", [10, 33, 1000])
 
 
@@ -95,7 +95,7 @@ def test_cross_entropy(dtype, scale, classes, label_smoothing):
 @row_lengths
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_cross_entropys_gradient_of_the_mean(scale, classes, label_smoothing):
-    """That of a plain backward, which nothing multiplies again."""
+    """The gradient of a plain backward, which nothing multiplies afterwards."""
     logits = logits_of(classes, scale, torch.float32)
     target = torch.randint(classes, (len(logits),))
     errors = []
@@ -112,7 +112,7 @@ def test_cross_entropys_gradient_of_the_mean(scale, classes, label_smoothing):
     assert ours <= ALLOWED * torchs
 
 
-# Tiled and library products, depths of one block and of several, sizes that fill no tile.
+# Tiled and library products, one and several blocks of depth, sizes that fill no tile.
 @dtypes
 @pytest.mark.parametrize("shape", [(64, 784, 128), (256, 128, 64), (129, 257, 65), (99, 2000, 57)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
@@ -125,15 +125,14 @@ def test_linear(op, dtype, shape, scale):
         TORCH[op],
         [tensor.to(dtype) for tensor in inputs],
     )
-    assert max(ratios[:3]) <= ALLOWED  # the bias has too few gradients for a ratio
+    assert max(ratios[:3]) <= ALLOWED  # too few bias gradients for a ratio
 
 
 @dtypes
 @pytest.mark.parametrize("rows", [64, 1000])
 @pytest.mark.parametrize("op", LINEARS)
 def test_bias_gradient(op, dtype, rows):
-    # Whole numbers and a half: no output is so close to zero that its rounding decides whether a
-    # gradient counts.
+    # Integers and halves: no output is so close to zero that rounding could flip its sign.
     inputs = [
         torch.randint(-3, 4, (rows, 3)),
         torch.randint(-3, 4, (5000, 3)),
@@ -167,7 +166,7 @@ def test_sgd(momentum):
     assert mine <= ALLOWED * theirs
 
 
-# Each row holds one kind of value that arithmetic treats in a way of its own.
+# Each row has a kind of value that arithmetic treats specially.
 SPECIAL_ROWS = {
     "infinity": [1.0, INF, 2.0],
     "two infinities": [INF, INF, 0.0],
@@ -184,9 +183,9 @@ SPECIAL_ROWS = {
 @pytest.mark.parametrize("name", SPECIAL_ROWS)
 @pytest.mark.parametrize("classes", [3, 10, 1000])
 def test_special_values(name, classes):
-    """Element by element torch's own, but for their last bits."""
+    """Compares element by element with torch, up to the last bits."""
     row = torch.tensor(SPECIAL_ROWS[name] + [SPECIAL_ROWS[name][-1]] * (classes - 3))
-    logits = row.repeat(11, 1)  # fills a vector of rows, and starts another
+    logits = row.repeat(11, 1)  # enough to fill a vector of rows and begin another
     target = torch.arange(11) % 3
     grad = torch.linspace(-1, 1, 11)
     options = {"reduction": "none"}

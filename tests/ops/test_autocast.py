@@ -1,4 +1,4 @@
-"""torch.autocast: every operator runs in the dtype that torch's own does, to the same numbers."""
+"""torch.autocast: every operator runs in the dtype of torch's own, with the same numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOW_PRECISION = [torch.bfloat16, torch.float16]
 INPUTS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-# Each operator with torch's own, of the same arguments.
+# Each operator and torch's, with the same arguments.
 OPERATORS = {
     "linear": (
         lambda a: C.linear(a.input, a.weight, a.bias),
@@ -64,12 +64,12 @@ inputs = pytest.mark.parametrize("dtype", INPUTS, ids=str)
 
 
 def autocast(**options) -> torch.autocast:
-    """For the device under test."""
+    """Autocast for the device under test."""
     return torch.autocast(torch.get_default_device().type, **options)
 
 
 def arguments(dtype: torch.dtype, device: str | None = None, requires_grad: bool = True):
-    """An input of `dtype` and parameters of float32 (float64 beside a float64 input)."""
+    """An input of `dtype` and float32 parameters (float64 with a float64 input)."""
     other = {"dtype": torch.float64 if dtype == torch.float64 else torch.float32, "device": device}
     return SimpleNamespace(
         input=torch.randn(6, 9, dtype=dtype, device=device, requires_grad=requires_grad),
@@ -90,7 +90,7 @@ def eps_of(*tensors: torch.Tensor) -> float:
 
 
 def assert_same(actual, expected, *rounded: torch.Tensor) -> None:
-    """The same dtype, and values that differ by a few roundings of it, or of the other dtypes that
+    """The same dtype, and values that differ by a few roundings to it, or to the other dtypes that
     torch rounds to. Both sum in float32 or wider."""
     assert actual.dtype == expected.dtype
     eps = eps_of(expected, *rounded)
@@ -98,8 +98,8 @@ def assert_same(actual, expected, *rounded: torch.Tensor) -> None:
 
 
 def assert_same_gradient(actual, expected, result) -> None:
-    """Likewise of a result's gradient, which was rounded to the result's dtype on its way. torch
-    rounds sums over the rows to it as well: some roundings of the largest value."""
+    """The same for the gradient of a result, which passes through the result's dtype. torch also
+    rounds sums over the rows to it: some roundings of the largest value."""
     if expected is None:
         assert actual is None
         return
@@ -108,7 +108,7 @@ def assert_same_gradient(actual, expected, result) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
 
 
-# What each has: the Functions cast by themselves, without autocast's cache.
+# Implementations with autocast: the Functions cast by themselves, without autocast's cache.
 functions_too = pytest.mark.parametrize(
     "implementation", ["functional", "autograd", "autograd over reference"], indirect=True
 )
@@ -140,14 +140,14 @@ def test_same_dtypes_and_numbers_as_torch(implementation, name, autocast_dtype, 
 @inputs
 @pytest.mark.capability("precision", "`torch.autocast` on CUDA: torch's dtypes (on fake tensors)")
 def test_dtypes_on_cuda_are_torchs(implementation, name, autocast_dtype, dtype) -> None:
-    """Compares shapes and dtypes alone, so that no GPU is needed."""
+    """Only compares shapes and dtypes, so it needs no GPU."""
     ours, theirs = OPERATORS[name]
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", autocast_dtype)
     try:
         with FakeTensorMode():
-            # Without gradients: torch asks the device of a leaf that wants one for its stream.
+            # Without gradients: for a leaf that wants one, torch asks the device for its stream.
             a = arguments(dtype, "cuda", requires_grad=False)
             assert ours(a).dtype == theirs(a).dtype
     finally:
@@ -172,7 +172,7 @@ def test_a_disabled_region_is_left_alone(implementation, name) -> None:
 @pytest.mark.capability("precision", "nested regions")
 def test_nested_regions_take_the_inner_dtype(op) -> None:
     a = arguments(torch.float32)
-    # Without the cache, which in torch keeps the inner region's casts for the outer one.
+    # Without the cache, which makes torch reuse the inner region's casts in the outer one.
     with autocast(dtype=torch.bfloat16, cache_enabled=False):
         with autocast(dtype=torch.float16, cache_enabled=False):
             assert ours(op)(a.input, a.weight, a.bias).dtype == torch.float16
@@ -180,7 +180,7 @@ def test_nested_regions_take_the_inner_dtype(op) -> None:
 
 
 class CountCasts(TorchDispatchMode):
-    """Counts the casts of tensors of a shape."""
+    """Counts casts of tensors with a given shape."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ def test_a_parameter_is_cast_once_in_a_region_with_the_cache(op, cache_enabled) 
     operators=["linear_relu", "cross_entropy", "SGD"],
 )
 def test_training_under_autocast_with_a_scaler_is_torchs(autocast_dtype) -> None:
-    """Some steps of the MLP with GradScaler, one of them with an overflow that skips the step."""
+    """Some steps of the MLP with GradScaler; one overflows and is skipped."""
 
     device = torch.get_default_device().type
 

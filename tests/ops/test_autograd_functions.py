@@ -1,5 +1,5 @@
-"""The classes of fastnn.autograd: what is theirs alone. As an ``implementation`` they also run
-through the tests of values, gradients, transforms, modes and errors."""
+"""The classes of fastnn.autograd: only what is specific to them. As an ``implementation`` they also
+go through the tests of values, gradients, transforms, modes and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_they_are_functions_with_all_that_one_has(op):
 
 @pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
 def test_every_option_by_position_and_by_keyword(op):
-    """In the places that torch's functions have them."""
+    """The arguments have the positions of torch's functions."""
     options = {"weight": class_weights(), "size_average": None, "ignore_index": 1, "reduce": None}
     options["reduction"] = "sum"
     if op == "cross_entropy":
@@ -57,7 +57,7 @@ def test_every_option_by_position_and_by_keyword(op):
 
 
 class Calls(TorchDispatchMode):
-    """The names of fastnn's operators that are called, with their arguments."""
+    """Records the calls of fastnn's operators, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("op", OPS)
 def test_the_operators_run_unless_their_result_is_differentiated(op):
     forward = op + ("_forward" if op.endswith(("nll_loss", "cross_entropy")) else "")
-    # linear_cross_entropy's backward multiplies the gradients that the forward has left.
+    # linear_cross_entropy's backward only multiplies the gradients left by the forward.
     backward = [f"{op}_backward"] if op != "linear_cross_entropy" else []
     sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     input = sample.args[0].detach().requires_grad_()
@@ -116,13 +116,13 @@ def test_cross_entropy_keeps_nothing_without_a_gradient():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_reference_reads_what_a_kernel_keeps(dtype, reduction, smoothing):
-    """Derivatives of a higher order are made from it."""
+    """Higher-order derivatives are computed from it."""
     input, target = normal(4, 3).to(dtype), torch.tensor([0, 2, 1, -100])
     arguments, options = (target, class_weights().to(dtype)), (-100, reduction, smoothing)
     operators = torch.ops.fastnn
     loss, kept, *others = operators.cross_entropy_forward(input, *arguments, *options, keep=True)
     backward = torch.ones_like(loss), kept, *arguments, *others, *options
-    # Both compute in float32 at least and round once: torch's tolerance for the dtype is that.
+    # Both compute in at least float32 and round once: within torch's tolerance for the dtype.
     torch.testing.assert_close(
         fastnn.reference.cross_entropy_backward(*backward),
         operators.cross_entropy_backward(*backward),
@@ -154,7 +154,7 @@ def test_nll_losss_second_derivative_is_zero_rather_than_missing():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("argument", ["target", "weight"])
 def test_batched_probabilities_and_weights_have_derivatives(argument, smoothing):
-    """Where the transforms' order hides from ``apply`` that a derivative is wanted."""
+    """The nesting of transforms hides from ``apply`` that a derivative is wanted."""
     arguments = {
         "input": normal(4, 3),
         "target": torch.rand(4, 3, dtype=torch.float64),
@@ -199,7 +199,7 @@ def test_batched_targets(op):
 
 
 class Scaled(CrossEntropy):
-    """A backward of a user's."""
+    """A user-defined backward."""
 
     @staticmethod
     def backward(ctx, *grads):

@@ -1,4 +1,4 @@
-"""Bad arguments of the backward operators, called on their own."""
+"""Bad arguments of the backward operators, called directly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.operators import memory_of
 def loss_backward_arguments(
     op: str, reduction: str = "mean", dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Good arguments of the operator's backward, by name."""
+    """Valid arguments of the operator's backward, by name."""
     input, target, weight = floats(7, 5).to(dtype), torch.arange(7) % 5, floats(5).abs().to(dtype)
     options = {"weight": weight, "ignore_index": -100, "reduction": reduction}
     if op == "nll_loss":
@@ -33,7 +33,7 @@ def loss_backward_arguments(
 
 
 def named(name: str) -> str:
-    """A pattern of the name alone: output is not in grad_output."""
+    """A pattern for the exact name: output must not match in grad_output."""
     return rf"\b{name}\b"
 
 
@@ -58,8 +58,8 @@ def raises_and_changes_nothing(
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
 def test_backward_of_a_target_out_of_range(op, reduction, bad):
-    """The forward checks targets; a backward that writes at them must not take its word."""
-    # In wider dtypes cross_entropy's backward only scales what the forward wrote at the target.
+    """A backward that writes at the targets must check them itself, although the forward did."""
+    # In wider dtypes cross_entropy's backward only scales what the forward wrote there.
     dtype = torch.bfloat16 if op == "cross_entropy" else torch.float32
     arguments = loss_backward_arguments(op, reduction, dtype)
     arguments["target"] = target_with(bad, (7, 5))
@@ -97,7 +97,7 @@ def test_backward_of_a_loss_with_a_wrong_tensor(op, wrong):
     error = ValueError if batch_differs else RuntimeError
     says = (
         () if name in ("input", "kept") else (named(name),)
-    )  # where the input is wrong, the others look so
+    )  # if the input is wrong, the others look wrong
     raises_and_changes_nothing(f"{op}_backward", arguments, error, *says)
 
 
@@ -150,8 +150,8 @@ def test_cross_entropy_backward_with_bad_label_smoothing():
         raises_and_changes_nothing("cross_entropy_backward", arguments, RuntimeError, says)
 
 
-# By the wrong argument, which comes first: what the error says, and the argument. Of two tensors
-# that don't fit each other the error names one.
+# By the wrong argument, which comes first: the name in the error message, and the argument. If two
+# tensors don't match, the error names one of them.
 WRONG_FOR_LINEAR_BACKWARD = {
     "grad_output of a row less": ("grad_output", lambda: floats(1, 4)),
     "grad_output of a column less": ("grad_output", lambda: floats(2, 3)),
@@ -187,7 +187,7 @@ def test_linear_relu_backward_with_a_wrong_tensor(wrong):
     raises_and_changes_nothing("linear_relu_backward", arguments, RuntimeError, named(says))
 
 
-# Without an output, what doesn't fit the gradient is named.
+# Without an output, the argument that doesn't match the gradient is named.
 NAMED_BESIDE_GRADIENT = {
     "grad_output of a row less": "input",
     "grad_output of a column less": "weight",
@@ -217,7 +217,7 @@ def test_linear_backward_with_a_gradient_of_no_dimension():
         ("grad_output", lambda: floats(3, 3), "grad_output"),
         ("grad_output", lambda: floats(2), "grad_output"),
         ("grad_output", lambda: floats(2, 3, dtype=torch.float64), "grad_output"),
-        ("output", lambda: floats(3, 3), "grad_output"),  # which is held against the output
+        ("output", lambda: floats(3, 3), "grad_output"),  # compared with the output
         ("output", lambda: torch.ones(2, 3, dtype=torch.long), "output"),
     ],
 )

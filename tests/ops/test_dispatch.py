@@ -30,7 +30,7 @@ from support.sample_inputs import OPS, Sample, sample_input
 
 
 def test_the_extension_is_built():
-    """Its own tests are skipped where it is missing: that must not pass for success."""
+    """The extension's tests are skipped if it is missing, which must not pass for success."""
     wanted = os.environ.get("FASTNN_TEST_FALLBACK", "0") == "0"
     assert fastnn.is_available() == wanted, (
         "fastnn's extension isn't loaded: build it, or set FASTNN_TEST_FALLBACK=1 to test the "
@@ -95,7 +95,7 @@ def test_schema(schema):
     name, _, overload = schema.split("(")[0].partition(".")
     op = getattr(torch.ops.fastnn, name)
     assert getattr(op, overload or "default")._schema == torch._C.parse_schema(f"fastnn::{schema}")
-    # And there are no others.
+    # There are no other overloads.
     overloads = [f"{name}.{overload}".removesuffix(".default") for overload in op.overloads()]
     assert set(overloads) <= set(OP_NAMES)
 
@@ -134,7 +134,7 @@ def test_meta_tensors_get_shapes_and_gradients(op, name):
 
 
 class Recorded(TorchDispatchMode):
-    """The fused operators that are called."""
+    """Records the fused operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("device", "fused"),
     [
-        # The emulated kernels stand for the CPU's, and are not of every operator.
+        # The emulated kernels replace the CPU's, but don't cover every operator.
         ("cpu", set(OPS) - ({"linear_cross_entropy"} if EMULATES_CUDA else set())),
         ("mps", set()),
         pytest.param(
@@ -168,7 +168,7 @@ class Recorded(TorchDispatchMode):
     ],
 )
 def test_devices_without_kernels_get_pytorchs_operators(device, fused):
-    """Fake tensors stand for those of the device."""
+    """Uses fake tensors of the device."""
     functional = fastnn.functional
     with FakeTensorMode(), Recorded() as recorded:
         hidden = functional.linear_relu(*(torch.empty(5, 6, device=device) for _ in range(2)))
@@ -188,12 +188,12 @@ LAYOUT_KEYS = ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "Nested
 @pytest.mark.parametrize("key", [*DEVICE_KEYS, *LAYOUT_KEYS])
 @pytest.mark.parametrize("op", OPS)
 def test_every_device_and_layout_has_a_kernel_without_autograd(op, key):
-    """In inference mode a call goes straight to it."""
+    """In inference mode a call skips autograd and goes straight to it."""
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastnn::{op}", key)
 
 
 def outcome(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> tuple | Tensor:
-    """The result, dense, or the kind of error and what it says first."""
+    """The dense result, or the type and the first line of the error."""
     try:
         result = function(*args, **kwargs)
     except Exception as error:
@@ -222,12 +222,12 @@ def assert_same_outcome(
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("saving", "sparse and MKL-DNN layouts: as in PyTorch, to its errors")
 def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
-    """They have dispatch keys of their own, as other devices have."""
+    """Like other devices, they have dispatch keys of their own."""
     sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     for i in range(2 if op in LINEARS else 1):
         with context():
             arguments = list(sample.args)
-            # Inference tensors: with others autograd's kernel would be asked first.
+            # Inference tensors: other tensors would reach autograd's kernel first.
             dense = arguments[i].clone()
             if layout == "mkldnn":
                 arguments[i] = dense.to_mkldnn()
@@ -238,7 +238,7 @@ def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
         assert_same_outcome(op, tuple(arguments), context, **sample.kwargs)
 
 
-# The arguments that are nested, by their positions.
+# The arguments that are nested, by position.
 NESTED_CASES = [
     *[(op, (i,)) for op in LINEARS for i in range(3)],
     ("log_softmax", (0,)),
@@ -252,7 +252,7 @@ NESTED_CASES = [
 @pytest.mark.parametrize(("op", "positions"), NESTED_CASES)
 @pytest.mark.capability("saving", "strided nested tensors: as in PyTorch, to its errors")
 def test_strided_nested_tensors_get_pytorchs_operators(op, positions, context):
-    """They say that they are strided, and have a dispatch key of their own."""
+    """They report a strided layout but have a dispatch key of their own."""
     rows, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     linear = [rows, torch.randn(5, 3), torch.randn(5)]
     arguments = {
@@ -291,7 +291,7 @@ def to_meta(value: object) -> object:
 
 
 class Subclass(Tensor):
-    """Notes the functions that it is an argument of, and hands itself on, as by default."""
+    """Records the functions that it is passed to, and forwards them, which is the default."""
 
     called: list[Callable]
 
@@ -342,17 +342,17 @@ def test_a_class_that_hands_our_function_on_keeps_our_operators(op):
     assert recorded.names == {op}
 
 
-# --- in a process of its own ----------------------------------------------------------------------
+# --- in a separate process ------------------------------------------------------------------------
 
 
 def run_python(code: str, path: Path) -> Any:
-    """What the code prints last, as JSON; the package is imported from ``path``."""
+    """Runs code with the package from ``path``; returns its last line of output, parsed as JSON."""
     result = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=path,  # python -c looks there first
+        cwd=path,  # python -c searches there first
         capture_output=True,
         text=True,
-        timeout=120,  # a bound on a hang, not a speed that is asked for
+        timeout=120,  # bounds a hang; it is no speed requirement
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -408,8 +408,8 @@ def assert_trains_on_the_reference(code: str, path: Path, cause: str) -> None:
     assert not available
     assert len(messages) == 1
     assert re.search(cause, messages[0])
-    assert "pip install" in messages[0]  # what to do about it
-    # Three steps of float32: the same operations but for the order of a few sums.
+    assert "pip install" in messages[0]  # what the user can do
+    # Three steps of float32: the same operations, except for the order of a few sums.
     assert losses == pytest.approx(torch_losses, rel=1e-5)
     assert losses[2] < losses[0]
 
@@ -447,11 +447,11 @@ print(json.dumps([
 @needs_extension
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_the_extension_loads_in_silence_trains_and_brings_no_second_openmp():
-    """A second runtime would have threads of its own, deaf to torch.set_num_threads."""
+    """A second runtime would have its own threads, which torch.set_num_threads doesn't affect."""
     code = IMPORT_AND_TRAIN + OPENMP_RUNTIMES
     available, messages, losses, torch_losses, runtimes = run_python(code, PACKAGE.parent)
     assert available
     assert messages == []
-    # Three steps of float32: the same operations but for the order of a few sums.
+    # Three steps of float32: the same operations, except for the order of a few sums.
     assert losses == pytest.approx(torch_losses, rel=1e-5)
     assert len(runtimes) == 1

@@ -1,5 +1,5 @@
-"""Bad arguments: the exception is of torch's type, its message names the argument and what it may
-be, and nothing is changed."""
+"""Bad arguments: the exception has torch's type, its message names the argument and what it may be,
+and nothing is changed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def can_want_grad(value: object) -> bool:
 @pytest.mark.not_on_a_gpu("torch's exceptions on the CPU, which are the model")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exceptions_are_of_torch_s_types(case):
-    """The cases say the types; this says that they are torch's, or why not."""
+    """The cases state the types; they must be torch's, or the case must say why not."""
     error = exception_of(TORCH[case.op], *case.args(), **case.options)
     if case.unlike_torch is None:
         assert type(error) is case.error, repr(error)
@@ -81,7 +81,7 @@ def test_exceptions_are_of_torch_s_types(case):
 
 @trips_device_assert
 def test_a_good_call_after_a_bad_one(implementation):
-    """Nothing of the bad one is left behind, in this thread or in others."""
+    """Nothing of the bad call remains, in this thread or in others."""
     logits = torch.randn(9000, 10)
     good = torch.full((9000,), 3)
     bad = good.index_fill(0, indices(17), 10)
@@ -100,7 +100,7 @@ def test_a_good_call_after_a_bad_one(implementation):
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5])
 @pytest.mark.parametrize("wants", ["input", "target", "weight"])
 def test_label_smoothing_is_checked_whatever_wants_a_gradient(implementation, wants, bad):
-    """Some of these take torch's path, which takes what is below zero."""
+    """Some of these take torch's path, which accepts negative values."""
     arguments = {"input": floats(2, 5), "target": probabilities(2, 5), "weight": floats(5).abs()}
     arguments[wants].requires_grad_()
     with pytest.raises(RuntimeError, match="label_smoothing must be between"):

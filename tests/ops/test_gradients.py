@@ -21,7 +21,7 @@ from support.small_cases import Function, assert_close, class_indices, class_wei
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:size_average and reduce args will be deprecated",
-    # vmap says where torch itself has no batched rule and loops: slow, not wrong.
+    # vmap warns where torch itself has no batching rule and loops: slow, not wrong.
     "ignore:There is a performance drop",
     "ignore:`torch.jit.script` is deprecated",  # torch's own use of it, in forward mode
 )
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 def linear_arguments(
     shape: tuple[int, ...], outputs: int, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Arguments for which no ReLU is near its kink: there finite differences straddle it, and
-    give the mean of the two slopes. Steps are of 1e-6, times weights of at most about 5."""
+    """Arguments that keep every ReLU away from its kink, where finite differences would give the
+    mean of both slopes. Steps are 1e-6, multiplied by weights of at most about 5."""
     while True:
         input, weight = normal(*shape), normal(outputs, shape[-1])
         added = normal(outputs) if bias else None
@@ -42,7 +42,7 @@ def linear_arguments(
             return input, weight, added
 
 
-# One per rank of the input, in this order: no batch, a batch, a sequence.
+# One for each rank of the input: no batch, a batch, a sequence.
 LINEAR_SHAPES = [(3,), (2, 3), (2, 2, 3)]
 
 LOSS_SHAPES = [(3,), (4, 3), (2, 3, 2), (2, 3, 2, 1)]  # (C), (N, C), (N, C, d1), (N, C, d1, d2)
@@ -58,7 +58,7 @@ def assert_derivatives(
 ) -> None:
     """First and second derivatives, backward, forward, batched, and forward over backward.
 
-    Of the reference the first will do: what it is made of are torch's operators.
+    For the reference only the first ones: it consists of torch's operators.
     """
     if implementation == "reference":
         gradcheck(function, inputs)
@@ -82,7 +82,7 @@ SOME_WANTED = list(itertools.product((False, True), repeat=3))[1:]
 @pytest.mark.parametrize("op", LINEARS)
 @pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`")
 def test_linear(implementation, op, shape, wanted):
-    """With every subset of its arguments wanting a gradient."""
+    """Tests every subset of the arguments that want a gradient."""
     inputs = linear_arguments(shape, 4, bias=True)
     for tensor, wants in zip(inputs, wanted, strict=True):
         tensor.requires_grad_(wants)
@@ -96,7 +96,7 @@ def test_linear_without_bias(implementation, op, shape, wanted):
     inputs = linear_arguments(shape, 4, bias=False)
     for tensor, wants in zip(inputs, wanted, strict=False):
         tensor.requires_grad_(wants)
-    # Without a batch torch's own linear fails at vmap over jvp, and so does what is made of it.
+    # Without a batch torch's own linear fails at vmap over jvp, and with it all that use it.
     assert_derivatives(implementation, ours(op), inputs, batched_forward=len(shape) > 1)
 
 
@@ -155,7 +155,7 @@ def test_cross_entropy(implementation, kind, label_smoothing, shape, reduction, 
     ],
 )
 def test_create_graph_changes_no_gradient(implementation, op, name):
-    """The backward that can be differentiated is another path; its gradients are the oracle's."""
+    """The differentiable backward is another code path; its gradients must be the oracle's."""
     sample = sample_input(op, torch.float32, name)
     leaves = leaves_of(op, sample)
     output = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
@@ -164,7 +164,7 @@ def test_create_graph_changes_no_gradient(implementation, op, name):
     exact = expected(op, sample, grad_output.detach())
     for grad_, exact_grad, error in zip(grads, exact.grads, exact.grad_errors, strict=True):
         assert grad_.requires_grad
-        # Twice the fused backward's error: it takes several operators, each of which rounds.
+        # Twice the fused backward's error: it consists of several operators, each of which rounds.
         assert_within("gradient", grad_, exact_grad, error, slack=2)
 
 
@@ -196,8 +196,8 @@ def test_ignored_rows_drop_nan_with_and_without_create_graph(implementation, op,
 
 
 def assert_as_torch(op: str, inputs: tuple[Tensor, ...], options: dict) -> None:
-    """Value, gradients and second derivatives for all inputs that want any; in float64 both are
-    the same operators, but for the order of a sum: 1e-12 is thousands of roundings."""
+    """Compares values, gradients and second derivatives for all inputs that want any; in float64
+    both run the same operators, but for the order of a sum: 1e-12 is thousands of roundings."""
     __tracebackhide__ = True
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     results = []
@@ -263,7 +263,7 @@ def test_class_weights_of_indices_may_not_want_gradients(implementation, op, opt
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("changed", ["input", "output"])
 def test_a_saved_tensor_changed_in_place_is_noticed(implementation, changed, create_graph):
-    """Rather than giving wrong gradients."""
+    """It raises instead of giving wrong gradients."""
     x, weight, bias = linear_arguments((2, 3), 4, bias=True)
     weight.requires_grad_()
     output = fastnn.functional.linear_relu(x, weight, bias)
@@ -274,7 +274,7 @@ def test_a_saved_tensor_changed_in_place_is_noticed(implementation, changed, cre
 
 
 def wanting(wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """The arguments of a linear, a batch and a bias, with those leaves that want a gradient."""
+    """A linear's input, weight and bias; leaves where a gradient is wanted."""
     arguments = linear_arguments((2, 3), 4, bias=True)
     return tuple(map(Tensor.requires_grad_, arguments, wanted))
 
@@ -282,7 +282,7 @@ def wanting(wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("wanted", SOME_WANTED)
 @pytest.mark.parametrize("op", LINEARS)
 def test_linear_keeps_what_torch_keeps(implementation, op, wanted):
-    """The elements of each tensor that the graph holds on to."""
+    """Compares the number of elements of each tensor that the graph keeps alive."""
     arguments = wanting(wanted)
     kept = []
     for function in (ours(op), TORCH[op]):
@@ -295,7 +295,7 @@ def test_linear_keeps_what_torch_keeps(implementation, op, wanted):
 
 
 def bytes_kept(function: Function, *inputs: Tensor) -> int:
-    """The memory that the graph of a call holds on to, each storage once."""
+    """The memory that the graph of a call keeps alive, each storage counted once."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
@@ -307,7 +307,7 @@ def bytes_kept(function: Function, *inputs: Tensor) -> int:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_blocks_keep_no_more_memory_than_torchs(implementation, frozen):
-    """As an adapter's training has them, frozen behind a trained input."""
+    """Blocks as in an adapter's training: frozen, with a trained input."""
     blocks = [(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(6)]
     model = nn.Sequential(*itertools.chain(*blocks)).requires_grad_(not frozen)
     input = torch.randn(64, 8, requires_grad=True)
@@ -320,7 +320,7 @@ def test_blocks_keep_no_more_memory_than_torchs(implementation, frozen):
 @pytest.mark.parametrize("wanted", SOME_WANTED)
 @pytest.mark.parametrize("op", LINEARS)
 def test_linear_after_a_change_in_place(implementation, op, wanted, changed, create_graph):
-    """What no gradient is computed from may change before the backward: features that the next
+    """Tensors that no gradient depends on may change before the backward: features that the next
     layer overwrites, weights that an optimizer steps between two losses."""
     arguments = wanting(wanted)
     results = []
@@ -337,14 +337,14 @@ def test_linear_after_a_change_in_place(implementation, op, wanted, changed, cre
         with torch.no_grad():
             arguments[changed].sub_(1)
         results.append(grads)
-    # Changed by 1 and back, which rounds; float64 and of the order of one.
+    # Changed by 1 and back, which rounds; float64 values of order one.
     assert_close(*results)
 
 
 @pytest.mark.parametrize("made", range(2), ids=["input", "weight"])
 @pytest.mark.parametrize("op", LINEARS)
 def test_a_bias_trains_behind_inference_tensors(implementation, op, made):
-    """Features or frozen weights made in inference mode, which autograd refuses to save."""
+    """Features or frozen weights made in inference mode, which autograd can't save."""
     arguments = list(wanting((False, False, True)))
     with torch.inference_mode():
         arguments[made] = arguments[made].clone()
@@ -373,7 +373,7 @@ TARGETS = {
 
 
 def loss_of_logits(logits: Tensor, kind: str, reduction: str) -> tuple[Tensor, Tensor]:
-    """A loss of four rows, one of them ignored, and a gradient that is not 1 for it."""
+    """A loss of four rows, one of them ignored, and an incoming gradient other than 1."""
     options, probabilities = TARGETS[kind]
     options = {
         name: value.to(logits.dtype) if isinstance(value, Tensor) else value
@@ -397,7 +397,7 @@ def loss_of_logits(logits: Tensor, kind: str, reduction: str) -> tuple[Tensor, T
     ],
 )
 def test_logits_may_change_after_the_loss(implementation, overwrite, kind, reduction, dtype):
-    """As after torch's, which keeps its log-softmax: whatever is done to them, and however."""
+    """Allowed as with torch, which keeps its log-softmax, however the logits are changed."""
     leaf = normal(4, 3).to(dtype).requires_grad_()
     loss, grad_output = loss_of_logits(leaf, kind, reduction)
     (expected_grad,) = torch.autograd.grad(loss, leaf, grad_output)
@@ -408,8 +408,8 @@ def test_logits_may_change_after_the_loss(implementation, overwrite, kind, reduc
             overwrite(logits)
         (grad,) = torch.autograd.grad(loss, leaf, grad_output, create_graph=create_graph)
         if create_graph:
-            # Another path, which rounds elsewhere, several times in a narrow dtype; of the order
-            # of one.
+            # Another code path, which rounds at other points, several times in a narrow dtype;
+            # values are of order one.
             atol = 16 * torch.finfo(dtype).eps
             torch.testing.assert_close(grad.detach(), expected_grad, rtol=0, atol=atol)
         else:
@@ -436,7 +436,7 @@ def test_second_derivatives_after_a_change_of_the_logits(implementation):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("kind", TARGETS)
 def test_a_graph_that_is_kept_gives_the_same_gradient_again(implementation, kind, reduction, dtype):
-    """Whatever is done to the first one; and the last backward may end the graph."""
+    """Holds whatever happens to the first gradient; the last backward may free the graph."""
     logits = normal(4, 3).to(dtype).requires_grad_()
     loss, grad_output = loss_of_logits(logits, kind, reduction)
     (first,) = torch.autograd.grad(loss, logits, grad_output, retain_graph=True)
@@ -456,7 +456,7 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again(implementation, kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_what_saved_tensor_hooks_hold_is_left_alone(implementation, dtype, factor):
-    """A gradient that takes the place of what was saved must be the only one to see it."""
+    """A gradient may only reuse the memory of a saved tensor that nothing else can see."""
     logits = normal(4, 3).to(dtype).requires_grad_()
     held: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -488,13 +488,13 @@ def test_backwards_of_several_threads_over_one_graph(implementation, dtype):
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_keeps_no_more_memory_than_torchs(dtype):
-    """And holds on to no logits, which the layer before it doesn't keep either."""
+    """It keeps no logits alive either: the layer before it doesn't keep them."""
     leaf = torch.randn(64, 100, dtype=dtype).requires_grad_()
     target = torch.arange(64)
     functions = (fastnn.functional.cross_entropy, F.cross_entropy)
     mine, theirs = (bytes_kept(function, leaf, target) for function in functions)
     # Narrow dtypes keep two float32 numbers per row, so that the gradient is rounded once, and a
-    # total weight in float32.
+    # float32 total weight.
     wider = 8 * 64 + 2 if dtype.itemsize == 2 else 0
     assert mine <= theirs + wider
     logits = leaf + 0
@@ -507,12 +507,12 @@ def test_cross_entropy_keeps_no_more_memory_than_torchs(dtype):
 
 @needs_extension
 def test_a_gradient_of_one_is_handed_over():
-    """No pass over memory: what was kept comes back, here what a pass would not have left."""
+    """No pass over memory: the kept tensor comes back, with values that a pass would change."""
     logits, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     _, kept, lse, total = torch.ops.fastnn.cross_entropy_forward(
         logits, target, None, 1, "mean", 0.0, keep=True
     )
-    saved = (target, None, lse, total, 1, "mean", 0.0)  # with the last two rows ignored
+    saved = (target, None, lse, total, 1, "mean", 0.0)  # the last two rows are ignored
     marked = kept.clone()
     marked[:] = -0.0
     torch.ops.fastnn.cross_entropy_backward_(torch.tensor(1.0), marked, *saved)
@@ -526,7 +526,7 @@ def test_a_gradient_of_one_is_handed_over():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_a_scaled_loss_over_many_rows_keeps_its_gradients(implementation, dtype, classes):
-    """As torch.amp.GradScaler scales it: divided by 4096 alone most would be lost in float16."""
+    """With torch.amp.GradScaler's scale: only divided by 4096, most would underflow in float16."""
     rows = 4096
     logits = (torch.randn(rows, classes) * 3).to(dtype)
     sample = Sample("scaled", (logits, torch.randint(classes, (rows,))))
@@ -539,7 +539,7 @@ def test_a_scaled_loss_over_many_rows_keeps_its_gradients(implementation, dtype,
 
 
 def test_a_loss_may_be_scaled_in_place(implementation):
-    """Nobody saved it."""
+    """No node has saved it."""
     x = normal(4, 3).requires_grad_()
     target = torch.tensor([0, 2, 1, 1])
     for op in ("nll_loss", "cross_entropy"):
@@ -562,7 +562,7 @@ def test_away_from_kink_helper_drops_the_doubtful_only():
 @needs_extension
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)], ids=str)
 def test_nll_losss_second_derivative_is_zero_rather_than_missing(shape):
-    """As torch's: the gradient counts as a function of the input."""
+    """As in torch, the gradient counts as a function of the input."""
     input = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     target = torch.ones(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
     loss = fastnn.functional.nll_loss(input, target)

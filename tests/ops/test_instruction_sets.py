@@ -1,6 +1,7 @@
-"""Every instruction set that the library was built for: the same results, on any CPU it starts on.
+"""Every instruction set that the library was built for gives the same results, on any CPU that it
+starts on.
 
-The kernels themselves have tests in ``tests/kernels`` too, which need no torch.
+The kernels have tests of their own in ``tests/kernels``, which need no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ pytestmark = [needs_extension, pytest.mark.cpu_only("CPU instruction sets")]
 
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-SETS = ["default", "avx2", "avx512"]  # from the lowest
+SETS = ["default", "avx2", "avx512"]  # in ascending order
 
 
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +52,7 @@ def chosen_set(variable: str) -> str:
 
 @pytest.fixture(scope="module")
 def best_set() -> str:
-    """The machine's, whatever the variable says to these tests."""
+    """The machine's best set, even if the variable restricts these tests."""
     return chosen_set("")
 
 
@@ -90,21 +91,21 @@ def test_operators_on_a_lower_set(name, best_set):
 # --- no instructions that the CPU may not have ----------------------------------------------------
 
 SYMBOL = re.compile(r"^[0-9a-f]+ <(\S+)>:$")
-# The prefixes of AVX (VEX) and AVX-512 (EVEX); before them only those of segment or address size.
-# A line without a mnemonic goes on with the instruction above.
+# The prefixes of AVX (VEX) and AVX-512 (EVEX), possibly after segment or address-size prefixes. A
+# line without a mnemonic continues the instruction above.
 AVX_CODE = re.compile(r"^ +[0-9a-f]+:\t(?:(?:26|2e|36|3e|64|65|67) )*(?:62|c4|c5) [0-9a-f ]+\t")
 AVX_NAMESPACE = re.compile(r"_ZZ?NK?6fastnn4simd(4avx2|6avx512)")
 
 
 def output_of(*command: str) -> Iterator[str]:
-    """The lines that a program prints, as they come."""
+    """Yields the lines that a program prints as they arrive."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield from process.stdout
     assert process.returncode == 0
 
 
 def functions_with_avx(binary: str | Path) -> set[str]:
-    """The mangled names of all functions, local ones too, with an AVX or AVX-512 instruction."""
+    """The mangled names of all functions, local ones too, with AVX or AVX-512 instructions."""
     function = ""
     found = set()
     for line in output_of("objdump", "-d", str(binary)):
@@ -133,8 +134,8 @@ def avx_functions() -> set[str]:
 @needs_x86
 @needs_binutils
 def test_avx_code_is_in_its_namespaces_alone(avx_functions):
-    """The linker keeps one copy of an inline function that several objects hold: were it one that
-    was compiled for AVX, the library would stop on a CPU without it."""
+    """The linker keeps one copy of an inline function that several objects define. If it kept one
+    compiled for AVX, the library would crash on a CPU without it."""
     assert outside_avx_namespaces(avx_functions) == set()
 
 
@@ -142,7 +143,7 @@ def test_avx_code_is_in_its_namespaces_alone(avx_functions):
 @needs_binutils
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_avx_code_is_found(avx_functions, name):
-    """The test above would pass with a disassembly that finds nothing."""
+    """The test above would also pass with a disassembly that finds nothing."""
     found = {AVX_NAMESPACE.match(function)[1] for function in avx_functions}
     assert any(namespace.endswith(name) for namespace in found)
 
@@ -150,7 +151,7 @@ def test_avx_code_is_found(avx_functions, name):
 @needs_x86
 @needs_binutils
 def test_avx_code_elsewhere_is_found(tmp_path):
-    """Nor would it see a function of the standard library in a kernel's object."""
+    """A function of the standard library in a kernel's object must be found, too."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -166,7 +167,7 @@ def test_avx_code_elsewhere_is_found(tmp_path):
     assert outside_avx_namespaces(functions_with_avx(binary)) == {"_ZSt3maxIfERKT_S2_S2_"}
 
 
-# Objects of the last build in this folder, where there was one.
+# The objects of the last build in this folder, if any.
 OBJECTS = sorted((REPOSITORY / "build/simd").glob("kernels_avx*.o"))
 
 
@@ -175,7 +176,7 @@ OBJECTS = sorted((REPOSITORY / "build/simd").glob("kernels_avx*.o"))
 @pytest.mark.skipif(not OBJECTS, reason="the library wasn't built in this folder")
 @pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.stem)
 def test_objects_for_avx_share_no_symbol(path):
-    """Which copy of a shared symbol the linker keeps would depend on the order of its arguments."""
+    """Which copy of a shared symbol the linker keeps depends on the order of its arguments."""
     symbols = [line.split() for line in output_of("nm", "--defined-only", str(path))]
     shared = {name for _, kind, name in symbols if kind.isupper() or kind in "uvw"}
     assert shared, "nothing is defined"

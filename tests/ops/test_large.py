@@ -1,7 +1,7 @@
-"""Tensors of more than 2^31 elements and 2^32 bytes: offsets that an int doesn't hold.
+"""Tensors of more than 2^31 elements and 2^32 bytes, whose offsets don't fit an int.
 
-Left out unless asked for (``make test-large``), as each takes up to 16 GiB. All elements are
-compared with what torch makes of a part of them.
+Only run on request (``make test-large``): each test takes up to 16 GiB. All elements are compared
+with torch's results for parts of the input.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ pytestmark = pytest.mark.large
 
 @pytest.fixture(autouse=True)
 def _our_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA, as the library's is not ours to test."""
+    """Our own product on CUDA, too: the library's is not ours to test."""
     monkeypatch.setenv("FASTNN_CUDA_GEMM", "tiled")
 
 
-DTYPE = torch.bfloat16  # 4 GiB to a tensor
-PERIOD = 1_000_003  # a prime: of no power of two a divisor
-PART = 1 << 21  # of float64 16 MiB: malloc keeps them for the next, faster than new pages
+DTYPE = torch.bfloat16  # 4 GiB per tensor
+PERIOD = 1_000_003  # a prime, so it divides no power of two
+PART = 1 << 21  # 16 MiB of float64: malloc reuses them, which is faster than new pages
 
-# Each way in which the launchers split up the work: several rows to a vector or a warp, a warp or a
-# block to a row, several blocks to a row, classes that lie apart.
+# Each way in which the launchers split up work: several rows per vector or warp, a warp or a block
+# per row, several blocks per row, classes with a stride.
 SHAPES = {
     "tiny_rows": (214_748_371, 10),
     "short_rows": (2_097_161, 1025),
@@ -44,7 +44,7 @@ SHORT_ROWS = SHAPES["short_rows"]
 
 
 def large(*shape: int) -> Tensor:
-    """Random values, of which an offset that loses its upper half finds others."""
+    """Random values; an offset that loses its upper half reads different ones."""
     assert math.prod(shape) > 2**31
     return repeated(normal(PERIOD), math.prod(shape)).view(shape)
 
@@ -65,15 +65,15 @@ def parts(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def assert_near(actual: Tensor, exact: Tensor, terms: int = 1) -> None:
-    """``exact``, of float64, rounded to float32 on the way and then to DTYPE.
+    """Compares with ``exact``, in float64, rounded to float32 on the way and then to DTYPE.
 
-    The latter takes half of eps. The rest is for the former's roundings of a value halfway between
-    two, and the absolute part for a sum of terms that cancel.
+    The rounding to DTYPE takes half of eps. The rest is for float32 roundings of values halfway
+    between two, and the absolute part for sums of terms that cancel.
     """
     atol = 1e-5 * terms**0.5
     if torch.get_default_device().type == "cuda":
-        # A gradient's product is the library's there. Tensor cores add 16 terms at a time, and cut
-        # off what float32 does not hold of the sum, which is about the root of its terms.
+        # The product for a gradient is the library's. Tensor cores add 16 terms at a time and
+        # truncate the sum to float32; the sum is about the root of the number of terms.
         atol += 2**-23 * terms**1.5 / 16
     torch.testing.assert_close(actual.double(), exact, rtol=torch.finfo(DTYPE).eps, atol=atol)
 

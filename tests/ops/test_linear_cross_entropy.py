@@ -1,4 +1,4 @@
-"""linear_cross_entropy: what is its own beside what all operators are tested on."""
+"""linear_cross_entropy: what is specific to it, besides the tests of all operators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ every_reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 
 
 def head(rows: int = ROWS, classes: int = CLASSES, dtype=torch.float64) -> tuple[Tensor, ...]:
-    """Input, weight and bias, which want gradients."""
+    """Input, weight and bias, all wanting gradients."""
     draw = Draws(0)
     shapes = (rows, FEATURES), (classes, FEATURES), (classes,)
     return tuple(
@@ -51,7 +51,7 @@ def class_weights() -> Tensor:
 
 def composite(input, weight, target, bias, *, class_weight=None, reduction="mean", smoothing=0.0,
               ignore_index=-100, softcap=None, logit_scale=1.0, z_loss=0.0) -> Tensor:  # fmt: skip
-    """The definition, of float64."""
+    """The definition, in float64."""
     logits = F.linear(input, weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -87,7 +87,7 @@ def test_values_and_all_three_gradients(extra, reduction, smoothing, dtype):
     factor = torch.linspace(0.5, 2, loss.numel()).reshape(loss.shape).to(loss)
     grads = torch.autograd.grad(loss, tensors, factor)
     exact_grads = torch.autograd.grad(exact, wide, factor.double())
-    # Sums of less than 64 terms below 16 in magnitude, in float32 at least, and one rounding of
+    # Sums of fewer than 64 terms of magnitude below 16, in at least float32, and one rounding of
     # each result to its dtype.
     carried = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     for actual, expected in zip((loss, *grads), (exact, *exact_grads), strict=True):
@@ -144,7 +144,7 @@ def test_transforms(reduction):
 
 
 def test_backward_twice_and_incoming_gradients():
-    """The first leaves what the second takes, also where the incoming gradient is 1."""
+    """The first backward keeps what the second needs, even for an incoming gradient of 1."""
     tensors = head(dtype=torch.float32)
     loss = linear_cross_entropy(tensors[0], tensors[1], targets(), linear_bias=tensors[2])
     first = torch.autograd.grad(loss, tensors, retain_graph=True)
@@ -159,7 +159,7 @@ def test_backward_twice_and_incoming_gradients():
 
 
 def test_a_scaled_loss_brings_small_gradients_of_float16_back():
-    """The mean over many rows is rounded after it is scaled."""
+    """The mean over many rows is rounded after scaling."""
     rows = 4096
     tensors = head(rows, dtype=torch.float16)
     scale = 2.0**12
@@ -178,7 +178,7 @@ def test_ignored_rows_are_not_looked_at(reduction):
     with torch.no_grad():
         x[::2] = math.nan
     loss = linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
-    if x.is_cuda or not fastnn.is_available():  # there they are multiplied
+    if x.is_cuda or not fastnn.is_available():  # those multiply ignored rows
         return
     grads = torch.autograd.grad(loss.sum(), (x, w, b))
     assert all(each.isfinite().all() for each in (loss, *grads))
@@ -380,7 +380,7 @@ def test_autocast_multiplies_narrow_and_gives_a_wide_loss():
     assert loss.dtype == stock.dtype == torch.float32
     narrow = [tensor.detach().bfloat16().double() for tensor in (x, w, b)]
     exact = composite(narrow[0], narrow[1], targets(), narrow[2])
-    # On a GPU the logits are rounded to bfloat16, as torch's.
+    # On a GPU the logits are rounded to bfloat16, as in torch.
     tolerance = 1e-5 if device == "cpu" else 2e-2
     torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=tolerance)
     grads = torch.autograd.grad(loss, (x, w, b))

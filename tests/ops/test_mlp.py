@@ -30,14 +30,14 @@ def capability(section: str, row: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(params=["extension", "reference"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The operator, and the plain PyTorch that runs where nothing is compiled."""
+    """The operator, and the plain PyTorch that runs without the extension."""
     if request.param == "reference":
         monkeypatch.setattr(fastnn.functional, "operators", lambda: fastnn.reference)
     return request.param
 
 
 def gradients(chain: Chain, function: Callable[..., Tensor] | None = None) -> list[Tensor]:
-    """The output and the gradients of its leaves, for an incoming gradient that is not constant."""
+    """The output and the gradients of its leaves, for a non-constant incoming gradient."""
     output = chain.run(function)
     grad = torch.linspace(-1, 1, output.numel()).reshape(output.shape).to(output.dtype)
     leaves = [tensor for tensor in chain.tensors if tensor.requires_grad]
@@ -88,7 +88,7 @@ def test_the_result_has_the_layouts_of_the_layers(name):
 
 
 def test_defaults(implementation):
-    """No biases; ReLU behind all layers but the last."""
+    """No biases; a ReLU after all layers but the last."""
     chain = make((6, 5, 4, 3), (7,), biases=False)
     output = fastnn.functional.mlp(chain.input, chain.weights)
     assert torch.equal(output, chain.run())
@@ -176,7 +176,7 @@ by_activations = pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
 @by_activations
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda flags: "".join(str(int(f)) for f in flags))
 def test_only_the_wanted_gradients(implementation, wanted, activations):
-    """First and second derivatives, for every subset that wants any."""
+    """First and second derivatives, for each non-empty subset of wanted gradients."""
     chain = make((3, 4, 5, 2), (3,), activations=activations).as_leaves(wanted)
     leaves = [tensor for tensor in chain.tensors if tensor.requires_grad]
     results = []
@@ -191,7 +191,7 @@ def test_only_the_wanted_gradients(implementation, wanted, activations):
 @by_activations
 @pytest.mark.parametrize("wanted", WANTED, ids=lambda flags: "".join(str(int(f)) for f in flags))
 def test_it_keeps_what_torch_keeps(implementation, wanted, activations):
-    """The elements of each tensor that the graph holds on to, each tensor once."""
+    """Compares the number of elements of each tensor that the graph keeps alive, counted once."""
     chain = make((3, 4, 5, 2), (6,), activations=activations).as_leaves(wanted)
     kept = []
     for function in (fastnn.functional.mlp, chains.stock):
@@ -218,8 +218,8 @@ def test_it_keeps_what_torch_keeps(implementation, wanted, activations):
     ids=["all", "parameters", "input", "second weight", "biases", "last layer"],
 )
 def test_after_a_change_in_place(implementation, wanted, activations, changed, create_graph):
-    """What no gradient is computed from may change before the backward, as in torch; the rest is
-    noticed as in torch."""
+    """As in torch, tensors that no gradient depends on may change before the backward, and changes
+    of the others are noticed."""
     results = []
     for function in (fastnn.functional.mlp, chains.stock):
         chain = make((3, 4, 5, 2), (3,), activations=activations).as_leaves(wanted)
@@ -245,7 +245,7 @@ def test_after_a_change_in_place(implementation, wanted, activations, changed, c
 
 
 def test_an_output_changed_in_place(implementation):
-    """The backward needs that of a ReLU, as in torch."""
+    """The backward needs the output of a ReLU, as in torch."""
     for activation in ("relu", None):
         chain = make((3, 4, 2), (3,), activations=["relu", activation]).as_leaves()
         output = chain.run()
@@ -259,7 +259,7 @@ def test_an_output_changed_in_place(implementation):
 
 @by_activations
 def test_parameters_that_inference_made(implementation, activations):
-    """Which autograd can't keep: the last layer's bias trains over them, as torch's does."""
+    """Autograd can't keep them: only the last layer's bias trains, as in torch."""
     with torch.inference_mode():
         frozen = make((3, 4, 5, 2), (3,), activations=activations)
     bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -349,7 +349,7 @@ GOOD = {
     "activations": lambda: ["relu", None],
 }
 
-# What is given in place of the good argument; the error, and what its message says.
+# A bad argument replaces a good one; then the error, and its message.
 BAD_CALLS: dict[str, tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "input is a list": ("input", lambda: [1.0], TypeError, ("input", "must be Tensor", "list")),
     "input is None": ("input", lambda: None, TypeError, ("input", "must be Tensor", "NoneType")),
@@ -544,7 +544,7 @@ def test_bad_arguments_of_the_backward(bad):
 @needs_extension
 @pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=5)), ids=str)
 def test_the_backward_takes_no_more_than_it_needs(mask):
-    """By itself, with what no wanted gradient takes left out; of the reference, the same."""
+    """Without the tensors that no wanted gradient needs; the reference gives the same."""
     arguments = {key: make_good() for key, make_good in GOOD_BACKWARD.items()}
     whole = torch.ops.fastnn.mlp_backward(**arguments)
     first = 0 if mask[0] else next((i for i in (0, 1) if mask[1 + i] or mask[3 + i]), 2)

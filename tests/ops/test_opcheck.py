@@ -19,7 +19,7 @@ OPCHECK_CASES = [
     pytest.param(op, name, id=f"{op}-{name}") for op in OPS for name in CASES[op].opcheck
 ]
 
-# The operators' own argument lists have neither the deprecated pair nor dtype=.
+# The operators' own argument lists lack the deprecated pair and dtype=.
 LOSS_DEFAULTS = {"weight": None, "ignore_index": -100, "reduction": "mean"}
 
 
@@ -33,7 +33,7 @@ def test_opcheck_for_users(op, name):
     opcheck(getattr(torch.ops.fastnn, op).default, arguments, sample.kwargs)
 
 
-# An operator, and arguments for it.
+# An operator and its arguments.
 Call = tuple[str, tuple]
 
 
@@ -84,7 +84,7 @@ def linear_cross_entropy_calls(sample: Sample, output: Tensor, grad: Tensor) -> 
     numbers = options["ignore_index"], options["label_smoothing"], None, 1.0, 0.0
     tensors = *sample.args, bias, weight
     wanted = [True, True, bias is not None]
-    mean = "mean" if sample.args[0].numel() else "sum"  # NaN over no row, which equals nothing
+    mean = "mean" if sample.args[0].numel() else "sum"  # no rows: NaN
     for reduction, mask in ((mean, wanted), ("sum", [False, True, False]), ("none", [False] * 3)):
         normalizer = torch.tensor(3.0) if reduction == "sum" else None
         forward = *tensors, reduction, *numbers, normalizer, None, mask
@@ -105,7 +105,7 @@ CALLS = {
 
 
 def forward_and_backward_calls(op: str, sample: Sample) -> Iterator[Call]:
-    """The operators that the one for users is made of, and arguments as it gives them."""
+    """The operators that the public one consists of, with arguments as it passes them."""
     output = ours(op)(*sample.args, **sample.kwargs)
     return CALLS[op](sample, output, random_grad_like(op, sample, output))
 
@@ -122,7 +122,7 @@ def test_opcheck_forwards_and_backwards(op, name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_fake_outputs_have_the_real_dtypes(op, dtype):
-    """The sums' dtype is not the input's."""
+    """The dtype of sums is not the input's."""
     name = CASES[op].opcheck[1]
     for operator, arguments in forward_and_backward_calls(op, sample_input(op, dtype, name)):
         operator = getattr(torch.ops.fastnn, operator).default

@@ -1,4 +1,4 @@
-"""Values and gradients: against float64 oracles, against torch itself, and at the edges."""
+"""Values and gradients: against float64 oracles, against torch itself, and in edge cases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.operators import (
 from support.oracles import assert_within, expected
 from support.sample_inputs import DTYPES, OPS, Sample, laid_out, sample_input, sample_names
 
-# Two of the samples' ways to call are deprecated in torch, which says so at each.
+# Two ways to call the samples are deprecated in torch, which warns each time.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:size_average and reduce args will be deprecated", "ignore:Implicit dimension choice"
 )
@@ -51,7 +51,7 @@ def test_value_and_gradients(implementation, op, name, dtype):
 @every_dtype
 @pytest.mark.parametrize("op", LINEARS)
 def test_linear_of_a_large_product(op, dtype):
-    """On some processors the library's, on others ours: 512 each way, and some more."""
+    """On some processors the library's product, on others ours: 512 each way, and some more."""
     input, weight, bias = torch.randn(515, 530), torch.randn(521, 530) / 530**0.5, torch.randn(521)
     args = tuple(value.to(dtype) for value in (input, weight, bias))
     check_value_and_gradients(op, Sample("large", args))
@@ -62,7 +62,7 @@ def test_output_looks_like_torch_s(implementation, op, name):
     for dtype in DTYPES:
         sample = sample_input(op, dtype, name)
         output = ours(op)(*sample.args, **sample.kwargs)
-        # Bytes in several dimensions as int64, and nothing else changed.
+        # Bytes in several dimensions become int64; nothing else changes.
         args = (arg.long() if _is_bytes(arg) else arg for arg in sample.args)
         torch_output = TORCH[op](*args, **sample.kwargs)
         assert output.dtype == torch_output.dtype
@@ -80,14 +80,14 @@ def _is_bytes(value: object) -> bool:
 
 
 def shared(value: object) -> object:
-    """A tensor that shares its memory until it is written to."""
+    """A tensor that shares memory until it is written to."""
     return torch._lazy_clone(value) if isinstance(value, Tensor) else value
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_sample
 def test_copy_on_write_arguments_stay_shared(op, name, dtype):
-    """No argument is written to, and none is copied as if it were."""
+    """No argument is written to or copied."""
     plain = sample_input(op, dtype, name)
     kwargs = {key: shared(value) for key, value in plain.kwargs.items()}
     sample = Sample(name, tuple(map(shared, plain.args)), kwargs)
@@ -125,7 +125,7 @@ def test_incoming_gradient_of_channels_last(implementation, op, dtype):
 @every_dtype
 @pytest.mark.parametrize("op", OPS)
 def test_incoming_gradient_of_stride_zero(implementation, op, dtype):
-    """What ``loss.sum().backward()`` hands back: one number, expanded to the output's shape."""
+    """``loss.sum().backward()`` passes one number, expanded to the output's shape."""
     sample = sample_input(op, dtype, CASES[op].several_dimensions)
     leaves = leaves_of(op, sample)
     output = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
@@ -153,13 +153,13 @@ def test_incoming_gradient_without_elements(implementation, op, name, dtype):
     assert output.numel() == 0
     grads = torch.autograd.grad(output.sum(), leaves)
     for leaf, grad in zip(leaves, grads, strict=True):
-        assert torch.equal(grad, torch.zeros_like(leaf))  # nothing was summed
+        assert torch.equal(grad, torch.zeros_like(leaf))  # nothing was added up
 
 
 @every_dtype
 @pytest.mark.parametrize("op", LINEARS)
 def test_only_the_gradients_asked_for(implementation, op, dtype):
-    """Each subset of a linear's arguments gets the gradients that all together get."""
+    """Each subset of a linear's arguments gets the same gradients as all of them together."""
     sample = sample_input(op, dtype, "7x15_to_9")
     grad_output = random_grad_like(op, sample)
     exact = expected(op, sample, grad_output)
@@ -189,7 +189,7 @@ def test_same_bits_whether_gradients_are_wanted_or_not(op, name):
         assert torch.equal(memory_of(with_grad.detach()), memory_of(without_grad))
 
 
-# Work enough for two threads, over rows, columns and both; with sums over all rows.
+# Enough work for two threads, over rows, columns and both; with sums over all rows.
 THREADED = [
     *((op, name) for op in LINEARS for name in ("300x129_to_257", "600x8_to_40")),
     ("log_softmax", "5000_classes"),
@@ -229,8 +229,8 @@ INF, NAN = math.inf, math.nan
 
 
 def assert_same_specials(what: str, actual: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """NaN and both infinities where torch has them; elsewhere its values, to ``tolerance``
-    relative to them or to 1, whichever is more (the terms of these sums are of the order of 1)."""
+    """NaN and both infinities must be where torch has them; other values agree to ``tolerance``
+    relative to them or to 1, whichever is larger (the terms of these sums are of order one)."""
     __tracebackhide__ = True
     torch.testing.assert_close(
         actual.double(),
@@ -244,12 +244,12 @@ def assert_same_specials(what: str, actual: Tensor, theirs: Tensor, tolerance: f
 
 def tolerance_of(dtype: torch.dtype) -> float:
     """16 units in the last place: rows here have at most 75 terms, whose sum is off by about 4
-    (half the square root of their number), and the exps and logs by up to 2 each."""
+    (half the square root of their number), and exps and logs by up to 2 each."""
     return 16 * torch.finfo(dtype).eps
 
 
 def special_rows(dtype: torch.dtype) -> dict[str, list[float]]:
-    """Rows of five logits, of which the second or the fourth will be the target."""
+    """Rows of five logits; the second or the fourth will be the target."""
     info = torch.finfo(dtype)
     huge = min(1e30, info.max / 4)
     least, subnormal = info.smallest_normal, info.smallest_normal / 2
@@ -265,7 +265,7 @@ def special_rows(dtype: torch.dtype) -> dict[str, list[float]]:
         "all but the target -inf": [-INF, 3.0, -INF, -INF, -INF],
         "inf and -inf": [INF, -INF, 0.0, 1.0, 2.0],
         "inf and nan": [INF, NAN, -INF, 1.0, 2.0],
-        "1e4": [1e4, 1e4 - 8, -1e4, 1e4, 0.0],  # exp overflows unless the maximum is taken off
+        "1e4": [1e4, 1e4 - 8, -1e4, 1e4, 0.0],  # exp overflows unless the maximum is subtracted
         "huge": [huge, -huge, huge, 0.0, 1.0],
         "largest": [info.max, -info.max, info.max, 0.0, 1.0],  # their difference overflows
         "least": [least, -least, 0.0, least, -least],
@@ -274,20 +274,20 @@ def special_rows(dtype: torch.dtype) -> dict[str, list[float]]:
     }
 
 
-# Five classes are a short row, which is walked together with its neighbours; 75 are a long one of
-# whole vectors (of 4 to 32 lanes) and a tail.
+# Five classes make a short row, processed together with its neighbours; 75 make a long one of whole
+# vectors (of 4 to 32 lanes) and a tail.
 SPECIAL_CLASSES = (5, 75)
 
 
 def special_logits(dtype: torch.dtype, classes: int) -> Tensor:
-    """The special rows, one below the other; further classes are at -1."""
+    """The special rows stacked; further classes are -1."""
     rows = torch.full((len(special_rows(dtype)), classes), -1.0, dtype=torch.float64)
     rows[:, :5] = torch.tensor(list(special_rows(dtype).values()), dtype=torch.float64)
     return rows.to(dtype)
 
 
 def assert_specials_are_torch_s(op: str, sample: Sample, grad_tolerance: float = 1.0) -> None:
-    """The values and, with an incoming gradient of ones, the gradients."""
+    """Compares values and, for an incoming gradient of ones, gradients."""
     theirs = torch_sample(op, sample)
     ones = torch.ones_like(TORCH[op](*theirs.args, **theirs.kwargs))
     dtype = sample.args[0].dtype
@@ -305,12 +305,12 @@ def assert_specials_are_torch_s(op: str, sample: Sample, grad_tolerance: float =
 def test_special_values_in_log_softmax(implementation, dim, classes, dtype):
     logits = special_logits(dtype, classes)
     logits = logits if dim == 1 else logits.t().contiguous()
-    # The gradient of each is 1 - classes * softmax: the sum over the classes scales the error.
+    # Each gradient is 1 - classes * softmax: the sum over the classes scales the error.
     assert_specials_are_torch_s("log_softmax", Sample("special", (logits, dim)), classes)
 
 
 def special_class_weights(dtype: torch.dtype, classes: int) -> Tensor:
-    """One of them zero, that of class 3: 0 * inf is NaN."""
+    """Class weights; that of class 3 is zero, because 0 * inf is NaN."""
     weight = torch.ones(classes, dtype=dtype)
     weight[:4] = torch.tensor([0.5, 1.0, 2.0, 0.0])
     return weight
@@ -328,7 +328,7 @@ def test_special_values_in_cross_entropy(
     targets = torch.full((len(logits),), 3 if target == "3" else 1)
     if target == "1 strided":  # (1, C, N): the rows' classes lie apart
         logits, targets = logits.t().unsqueeze(0).contiguous(), targets.unsqueeze(0)
-    if target == "probabilities":  # most of them zero: 0 * -inf is NaN
+    if target == "probabilities":  # most are zero, because 0 * -inf is NaN
         targets = F.one_hot(targets, classes).to(dtype) / 2
         targets[:, 0] = 0.5
     kwargs = {"reduction": "none", "label_smoothing": label_smoothing}
@@ -366,8 +366,8 @@ def test_one_bad_row_among_many_reaches_the_reduced_loss(implementation, op, bad
 @pytest.mark.parametrize("argument", ["input", "weight", "bias"])
 @pytest.mark.parametrize("op", LINEARS)
 def test_special_values_in_linear(implementation, op, argument, bad, dtype):
-    """Sizes that fill vectors and leave tails; one bad value, which reaches a row, a column or
-    all, becomes NaN where it meets a zero, and the ReLU clamps it or not by its sign."""
+    """Sizes that fill vectors and leave tails; one bad value, which affects a row, a column or
+    everything, becomes NaN where it meets a zero; the ReLU clamps it depending on its sign."""
     values = {
         "input": torch.ones(5, 19, dtype=dtype),
         "weight": torch.ones(35, 19, dtype=dtype),
@@ -383,11 +383,11 @@ def test_special_values_in_linear(implementation, op, argument, bad, dtype):
 
 @every_dtype
 def test_linear_relu_drops_what_comes_in_where_the_output_is_clamped(implementation, dtype):
-    """NaN and infinity there give zeros: torch selects, it doesn't multiply with a mask."""
+    """NaN and infinity there give zeros: torch selects instead of multiplying by a mask."""
     input = torch.ones(3, 9, dtype=dtype)
     weight = torch.ones(20, 9, dtype=dtype)
     weight[::2] = -1
-    weight[::4] = 0  # outputs of zero itself are clamped too
+    weight[::4] = 0  # outputs of exactly zero are clamped, too
     grad_output = torch.ones(3, 20, dtype=dtype)
     grad_output[0, ::2], grad_output[1, ::2], grad_output[2, ::2] = NAN, INF, -INF
     bias = torch.zeros(20, dtype=dtype)
@@ -431,7 +431,7 @@ def test_mean_is_nan_and_gradients_zero_where_all_rows_are_ignored(
     ],
 )
 def test_mean_over_zero_weights_is_torch_s(implementation, op, options, dtype):
-    """Rows that are kept, all of classes of weight zero: NaN, and so are gradients."""
+    """Rows are kept, but all their classes have weight zero: the loss and its gradients are NaN."""
     weight = torch.tensor([1.0, 1.0, 0.0, 2.0, 0.0]).to(dtype)
     target = torch.tensor([2, 4, 4, 2, 2, 2, 4])
     sample = Sample("", (torch.randn(7, 5).to(dtype), target), {"weight": weight, **options})
@@ -443,7 +443,7 @@ def test_mean_over_zero_weights_is_torch_s(implementation, op, options, dtype):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("op", ["nll_loss", "cross_entropy"])
 def test_ignored_rows_drop_what_comes_in(implementation, op, label_smoothing, dtype):
-    """With reduction='none', an ignored row's gradient is zero whatever comes in for it."""
+    """With reduction='none' an ignored row's gradient is zero, whatever the incoming one is."""
     kwargs = {"label_smoothing": label_smoothing} if op == "cross_entropy" else {}
     input = torch.randn(7, 5).to(dtype).requires_grad_()
     target = torch.arange(7) % 5
@@ -488,7 +488,7 @@ def test_ignored_rows_of_nan_leave_no_trace_in_the_loss(
 def test_probabilities_of_another_dtype_promote_as_in_torch(
     implementation, input_dtype, target_dtype, weighted
 ):
-    """In torch, too, only class indices want weights of the input's dtype."""
+    """In torch, too, only class indices require weights of the input's dtype."""
     input = torch.randn(7, 5).to(input_dtype).requires_grad_()
     target = torch.rand(7, 5).softmax(1).to(target_dtype)
     weight = torch.rand(5, dtype=torch.float64) if weighted else None
@@ -517,7 +517,7 @@ def test_probabilities_of_another_dtype_promote_as_in_torch(
 )
 @pytest.mark.parametrize("op", LINEARS)
 def test_linear_takes_what_torch_takes(implementation, op, arguments):
-    """Torch broadcasts biases and multiplies by vectors; the same operators serve here."""
+    """Torch broadcasts biases and multiplies by vectors; ours pass such calls on."""
     args = arguments()
     assert torch.equal(ours(op)(*args), TORCH[op](*args))
 
@@ -549,7 +549,7 @@ def test_log_softmax_without_a_dim_chooses_torch_s_and_warns(implementation, dim
     input = torch.randn((3,) * dims)
     with pytest.warns(UserWarning, match="Implicit dimension choice for log_softmax") as records:
         output = fastnn.functional.log_softmax(input)
-    if torch.get_default_device().type == "cpu":  # another makes torch add frames of its own
+    if torch.get_default_device().type == "cpu":  # other devices add frames of torch's
         assert records[0].filename == __file__  # the caller's line, not one of ours
     exact = expected("log_softmax", Sample("", (input, 0 if dims in (0, 1, 3) else 1)), input)
     assert_within("value", output, exact.value, exact.value_error)
@@ -563,12 +563,12 @@ def test_size_average_and_reduce_warn_as_torch_s_do(implementation):
 
 @pytest.mark.cpu_only("the CPU's memory")
 def test_nll_loss_gradient_of_a_size_that_is_mapped_from_the_system():
-    """Its zeros are the system's own pages (csrc/cpu/memory.h): an ordinary tensor all the same."""
+    """Its zeros are pages of the system (csrc/cpu/memory.h), in an otherwise ordinary tensor."""
     rows, classes = 17, 1_000_000  # 65 MiB
     log_probs = torch.zeros(rows, classes, requires_grad=True)
     target = torch.randint(classes, (rows,))
     target[3] = -100
-    for _ in range(2):  # the second time in memory that was given back
+    for _ in range(2):  # the second time in memory that was returned
         loss = fastnn.functional.nll_loss(log_probs, target, reduction="sum")
         (grad,) = torch.autograd.grad(loss, log_probs)
         assert grad.count_nonzero() == rows - 1

@@ -1,4 +1,4 @@
-"""fastnn._operators: the table names every operator, and is right about what PyTorch has for it."""
+"""fastnn._operators: the table lists every operator, and states PyTorch's counterpart correctly."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from support.operator_cases import CASES
 
 pytestmark = pytest.mark.cpu_only("of no kernels")
 
-# Those over lists of layers have tests of their own: test_mlp.py.
+# Operators over lists of layers have tests of their own: test_mlp.py.
 EVERY = (*OPERATORS, *CHAINS)
 every_operator = pytest.mark.parametrize("operator", EVERY, ids=lambda operator: operator.name)
 
 
 def parameters(function) -> dict[str, object]:
-    """Their names and defaults."""
-    if inspect.isbuiltin(function):  # whose signature torch states for those who override it
+    """A function's parameter names and their defaults."""
+    if inspect.isbuiltin(function):  # its signature comes from torch's list for overrides
         function = torch.overrides.get_testing_overrides()[function]
     return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
 def test_every_function_module_and_optimizer_is_in_the_table():
     functions, modules = zip(*((o.name, o.module) for o in EVERY), strict=True)
-    # The log-probabilities are linear_cross_entropy's.
+    # The log-probabilities belong to linear_cross_entropy.
     assert {*functions, "linear_logprobs"} == set(fastnn.functional.__all__)
     assert set(modules) == set(fastnn.nn.__all__)
     assert {operator.module for operator in OPERATORS} == set(MODULES)
@@ -42,7 +42,7 @@ def test_every_function_module_and_optimizer_is_in_the_table():
 def test_the_stock_function_has_the_same_arguments(operator):
     ours = getattr(fastnn.functional, operator.name)
     theirs = parameters(operator.stock)
-    # Those that torch's has not are keywords, behind its own.
+    # Arguments that torch lacks are keyword-only, after its own.
     mine = dict(inspect.signature(ours).parameters)
     assert {name: mine.pop(name).default for name in theirs} == theirs
     assert all(p.kind == p.KEYWORD_ONLY for p in mine.values())
@@ -66,7 +66,7 @@ def test_the_module_is_one_of_the_stock_module(operator):
 
 @every_operator
 def test_the_onnx_function_is_called_as_the_operator(operator):
-    """By position: the reference has the operator's arguments in their order."""
+    """By position: the reference has the operator's arguments in the same order."""
     names = [*parameters(getattr(fastnn.reference, operator.name))]
     assert [*parameters(operator.onnx)][: len(names)] == names
 
@@ -74,7 +74,7 @@ def test_the_onnx_function_is_called_as_the_operator(operator):
 @needs_extension
 def test_every_operator_that_computes_has_a_fake_kernel():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
-    # These only call the operator of their forward, whose fake kernel then runs.
+    # These only call their forward operator, whose fake kernel then runs.
     names -= {"fastnn::nll_loss", "fastnn::cross_entropy", "fastnn::mlp"}
     names -= {"fastnn::linear_cross_entropy"}
     records = (*EVERY, *OPTIMIZERS)

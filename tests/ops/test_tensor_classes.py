@@ -50,7 +50,7 @@ class Wrapper(Tensor):
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: object) -> Tensor:
         return cls(inner["inner"])
 
-    # What torch itself needs of any tensor.
+    # What torch itself needs from any tensor.
     COPIES = (torch.ops.aten.clone.default, torch.ops.aten.detach.default)
 
     @classmethod
@@ -60,7 +60,7 @@ class Wrapper(Tensor):
 
 
 class KnowsFunctions(Wrapper):
-    """As weight-only quantised weights: torch's functions, and no operator."""
+    """Like weight-only quantised weights: knows torch's functions, and no operator."""
 
     KNOWN = (F.linear, F.log_softmax, F.nll_loss, F.cross_entropy)
 
@@ -79,7 +79,7 @@ class KnowsFunctions(Wrapper):
 
 
 class KnowsOperators(Wrapper):
-    """As quantised tensors that are written on aten's operators."""
+    """Like quantised tensors written in terms of aten's operators."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -90,7 +90,7 @@ class KnowsOperators(Wrapper):
 
 
 class RefusesOurs(Tensor):
-    """As the weights of per-sample gradients: other functions than torch's are refused."""
+    """Like the weights of per-sample gradients: rejects functions that are not torch's."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -118,7 +118,7 @@ every_class = pytest.mark.parametrize("kind", CLASSES)
 
 
 def plain(result: Tensor) -> Tensor:
-    """The values of a class's result."""
+    """The plain values of a class's result."""
     return result.elem if isinstance(result, LoggingTensor) else result.as_subclass(Tensor)
 
 
@@ -127,8 +127,8 @@ def plain(result: Tensor) -> Tensor:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.capability("saving", "tensor subclasses that know PyTorch's functions or operators")
 def test_classes_that_do_not_know_our_functions(implementation, op, context, kind):
-    """They get torch's, and so its numbers: but for the last bits, as torch itself adds up label
-    smoothing in another order where a class sees its operators."""
+    """They get torch's functions, and so its numbers, up to the last bits: torch itself sums label
+    smoothing in another order if a class sees its operators."""
     sample = sample_input(op, torch.float32, CASES[op].every_tensor)
     arguments = {**dict(enumerate(sample.args)), **sample.kwargs}
     expected = TORCH[op](*sample.args, **sample.kwargs)

@@ -1,7 +1,7 @@
 """PyTorch's own test inputs (``torch.testing._internal``: OpInfo, OptimizerInfo) through fastnn.
 
 Values and gradients agree with torch's to its own tolerances. Where they don't, in low precision,
-fastnn's must be as near to the float64 result as torch's, or rounded once.
+fastnn's must be as close to the float64 result as torch's, or one rounding away.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import fastnn
 from support.operators import TORCH
 from support.sample_inputs import DTYPES, Draws
 
-# For each operator the name of the OpInfo whose samples it takes.
+# For each operator, the OpInfo that provides its samples.
 OPINFOS = {
     "linear": "nn.functional.linear",
     "linear_relu": "nn.functional.linear",
@@ -29,7 +29,7 @@ OPINFOS = {
     "cross_entropy": "nn.functional.cross_entropy",
     "linear_cross_entropy": "nn.functional.linear_cross_entropy",
 }
-# Some have several variants, each with samples of its own.
+# Some have several variants, each with its own samples.
 CASES = [
     pytest.param(name, op, id=f"{name}-{op.formatted_name}")
     for name, opinfo in OPINFOS.items()
@@ -39,7 +39,7 @@ CASES = [
 
 
 def copied(sample, dtype: torch.dtype | None = None):
-    """The sample's (args, kwargs), copied; floating tensors and dtypes as `dtype`."""
+    """The sample's (args, kwargs), copied; floating tensors and dtypes converted to `dtype`."""
 
     def copy(value):
         if isinstance(value, torch.dtype):
@@ -53,7 +53,7 @@ def copied(sample, dtype: torch.dtype | None = None):
 
 
 def result_and_gradients(function: Callable, args: tuple, kwargs: dict) -> list:
-    """What the function returns, then the gradient of each argument that wants one."""
+    """The function's result, then the gradient of each argument that wants one."""
     result = function(*args, **kwargs)
     leaves = [
         value
@@ -67,7 +67,7 @@ def result_and_gradients(function: Callable, args: tuple, kwargs: dict) -> list:
 
 
 def error_of(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest difference; where both are NaN, or the same infinity, there is none."""
+    """The largest difference; equal infinities, or NaN on both sides, count as none."""
     difference = (value.double() - exact).abs()
     same = (value.double() == exact) | (value.isnan() & exact.isnan())
     return difference.masked_fill(same, 0).max().item() if value.numel() else 0.0
@@ -84,7 +84,7 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
             continue
         assert expected.dtype in (torch.bfloat16, torch.float16)
         reference = exact()[i].detach()
-        # One rounding of the largest value is nobody's fault.
+        # One rounding of the largest value is always allowed.
         rounding = torch.finfo(expected.dtype).eps / 2 * reference[reference.isfinite()].abs().max()
         allowed = max(error_of(expected.detach(), reference), 1.01 * rounding.item())
         assert error_of(actual.detach(), reference) <= allowed
@@ -106,7 +106,7 @@ def test_op_agrees_on_torchs_samples(name, op, dtype, record_agreement) -> None:
 
         try:
             expected = run(theirs)
-        except Exception as error:  # a sample that torch itself refuses
+        except Exception as error:  # a sample that torch itself rejects
             with pytest.raises(type(error)):
                 run(ours)
         else:

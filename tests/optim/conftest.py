@@ -1,4 +1,4 @@
-"""For the tests of the optimizer: what torch's SGD does beside it, and where scalars are read."""
+"""For the optimizer's tests: how torch's SGD steps, and where scalars are read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _torch_steps_parameter_by_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does by default on the CPU. On a GPU its default is foreach, which writes to the
-    gradients (Nesterov's) and takes parameters that share memory for several."""
+    """As it does by default on the CPU. On a GPU its default is foreach, which modifies gradients
+    (with Nesterov) and treats parameters that share memory as several."""
     module = importlib.import_module("torch.optim.sgd")  # torch.optim hides it
     monkeypatch.setattr(module, "_default_to_fused_or_foreach", lambda *_, **__: (False, False))
 
 
 @pytest.fixture
 def scalars_stay_on_device(monkeypatch):
-    """Has the optimizer treat the CPU's tensors as a GPU's: the kernels read them, not the host."""
+    """Makes the optimizer treat CPU tensors like a GPU's: the kernels read them, not the host."""
     monkeypatch.setattr("fastnn.optim._fused._is_on_gpu", torch.is_tensor)

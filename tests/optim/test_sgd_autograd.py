@@ -29,7 +29,7 @@ def test_parameters_stay_leaves():
 
 
 def test_backward_through_a_stepped_parameter_raises():
-    """The step bumps the version counters, without which this gradient would be silently wrong."""
+    """The step bumps version counters; otherwise this gradient would be silently wrong."""
     for kind in OPTIMIZERS:
         weight = torch.nn.Parameter(torch.ones(3))
         x = torch.ones(3, requires_grad=True)
@@ -58,7 +58,7 @@ def test_gradients_with_a_graph():
 
 @pytest.mark.parametrize(
     ("momentum", "lr_requires_grad"),
-    # Not all three: torch overwrites the buffer that the gradient of lr needs.
+    # Not (0.9, True): torch overwrites the buffer that the gradient of lr needs.
     [(0.0, True), (0.9, False)],
 )
 @pytest.mark.capability("autograd", "`differentiable=True`", operators=["SGD"])
@@ -78,4 +78,4 @@ def test_differentiable_step(momentum, lr_requires_grad):
     mine, theirs = (run(kind) for kind in OPTIMIZERS)
     for a, b in zip(mine, theirs, strict=True):
         assert bool((b != 0).all())
-        assert torch.equal(a, b)  # the very same ATen calls
+        assert torch.equal(a, b)  # exactly the same ATen calls

@@ -1,4 +1,4 @@
-"""What a user may change between two steps of SGD: parameters, gradients, state."""
+"""What a user may change between two SGD steps: parameters, gradients, state."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def remove_a_buffer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def empty_a_buffer(optimizer: torch.optim.Optimizer) -> None:
-    """As checkpoints of older torch hold it before the first step."""
+    """Checkpoints of older torch have this before the first step."""
     optimizer.state[params_of(optimizer)[0]]["momentum_buffer"] = None
 
 
@@ -117,7 +117,7 @@ def test_parameters_converted_in_place_follow_their_new_dtype():
 
 @pytest.mark.capability("saving", "lazy parameters", operators=["SGD"])
 def test_lazy_parameters():
-    """Uninitialised while the optimizer is made, of another class once they have a shape."""
+    """Uninitialised when the optimizer is made, and of another class once they have a shape."""
 
     def run(kind) -> torch.optim.Optimizer:
         model = torch.nn.LazyLinear(2, dtype=torch.float64)
@@ -173,7 +173,7 @@ def test_zero_grad(set_to_none):
         train(optimizer, 2)
         optimizer.zero_grad(set_to_none=set_to_none)
         assert (params_of(optimizer)[0].grad is None) == set_to_none
-        optimizer.step()  # along the decay and the old momentum alone, or not at all
+        optimizer.step()  # only along the decay and the old momentum, or not at all
         train(optimizer, 1, first_seed=10)
     assert_same_training(ours, stock, 4)
 

@@ -1,4 +1,4 @@
-"""SGD's constructor: which arguments it takes, and what it refuses, as torch's does."""
+"""SGD's constructor: which arguments it accepts and rejects, compared with torch's."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_bad_params_raise_as_in_torch(make: Callable[[Tensor], object]):
 @pytest.mark.parametrize("layout", [contiguous, sliced, transposed])
 @pytest.mark.parametrize("options", [{"lr": 0.1}, MOMENTUM, EVERYTHING], ids=option_name)
 def test_parameter_twice_in_a_group_warns_and_steps_twice(options, layout):
-    """One parallel pass over all parameters would race here, copies of them would get lost."""
+    """A parallel pass over all parameters would race here, and copies of them would be lost."""
 
     def run(kind) -> torch.optim.Optimizer:
         shared = torch.nn.Parameter(layout(randn((500, 600), torch.float64, 0)))
@@ -115,7 +115,7 @@ def test_parameter_twice_in_a_group_warns_and_steps_twice(options, layout):
 @pytest.mark.parametrize("shift", [0, 1000])
 @pytest.mark.parametrize("options", [{"lr": 0.1}, MOMENTUM, EVERYTHING], ids=option_name)
 def test_parameters_that_share_memory_step_one_after_the_other(options, shift):
-    """Weights tied by their ``.data``: two parameters, one memory, or overlapping pieces of it."""
+    """Weights tied by their ``.data``: two parameters in the same or overlapping memory."""
 
     def run(kind) -> torch.optim.Optimizer:
         memory = randn((300_000 + shift,), torch.float64, 0)

@@ -1,4 +1,4 @@
-"""Tensors that the operator of SGD's step refuses."""
+"""Tensors that the operator of SGD's step rejects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WRONG_FOR_SGD_STEP = {
 @needs_extension
 @pytest.mark.parametrize("wrong", WRONG_FOR_SGD_STEP)
 def test_sgd_step_with_wrong_tensors(wrong):
-    """Also the tensors that come before the wrong one are left as they were."""
+    """The tensors before the wrong one are left unchanged, too."""
     replaced, says = WRONG_FOR_SGD_STEP[wrong]
     names = ("params", "grads", "momentum_buffers")
     lists = {name: [floats(3), floats(2, 2)] for name in names}

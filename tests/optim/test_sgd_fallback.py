@@ -1,4 +1,4 @@
-"""What SGD's fused pass can't serve, and leaves to torch's own step."""
+"""What SGD's fused pass can't do and leaves to torch's own step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_sparse_gradients_beside_dense_ones(momentum, foreach):
 
     ours, stock = (run(kind) for kind in OPTIMIZERS)
     for mine, theirs in zip(params_of(ours), params_of(stock), strict=True):
-        # The dense parameter's rounding feeds the sparse one's gradients, which are linear in it.
+        # The dense parameter's rounding enters the sparse one's gradients, which are linear in it.
         atol = tolerance(torch.float64, 4, theirs, torch.tensor(10.0))  # no value reaches 10
         torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=0, atol=atol)
 
@@ -78,8 +78,8 @@ def test_complex_parameters(options):
             grad.imag = randn(tuple(grad.shape), torch.float64, 500 + seed)
             optimizer.step()
     mine, theirs = params_of(ours)[0].detach(), params_of(stock)[0].detach()
-    assert torch.equal(mine, theirs)  # the very same ATen calls
-    # The real parameter beside it: no value reaches 10 in 4 steps.
+    assert torch.equal(mine, theirs)  # exactly the same ATen calls
+    # The real parameter next to it: no value reaches 10 in 4 steps.
     atol = tolerance(torch.float64, 4, torch.tensor(10.0))
     torch.testing.assert_close(params_of(ours)[1], params_of(stock)[1], rtol=0, atol=atol)
 
@@ -98,7 +98,7 @@ def test_complex_parameters_with_fused_raise_as_in_torch():
 def test_gradient_of_another_dtype(options, grad_dtype):
     def run(kind) -> torch.optim.Optimizer:
         params = make_params((5, 3), (7,), dtype=torch.float32)
-        params[0].grad_dtype = None  # allows any
+        params[0].grad_dtype = None  # allows any dtype
         optimizer = kind(params, **options)
         for seed in range(3):
             set_grads(params, seed)
@@ -108,7 +108,7 @@ def test_gradient_of_another_dtype(options, grad_dtype):
 
     ours, stock = (run(kind) for kind in OPTIMIZERS)
     mine, theirs = params_of(ours)[0], params_of(stock)[0]
-    assert torch.equal(mine, theirs)  # the very same ATen calls
+    assert torch.equal(mine, theirs)  # exactly the same ATen calls
     if options["momentum"]:
         buffers = momentum_buffer(ours, mine), momentum_buffer(stock, theirs)
         assert buffers[0].dtype == buffers[1].dtype
@@ -121,21 +121,21 @@ def test_gradient_of_another_dtype_with_fused_raises_as_in_torch():
         params = make_params((3,), dtype=torch.float32)
         params[0].grad_dtype = None
         params[0].grad = torch.ones(3, dtype=torch.bfloat16)
-        # torch 2.11 says the second, where it groups the tensors by dtype.
+        # torch 2.11 raises the second, when it groups the tensors by dtype.
         message = "expected scalar type|the same device and the same dtype"
         with pytest.raises(RuntimeError, match=message):
             kind(params, **MOMENTUM, fused=True).step()
 
 
 def negated(value: Tensor) -> Tensor:
-    """The value, behind a lazy minus."""
+    """The value with a lazy minus."""
     lazy = torch.complex(torch.zeros_like(value), -value).conj().imag
     assert lazy.is_neg()
     return lazy
 
 
 def with_lazy(what: str, optimizer_class, fused: bool | None) -> torch.optim.Optimizer:
-    """An optimizer in whose second parameter something is lazy."""
+    """An optimizer whose second parameter has something lazy."""
     params = make_params((3,), (5,))
     if what == "parameter":
         params[1] = torch.nn.Parameter(negated(params[1].detach()))
@@ -155,7 +155,7 @@ def with_lazy(what: str, optimizer_class, fused: bool | None) -> torch.optim.Opt
 
 @pytest.mark.parametrize("what", ["parameter", "gradient", "zero gradient", "buffer", "lr"])
 def test_lazy_tensors_are_stepped_as_in_torch(what):
-    """The dispatcher hands none of them to an operator in a list that is written to."""
+    """The dispatcher passes no lazy tensor to an operator in a list that is written to."""
     ours, stock = (with_lazy(what, kind, fused=None) for kind in OPTIMIZERS)
     for optimizer in (ours, stock):
         for _ in range(3):
@@ -177,7 +177,7 @@ def test_lazy_tensors_with_fused_raise_as_in_torch(what):
 @pytest.mark.parametrize("elements", [5, 100_000], ids=["one chunk", "several chunks"])
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_copy_on_write_tensors(momentum, elements):
-    """What is written to gets memory of its own; what is only read stays shared."""
+    """Tensors that are written to get their own memory; those only read stay shared."""
     sources = [randn((elements,), torch.float32, seed) for seed in range(3)]
     before = [source.clone() for source in sources]
 
@@ -198,7 +198,7 @@ def test_copy_on_write_tensors(momentum, elements):
 
 
 class WrapperTensor(Tensor):
-    """Keeps its data in another tensor; its own storage is empty, as DTensor's."""
+    """Keeps its data in another tensor; its own storage is empty, like DTensor's."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class WrapperTensor(Tensor):
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 def test_simple_parameter_subclass_beside_plain_parameters(options, fused):
-    """The peer is torch's default: its fused=True is wrong where strides differ."""
+    """Compares with torch's default: its fused=True is wrong where strides differ."""
 
     def run(kind, fused: bool | None) -> torch.optim.Optimizer:
         tagged = [TaggedParameter(p.detach()) for p in make_params((5, 3), (7,))]
@@ -270,7 +270,7 @@ def test_plain_parameter_with_a_wrapped_gradient():
 
 
 class PretendSubclassGradient:
-    """Makes a parameter's gradient a subclass of Tensor for a while."""
+    """Temporarily makes a parameter's gradient a subclass of Tensor."""
 
     def __init__(self, param: Tensor) -> None:
         self.param = param
@@ -283,7 +283,7 @@ class PretendSubclassGradient:
 
 
 class SubclassTensor(Tensor):
-    """A subclass that lives on Tensor's own storage."""
+    """A subclass that uses Tensor's own storage."""
 
 
 @pytest.mark.capability(

@@ -1,4 +1,4 @@
-"""SGD's float32_momentum: buffers of bfloat16 and float16 parameters in float32."""
+"""SGD's float32_momentum: float32 buffers of bfloat16 and float16 parameters."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_float32_momentum_stays_within_rounding_of_the_formula(options, dtype, f
 
 
 def test_small_gradients_vanish_in_momentum_of_bfloat16_and_not_of_float32():
-    """What the option is for: 2^-9 of a buffer near 1 is lost in the 8 bits of bfloat16."""
+    """The option's purpose: 2^-9 of a buffer near 1 is lost in the 8 bits of bfloat16."""
     ends = []
     for option in ({}, WIDE):
         param = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
@@ -125,8 +125,8 @@ def test_copies_have_their_momentum_in_float32_too(duplicate):
 
 @pytest.mark.parametrize("asked_again", [False, True])
 def test_float32_momentum_survives_saving(asked_again):
-    """To the last bit, where torch's loading would round it to the parameters' dtype. The float32
-    and float64 parameters' buffers are loaded as ever."""
+    """It survives to the last bit, although torch's loading rounds to the parameters' dtype.
+    Buffers of float32 and float64 parameters are loaded as usual."""
 
     def some_params() -> list[Tensor]:
         half, other_half = make_params((5, 3), (7,), dtype=torch.bfloat16)
@@ -170,7 +170,7 @@ def test_state_without_a_buffer_is_loaded_with_float32_momentum():
 
 @pytest.mark.parametrize("odd", [0.0, [1.0]], ids=str)
 def test_float32_momentum_is_loaded_beside_what_is_no_buffer(odd):
-    """torch loads whatever it is."""
+    """torch loads any value."""
     optimizer = fastnn.optim.SGD(make_params((5, 3), (7,), dtype=torch.bfloat16), **WIDE)
     state = {0: {"momentum_buffer": odd}, 1: {"momentum_buffer": torch.full((7,), 1 / 3)}}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -194,7 +194,7 @@ def test_hooks_of_loading_may_add_the_groups_that_are_loaded():
 
 
 def test_float32_momentum_passes_to_torch_and_back():
-    """In the parameters' dtype, the only one torch loads; and in float32 again."""
+    """It passes in the parameters' dtype, the only one torch loads, and becomes float32 again."""
     start = fastnn.optim.SGD(make_params((5, 3), dtype=torch.bfloat16), **EVERYTHING, **WIDE)
     train(start, 3)
     (param,) = params_of(start)
@@ -204,7 +204,7 @@ def test_float32_momentum_passes_to_torch_and_back():
     train(stock, 1, first_seed=10)
     state = stock.state_dict()
     for group in state["param_groups"]:
-        group.pop("float32_momentum")  # as of one that torch alone has made
+        group.pop("float32_momentum")  # a group that only torch has made lacks it
     back = fastnn.optim.SGD([torch.nn.Parameter(param.detach().clone())], lr=123.0, **WIDE)
     back.load_state_dict(state)
     assert back.param_groups[0]["lr"] == EVERYTHING["lr"]
@@ -214,7 +214,7 @@ def test_float32_momentum_passes_to_torch_and_back():
 
 
 def test_hooks_of_loading_may_change_float32_momentum():
-    """Those before it what is loaded, those after it what was."""
+    """Pre-hooks may change what is about to be loaded, post-hooks what was loaded."""
 
     def halve(optimizer: torch.optim.Optimizer) -> None:
         assert buffer_dtypes(optimizer) == {torch.float32}
@@ -234,7 +234,7 @@ def test_hooks_of_loading_may_change_float32_momentum():
 
 @pytest.mark.parametrize("option", ["full_state_dict", "cpu_offload"])
 def test_distributed_checkpoints_take_the_choice_of_float32_momentum(option):
-    """They refuse options that are no plain numbers or strings."""
+    """They reject options other than plain numbers and strings."""
     model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     optimizer = fastnn.optim.SGD(model.parameters(), **MOMENTUM, **WIDE)
     train(optimizer, 1)
@@ -244,7 +244,7 @@ def test_distributed_checkpoints_take_the_choice_of_float32_momentum(option):
 
 
 def test_momentum_in_the_parameters_dtype_stays_such_until_it_is_loaded():
-    """Switched on later, the option is of buffers that aren't there yet; on torch's path, too."""
+    """Turned on later, the option applies to buffers that don't exist yet; on torch's path, too."""
     tagged = TaggedParameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = fastnn.optim.SGD([tagged, *make_params((2,), dtype=torch.bfloat16)], **MOMENTUM)
     train(optimizer, 1)
@@ -257,7 +257,7 @@ def test_momentum_in_the_parameters_dtype_stays_such_until_it_is_loaded():
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_buffers_are_stepped_without_the_option_too(dtype):
-    """Whoever put them into the state."""
+    """It doesn't matter what put them into the state."""
     start = make_params((5, 3), dtype=dtype)
     optimizer = fastnn.optim.SGD(start, **EVERYTHING)
     exact = ExactRun(flat(start), dtype, compute_dtype(dtype), torch.float32)
@@ -284,10 +284,10 @@ def test_torchs_own_path_leaves_the_momentum_of_wider_parameters_alone(dtype):
 
 
 def test_torchs_own_path_has_float32_momentum_too():
-    """Beside a parameter of ours, and with differentiable=True."""
+    """A parameter of ours on torch's path, and differentiable=True."""
     tagged = TaggedParameter(torch.ones(3, dtype=torch.bfloat16))
     plain = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    tensor = torch.ones(3, dtype=torch.bfloat16)  # which autograd lets step in place
+    tensor = torch.ones(3, dtype=torch.bfloat16)  # autograd allows it to be stepped in place
     for params, option in (([tagged, plain], {}), ([tensor], {"differentiable": True})):
         optimizer = fastnn.optim.SGD(params, **MOMENTUM, **WIDE, **option)
         for _ in range(2):
@@ -297,7 +297,7 @@ def test_torchs_own_path_has_float32_momentum_too():
             assert buffer_dtypes(optimizer) == {torch.float32}
         third = torch.tensor(1 / 3, dtype=torch.bfloat16).float()
         for param in params:
-            # One rounding of the product, one of the sum.
+            # One rounding of the product and one of the sum.
             expected = (third + 0.9 * third).expand(3)
             buffer = momentum_buffer(optimizer, param)
             torch.testing.assert_close(buffer, expected, rtol=2 * 2.0**-24, atol=0)
@@ -307,7 +307,7 @@ def test_torchs_own_path_has_float32_momentum_too():
 @pytest.mark.usefixtures("scalars_stay_on_device")
 @needs_extension
 def test_float32_momentum_where_the_kernels_skip_a_step(overflowing_steps):
-    """The steps that are left are those of a run without the others, to the last bit."""
+    """The remaining steps equal those of a run without the skipped ones, to the last bit."""
     results = []
     for run in ("with", "without"):
         params = make_params((5, 3), (7,), dtype=torch.float16)

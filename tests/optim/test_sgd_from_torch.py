@@ -43,7 +43,7 @@ def test_from_torch_goes_on_where_torch_is():
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_from_torch_under_a_scheduler(resumed):
-    """It goes on without a warning, after a resume too, which replaces the parameter groups."""
+    """It continues without a warning, even after a resume, which replaces the parameter groups."""
     runs = []
     for take in (fastnn.optim.SGD.from_torch, lambda optimizer: optimizer):
         params = make_params((5, 3), (7,))
@@ -99,7 +99,7 @@ def test_from_torch_refuses_a_replaced_step():
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_late_first_gradient_of_a_subclass_under_fused(late):
-    """torch's fused path takes no list in which only some have a buffer; ours must not meet it."""
+    """torch's fused path rejects a list in which only some have a buffer."""
 
     def run(kind, fused: bool | None) -> torch.optim.Optimizer:
         params = [TaggedParameter(p.detach()) for p in make_params((5, 3), (7,))]

@@ -1,4 +1,4 @@
-"""SGD's groups and states of other kinds than torch's own code makes."""
+"""SGD's groups and states of types that torch's own code doesn't create."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PARAMS_KINDS: dict[str, Callable[[list[Tensor]], object]] = {
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("kind_of_params", PARAMS_KINDS)
 def test_params_that_are_no_list(kind_of_params, fused, first):
-    """What can be read once is empty after the first step, or after zero_grad."""
+    """An iterator is exhausted after the first step, or after zero_grad."""
 
     def run(kind) -> list[Tensor]:
         params = make_params((5, 3), (7,))
@@ -74,7 +74,7 @@ def test_params_that_are_no_parameters_raise_as_in_torch(params, method):
 
 
 class OwnMapping(UserDict):
-    """No dict; an entry is made as it is asked for, and is none either."""
+    """Not a dict; a lookup creates an entry, which isn't a dict either."""
 
     def __missing__(self, key) -> UserDict:
         self[key] = UserDict()
@@ -147,7 +147,7 @@ def test_the_optimizer_and_no_group_decides_whether_autograd_sees_the_step():
             optimizer.step()
             if chosen:
                 (seen,) = torch.autograd.grad(param.sum(), param.grad)
-                # The product of two numbers that both sides round alike.
+                # The product of two numbers, which both sides round alike.
                 assert torch.equal(seen, torch.full_like(param, -0.1))
             else:
                 assert param.grad_fn is None
@@ -155,7 +155,7 @@ def test_the_optimizer_and_no_group_decides_whether_autograd_sees_the_step():
 
 @pytest.mark.parametrize("option", ["lr", "weight_decay"])
 def test_option_that_is_a_string_raises_as_in_torch(option):
-    """A number in it, such as a command line gives, is none."""
+    """Not even a string with a number in it, as from a command line, is accepted."""
     for kind in OPTIMIZERS:
         params = make_params((3,))
         optimizer = kind(params, lr=0.1)

@@ -48,7 +48,7 @@ def test_closure_runs_once_with_gradients_and_its_loss_is_returned():
             loss = optimizer.step(closure)
         assert calls == [True]
         assert loss.item() == (make_params((3,))[0] * 2).sum().item()
-        # One step of two roundings at most on either side.
+        # One step with at most two roundings on either side.
         torch.testing.assert_close(
             param.detach(), expected, rtol=0, atol=tolerance(torch.float64, 1, expected)
         )
@@ -136,7 +136,7 @@ def test_step_refuses_unknown_arguments_as_torch_does(args, kwargs, hooked):
 
 
 def optimizers_with_steps_of_their_own() -> dict[str, type]:
-    """Made anew for each test, as the first optimizer of a class changes the class."""
+    """Created for each test, because the first optimizer of a class changes the class."""
 
     class OwnStep(fastnn.optim.SGD):
         def step(self, closure=None):
@@ -197,7 +197,7 @@ def taken_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def with_another_class(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Whose step torch has not seen: it looks at a class as it makes an optimizer of it."""
+    """Its step is new to torch, which only inspects the class of an optimizer it makes."""
 
     class Other(type(optimizer)):
         def step(self, closure=None):
@@ -222,7 +222,7 @@ def with_another_class(optimizer: torch.optim.Optimizer) -> torch.optim.Optimize
 )
 @pytest.mark.parametrize("name", ["SGD", *optimizers_with_steps_of_their_own()])
 def test_a_steps_hooks_run_once(name, change, with_parents, profiled):
-    """Whichever of its class's and its parents' steps the first optimizers were made of."""
+    """Holds whichever of these classes the first optimizers were made from."""
     cls = optimizers_with_steps_of_their_own().get(name, fastnn.optim.SGD)
     if with_parents:
         for parent in cls.__mro__:
@@ -251,7 +251,7 @@ def test_a_steps_hooks_run_once(name, change, with_parents, profiled):
     assert events == ["pre", "post", "global post"]
     for _ in range(2 if name == "TwoSteps" else 1):
         expected -= 0.1 * 0.5
-    # Each step rounds once or twice, and here the product as well.
+    # Each step rounds once or twice, and the product here, too.
     atol = tolerance(torch.float64, 2, expected)
     torch.testing.assert_close(params_of(optimizer)[0].detach(), expected, rtol=0, atol=atol)
     if profiled:
@@ -260,7 +260,7 @@ def test_a_steps_hooks_run_once(name, change, with_parents, profiled):
 
 
 def test_hooks_run_once_around_a_class_whose_step_was_replaced(monkeypatch):
-    """With the marks of the old one, or without."""
+    """Whether the new step has the old one's marks or not."""
     cls = optimizers_with_steps_of_their_own()["OwnStep"]
     old = cls(make_params((3,)))
     for decorator in (functools.wraps(cls.step), as_it_is):

@@ -1,4 +1,4 @@
-"""SGD's numbers: against torch's, and against the formula in float64."""
+"""SGD's numbers, compared with torch's and with the formula in float64."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_long_run_stays_within_rounding_of_formula_and_torch(options, dtype):
     start = flat(params_of(ours))
     exact = ExactRun(start, dtype, compute_dtype(dtype))
     stock_exact = ExactRun(start, dtype, dtype)  # torch rounds every intermediate
-    # The formula itself is evaluated in float64: its own error counts where ours is float64 too.
+    # The formula is evaluated in float64: its own error counts when ours is float64, too.
     oracle = ExactRun(start, torch.float64, torch.float64)
     for seed in range(50):
         grad = flat(layout_grads(dtype, seed))
@@ -54,7 +54,7 @@ def test_long_run_stays_within_rounding_of_formula_and_torch(options, dtype):
         for optimizer in (ours, stock):
             set_layout_grads(params_of(optimizer), seed)
             optimizer.step()
-        # At each step: the first have seen the fewest roundings and allow the least.
+        # At every step: the first ones have the fewest roundings and the tightest bound.
         mine, theirs = flat(params_of(ours)), flat(params_of(stock))
         assert_within(mine, exact.param, exact.param_error + oracle.param_error)
         assert_within(mine, theirs, exact.param_error + stock_exact.param_error)
@@ -65,7 +65,7 @@ def test_long_run_stays_within_rounding_of_formula_and_torch(options, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_takes_any_layout(dtype):
-    """torch's fused=True is silently wrong where strides differ: the peer is its default."""
+    """Compares with torch's default: its fused=True is silently wrong where strides differ."""
     ours = fastnn.optim.SGD(layout_params(dtype), fused=True, **EVERYTHING)
     stock = torch.optim.SGD(layout_params(dtype), **EVERYTHING)
     for optimizer in (ours, stock):
@@ -96,7 +96,7 @@ def test_two_hundred_steps_of_float32():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_around_powers_of_two(dtype):
-    """Vector widths, unrolled blocks and cache-sized chunks all end at some power of two."""
+    """Vector widths, unrolled blocks and cache-sized chunks all end at a power of two."""
     sizes = [(max(2**k + d, 0),) for k in range(16) for d in (-1, 0, 1)]
     ours, stock = (kind(make_params(*sizes, dtype=dtype), **EVERYTHING) for kind in OPTIMIZERS)
     for optimizer in (ours, stock):
@@ -128,7 +128,7 @@ def test_mixed_dtypes_in_one_group():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 def test_infinite_and_nan_values_go_where_torch_puts_them(value, options, dtype):
-    """A decay of 0 must leave the parameter out of the gradient: 0 * inf would be NaN."""
+    """Without decay the parameter must not enter the gradient: 0 * inf would be NaN."""
 
     def run(kind) -> Tensor:
         params = [torch.nn.Parameter(torch.tensor([value, 1.0, 1.0], dtype=dtype))]
@@ -139,7 +139,7 @@ def test_infinite_and_nan_values_go_where_torch_puts_them(value, options, dtype)
         return params[0].detach()
 
     mine, theirs = (run(kind) for kind in OPTIMIZERS)
-    # Two steps; infinities and NaNs must be the very same.
+    # Two steps; infinities and NaNs must match exactly.
     atol = tolerance(dtype, 2, theirs[2:], torch.ones(1))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=atol, equal_nan=True)
 
@@ -168,7 +168,7 @@ def test_memory_between_a_views_elements_is_untouched():
 
 
 def test_neighbouring_views_of_one_buffer():
-    """Flattened parameters: each is a slice of the same memory."""
+    """Flattened parameters: each is a slice of one memory."""
 
     def run(kind) -> Tensor:
         buffer = randn((100,), torch.float64, 0)

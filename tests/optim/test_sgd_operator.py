@@ -160,7 +160,7 @@ def test_op_does_nothing_where_found_inf(sgd_step_):
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_op_with_a_tensor_lr_is_that_with_its_value(dtype, lr_dtype):
-    """A power of two: every dtype has it."""
+    """The value is a power of two, which every dtype represents exactly."""
     options = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
     as_number, as_tensor = good_lists(dtype), good_lists(dtype)
     torch.ops.fastnn.sgd_step_(*as_number.values(), lr=0.25, **options)
@@ -226,7 +226,7 @@ def test_op_refuses_buffers_of_other_dtypes(dtype, buffer_dtype, sgd_step_):
 @needs_extension
 @pytest.mark.parametrize("name", ["params", "grads", "momentum_buffers"])
 def test_op_refuses_to_write_several_elements_to_one_place(name):
-    """Before it steps any; gradients are written to where they are scaled."""
+    """It raises before it steps any parameter; scaling writes to gradients, too."""
     lists = good_lists()
     lists[name][1] = lists[name][1][:1].expand(2, 4)
     before = copy.deepcopy(lists)
@@ -241,7 +241,7 @@ def test_op_refuses_to_write_several_elements_to_one_place(name):
 @needs_extension
 @pytest.mark.parametrize("name", ["params", "grads", "momentum_buffers"])
 def test_op_refuses_meta_tensors_among_others(name):
-    """Which would bring the call to what knows of shapes alone, and steps nothing."""
+    """They would dispatch to the fake kernel, which steps nothing."""
     lists = good_lists()
     lists[name][1] = lists[name][1].to("meta")
     with pytest.raises(RuntimeError, match=rf"all tensors or none .* {name}\[1\] is there"):
@@ -258,7 +258,7 @@ def test_op_refuses_a_meta_scalar(name):
 
 @each_step
 def test_op_steps_what_shares_memory_in_order_where_buffers_are_of_two_dtypes(sgd_step_):
-    """The second and third parameter are one; the first has buffers as the third."""
+    """The second and third parameter share memory; the first has a buffer like the third's."""
     memory = torch.ones(4, dtype=torch.bfloat16)
     params = [torch.ones(4, dtype=torch.bfloat16), memory, memory.view(4)]
     grads = [torch.full((4,), value, dtype=torch.bfloat16) for value in (1.0, 2.0, 3.0)]

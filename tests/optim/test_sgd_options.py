@@ -1,4 +1,4 @@
-"""SGD's options, changed while it trains."""
+"""SGD's options, changed during training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.optimizers import (
 SCHEDULERS = {
     "StepLR": lambda optimizer: StepLR(optimizer, step_size=3, gamma=0.5),
     "LambdaLR": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-    # Sets lr and momentum anew at each step.
+    # Sets lr and momentum at each step.
     "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, max_lr=0.1, total_steps=12),
 }
 
@@ -71,7 +71,7 @@ def test_weight_decay_may_be_a_tensor():
     [
         ("lr", 0.02),
         ("momentum", 0.5),
-        ("momentum", 0),  # an int, and no momentum any more
+        ("momentum", 0),  # an int that turns momentum off
         ("dampening", 0.7),
         ("weight_decay", 0.3),
         ("nesterov", True),
@@ -121,7 +121,7 @@ def test_momentum_switched_on_later_starts_with_the_first_step_rule():
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_late_first_gradient_starts_with_the_first_step_rule(fused):
-    """torch's own fused=True raises here, so that the peer is its default."""
+    """torch's own fused=True raises here, so this compares with its default."""
     ours = fastnn.optim.SGD(make_params((4,), (4,)), fused=fused, **EVERYTHING)
     stock = torch.optim.SGD(make_params((4,), (4,)), **EVERYTHING)
     for optimizer in (ours, stock):
@@ -132,7 +132,7 @@ def test_late_first_gradient_starts_with_the_first_step_rule(fused):
         assert momentum_buffer(optimizer, late) is None
         train(optimizer, 1, first_seed=10)
         decayed = late.grad + 0.01 * make_params((4,), (4,))[1]
-        # One product and one sum away from the formula, computed likewise in float64.
+        # One product and one sum away from the formula, also computed in float64.
         atol = tolerance(torch.float64, 1, decayed)
         torch.testing.assert_close(momentum_buffer(optimizer, late), decayed, rtol=0, atol=atol)
         train(optimizer, 3, first_seed=20)

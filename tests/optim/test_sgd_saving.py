@@ -34,7 +34,7 @@ from support.optimizers import (
     operators=["SGD"],
 )
 def test_state_dict_passes_from_torch_to_fastnn_and_back(options, dtype):
-    """One training handed from torch to fastnn and back equals one of torch alone."""
+    """One training passed from torch to fastnn and back equals one by torch alone."""
     alone = torch.optim.SGD(layout_params(dtype), **options)
     relay = torch.optim.SGD(layout_params(dtype), **options)
     for leg, kind in enumerate([torch.optim.SGD, fastnn.optim.SGD, torch.optim.SGD]):
@@ -77,7 +77,7 @@ def test_state_dict_of_fastnn_has_torchs_keys_and_loads_weights_only():
 
 
 def test_the_class_keeps_the_name_that_pickles_know_it_by():
-    """Whatever module of the package it is written in: those made by another version load."""
+    """Pickles from another version must load, whichever module the class is defined in."""
     assert pickle.loads(b"cfastnn.optim\nSGD\n.") is fastnn.optim.SGD
     assert pickle.dumps(fastnn.optim.SGD, protocol=0).startswith(b"cfastnn.optim\nSGD\n")
 
@@ -99,7 +99,7 @@ def test_copies_train_on_their_own(duplicate, trained_before):
 
 
 def test_state_from_before_newer_options_existed():
-    """Old pickles lack options that torch added since; __setstate__ fills them in."""
+    """Old pickles lack options that torch has added since; __setstate__ fills them in."""
     ours, stock = make_pair((5, 3), **MOMENTUM)
     for optimizer in (ours, stock):
         train(optimizer, 1)

@@ -53,7 +53,7 @@ def scaled_training(kind, fused: bool | None, overflowing_steps: set[int], steps
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.capability("precision", "training with `GradScaler`", operators=["SGD"])
 def test_grad_scaler_trains_as_in_torch(fused, overflowing_steps):
-    """torch's fused=True is wrong after a first step that overflows: the peer is its default."""
+    """Compares with torch's default: fused=True is wrong after a first step that overflows."""
     runs = zip(
         scaled_training(fastnn.optim.SGD, fused, overflowing_steps),
         scaled_training(torch.optim.SGD, None, overflowing_steps),
@@ -66,7 +66,7 @@ def test_grad_scaler_trains_as_in_torch(fused, overflowing_steps):
                 assert "momentum_buffer" not in param_state
         for mine, theirs in zip(params_of(ours), params_of(stock), strict=True):
             buffer = momentum_buffer(stock, theirs)
-            # Scales are powers of two: they round nothing. Gradients of N(0, 1) stay below 5.
+            # Scales are powers of two, which round nothing. Gradients of N(0, 1) stay below 5.
             atol = tolerance(torch.float32, steps, theirs, buffer, torch.tensor(5.0))
             torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
             if buffer is not None:
@@ -122,15 +122,15 @@ def test_fused_step_divides_gradients_by_the_scale_in_place(momentum, dtype):
     ours, stock = (run(kind) for kind in OPTIMIZERS)
     assert_same_training(ours, stock, 2)
     mine, theirs = params_of(ours)[0].grad, params_of(stock)[0].grad
-    # The last gradient over 3: a division on one side, perhaps a product by 1/3 on the other.
+    # The last gradient over 3: one side divides, the other may multiply by 1/3.
     scaled = randn((5, 3), dtype, 2000)
     assert not torch.equal(mine, scaled)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance(dtype, 1, scaled))
 
 
 def test_found_inf_skips_every_kind_of_parameter():
-    """The parameters that take torch's own path must be skipped too. (Where the kernels skip, which
-    is below, there is a buffer.)"""
+    """Parameters on torch's own path must be skipped, too. (When the kernels skip, tested below,
+    there is a buffer.)"""
     tagged = TaggedParameter(torch.ones(3))
     plain = torch.nn.Parameter(torch.ones(3))
     optimizer = fastnn.optim.SGD([tagged, plain], fused=True, **MOMENTUM)
@@ -155,7 +155,7 @@ def test_nothing_waits_for_scalars_on_the_device(overflow):
         optimizer.step()
     assert "fastnn.sgd_step_.tensor_lr" in operators.names
     assert "aten._local_scalar_dense.default" not in operators.names
-    # A gradient of 1 over a scale of 2, times a quarter: no rounding but that of the difference.
+    # A gradient of 1 over a scale of 2, times a quarter: only the difference rounds.
     assert torch.equal(param, start if overflow else start - 0.125)
 
 
@@ -164,7 +164,7 @@ def test_nothing_waits_for_scalars_on_the_device(overflow):
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
 @pytest.mark.parametrize("overflowing_steps", [{0}, {0, 1}, {3}], ids=str)
 def test_a_step_that_the_kernels_skip_is_as_if_it_had_not_been(dampening, overflowing_steps):
-    """After a first step so skipped the next is a first one, with dampening too."""
+    """After a skipped first step the next one is a first step, also with dampening."""
     params = make_params((5, 3), (7,), dtype=torch.float32)
     stock_params = make_params((5, 3), (7,), dtype=torch.float32)
     options = {"momentum": 0.9, "dampening": dampening}
