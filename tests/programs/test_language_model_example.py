@@ -14,7 +14,7 @@ def test_both_heads_learn_alike():
     program = load("language_model")
     with torch.random.fork_rng(devices=[]):
         losses = {head: program.train(head, 500, 64, 20)[0] for head in program.HEADS}
-    # The same sums in another order, step after step: the first ten; later a unit whose input is
-    # within rounding of zero may count as positive on one side only.
+    # The first ten steps: sums differ in order, and later a unit whose input is within rounding of
+    # zero may count as positive on one side only.
     assert losses["fastnn"][:10] == pytest.approx(losses["ordinary"][:10], rel=1e-4)
     assert sum(losses["fastnn"][-3:]) < 0.95 * sum(losses["fastnn"][:3])

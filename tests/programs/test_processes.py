@@ -1,4 +1,4 @@
-"""Where Python runs more than one thing at a time: workers, forks, threads, shared memory."""
+"""Several things at a time in Python: workers, forks, threads, shared memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from support.small_training import SIZES, STEPS, make_model, make_optimizer, tra
 
 pytestmark = pytest.mark.cpu_only("processes and threads of Python, whatever the kernels")
 
-WIDTH = 256  # every operator of the training below then takes two threads
+WIDTH = 256  # makes every operator of the training below use two threads
 
 USED = ["linear_relu", "cross_entropy", "SGD"]  # by the trainings below
 
-# On a GPU torch's backward has threads, which no forked process has.
+# On a GPU torch's backward uses threads, which a forked process doesn't inherit.
 trains_in_a_fork = pytest.mark.skipif(
     torch.cuda.is_available(), reason="torch refuses to train in a fork where there is a GPU"
 )
@@ -56,7 +56,7 @@ def two_threads(restore_threads: None) -> None:
 
 @pytest.fixture
 def eager_switches() -> Iterator[None]:
-    """Python's threads take turns as often as they can."""
+    """Makes Python's threads switch as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -73,7 +73,7 @@ SAMPLES = 12
 
 
 class Features(Dataset):
-    """Samples that come out of a layer of ours."""
+    """Samples computed by a layer of ours."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def collate(samples: list[Tensor]) -> tuple[Tensor, Tensor]:
 )
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_data_loader_workers_while_the_main_process_trains(method, two_threads):
-    alone = train_wide(wide_model(0))  # also the first parallel region: before the fork
+    alone = train_wide(wide_model(0))  # also the first parallel region, before the fork
     loader = partial(DataLoader, Features(), batch_size=2, collate_fn=collate)
     workers = {"num_workers": 2, "multiprocessing_context": method, "timeout": processes.TIMEOUT}
     batches, trained = [], []
@@ -112,8 +112,8 @@ def test_data_loader_workers_while_the_main_process_trains(method, two_threads):
 
 # --- forks ----------------------------------------------------------------------------------------
 
-# A forked process has none of its parent's threads. GNU OpenMP, which torch for Linux comes with,
-# doesn't know: its next parallel region waits for them forever, in torch's operators and in ours.
+# A forked process has none of its parent's threads. GNU OpenMP, torch's runtime on Linux, doesn't
+# notice: its next parallel region waits for them forever, in torch's operators and in ours.
 
 
 def train_wide_on(number: int, threads: int) -> list[Tensor]:
@@ -140,7 +140,7 @@ def test_forked_after_a_parallel_region_one_thread_trains(tmp_path, two_threads)
 )
 def test_forked_before_any_parallel_region_two_threads_train(tmp_path, two_threads):
     expected = train_wide(wide_model(0))
-    # From a server, which computes nothing itself.
+    # Forked from a server, which computes nothing itself.
     (trained,) = processes.run(tmp_path, 1, train_wide_on, 2, method="forkserver")
     assert_same_bits(trained, expected)
 
@@ -151,7 +151,7 @@ def test_forked_after_a_parallel_region_two_threads_train_where_torchs_do(tmp_pa
     for folder in ("torch", "ours"):
         (tmp_path / folder).mkdir()
     try:
-        # Some milliseconds' work. A machine that takes longer skips what it could have tested.
+        # A few milliseconds of work. A slower machine skips a test that could have run.
         processes.run(tmp_path / "torch", 1, use_torch_on, 2, method="fork", timeout=4)
     except AssertionError:
         pytest.skip("torch's own operators hang here: GNU OpenMP after a fork")
@@ -172,7 +172,7 @@ def test_threads_that_train_at_once_come_to_the_same_as_one_by_one(two_threads, 
         together.wait()
         return train_wide(model)
 
-    # Made beforehand: the threads share torch's generator. Each a model and data of its own.
+    # Made in advance, since the threads share torch's generator; each has its own model and data.
     one_by_one = [train_wide(wide_model(seed)) for seed in range(THREADS)]
     with ThreadPoolExecutor(THREADS) as pool:
         at_once = list(pool.map(train_with_others, map(wide_model, range(THREADS))))
@@ -183,8 +183,8 @@ def test_threads_that_train_at_once_come_to_the_same_as_one_by_one(two_threads, 
 
 
 def take_turns(number: int, model: nn.Module, turns: list[Semaphore]) -> None:
-    """Every other step, with momentum of its own, as Hogwild's processes have."""
-    torch.set_num_threads(1)  # a fork has no more
+    """Takes every other step, with its own momentum, like a Hogwild process."""
+    torch.set_num_threads(1)  # a forked process may use only one
     optimizer = make_optimizer(model.parameters())
     for step in range(number, STEPS, len(turns)):
         assert turns[number].acquire(timeout=processes.TIMEOUT)

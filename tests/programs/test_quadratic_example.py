@@ -1,4 +1,4 @@
-"""The notebook of examples/: it is its script's, holds its pictures, and runs."""
+"""The notebook in examples/ matches its script, contains its pictures, and runs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FITS = 3
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """What the processes started here see: this fastnn, and a backend that needs no display."""
+    """For the started processes: this fastnn, and a matplotlib backend without a display."""
     paths = [str(Path(fastnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel then takes the notebook's
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel then uses the notebook's own
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -61,9 +61,9 @@ def test_the_script_fits():
     )
     assert process.returncode == 0, process.stderr
     (_, quadratic), (_, two), (_, many) = losses(process.stdout)
-    # The mean of 100 squared errors of variance 1, which deviates by sqrt(2 / 100) = 0.14.
+    # The mean of 100 squared errors of variance 1 has a standard deviation of sqrt(2 / 100) = 0.14.
     assert abs(quadratic - 1) < 3 * 0.14
-    # Two lines can't follow the bend; many follow it, and the noise a little.
+    # Two lines can't follow the bend; many follow it, and some of the noise.
     assert many < quadratic < two < 2
     assert "the same numbers: True" in process.stdout
     assert "the loop's losses: True" in process.stdout
@@ -88,7 +88,7 @@ def test_the_notebook_runs_to_the_committed_results():
     assert len(pictures(notebook)) == FITS
     committed = losses(printed(nbformat.read(COMMITTED, as_version=4)))
     assert len(committed) == FITS
-    # They are printed to two decimals; another machine's last bits may turn the last one.
+    # Printed with two decimals; the last one may differ on another machine.
     for ours, theirs in zip(losses(printed(notebook)), committed, strict=True):
         assert ours == pytest.approx(theirs, abs=0.02)
 

@@ -1,6 +1,6 @@
-"""Models of our layers saved, moved, shared, reparametrized, wrapped: as PyTorch's own are.
+"""Models of our layers saved, moved, shared, reparametrized and wrapped, like PyTorch's own.
 
-What one layer by itself goes through is in test_nn.py, and the optimizer in tests/optim.
+Single layers are tested in test_nn.py, the optimizer in tests/optim.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def test_shared_memory():
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_models_of_other_dtypes(dtype, swap):
-    """Also where parameters are swapped, not overwritten: what tensor subclasses need."""
+    """Parameters may be swapped instead of overwritten, which tensor subclasses need."""
     model = perceptron.make(OURS)
     x, target = perceptron.batch(7, dtype)
     torch.__future__.set_swap_module_params_on_conversion(swap)
@@ -126,7 +126,7 @@ def test_models_of_other_dtypes(dtype, swap):
     loss = model(x, target)
     loss.backward()
     assert {loss.dtype} == {p.grad.dtype for p in model.parameters()} == {dtype}
-    # Both losses are of about 1.5, from logits of the order of one: about ten roundings.
+    # Both losses are about 1.5, from logits of order one: about ten roundings.
     expected = loss_of(perceptron.make(OURS)).to(dtype)
     torch.testing.assert_close(loss, expected, rtol=0, atol=10 * torch.finfo(dtype).eps)
 
@@ -159,7 +159,7 @@ def test_reparametrized_layers_train_as_torchs(name):
     results = []
     for kind in (OURS, STOCK):
         model = perceptron.make(kind)
-        torch.manual_seed(0)  # spectral_norm starts from a random vector
+        torch.manual_seed(0)  # spectral_norm starts with a random vector
         REPARAMETRIZATIONS[name](model.hidden)
         loss = loss_of(model)
         loss.backward()
@@ -182,8 +182,7 @@ def test_reparametrized_layers_train_as_torchs(name):
 @needs_extension
 @capability("tensor subclasses: `__torch_dispatch__`")
 def test_wrapper_subclasses_pass_through():
-    """A pair of tensors in the place of each parameter and input: both halves are computed, by
-    PyTorch's operators."""
+    """Parameters and inputs become pairs of tensors; PyTorch's operators compute both halves."""
     halves = [perceptron.make(OURS), perceptron.make(OURS)]
     with torch.no_grad():
         for parameter in halves[1].parameters():

@@ -1,4 +1,4 @@
-"""The tools people look with: profiler traces, FLOP counts, timers, and what a graph prints."""
+"""Tools for inspection: profiler traces, FLOP counts, timers, and names in a graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def capability(row: str, **options):
 # --- the profiler ---------------------------------------------------------------------------------
 
 ROWS = 7
-# The shapes of the tensors that each operator of the perceptron's training step gets.
+# The shapes of the tensors passed to each operator in the perceptron's training step.
 LOGITS, PER_ROW = [ROWS, CLASSES], [ROWS]
 SHAPES = {
     "linear": [[ROWS, HIDDEN], [CLASSES, HIDDEN], [CLASSES]],
@@ -50,7 +50,7 @@ NODES = {
     "nll_loss": "NLLLossBackward",
     "cross_entropy": "CrossEntropyBackward",
 }
-# With those that the perceptron hasn't.
+# Plus those that the perceptron lacks.
 EVERY_NODE = {**NODES, "linear_cross_entropy": "LinearCrossEntropyBackward"}
 NAMES_AND_SHAPES = "`torch.profiler` names forward, backward and step, with shapes"
 
@@ -173,7 +173,7 @@ def test_graph_nodes_have_the_operators_names(name):
 @pytest.mark.cpu_only("an import")
 @pytest.mark.parametrize("first", ["fastnn", "torch.utils.flop_counter"])
 def test_flops_are_counted_whatever_is_imported_first(first):
-    """fastnn doesn't import the counter, which takes long where it brings triton."""
+    """fastnn doesn't import the counter, which is slow if it imports triton."""
     script = f"""
 import sys, torch, {first}
 print("torch.utils.flop_counter" in sys.modules)
@@ -187,5 +187,5 @@ print(counter.get_total_flops(), "torch.utils.flop_counter" in awaited)
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout
-    # 2 x 3 x 5 products, and as many sums.
+    # 2 x 3 x 5 products and as many sums
     assert output.splitlines() == [str(first != "fastnn"), "60 False"]

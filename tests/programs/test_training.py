@@ -1,4 +1,4 @@
-"""Ten steps of the MNIST perceptron: twice the same bits, and torch's numbers up to rounding."""
+"""Ten steps of the MNIST perceptron: the same bits twice, and torch's numbers up to rounding."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SIZES = (784, 128, 64, 10)
 BATCH = 64
 STEPS = 10
 LR = 0.1
-# The one of 60 seeds that keeps all activations farthest from the kink of their ReLU: 1.5e-5, some
-# hundred times their rounding in float32.
+# Of 60 seeds, the one that keeps all activations farthest from their ReLU's kink: 1.5e-5, some
+# hundred times their float32 rounding error.
 FIRST_SEED = 3800
 DTYPES = [torch.float32, torch.float64]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The pieces of one training, stock or fused."""
+    """The building blocks of one training, stock or fused."""
 
     hidden: Callable[[int, int], list[nn.Module]]
     head: Callable[[], list[nn.Module]]
@@ -59,7 +59,7 @@ LOSSES = {
 
 @functools.cache
 def digits(seed: int) -> tuple[Tensor, Tensor]:
-    """A batch that looks like MNIST's: a blurred blob in a place of its class, mostly black."""
+    """A batch that resembles MNIST: a blurred blob at its class's place, mostly black."""
     draw = Draws(seed)
     labels = draw.integers(0, 10, BATCH)
     rows = torch.arange(28.0).view(1, 28, 1)
@@ -77,7 +77,7 @@ def make_model(backend: Backend, dtype: torch.dtype) -> nn.Sequential:
     device = torch.get_default_device()
     torch.manual_seed(0)
     modules = []
-    with torch.device("cpu"):  # FIRST_SEED has been chosen for its random numbers
+    with torch.device("cpu"):  # FIRST_SEED was chosen for the CPU's random numbers
         for inputs, outputs in itertools.pairwise(SIZES[:3]):
             modules += backend.hidden(inputs, outputs)
         modules += [nn.Linear(SIZES[2], SIZES[3]), *backend.head()]
@@ -86,12 +86,12 @@ def make_model(backend: Backend, dtype: torch.dtype) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training leaves: the start's and the end's parameters, and each step's traces."""
+    """The results of a training: initial and final parameters, and a record of each step."""
 
     start: list[Tensor]
     end: list[Tensor]
     losses: list[float]
-    active: list[Tensor]  # which hidden units of which rows passed their ReLU, step by step
+    active: list[Tensor]  # which hidden units of which rows passed their ReLU, in each step
 
 
 def train(backend: Backend, dtype: torch.dtype) -> Training:
@@ -122,18 +122,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-# The longest way from a pixel to a weight's gradient: the sums of three layers and of the softmax,
-# back through the softmax and two layers, and over the batch. Each term may add one rounding.
+# The longest path from a pixel to a weight's gradient: the sums of three layers and of the softmax,
+# back through the softmax and two layers, and over the batch. Each term may add a rounding.
 ROUNDINGS = sum(SIZES) + sum(SIZES[1:]) + BATCH
-# Roundings fall to both sides: n of them add up as a random walk, to 6 sqrt(n) all but surely.
+# Roundings have random signs: n of them add up like a random walk, very likely to < 6 sqrt(n).
 DRIFT = 6 * math.sqrt(ROUNDINGS)
 
 
 def tolerance(dtype: torch.dtype, training: Training) -> float:
-    """How far the parameters of two implementations may be apart after the training.
+    """How far the parameters of two implementations may differ after the training.
 
-    Rounding changes each step's gradients by DRIFT * u of their size, and so the way that a
-    parameter has gone; and each step rounds the parameter itself. The steps add up, and both
+    Rounding changes each step's gradients, and so a parameter's total movement, by DRIFT * u
+    relative to their size; each step also rounds the parameter itself. The steps add up, and both
     implementations round (hence eps = 2 u).
     """
     pairs = list(zip(training.start, training.end, strict=True))
@@ -143,7 +143,7 @@ def tolerance(dtype: torch.dtype, training: Training) -> float:
 
 
 def assert_same_units_active(first: Training, second: Training) -> None:
-    """The tolerance's premise: a ReLU that rounding flips would change a whole gradient row."""
+    """The tolerance assumes this: a ReLU flipped by rounding would change a whole gradient row."""
     assert len(first.active) == len(second.active) == 2 * STEPS
     for step, (a, b) in enumerate(zip(first.active, second.active, strict=True)):
         assert torch.equal(a, b), f"a hidden unit differs in step {step // 2}"
@@ -165,18 +165,18 @@ def test_training_equals_stock_torch(loss, dtype, threads):
     assert_same_units_active(ours, stock)
     for mine, theirs in zip(ours.end, stock.end, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance(dtype, stock))
-    # The losses, ln(10) at first and falling, have seen the same roundings on their way.
+    # The losses, which fall from ln(10), went through the same roundings.
     loss_atol = STEPS * torch.finfo(dtype).eps * DRIFT * math.log(10)
     assert ours.losses == pytest.approx(stock.losses, rel=0, abs=loss_atol)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_float32_training_is_as_near_to_float64_as_rounding_allows(loss):
-    """Against the truth, lest ours and torch's float32 err together."""
+    """Compares with float64, in case ours and torch's float32 are wrong together."""
     ours = train(LOSSES[loss]["ours"], torch.float32)
     truth = train(LOSSES[loss]["stock"], torch.float64)
     assert_same_units_active(ours, truth)
-    # The initial weights are drawn in float32 and the pixels are float32 in both: no error there.
+    # No initial error: the weights are drawn in float32, and the pixels are float32 in both.
     for mine, exact in zip(ours.end, truth.end, strict=True):
         atol = tolerance(torch.float32, truth)
         torch.testing.assert_close(mine.double(), exact, rtol=0, atol=atol)
@@ -184,7 +184,7 @@ def test_float32_training_is_as_near_to_float64_as_rounding_allows(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_training_learns(loss):
-    """The comparisons above would hold for a training that stands still, too."""
+    """The comparisons above would pass for a training without progress, too."""
     ours = train(LOSSES[loss]["ours"], torch.float32)
     assert ours.losses[-1] < 0.7 * ours.losses[0]
     for start, end in zip(ours.start, ours.end, strict=True):

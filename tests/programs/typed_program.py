@@ -1,5 +1,5 @@
-"""A user's program, which the type checker reads (``make lint``): the types below are those that it
-infers with the installed package."""
+"""A user's program for the type checker (``make lint``): it must infer the types below with the
+installed package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fuzzer: a short run of it, always the same, and that it finds faults planted here."""
+"""The fuzzer: a short run, always the same one, and proof that it finds planted faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_programs_see_the_same_with_torch_and_with_fastnn(kind):
 
 
 def fuse_layers(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Puts the ReLU into the Linear, where a program that runs the Linear alone finds it."""
+    """Moves the ReLU into the Linear, which a program that calls only the Linear notices."""
     for row in model.modules():
         if type(row) is nn.Sequential:
             for first, second in pairwise(row):
@@ -58,7 +58,7 @@ def unsmoothed_cross_entropy(input, target, label_smoothing=0.0, **options):
     ],
 )
 def test_a_planted_fault_is_found(kind, place, name, fault, monkeypatch, capsys):
-    """In a small program, which prints by itself what torch and fastnn see."""
+    """It finds the fault in a small program, and prints what torch and fastnn compute."""
     monkeypatch.setattr(place, name, fault)
     (program,) = Search(kind).look(seed=0, examples=300).values()
     assert len(program.body.splitlines()) < 30

@@ -1,4 +1,4 @@
-"""``make gpu-check`` without a GPU: how steps are run, and that their scripts hold together."""
+"""``make gpu-check`` without a GPU: how steps are run, and that their scripts work together."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_result_is_saved_before_the_next_phase_begins(tmp_path):
 
 
 def test_steps_of_a_phase_run_side_by_side(tmp_path):
-    """Each waits for a file that the other makes."""
+    """Each step waits for a file that the other one creates."""
     meets = (
         "import pathlib, time, sys; mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
         "while not other.exists(): time.sleep(0.01)"
@@ -147,7 +147,7 @@ def test_what_an_earlier_run_has_left_is_not_this_run_s(tmp_path):
     )
     assert results["tests"]["tests"] == {} and results["tests"]["failures"] == []
     assert (tmp_path / "bench.txt").read_text() == "new\n"
-    # What no step of this run writes stays.
+    # Files that no step of this run writes remain.
     assert {path.name for path in tmp_path.iterdir()} == {
         "bench.txt", "ncu.csv", "summary.json", "log.txt",
     }  # fmt: skip
@@ -159,14 +159,14 @@ def test_a_step_is_told_how_long_it_may_take(tmp_path):
     assert 20 < int(results["told"]["tail"]) < 60 - steps.TO_SPARE
 
 
-# A bound on a hang, in seconds, which no load of the machine reaches.
+# Bounds a hang, in seconds; no load of the machine reaches it.
 HANGS = 300
 
 
 @pytest.mark.parametrize("starts", [False, True], ids=["runs", "starts"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_when_it_is_told_to_end_its_steps_end_too_and_are_in_the_summary(tmp_path, number, starts):
-    """Also where it is told while the step starts."""
+    """It may be told so even while the step starts."""
     child, go_on = tmp_path / "child", tmp_path / "go on"
     program = f"""
 import os, subprocess, sys, time
@@ -205,7 +205,7 @@ sys.exit(check.main(["--out", {str(tmp_path / "out")!r}]))
     result = summary(tmp_path / "out")["long"]
     assert (result["status"], result["tail"]) == ("interrupted", "begun\n")
     assert "===== long\nbegun" in (tmp_path / "out/log.txt").read_text()
-    time.sleep(2)  # a step that goes on looks ten times a second whether it may
+    time.sleep(2)  # a step that continues checks ten times a second whether it may
     assert not child.exists()
 
 
@@ -346,7 +346,7 @@ def test_the_results_are_at_most_eight_files():
 
 @pytest.mark.parametrize("script", ["smoke.py", "launches.py"])
 def test_the_scripts_refuse_an_extension_without_cuda(script):
-    """Or the reference would pass every check."""
+    """Otherwise the reference would pass every check."""
     code = (
         "import runpy, sys; sys.argv = ['script', '--device', 'cuda']; "
         f"sys.path.insert(0, {str(GPU)!r}); from fastnn import _extension; "
@@ -371,7 +371,7 @@ def test_what_the_steps_name_is_there():
     "script", [["smoke.py"], ["launches.py"], ["launches.py", "--no-library"]], ids=str
 )
 def test_the_scripts_run_on_the_cpu(script: list[str]):
-    """A rehearsal: a fault of the script itself shows without a GPU."""
+    """A rehearsal that reveals faults of the script itself without a GPU."""
     process = subprocess.run(
         [sys.executable, str(GPU / script[0]), *script[1:], "--device", "cpu"],
         capture_output=True,

@@ -19,7 +19,7 @@ PAGES = [
 
 @pytest.fixture(scope="module")
 def commands() -> set[str]:
-    """Those that `make` lists."""
+    """The commands that `make` lists."""
     help = subprocess.run(["make"], cwd=REPOSITORY, check=True, capture_output=True, text=True)
     return set(re.findall(r"^  make ([\w-]+) +\w", help.stdout, re.MULTILINE))
 

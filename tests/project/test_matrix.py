@@ -1,4 +1,4 @@
-"""tools/matrix.py: what it counts, the table that it writes, and where its versions are named."""
+"""tools/matrix.py: its counts, the table that it writes, and the places that name its versions."""
 
 from __future__ import annotations
 

@@ -29,19 +29,19 @@ pytestmark = pytest.mark.cpu_only("the package as it is installed")
 
 
 def module_names() -> list[str]:
-    """fastnn and all its Python modules that can be imported here."""
-    # The extension is no Python source: it holds no docstring examples and no ``__all__``.
+    """fastnn and all of its Python modules that can be imported here."""
+    # The extension isn't Python source: it has no docstring examples and no ``__all__``.
     found = {module.name for module in pkgutil.walk_packages(fastnn.__path__, "fastnn.")}
     return ["fastnn", *sorted(found - {"fastnn._C"})]
 
 
 def public_modules() -> list[ModuleType]:
-    """Those whose ``__all__`` says what is public."""
+    """The modules with an ``__all__``, which defines what is public."""
     return [importlib.import_module(name) for name in module_names() if "._" not in name]
 
 
 def public_objects() -> dict[str, object]:
-    """Each public function and class, by its full name."""
+    """Each public function and class by its full name."""
     return {
         f"{module.__name__}.{name}": thing
         for module in public_modules()
@@ -64,7 +64,7 @@ def test_doctests_pass(module_name):
 
 
 def test_the_package_and_all_public_modules_are_walked():
-    """A walk that found nothing would pass."""
+    """Guards against a walk that finds nothing, which would pass."""
     expected = {"autograd", "env", "functional", "nn", "optim", "reference"}
     assert {f"fastnn.{name}" for name in expected} <= set(module_names())
     assert len(public_objects()) >= 4 + 4 + 4 + 5 + 1 + 2 + 1  # of the modules above, is_available
@@ -83,7 +83,7 @@ def test_every_module_has_a_docstring(module_name):
 
 
 def own_docstring(thing: object) -> str:
-    """A class's own docstring: ``inspect.getdoc`` would find its parent's."""
+    """A class's own docstring: ``inspect.getdoc`` would also find its parent's."""
     return (
         inspect.cleandoc(vars(thing).get("__doc__") or "")
         if inspect.isclass(thing)
@@ -92,14 +92,14 @@ def own_docstring(thing: object) -> str:
 
 
 def documented_arguments(docstring: str) -> set[str]:
-    """The names before the colons of the "Args" section; "``a, b: ...``" names two."""
+    """The names before the colons in the "Args" section; "``a, b: ...``" names two."""
     section = re.search(r"^Args:\n((?:[ \t]+.*\n|\n)+)", docstring + "\n", re.MULTILINE)
     entries = re.findall(r"^ {4}(\w[\w, ]*):", section[1], re.MULTILINE) if section else []
     return {name.strip() for entry in entries for name in entry.split(",")}
 
 
 def referenced(docstring: str) -> Iterator[object]:
-    """The functions of fastnn that the docstring sends its reader to."""
+    """The functions of fastnn that the docstring refers the reader to."""
     for module, name in re.findall(r"see\s+:func:`(fastnn\.\w+)\.(\w+)`", docstring):
         yield getattr(importlib.import_module(module), name)
 
@@ -138,7 +138,7 @@ def test_operators_and_layers_document_their_shapes(name):
 
 @pytest.mark.parametrize("module", public_modules(), ids=lambda module: module.__name__)
 def test_exported_names_exist_and_are_sorted_and_complete(module):
-    # As the linter sorts them: constants first, and MLP is spelt as one.
+    # In the linter's order: constants first, and MLP is spelt like one.
     names = sorted(set(module.__all__), key=lambda name: (not name.isupper(), name))
     assert list(module.__all__) == names
     defined_here = {
@@ -161,7 +161,7 @@ SDIST = "from setuptools import build_meta; print(build_meta.build_sdist('dist')
 
 
 def test_the_source_distribution_holds_what_a_build_reads_and_nothing_that_one_leaves(tmp_path):
-    """`make dist` builds a wheel from it, which takes minutes."""
+    """`make dist` also builds a wheel from it, which takes minutes."""
     copy = tmp_path / "copy"
     caches = shutil.ignore_patterns("__pycache__")
     for part in ("build_support", "csrc", "fastnn", "tests", "tools"):
@@ -171,9 +171,9 @@ def test_the_source_distribution_holds_what_a_build_reads_and_nothing_that_one_l
     (copy / "fastnn" / "_build_info.json").write_text("{}")
     (copy / "fastnn" / "_C.so").touch()
 
-    # pip's builds don't have the folder on the path either.
+    # In pip's builds the folder isn't on the path either.
     name = run_python("-I", "-c", SDIST, cwd=copy).splitlines()[-1]
-    assert name == f"fastnn-{fastnn.__version__}.tar.gz"  # of no torch: it is compiled for any
+    assert name == f"fastnn-{fastnn.__version__}.tar.gz"  # for any torch
     with tarfile.open(copy / "dist" / name) as archive:
         files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
     sources = {path.relative_to(copy) for path in (copy / "csrc").rglob("*") if path.is_file()}
@@ -199,7 +199,7 @@ def test_readme_names_no_other_version():
 
 
 def run_python(*arguments: str, cwd: Path = REPOSITORY) -> str:
-    """What a fresh interpreter prints."""
+    """The output of a fresh interpreter."""
     process = subprocess.run(
         [sys.executable, "-W", "ignore::RuntimeWarning", *arguments],
         cwd=cwd,
@@ -232,7 +232,7 @@ def test_import_needs_no_optional_package():
 
 
 def test_blocker_blocks():
-    """The test above would pass with a blocker that lets everything through."""
+    """Guards against a blocker that blocks nothing, with which the test above would pass."""
     script = f"{BLOCKER}\ntry:\n    import tqdm\nexcept ImportError as error:\n    print(error)"
     assert run_python("-c", script).strip() == "tqdm is blocked"
 
@@ -250,7 +250,7 @@ print(sorted(new - allowed), "fastnn" in new)
 
 
 def test_import_changes_no_global_state():
-    """The product below is subnormal: a library linked with -ffast-math would make it 0."""
+    """The product below is subnormal: with a library linked with -ffast-math it would be 0."""
     script = f"""
 import torch
 torch.set_num_threads(3)

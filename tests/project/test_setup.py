@@ -1,4 +1,4 @@
-"""setup.py: what a build says before the first file is compiled, its compiler, its version."""
+"""setup.py: its messages before the first file is compiled, its compiler, its version."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.cpu_only("the build")
 
 
 def run(script: str, folder: Path = REPOSITORY, **variables: str) -> subprocess.CompletedProcess:
-    """A script of Python's, in which ``setup(...)`` runs setup.py with these arguments."""
+    """Runs a Python script in which ``setup(...)`` runs setup.py with the given arguments."""
     prelude = f"""
 import os, runpy, sys
 import setuptools, torch
@@ -32,10 +32,10 @@ def setup(*arguments):
 
 
 def sentence(script: str, **variables: str) -> str:
-    """The one that the build ends with."""
+    """The sentence that the build ends with."""
     process = run(script, **{"FASTNN_CUDA": "0", **variables})
     assert process.returncode == 1
-    # Before it, torch may log that its CUDA finds no GPU.
+    # torch may log before it that its CUDA finds no GPU.
     line = process.stderr.strip().splitlines()[-1]
     assert line.startswith("fastnn: ") and line.endswith((".", "`"))
     assert "Traceback" not in process.stderr
@@ -69,7 +69,7 @@ def test_setuptools_that_is_too_old():
 
 @pytest.mark.parametrize("version", ["2.9.0", "2.15.3+cpu", "2.16.0", "3.0.0.dev20270101+cu140"])
 def test_torch_that_is_new_enough(version):
-    """Those newer than all that were tried are warned of, in one line."""
+    """Versions newer than all that were tried get a one-line warning."""
     process = run(f"torch.__version__ = {version!r}; setup('build_ext')", CXX="false")
     assert "false does not tell its version" in process.stderr
     warnings = [line for line in process.stdout.splitlines() if "newer" in line]
@@ -100,7 +100,7 @@ def test_the_version_names_the_torch_that_it_is_for(torch_version, tag):
 
 
 def test_the_version_of_a_source_distribution_is_fixed(tmp_path):
-    """pip refuses one whose version changes as it is built."""
+    """pip rejects one whose version changes while it is built."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastnn/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
@@ -208,7 +208,7 @@ print(*(is_up_to_date(Path({str(output)!r}), command) for command in (["g++", "-
     assert run(script, FASTNN_CUDA="0").stdout.splitlines()[-1] == "True False"
 
 
-# Builds an extension of one file with the command that builds fastnn's.
+# Builds a one-file extension with the command that builds fastnn's.
 ONE_FILE = """
 setuptools.setup = lambda **options: None
 found = setup()
@@ -236,7 +236,7 @@ PyMODINIT_FUNC PyInit_one() { return PyModule_Create(&definition); }
 @pytest.mark.parametrize("folder", ["plain", "my nets"])
 @pytest.mark.parametrize("command", ["g++", "g++ -pipe", "env 'A=a b' g++ -pipe"])
 def test_compilers_of_one_word_and_of_several(tmp_path, folder, command):
-    """The build says in a line which file it compiles."""
+    """The build prints one line for each file that it compiles."""
     folder = tmp_path / folder
     (folder / "csrc/headers").mkdir(parents=True)
     (folder / "csrc/one.cpp").write_text('#include "one.h"')

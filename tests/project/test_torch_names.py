@@ -1,4 +1,4 @@
-"""PyTorch's private names: all are in fastnn/_torch.py, and fastnn runs without them."""
+"""PyTorch's private names: only fastnn/_torch.py uses them, and fastnn runs without them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu_only("the Python sources")
 
 PACKAGE = Path(fastnn.__file__).parent
 
-# What fastnn/_torch.py looks for in PyTorch's modules, ...
+# The names that fastnn/_torch.py looks up in PyTorch's modules, ...
 FUNCTIONS = {
     "torch._C._EnableTorchFunction",
     "torch._C._is_torch_function_mode_enabled",
@@ -36,12 +36,12 @@ FUNCTIONS = {
     "torch.optim.optimizer._global_optimizer_post_hooks",
     "torch.optim.optimizer._global_optimizer_pre_hooks",
 }
-# ... classes that torch itself imports later on, so that they can't be hidden for a while, ...
+# ... classes that torch itself imports later, which can't be hidden temporarily, ...
 CLASSES = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.functional_tensor.FunctionalTensor",
 }
-# ... and in its objects.
+# ... and attributes of its objects.
 OF_FORWARD_MODE = {"_current_level"}
 OF_MODULES = {
     "_backward_hooks",
@@ -68,13 +68,13 @@ def is_private(name: str) -> bool:
 
 
 def attribute(node: ast.Attribute) -> str:
-    """Its name, with the "self" that it is an attribute of: another object's may be PyTorch's."""
+    """Its name, with "self" if it is an attribute of that: other objects may be PyTorch's."""
     is_own = isinstance(node.value, ast.Name) and node.value.id == "self"
     return f"self.{node.attr}" if is_own else node.attr
 
 
 def own_names(tree: ast.Module) -> Iterator[str]:
-    """What a file defines, and gives to its objects."""
+    """The names that a file defines, and assigns to its objects."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name
@@ -85,7 +85,7 @@ def own_names(tree: ast.Module) -> Iterator[str]:
 
 
 def used_names(tree: ast.Module) -> Iterator[str]:
-    """What a file imports, the attributes that it reads or writes, and the names in its strings."""
+    """The names that a file imports, the attributes that it uses, and the names in its strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -144,7 +144,7 @@ def test_a_private_name_is_found(tmp_path, source):
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS | CLASSES))
 def test_function_is_in_this_torch(name):
-    """Where it isn't, what takes its place serves; then take the name out, or find the new one."""
+    """If it fails, the replacement serves: remove the name, or find the new one."""
     module, _, attribute = name.rpartition(".")
     assert hasattr(import_module(module), attribute)
 
@@ -165,7 +165,7 @@ def test_attributes_are_in_this_torch():
 
 # --- in a PyTorch without them --------------------------------------------------------------------
 
-# They are hidden while fastnn is imported, as PyTorch itself needs them afterwards.
+# Hidden while fastnn is imported; PyTorch itself needs them afterwards.
 WITHOUT_FUNCTIONS = f"""
 import warnings
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The tests themselves: what several of them need is in tests/support."""
+"""The tests themselves: what several of them share is in tests/support."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def imported_by(path: Path) -> Iterator[str]:
 
 
 def test_no_test_imports_another():
-    """It would run by itself no more, and not move without the other."""
+    """It would no longer run by itself, nor move without the other one."""
     names = {path.stem for path in TESTS}
     assert len(names) > 40
     found = {path.name: names.intersection(imported_by(path)) for path in TESTS}

@@ -30,7 +30,7 @@ def source(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def acted(source) -> list[int]:
-    """The module's values at the time of each action."""
+    """The module's value at the time of each action."""
     values: list[int] = []
     when_imported(NAME, lambda module: values.append(module.value))
     return values
@@ -84,7 +84,7 @@ def test_a_module_that_does_not_exist(acted, source):
 
 
 def test_finders_behind_it_are_asked(acted):
-    """Also one that lacks find_spec, as old ones do before Python 3.12."""
+    """A finder may lack find_spec, as some did before Python 3.12."""
 
     class Finder:
         def find_spec(self, name, path=None, target=None):

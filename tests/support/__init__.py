@@ -4,5 +4,5 @@ import pkgutil
 
 import pytest
 
-# The asserts in here then say what differs, as those of the tests do.
+# Makes asserts in these modules show what differs, as in the tests.
 pytest.register_assert_rewrite(*[f"support.{m.name}" for m in pkgutil.iter_modules(__path__)])

@@ -1,4 +1,4 @@
-"""Calls that must raise, what their messages say, and the arguments that they are made of."""
+"""Calls that must raise, the messages they must give, and their arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cuda_emulation.chosen import EMULATES_CUDA
 
 @dataclass(frozen=True)
 class Case:
-    """A call that must raise ``error`` with a message that has all of ``says``."""
+    """A call that must raise ``error`` with a message that matches all of ``says``."""
 
     op: str
     name: str
@@ -24,20 +24,20 @@ class Case:
     error: type[Exception]
     says: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    # Why torch's exception isn't the model here: where it is of another type, or isn't raised.
+    # Why torch's exception doesn't apply here: it has another type, or isn't raised.
     unlike_torch: str | None = None
-    # The reference leaves it to torch's operators whether tensors on several devices go together.
+    # The reference lets torch's operators check that all tensors are on one device.
     reference_too: bool = True
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}".replace(" ", "_")
 
 
-DEVICE = r"\bcpu\b|\bcuda:\d"  # how messages name the one under test
+DEVICE = r"\bcpu\b|\bcuda:\d"  # how messages name the device under test
 
 
 def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An input, a weight or a bias (of integers, where the dtype is no floating-point one)."""
+    """An input, weight or bias (with integers if the dtype isn't floating-point)."""
     values = torch.randn(shape)
     return values.to(dtype) if dtype.is_floating_point or dtype.is_complex else values.int()
 
@@ -48,7 +48,7 @@ def indices(*classes: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 def linear_cases(op: str) -> list[Case]:
-    """What linear and linear_relu refuse alike."""
+    """Calls that linear and linear_relu both reject."""
     return [
         Case(
             op,
@@ -209,14 +209,14 @@ LOG_SOFTMAX_CASES += [
         lambda: (floats(2, 3), "a"),
         TypeError,
         ("dim|log_softmax",),
-        # Named tensors, which torch 2.13 took out.
+        # Named tensors, which torch 2.13 removed.
         unlike_torch="torch takes it for a name" if hasattr(Tensor, "names") else None,
     )
 ]
 
 
 def shared_loss_cases(op: str) -> list[Case]:
-    """What nll_loss and cross_entropy refuse alike."""
+    """Calls that nll_loss and cross_entropy both reject."""
 
     def target() -> Tensor:
         return indices(0, 4)
@@ -311,14 +311,14 @@ def shared_loss_cases(op: str) -> list[Case]:
         ),
         Case(
             op,
-            "target out of range among many rows",  # found by a second thread
+            "target out of range among many rows",  # a second thread finds it
             lambda: (floats(9000, 10), torch.full((9000,), 3).index_fill(0, indices(8999), 10)),
             IndexError,
             ("Target 10 is out of bounds", r"\b10 classes"),
         ),
         Case(
             op,
-            "two targets out of range",  # it names the first
+            "two targets out of range",  # the message names the first
             lambda: (floats(9000, 10), torch.full((9000,), 3).index_fill(0, indices(20, 8999), 77)),
             IndexError,
             ("Target 77 is out of bounds", r"\b10 classes"),
@@ -478,7 +478,7 @@ def shared_loss_cases(op: str) -> list[Case]:
 
 
 def target_with(bad: int, shape: tuple[int, ...]) -> Tensor:
-    """A target for (N, 5, ...) whose last row is out of range, and one before it ignored."""
+    """A target for (N, 5, ...) whose last row is out of range, and an earlier row ignored."""
     rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
     target = torch.ones(rows, dtype=torch.long)
     flat = target.view(-1)
@@ -629,7 +629,7 @@ def is_found_by_the_kernel(error: type[Exception], says: tuple[str, ...]) -> boo
 def as_kernels_raise(
     error: type[Exception], says: tuple[str, ...]
 ) -> tuple[type[Exception], tuple[str, ...]]:
-    """What comes of a bad index that a CUDA kernel finds: an assert, which can't name the index."""
+    """The error for a bad index that a CUDA kernel finds: an assert, which can't name the index."""
     if EMULATES_CUDA and is_found_by_the_kernel(error, says):
         return RuntimeError, ("device-side assert triggered", "Target is out of bounds")
     return error, says

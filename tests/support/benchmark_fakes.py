@@ -1,4 +1,4 @@
-"""What stands in for a GPU and for results in the tests of the benchmarks."""
+"""Fakes of a GPU and of results for the benchmarks' tests."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ LOST = make_result({"fastnn": 1e-3, "ahead": 0.5e-3}, op="lost")
 
 
 class FakeGpu:
-    """Stands in for torch.cuda, with a clock of its own in milliseconds and a log."""
+    """Replaces torch.cuda, with its own clock in milliseconds and a log."""
 
     FLUSH, CALL, L2 = 100.0, 3.0, 1000
     CYCLES_PER_MILLISECOND = 10**6
@@ -151,7 +151,7 @@ class FakeGpu:
 
 
 class FakeEvent:
-    """A moment of the fake's clock; as on a GPU it can't be read before a synchronisation."""
+    """A time on the fake's clock; as on a GPU, it can't be read before a synchronisation."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu

@@ -1,9 +1,9 @@
-"""The matrix in docs/capabilities.md, made from the tests: which operator can be used in which way.
+"""The matrix in docs/capabilities.md, made from the tests: which operator supports what.
 
-A test says what it shows: ``@pytest.mark.capability("compile", "in one graph")``, a section and
-a row. The columns are the operators and modules that its parameters name, or ``operators=``.
-Where PyTorch or fastnn can't do it, the test is an expected failure, whose reason the matrix
-shows. ``make capabilities`` runs these tests, and writes the file if all went as expected.
+A test declares what it shows: ``@pytest.mark.capability("compile", "in one graph")``, a section and
+a row. The columns are the operators and modules that its parameters name, or ``operators=``. If
+PyTorch or fastnn doesn't support it, the test is an expected failure, and the matrix shows its
+reason. ``make capabilities`` runs these tests and writes the file if all went as expected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SECTIONS = {
     "inputs": "PyTorch's own test inputs",
 }
 COLUMNS = tuple(record.name for record in (*OPERATORS, *CHAINS, *OPTIMIZERS))
-# Other names that tests' parameters have for them: their modules.
+# Other names for them in the tests' parameters: their modules.
 ALIASES = {operator.module: operator.name for operator in OPERATORS}
 
 HEADER = """\
@@ -42,7 +42,7 @@ makes no sense.
 
 @dataclass(frozen=True)
 class Finding:
-    """What one test says about one cell; a reason makes it a no."""
+    """What one test says about one cell; a reason turns it into a no."""
 
     section: str
     row: str
@@ -52,7 +52,7 @@ class Finding:
 
 
 def findings_of(item: pytest.Item) -> Iterator[Finding]:
-    """Those of a test, by its markers and parameters."""
+    """The findings of a test, from its markers and parameters."""
     for marker in item.iter_markers("capability"):
         section, row = marker.args
         columns = marker.kwargs.get("operators") or _columns_named_by(item)
@@ -66,7 +66,7 @@ def findings_of(item: pytest.Item) -> Iterator[Finding]:
 
 
 def _columns_named_by(item: pytest.Item) -> list[str]:
-    """A parameter names an operator, or its module, by itself or with an option behind it."""
+    """A parameter names an operator or its module, perhaps followed by an option."""
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec is not None else ()
     names = (getattr(value, "name", value) for value in values)
@@ -75,7 +75,7 @@ def _columns_named_by(item: pytest.Item) -> list[str]:
 
 
 def document(findings: Iterable[Finding]) -> str:
-    """The Markdown of docs/capabilities.md."""
+    """The contents of docs/capabilities.md, in Markdown."""
     rows: dict[str, dict[str, list[Finding]]] = {section: {} for section in SECTIONS}
     for finding in findings:
         rows[finding.section].setdefault(finding.row, []).append(finding)
@@ -103,7 +103,7 @@ def _cell(findings: list[Finding], reasons: dict[str, int]) -> str:
 
 
 class Recorder:
-    """Writes the document of the tests that ran, if they all did as they say."""
+    """Writes the document from the tests that ran, if all of them did as they say."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

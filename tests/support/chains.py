@@ -1,8 +1,8 @@
-"""Chains of linear layers: arguments of ``mlp``, and what it should give.
+"""Chains of linear layers: arguments of ``mlp``, and the expected results.
 
-The oracle is float64's, on the very numbers that the operator gets, and takes each ReLU's mask from
-the outputs of the same layers one by one: a sum that rounds to the other side of zero is right on
-either. Its errors go from layer to layer, as the values do, each bound as in oracles.py.
+The oracle computes in float64 from the exact numbers that the operator gets, and takes each ReLU's
+mask from the outputs of the same layers run one by one: a sum that rounds to either side of zero is
+right. Its errors propagate from layer to layer like the values, each bounded as in oracles.py.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Chain:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The input, the weights and the biases that there are: what has gradients."""
+        """The input, the weights and the existing biases: everything with a gradient."""
         return [self.input, *self.weights, *(b for b in self.biases if b is not None)]
 
     @property
     def relu(self) -> list[bool]:
-        """The activations as the operators have them."""
+        """The activations as the operators take them."""
         return [activation is not None for activation in self.activations]
 
     def of(self, tensors: Sequence[Tensor]) -> Chain:
-        """The same chain of other ``tensors``."""
+        """The same chain with other ``tensors``."""
         rest = iter(tensors)
         input, weights = next(rest), [next(rest) for _ in self.weights]
         biases = [None if bias is None else next(rest) for bias in self.biases]
@@ -53,7 +53,7 @@ class Chain:
         return self.of(leaves)
 
     def run(self, function: Callable[..., Tensor] | None = None) -> Tensor:
-        """``mlp``'s output, or that of another function of the same arguments."""
+        """The output of ``mlp``, or of another function with the same arguments."""
         function = function or fastnn.functional.mlp
         return function(self.input, self.weights, self.biases, self.activations)
 
@@ -64,7 +64,7 @@ def layer_by_layer(
     biases: Sequence[Tensor | None],
     activations: Sequence[str | None],
 ) -> Tensor:
-    """The chain by our operators for a single layer."""
+    """The chain in terms of our operators for single layers."""
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         layer = fastnn.functional.linear_relu if activation else fastnn.functional.linear
         input = layer(input, weight, bias)
@@ -77,7 +77,7 @@ def stock(
     biases: Sequence[Tensor | None],
     activations: Sequence[str | None],
 ) -> Tensor:
-    """The chain in PyTorch's functions."""
+    """The chain in terms of PyTorch's functions."""
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         input = F.linear(input, weight, bias)
         input = F.relu(input) if activation else input
@@ -96,7 +96,7 @@ def make(
     activations: Sequence[str | None] | None = None,
     seed: int = SEED,
 ) -> Chain:
-    """Layers of these sizes, scaled so that no layer's output grows."""
+    """Layers of these sizes, scaled so that outputs don't grow from layer to layer."""
     draws, layers = Draws(seed), len(sizes) - 1
     has_bias = [biases] * layers if isinstance(biases, bool) else biases
 
@@ -127,7 +127,7 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 
 def _sliced(tensor: Tensor) -> Tensor:
-    """Every second element of a larger one's, from the second on."""
+    """Every second element of a larger tensor, starting at the second."""
     larger = tensor.new_full([2 * size + 1 for size in tensor.shape], torch.nan)
     view = larger[(slice(1, None, 2),) * tensor.dim()]
     return view.copy_(tensor)
@@ -140,7 +140,7 @@ def _expanded(tensor: Tensor) -> Tensor:
 SIZES = (17, 9, 12, 5)
 SAMPLES: dict[str, Callable[[torch.dtype], Chain]] = {
     "three layers": lambda dtype: make(SIZES, (7,), dtype=dtype),
-    # Three blocks of the product's depth; rows for several threads.
+    # Three blocks of the product's depth; enough rows for several threads.
     "MNIST": lambda dtype: make((784, 128, 64, 10), (64,), dtype=dtype),
     "wide": lambda dtype: make((300, 520, 300), (270,), dtype=dtype, activations=["relu", "relu"]),
     "six layers": lambda dtype: make((4, 8, 4, 8, 4, 8, 4), (3,), dtype=dtype),
@@ -187,10 +187,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def expected(chain: Chain, grad_output: Tensor) -> Expected:
-    """Value and gradients, and how far off each may be before the last rounding to its dtype."""
+    """Value and gradients, and the error allowed before the last rounding to the dtype."""
     dtype = chain.input.dtype
     u, stored = unit_roundoff(accumulation_dtype(dtype)), unit_roundoff(dtype)
-    # Forward: each layer's exact output, and the error of what is stored of it.
+    # Forward: each layer's exact output, and the error of its stored value.
     exact = [_rows(chain.input.detach().double())]
     errors = [torch.zeros_like(exact[0])]
     masks, given = [], chain.input.detach()
@@ -205,7 +205,7 @@ def expected(chain: Chain, grad_output: Tensor) -> Expected:
         value = exact[-1] @ w.T + added
         magnitude = exact[-1].abs() @ w.abs().T + (0.0 if bias is None else added.abs())
         error = growth(w.shape[1]) * u * magnitude + errors[-1] @ w.abs().T
-        # A masked value may be as far from zero as it is off.
+        # A masked value may be as far from zero as its error.
         exact.append(torch.where(mask, value, 0.0))
         masks.append(mask)
         errors.append(error + stored * (value.abs() + error))

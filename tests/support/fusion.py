@@ -1,4 +1,4 @@
-"""Models to fuse, and what a fused one is asked."""
+"""Models to fuse, and questions to fused models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPERATORS = (*OURS, "aten::linear", "aten::relu", "aten::relu_")
 
 
 def operators_of(model: nn.Module, x: Tensor) -> list[str]:
-    """What the model's call runs, of the operators that matter here; not what these run."""
+    """The relevant operators that the model's call runs, without those that they run themselves."""
     with torch.profiler.profile() as profile:
         model(x)
     calls = [event for event in profile.events() if event.name in _OPERATORS]
@@ -48,7 +48,7 @@ def input_of(model: nn.Module) -> Tensor:
 
 
 def assert_same_results(fused: nn.Module, stock: nn.Module, x: Tensor) -> None:
-    """Outputs and gradients, of float32: to the few roundings that another order of sums makes."""
+    """Compares float32 outputs and gradients, up to the few roundings of another order of sums."""
     results = []
     for model in (fused, stock):
         inputs = x.clone().requires_grad_()
@@ -69,7 +69,7 @@ def backward_hook(module: nn.Module, seen: list[Tensor]):
 
 
 class Doubling(nn.Sequential):
-    """A Sequential's forward, arguments of its own."""
+    """A Sequential with its stock forward and its own constructor arguments."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(nn.Linear(inputs, outputs), nn.ReLU(), nn.Linear(outputs, outputs))

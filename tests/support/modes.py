@@ -1,4 +1,4 @@
-"""Modes and contexts that calls are made under."""
+"""Modes and contexts under which calls are made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONTEXTS = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
 
 class FunctionRecorder(TorchFunctionMode):
-    """Notes the functions called under it."""
+    """Records the functions called under it."""
 
     def __init__(self) -> None:
         self.called: list[Callable] = []

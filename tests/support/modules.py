@@ -1,4 +1,4 @@
-"""Our modules and torch's, made alike, and what they take."""
+"""Our modules and torch's, made alike, and their inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 import fastnn
 from support.sample_inputs import Draws
 
-# Each module, the one whose place it takes, and arguments for both.
+# Each module, the one that it replaces, and arguments for both.
 MODULES = {
     "Linear": (fastnn.nn.Linear, torch.nn.Linear, {"in_features": 5, "out_features": 3}),
     "LinearReLU": (fastnn.nn.LinearReLU, torch.nn.Linear, {"in_features": 5, "out_features": 3}),
@@ -26,7 +26,7 @@ CLASSES = 5
 
 
 def make(name: str, **more) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Our module and torch's, alike; parameters come from the same seed."""
+    """Our module and torch's, with parameters from the same seed."""
     ours, stock, arguments = MODULES[name]
     modules = []
     for kind in (ours, stock):
@@ -36,7 +36,7 @@ def make(name: str, **more) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def inputs_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """What the module's ``forward`` takes; the first wants a gradient."""
+    """The inputs of the module's ``forward``; the first one wants a gradient."""
     x = Draws(1).normal(4, 5, dtype=torch.float64)
     x = torch.log_softmax(x, -1) if name == "NLLLoss" else x
     x = x.to(dtype).requires_grad_()
@@ -44,11 +44,11 @@ def inputs_of(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ..
 
 
 def assert_close(mine: Tensor, theirs: Tensor) -> None:
-    """Up to rounding, which both sides do: hence eps, twice the largest error of one.
+    """Equal up to the rounding of both sides: hence eps, twice the largest error of one.
 
-    Every number here comes from less than 32 products, sums, exponentials and logarithms (at most
-    5 features, 5 classes and 8 rows) of values from N(0, 1) and their class weights, below 8. In
-    bfloat16 and float16 these are float32, and torch rounds to the narrow type 4 times at most
+    Every number here results from fewer than 32 products, sums, exponentials and logarithms (at
+    most 5 features, 5 classes and 8 rows) of values from N(0, 1) and class weights below 8. In
+    bfloat16 and float16 these are float32, and torch rounds to the narrow type at most 4 times
     (logits or product, log-probability, sum, mean).
     """
     roundings = 4 if theirs.dtype in (torch.bfloat16, torch.float16) else 32

@@ -1,4 +1,4 @@
-"""What the tests that run over all operators ask each of them: a record for each operator."""
+"""Data for the tests that run over all operators: a record for each operator."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class RowCall(NamedTuple):
     """The arguments of a call, in float64, in the operator's order.
 
     Args:
-        by_row: tensors that have a part for each row; the input is the first.
-        shared: what serves all rows, and one row by itself.
-        first: how many of the former stand before the latter (default: all).
+        by_row: tensors with a part for each row; the input comes first.
+        shared: arguments that all rows share; they also fit a single row.
+        first: how many of ``by_row`` come before ``shared`` (default: all).
     """
 
     by_row: tuple[Tensor, ...]
@@ -26,24 +26,23 @@ class RowCall(NamedTuple):
     first: int | None = None
 
     def arguments(self, *by_row: Tensor) -> tuple[Any, ...]:
-        """All arguments; with other tensors in the place of those that have a part for each row."""
+        """All arguments, with the tensors in ``by_row`` replaced."""
         by_row = by_row or self.by_row
         first = len(by_row) if self.first is None else self.first
         return (*by_row[:first], *self.shared, *by_row[first:])
 
 
 class Cases(NamedTuple):
-    """The cases of one operator; samples are named, for ``sample_input``.
+    """The cases of one operator; samples are names for ``sample_input``.
 
     Args:
-        rows: a call of so many rows, of so many features or classes.
-        every_tensor: a sample with each optional tensor.
-        compiled: samples of each way to call it that a compiler treats in its own way.
-        opcheck: samples of each option, in the layouts that the operator treats in different ways:
-            the fake kernel must give the real one's strides too. The second one goes through all
-            dtypes.
+        rows: makes a call with given numbers of rows, and of features or classes.
+        every_tensor: a sample with every optional tensor.
+        compiled: samples of each kind of call that a compiler treats differently.
+        opcheck: samples of each option, in the layouts that the operator treats differently: the
+            fake kernel must also return the real strides. The second one runs in all dtypes.
         several_dimensions: a sample whose output has more than one dimension.
-        four_dimensions: a sample whose output has four, and so may be in channels_last.
+        four_dimensions: a sample whose output has four dimensions, so it may be channels_last.
     """
 
     rows: Callable[[int, int], RowCall]

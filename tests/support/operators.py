@@ -1,4 +1,4 @@
-"""The operators and torch's functions beside them: calls of both, their values and gradients."""
+"""Our operators and torch's counterparts: calls, values and gradients of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 TORCH: dict[str, Callable[..., Tensor]] = {operator.name: operator.stock for operator in OPERATORS}
 
-# Those that share all but the ReLU.
+# They share everything but the ReLU.
 LINEARS = ("linear", "linear_relu")
 
 # The Functions of fastnn.autograd.
@@ -39,7 +39,7 @@ def ours(op: str) -> Callable[..., Tensor]:
 
 
 def leaves_of(op: str, sample: Sample) -> list[Tensor]:
-    """The arguments to differentiate for, as leaves over the same memory with the same strides."""
+    """The arguments to differentiate by, as leaves over the same memory with the same strides."""
     if not sample.args[0].is_floating_point():
         return []
     return [arg.detach().requires_grad_() for arg in sample.args[: DIFFERENTIABLE[op]]]
@@ -48,7 +48,7 @@ def leaves_of(op: str, sample: Sample) -> list[Tensor]:
 def run(
     function: Callable[..., Tensor], op: str, sample: Sample, grad_output: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """The value, and the gradients where the input has any."""
+    """The value, and the gradients if the input has any."""
     leaves = leaves_of(op, sample)
     output = function(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
     grads = torch.autograd.grad(output, leaves, grad_output) if leaves else []
@@ -56,19 +56,19 @@ def run(
 
 
 def random_grad_like(op: str, sample: Sample, output: Tensor | None = None) -> Tensor:
-    """An incoming gradient for the operator's output, random of the order of one."""
+    """A random incoming gradient of order one for the operator's output."""
     output = ours(op)(*sample.args, **sample.kwargs) if output is None else output
     grad = torch.randn(output.shape).to(output.dtype)
     return away_from_kink(sample, grad) if op == "linear_relu" else grad
 
 
 def torch_sample(op: str, sample: Sample) -> Sample:
-    """The sample as torch takes it, and computes it exactly enough.
+    """The sample in a form that torch accepts and computes exactly enough.
 
-    The narrow dtypes become float32: in them torch rounds each intermediate, and sums thousands of
-    losses in bfloat16; rounding its float32 result once is what we promise. What torch's own
-    backward refuses (channels_last logits, a target (1) for logits (C)) or its forward (bytes in
-    several dimensions) becomes what it takes.
+    Narrow dtypes become float32: in them torch rounds each intermediate, and sums thousands of
+    losses in bfloat16; we promise its float32 result, rounded once. Arguments that torch's own
+    backward rejects (channels_last logits, a target (1) for logits (C)) or its forward (bytes in
+    several dimensions) become ones that it accepts.
     """
     args = list(sample.args)
     kwargs = dict(sample.kwargs)
@@ -92,7 +92,7 @@ def _as_torch_takes(value: object) -> object:
 
 
 def memory_of(value: object) -> Tensor | None:
-    """All the bytes behind a tensor, those between and around its elements included."""
+    """All bytes behind a tensor, including those between and around its elements."""
     if not isinstance(value, Tensor):
         return None
     none = torch.empty(0, dtype=torch.uint8, device=value.device)
@@ -100,7 +100,7 @@ def memory_of(value: object) -> Tensor | None:
 
 
 def check_value_and_gradients(op: str, sample: Sample) -> None:
-    """They are the oracle's, and torch's; and the arguments stay as they were."""
+    """Compares with the oracle and with torch; the arguments must not change."""
     output = ours(op)(*sample.args, **sample.kwargs)
     grad_output = laid_out(random_grad_like(op, sample, output).reshape(-1), "offset")
     grad_output = grad_output.view(output.shape)
@@ -117,8 +117,8 @@ def check_value_and_gradients(op: str, sample: Sample) -> None:
 
     theirs = torch_sample(op, sample)
     torch_value, torch_grads = run(TORCH[op], op, theirs, grad_output.to(theirs.args[0].dtype))
-    # Both are within one error of the exact value, and so within two of each other; a third is
-    # for the rounding of torch's value to its dtype, which is less than growth(1) roundings.
+    # Both are within one error of the exact value, so within two of each other; the third allows
+    # for rounding torch's value to its dtype, which is less than growth(1) roundings.
     assert_within("value, to torch's", value, torch_value, exact.value_error, slack=3)
     for grad, torch_grad, error in zip(grads, torch_grads, exact.grad_errors, strict=bool(grads)):
         assert_within("gradient, to torch's", grad, torch_grad, error, slack=3)

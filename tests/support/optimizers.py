@@ -36,7 +36,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Every other element of a larger tensor: not dense, so that clone() changes its strides."""
+    """Every other element of a larger tensor: not dense, so clone() changes its strides."""
     base = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
     base[..., ::2] = x
     return base[..., ::2]
@@ -48,7 +48,7 @@ def left_half(x: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Starts one element into its memory: no vector load of it is aligned."""
+    """Starts one element into its memory, so no vector load is aligned."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -57,7 +57,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def expanded(x: Tensor) -> Tensor:
-    """Stride 0, as the gradient of a sum; the first row's values throughout."""
+    """Stride 0, like the gradient of a sum; repeats the first row's values."""
     return x[:1].expand(x.shape)
 
 
@@ -65,7 +65,7 @@ def expanded(x: Tensor) -> Tensor:
 LAYOUTS = [
     ((), contiguous, contiguous),  # 0-d
     ((0,), contiguous, contiguous),  # nothing to do
-    ((3, 0), contiguous, contiguous),  # nothing to do, but a row length of 0
+    ((3, 0), contiguous, contiguous),  # nothing to do, with a row length of 0
     ((1,), contiguous, contiguous),  # less than any vector
     ((15,), contiguous, contiguous),  # one less than a vector of 16 float32
     ((16,), contiguous, contiguous),  # exactly
@@ -98,7 +98,7 @@ def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def layout_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """One parameter of each layout; the same values at every call."""
+    """One parameter per layout; the same values at every call."""
     return [
         torch.nn.Parameter(layout(randn(shape, dtype, seed)))
         for seed, (shape, layout, _) in enumerate(LAYOUTS)
@@ -107,7 +107,7 @@ def layout_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 @functools.cache
 def layout_grads(dtype: torch.dtype, seed: int) -> list[Tensor]:
-    """A gradient for each of ``layout_params``; for many tests, so that none may write to them."""
+    """A gradient for each of ``layout_params``; shared by tests, so none may write to it."""
     return [
         layout(randn(shape, dtype, 1000 * seed + i)) for i, (shape, _, layout) in enumerate(LAYOUTS)
     ]
@@ -138,7 +138,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def train(optimizer: torch.optim.Optimizer, steps: int, first_seed: int = 1) -> None:
-    """Steps along random gradients, which the seed alone decides."""
+    """Steps along random gradients that only depend on the seed."""
     for seed in range(first_seed, first_seed + steps):
         set_grads(params_of(optimizer), seed)
         optimizer.step()
@@ -166,18 +166,18 @@ def momentum_buffer(optimizer: torch.optim.Optimizer, param: Tensor) -> Tensor |
 
 
 def tolerance(dtype: torch.dtype, steps: int, *tensors: Tensor | None) -> float:
-    """How far ``steps`` steps may take two implementations apart.
+    """How far apart two implementations may be after ``steps`` steps.
 
-    A step rounds at most ten times (a product and a sum for each of decay, momentum, dampening,
-    Nesterov and the step itself), each time by u times the largest value met. No error grows
-    later: the runs here have lr / (1 - momentum) <= 1. Both sides round, hence the 2.
+    A step rounds at most ten times (a product and a sum each for decay, momentum, dampening,
+    Nesterov and the step itself), each time by u times the largest value involved. Errors don't
+    grow later: the runs here have lr / (1 - momentum) <= 1. Both sides round, hence the 2.
     """
     values = [t.detach().abs().max().item() for t in tensors if t is not None and t.numel()]
     return 2 * 10 * steps * unit_roundoff(dtype) * max(values, default=0.0)
 
 
 def assert_same_training(ours: torch.optim.Optimizer, stock: torch.optim.Optimizer, steps: int):
-    """The same parameters and momentum buffers, up to the rounding of ``steps`` steps."""
+    """Equal parameters and momentum buffers, up to the rounding of ``steps`` steps."""
     assert len(params_of(ours)) == len(params_of(stock)) > 0
     for mine, theirs in zip(params_of(ours), params_of(stock), strict=True):
         my_buffer, their_buffer = momentum_buffer(ours, mine), momentum_buffer(stock, theirs)
@@ -189,13 +189,13 @@ def assert_same_training(ours: torch.optim.Optimizer, stock: torch.optim.Optimiz
 
 
 class ExactRun:
-    """SGD by its documented formula in float64, with a bound on what rounding may add to it.
+    """SGD by its documented formula in float64, with a bound on the rounding of implementations.
 
-    A running error analysis: beside each value stands how far an implementation's may be from it
-    that computes in one dtype and stores parameter and buffer in another (the buffer in a third,
-    where one is given). It takes the errors of the operands on, and adds 4 roundings for each
-    ``a * x + b * y`` (a, b and both products, or 1 - dampening; the sum's is the fourth) and one
-    for each value stored.
+    A running error analysis: each value comes with a bound on the error of an implementation that
+    computes in one dtype and stores parameter and buffer in another (the buffer in a third, if
+    given). The bound propagates the operands' errors and adds 4 roundings for each
+    ``a * x + b * y`` (a, b and both products, or 1 - dampening; the fourth is the sum's) and one
+    for each stored value.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class ExactRun:
 
     def _stored(self, x: Tensor, x_error: Tensor, storage: torch.dtype) -> Tensor:
         roundoff = unit_roundoff(storage)
-        # Below the smallest normal number a rounding is absolute: half the smallest subnormal.
+        # Below the smallest normal number the error is absolute: half the smallest subnormal.
         underflow = torch.finfo(storage).smallest_normal * roundoff
         return x_error + roundoff * (x.abs() + x_error) + underflow
 
@@ -242,7 +242,7 @@ class ExactRun:
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """All elements, in logical order, as one float64 vector."""
+    """All elements in logical order, as one float64 vector."""
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
@@ -277,9 +277,9 @@ def option_name(options: dict) -> str:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the step computes in: float16 and bfloat16 are only rounded to once, at the end.
+    """The dtype of the step's computation; float16 and bfloat16 are only rounded to at the end.
 
-    Where the extension isn't built torch itself steps, and rounds each intermediate to them.
+    Without the extension torch itself steps, and rounds each intermediate to them.
     """
     return torch.float32 if dtype in HALF and fastnn.is_available() else dtype
 
@@ -303,7 +303,7 @@ class TaggedParameter(torch.nn.Parameter):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes each operator that reaches the dispatcher."""
+    """Records each operator that reaches the dispatcher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ class Recorder(TorchDispatchMode):
 
 
 class OperatorNames(TorchDispatchMode):
-    """The operators that are called, those inside of other operators excepted."""
+    """Records the operators that are called, except those inside other operators."""
 
     def __init__(self) -> None:
         super().__init__()

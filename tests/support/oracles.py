@@ -1,13 +1,13 @@
-"""What the operators should give: values and gradients in float64, and how far off they may be.
+"""The operators' expected results: float64 values and gradients, and the errors allowed.
 
-The values are written down from the formulas, in float64 and on the very numbers that the operator
-gets (narrow dtypes convert exactly); the gradients are float64 autograd's of these. Nothing here
-calls fastnn or torch.nn.functional.
+The values follow from the formulas, in float64 and from the exact numbers that the operator gets
+(narrow dtypes convert exactly); the gradients come from float64 autograd. Nothing here calls fastnn
+or torch.nn.functional.
 
-The error allowed is derived, not tuned. An operator sums in its accumulation dtype with unit
-roundoff u (float64's for float64, float32's for every narrower one) and rounds the result once to
-its own dtype. Each bound is a sum of terms (roundings) x u x (magnitude that is rounded), where n
-roundings in a row count as ``growth(n)``.
+The errors allowed are derived, not tuned. An operator sums in its accumulation dtype with unit
+roundoff u (float64's for float64, float32's for narrower ones) and rounds the result once to its
+own dtype. Each bound is a sum of terms (roundings) x u x (magnitude that is rounded), where n
+successive roundings count as ``growth(n)``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from support.sample_inputs import Sample
 
 # The arguments whose gradients the fused operators compute. (Class probabilities and class weights
-# that want a gradient take torch's own path: test_gradients.py.)
+# that want a gradient use torch's own path: test_gradients.py.)
 DIFFERENTIABLE = {
     "linear": 3,
     "linear_relu": 3,
@@ -60,13 +60,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     x = input.double()
-    if dtype is not None:  # the cast's rounding, past autograd, which would round gradients too
+    if dtype is not None:  # the cast rounds outside of autograd, which would round gradients, too
         x = x + (x.to(dtype).double() - x).detach()
     return _log_softmax_parts(x, dim)[2]
 
 
 def _log_softmax_parts(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x - max, log(sum(exp(x - max))), and the difference of these two."""
+    """x - max, log(sum(exp(x - max))), and their difference."""
     if x.numel() == 0:
         return x, x.sum(dim, keepdim=True), x
     shifted = x - x.detach().max(dim, keepdim=True).values
@@ -79,12 +79,12 @@ class _Loss:
     """A loss as sums over the classes: row r loses ``-sum_c q[r, c] * log_probs[r, c]``."""
 
     q: Tensor  # (rows, C), the target distribution times the class weights
-    total_weight: Tensor  # what 'mean' divides by
+    total_weight: Tensor  # the divisor of 'mean'
     reduction: str
     row_shape: torch.Size
 
     def like_input(self, values: Tensor, input: Tensor) -> Tensor:
-        """(rows, C) as (N, C, d1, ...)."""
+        """(rows, C) to (N, C, d1, ...)."""
         class_dim = 0 if input.dim() == 1 else 1
         moved = input.movedim(class_dim, -1).shape
         return values.reshape(moved).movedim(-1, class_dim)
@@ -102,7 +102,7 @@ class _Loss:
 
 
 def _rows_of_classes(values: Tensor) -> Tensor:
-    """(N, C, d1, ...) as (rows, C)."""
+    """(N, C, d1, ...) to (rows, C)."""
     class_dim = 0 if values.dim() == 1 else 1
     classes_last = values.movedim(class_dim, -1)
     rows = math.prod(classes_last.shape[:-1])
@@ -119,7 +119,7 @@ def _make_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> _Loss:
-    if size_average is not None or reduce is not None:  # the deprecated pair decides
+    if size_average is not None or reduce is not None:  # the deprecated pair takes precedence
         reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
     classes = input.shape[0 if input.dim() == 1 else 1]
     row_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
@@ -177,10 +177,10 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
 
 
 def growth(n: float) -> float:
-    """Roundings of a sum of n terms and a handful of operations around it, in units of u.
+    """The roundings of a sum of n terms and a few operations around it, in units of u.
 
     Independent roundings add up like a random walk, to about sqrt(n) / 2; four times sqrt(n) is
-    eight standard deviations. The 8 is for what is done once: an exp and a log of up to 1 ulp (2 u)
+    eight standard deviations. The 8 covers single operations: an exp and a log of up to 1 ulp (2 u)
     each, a division, a product or two.
     """
     return 8 + 4 * math.sqrt(n)
@@ -196,7 +196,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def smallest_step(dtype: torch.dtype) -> float:
-    """The distance of neighbours where the relative error ends, among the subnormals."""
+    """The distance between neighbouring subnormals, where errors are no longer relative."""
     info = torch.finfo(dtype)
     return info.smallest_normal * info.eps
 
@@ -208,7 +208,7 @@ def _linear_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Te
     grad = grad_output.abs().reshape(-1, outputs) if grad_output.numel() else None
     rows = input.reshape(-1, features) if input.numel() else None
     value = growth(features) * u * linear(input, weight, *bias) + _product_rounding(sample)
-    if grad is None or rows is None:  # every product and sum is one of zeros
+    if grad is None or rows is None:  # all products and sums are of zeros
         return value, [torch.zeros_like(arg) for arg in (input, weight, *bias)]
     count = growth(rows.shape[0]) * u
     errors = [
@@ -219,7 +219,7 @@ def _linear_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Te
 
 
 def _product_rounding(sample: Sample) -> Tensor | float:
-    """A GPU's library may round a product to its narrow dtype before it adds the bias."""
+    """A GPU's library may round the product to the narrow dtype before adding the bias."""
     dtype = sample.args[0].dtype
     if torch.get_default_device().type != "cuda" or accumulation_dtype(dtype) == dtype:
         return 0.0
@@ -235,13 +235,13 @@ def _log_softmax_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, li
     shifted, log_sum, log_probs = _log_softmax_parts(x, dim)
     size = x.shape[dim] if x.dim() else 1
     value = _log_prob_error(shifted, log_sum, size, u)
-    # The backward takes the probability from the output, which has been rounded.
+    # The backward computes the probability from the output, which has been rounded.
     prob_error = log_probs.exp() * (value + unit_roundoff(dtype) * log_probs.abs() + 8 * u)
     total = grad_output.sum(dim, keepdim=True).abs()
     total_error = growth(size) * u * grad_output.abs().sum(dim, keepdim=True)
     grad = prob_error * total + log_probs.exp() * total_error + 2 * u * grad_output.abs()
     grad = grad + torch.finfo(accumulate).smallest_normal * total  # a fast exp flushes subnormals
-    if dtype != input.dtype:  # dtype=: each result is rounded to it before the cast back
+    if dtype != input.dtype:  # with dtype= results are rounded to it before the cast back
         grad = grad + unit_roundoff(dtype) * (grad_output.abs() + log_probs.exp() * total)
         grad = grad + smallest_step(dtype)
     return value, [grad]
@@ -249,7 +249,7 @@ def _log_softmax_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, li
 
 def _log_prob_error(shifted: Tensor, log_sum: Tensor, size: int, u: float) -> Tensor:
     """The error of x - max - log(sum(exp(x - max))): both differences round, and so does the sum,
-    whose relative error is the absolute one of its log (the sum is at least 1)."""
+    whose relative error is the absolute error of its log (the sum is at least 1)."""
     return u * (2 * shifted.abs() + 2 * log_sum.abs() + growth(size))
 
 
@@ -265,9 +265,9 @@ def _nll_loss_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[
 def _row_sum_error(rows: int, u: float) -> float:
     """The error of a sum over the rows, relative to the sum of magnitudes.
 
-    The class weights are a few numbers summed thousands of times: their roundings repeat, and
-    don't cancel. In float64 that is the worst case, rows * u. Sums of narrower numbers have float64
-    to be carried in, or partial sums; there we ask for a random walk's error.
+    Class weights are a few numbers summed thousands of times: their roundings repeat and don't
+    cancel. In float64 the bound is the worst case, rows * u. For narrower dtypes float64 sums or
+    partial sums are possible, so a random walk's error is required.
     """
     return (rows + 8) * u if u == unit_roundoff(torch.float64) else growth(rows) * u
 
@@ -278,10 +278,10 @@ def _scale_error(loss: _Loss, u: float) -> float:
 
 
 def _reduction_error(loss: _Loss, rows: Tensor, row_errors: Tensor, u: float) -> Tensor:
-    """The error of a reduction over rows that are off by ``row_errors`` already."""
+    """The error of a reduction over rows that already have the errors ``row_errors``."""
     if loss.reduction == "none":
         return loss.reduce(row_errors)
-    # 'mean': twice, for the sum of the losses and for that of the weights it is divided by
+    # 'mean' has two: for the sum of the losses, and for the sum of weights that divides it
     return loss.reduce(row_errors) + 2 * _row_sum_error(len(rows), u) * loss.reduce(rows)
 
 
@@ -294,8 +294,8 @@ def _cross_entropy_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, 
     classes = loss.q.shape[1]
     log_prob_error = _log_prob_error(shifted, log_sum, classes, u)
     terms = loss.q * log_probs.abs()
-    # A sum over the classes of products; one term alone where the target is an index, without
-    # label smoothing, but the bound need not know.
+    # A sum of products over the classes. With a class index and without label smoothing only one
+    # term is nonzero, but the bound needn't know.
     rows = terms.sum(1)
     row_errors = (loss.q * log_prob_error).sum(1) + growth(classes) * u * rows
     value = _reduction_error(loss, rows, row_errors, u)
@@ -313,7 +313,7 @@ def _cross_entropy_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, 
 def _linear_cross_entropy_errors(
     sample: Sample, grad_output: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Those of the logits, which go through a loss of slope 1 at most in each, and of the loss."""
+    """The errors of the logits, which enter a loss with slopes of at most 1, and of the loss."""
     input, linear_weight, target = sample.args
     kwargs = dict(sample.kwargs)
     bias = kwargs.pop("linear_bias", None)
@@ -325,7 +325,7 @@ def _linear_cross_entropy_errors(
     value, (grad,) = _cross_entropy_errors(loss_sample, grad_output)
     loss = _make_loss(logits, target, **kwargs)
     q_sum = loss.q.sum(1)
-    # An error of e in each logit changes a row's log-probabilities by 2 e at most.
+    # An error of e in each logit changes a row's log-probabilities by at most 2 e.
     of_logits = 2 * _rows_of_classes(logit_error).amax(1) if logits.numel() else q_sum
     value = value + loss.reduce(of_logits * q_sum)
     softmax = _log_softmax_parts(_rows_of_classes(logits), 1)[2].exp()
@@ -335,7 +335,7 @@ def _linear_cross_entropy_errors(
         scale * softmax * (q_sum * of_logits).unsqueeze(1) + 2 * u * exact, logits
     )
     exact = loss.like_input(exact, logits)
-    # The two products of that gradient, with one more rounding where it is scaled.
+    # The two products with that gradient, plus one rounding when it is scaled.
     outputs = list(range(input.dim() - 1, logits.dim()))
     rows = grad + growth(math.prod(linear_weight.shape[:-1])) * u * exact
     over_classes = torch.tensordot(
@@ -383,9 +383,9 @@ def _evaluate(op: str, sample: Sample, leaves: list[Tensor]) -> Tensor:
 
 
 def away_from_kink(sample: Sample, grad_output: Tensor) -> Tensor:
-    """linear_relu's incoming gradient, zeroed where the sign of ``input @ weight.T + bias`` is
-    within the roundings of zero: there either side's gradient is right. The bound is the worst
-    case, n roundings all in one direction, to hold for torch's operators too."""
+    """linear_relu's incoming gradient, zeroed where ``input @ weight.T + bias`` is within rounding
+    of zero: there the gradient of either side is right. The bound is the worst case, n roundings in
+    the same direction, to hold for torch's operators, too."""
     magnitude = linear(*(arg.double().abs() for arg in sample.args))
     u = unit_roundoff(accumulation_dtype(sample.args[0].dtype))
     doubtful = linear(*sample.args).abs() <= (
@@ -399,7 +399,7 @@ def away_from_kink(sample: Sample, grad_output: Tensor) -> Tensor:
 def assert_within(
     what: str, actual: Tensor, exact: Tensor, error: Tensor, slack: float = 1.0
 ) -> None:
-    """Fails unless ``actual`` is ``exact`` within ``slack * error`` and one rounding to its dtype.
+    """Fails unless ``actual`` equals ``exact`` within ``slack * error`` and one final rounding.
 
     NaN and infinity must be where they are in ``exact``.
     """

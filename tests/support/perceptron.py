@@ -1,5 +1,5 @@
-"""A perceptron of all our layers and losses, and the same one of torch's: a model small enough to
-be compiled, exported and transformed in many ways."""
+"""A perceptron with all our layers and losses, and torch's equivalent: a model small enough to
+compile, export and transform in many ways."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USES = ("linear_relu", "linear", "log_softmax", "nll_loss", "cross_entropy")
 
 
 class LinearThenReLU(nn.Linear):
-    """What LinearReLU stands for, with its keys."""
+    """The equivalent of LinearReLU, with the same keys."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
@@ -35,7 +35,7 @@ STOCK = SimpleNamespace(
 
 
 class Perceptron(nn.Module):
-    """Gives log-probabilities; with a target, the sum of two losses."""
+    """Returns log-probabilities, or with a target the sum of two losses."""
 
     def __init__(self, kind: Any) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class Perceptron(nn.Module):
 
 
 def make(kind: Any, dtype: torch.dtype = torch.float64) -> Perceptron:
-    """With the same parameters every time."""
+    """The model with the same parameters every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Perceptron(kind).to(dtype)
 
 
 def batch(rows: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, the same ones every time."""
+    """Inputs and targets, the same every time."""
     x = Draws(rows).normal(rows, FEATURES, dtype=torch.float64)
     return x.to(dtype), torch.arange(rows) % CLASSES
 
@@ -69,6 +69,6 @@ def batch(rows: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
 def loss_and_gradients(
     model: Perceptron, run: Callable[..., Tensor], *inputs: Tensor
 ) -> list[Tensor]:
-    """What ``run`` (the model itself, compiled, exported, ...) returns, and the gradients of it."""
+    """The result of ``run`` (the model itself, compiled, exported, ...) and its gradients."""
     loss = run(*inputs)
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]

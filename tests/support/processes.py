@@ -1,4 +1,4 @@
-"""Functions in processes of their own; a crash or a hang fails with what the processes printed."""
+"""Runs functions in their own processes; a crash or hang fails with what the processes printed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-# A bound on a hang, in seconds, not a speed that is asked for.
+# Bounds a hang, in seconds; it is no speed requirement.
 TIMEOUT = 120
-# What a process has besides, to start and, if it hangs, to say where each of its threads stands.
+# Additional time to start and, after a hang, to report each thread's stack.
 GRACE = 60
 
-# Forked from a server that has imported torch and no more: as fresh as a spawned one, but at once.
+# Forked from a server that has only imported torch: as fresh as a spawned process, but faster.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     [
         "torch",
@@ -41,10 +41,10 @@ def run(
     method: str = "forkserver",
     timeout: float = TIMEOUT,
 ) -> list[Any]:
-    """What ``function(number, *arguments)`` returns in each of ``count`` processes.
+    """The results of ``function(number, *arguments)`` in each of ``count`` processes.
 
-    Function and arguments are pickled (unless ``method`` is ``"fork"``), and the results saved in
-    the folder, so that they are tensors, numbers, strings, or lists or dicts of them.
+    Function and arguments are pickled (unless ``method`` is ``"fork"``), and results are saved in
+    the folder, so they must be tensors, numbers, strings, or lists or dicts of them.
     """
     __tracebackhide__ = True
     context = multiprocessing.get_context(method)
@@ -52,7 +52,7 @@ def run(
     children = []
     for number, own in enumerate(folders):
         own.mkdir()
-        _output(own).touch()  # another's end may come before this one has started
+        _output(own).touch()  # another process may end before this one has started
         target = (function, number, arguments, own, timeout)
         children.append(context.Process(target=_child, args=target, daemon=True))
         children[-1].start()
@@ -70,13 +70,13 @@ def run(
 
 
 def run_ranks(folder: Path, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The same, as the ranks of a gloo process group."""
+    """Does the same, with the processes as ranks of a gloo process group."""
     __tracebackhide__ = True
     return run(folder, count, _rank, folder / "rendezvous", count, function, arguments)
 
 
 def _wait_for(children: list[BaseProcess], timeout: float) -> None:
-    """Until all are done, one has failed (the others may wait for it forever), or time is up."""
+    """Waits until all are done, one has failed (others may wait for it), or time is up."""
     deadline = time.monotonic() + timeout
     running = list(children)
     while running and all(child.exitcode in (None, 0) for child in children):
@@ -103,7 +103,7 @@ def _child(
     with _output(folder).open("w") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    # In a forked process pytest's own are in their place.
+    # In a forked process pytest has replaced them.
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     faulthandler.dump_traceback_later(timeout, exit=True)
     torch.save(function(number, *arguments), _result(folder))
@@ -120,7 +120,7 @@ def _rank(
     torch.set_num_threads(1)  # the ranks share the processors
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{rendezvous}",  # of this test alone, where a port may be taken
+        init_method=f"file://{rendezvous}",  # used only by this test, unlike a port
         rank=rank,
         world_size=count,
         timeout=timedelta(seconds=TIMEOUT),

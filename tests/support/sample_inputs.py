@@ -1,8 +1,8 @@
-"""The inputs that the operators are tested on: ``sample_inputs(op, dtype)``, and nothing else.
+"""The inputs for testing the operators; the entry point is ``sample_inputs(op, dtype)``.
 
-Each sample has a name, and its own random numbers, drawn from the seed and that name alone: a
-sample can be built by itself, and the same seed builds the same sample whatever else runs.
-A run's seed is fresh unless ``FASTNN_TEST_SEED`` sets it; a failure prints it (see conftest.py).
+Each sample has a name and its own random numbers, which depend only on the seed and that name: it
+can be built by itself, and the same seed builds the same sample whatever else runs. Each run has a
+fresh seed unless ``FASTNN_TEST_SEED`` sets it; failures print it (see conftest.py).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SEED = int(os.environ.get("FASTNN_TEST_SEED") or secrets.randbelow(2**31))
 
 OPS = tuple(operator.name for operator in OPERATORS)
 
-# Those the operators are made for; the two narrow ones are summed in float32 and rounded once.
+# The dtypes of the operators; the two narrow ones are summed in float32 and rounded once.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# 255 is the uint8 image masks' usual "no label", and the one that a signed byte would misread.
+# 255 is the usual "no label" of uint8 image masks, and a signed byte would misread it.
 UINT8_IGNORE = 255
 
 
@@ -41,13 +41,13 @@ class Sample:
 
 
 def on_device(values: Tensor) -> Tensor:
-    """On the device under test: the default one, see conftest.py."""
+    """Moves values to the device under test: the default device, see conftest.py."""
     return values.to(torch.get_default_device())
 
 
 class Draws:
-    """Random tensors of a seed, on the device under test; always the CPU's numbers, as a generator
-    draws on its own device alone."""
+    """Random tensors from a seed, on the device under test; always the CPU's numbers, because other
+    devices draw different ones."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ class Draws:
 
 
 class Maker:
-    """Draws a sample's tensors."""
+    """Draws the tensors of a sample."""
 
     def __init__(self, name: str, dtype: torch.dtype, seed: int) -> None:
         self.dtype = dtype
@@ -77,21 +77,21 @@ class Maker:
         return laid_out(values.to(self.dtype), layout)
 
     def log_probs(self, *shape: int, layout: str = "contiguous") -> Tensor:
-        """What nll_loss is given in practice: log_softmax over the classes, rounded."""
+        """A realistic input of nll_loss: log_softmax over the classes, rounded."""
         logits = self.draw.normal(*shape, dtype=torch.float64)
         class_dim = 0 if len(shape) == 1 else 1
         return laid_out(logits.log_softmax(class_dim).to(self.dtype), layout)
 
     def probabilities(self, *shape: int, layout: str = "contiguous") -> Tensor:
-        """Class probabilities; they sum to one before they are rounded, as a teacher's do."""
+        """Class probabilities; they sum to one before rounding, like a teacher's."""
         return laid_out(self.log_probs(*shape).exp(), layout)
 
     def integers(self, low: int, high: int, *shape: int, layout: str = "contiguous") -> Tensor:
         return laid_out(self.draw.integers(low, high, *shape), layout)
 
     def class_weights(self, classes: int, layout: str = "contiguous") -> Tensor:
-        """Class weights in [0.25, 2), one of them zero where there are three classes or more: a
-        class switched off is the common use, and the one that a division by it would break."""
+        """Class weights in [0.25, 2), one of them zero if there are at least three classes: classes
+        are often switched off, and dividing by such a weight would fail."""
         values = self.draw.uniform(classes, dtype=torch.float64) * 1.75 + 0.25
         if classes > 2:
             values[classes // 2] = 0
@@ -99,8 +99,8 @@ class Maker:
 
 
 def _filler(values: Tensor) -> float:
-    """What lies between and around a view's elements: a value that spoils any result it gets
-    into (NaN; for integers a class index that is out of range)."""
+    """The value between and around a view's elements: it spoils any result it gets into (NaN; for
+    integers a class index out of range)."""
     return float("nan") if values.is_floating_point() else 10**6 if values.itemsize > 1 else 200
 
 
@@ -110,7 +110,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values.contiguous()
     if layout == "transposed":  # rows are strided, columns contiguous
         return values.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "reversed":  # every dimension in the opposite order in memory
+    if layout == "reversed":  # every dimension reversed in memory
         order = list(range(values.dim()))[::-1]
         return values.permute(order).contiguous().permute(order)
     if layout == "sliced":  # no stride is 1, and neighbours must not be read
@@ -118,14 +118,14 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         view = wide[..., ::2]
         view.copy_(values)
         return view
-    if layout == "offset":  # contiguous, but aligned to one element only, amid other data
+    if layout == "offset":  # contiguous, but only aligned to elements, amid other data
         buffer = values.new_full((values.numel() + 65,), _filler(values))
         view = buffer[1 : 1 + values.numel()].view(values.shape)
         view.copy_(values)
         return view
     if layout == "expanded":  # stride 0: rows share their memory
         return values[:1].expand_as(values)
-    if layout == "channels_last":  # what convolutions give: classes are contiguous
+    if layout == "channels_last":  # as from convolutions: classes are contiguous
         memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[values.dim()]
         return values.contiguous(memory_format=memory_format)
     raise ValueError(layout)
@@ -133,10 +133,10 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 Build = Callable[[Maker], tuple[tuple[Any, ...], dict[str, Any]]]
 
-# A vector has 4, 8 or 16 lanes (float64 to float32 with AVX2 and AVX-512; the narrow dtypes are
-# loaded 8, 16 or 32 at a time): each full, one short, one over. 1 to 3 are all tail. Up to four
-# vectors (16, 32, 64) a row counts as short and is walked together with others; 63 to 81 are around
-# that for the widest, and longer by a whole vector with a tail of one short and one over.
+# A vector has 4, 8 or 16 lanes (float64 to float32 with AVX2 and AVX-512; narrow dtypes are loaded
+# 8, 16 or 32 at a time): each size full, one short and one over. 1 to 3 only have a tail. Rows of
+# up to four vectors (16, 32, 64) are short and processed several at once; 63 to 81 are around that
+# limit for the widest, and a vector longer with a tail one short and one over.
 VECTOR_SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 79, 81)
 
 
@@ -144,7 +144,7 @@ def _linear_specs() -> Iterator[tuple[str, Build]]:
     def spec(input_shape, outputs, bias=True, layouts=("contiguous",) * 3, shift=0.0):
         def build(make: Maker):
             features = input_shape[-1]
-            # Scaled as layers initialise: outputs stay of the order of one.
+            # Scaled like initial weights: outputs stay of order one.
             scale = max(features, 1) ** -0.5
             args = [
                 make.normal(*input_shape, layout=layouts[0]),
@@ -159,11 +159,11 @@ def _linear_specs() -> Iterator[tuple[str, Build]]:
 
     sizes = (
         (0, 3, 2),  # an empty batch
-        (2, 0, 3),  # no features: the bias alone
+        (2, 0, 3),  # no features: only the bias
         (2, 3, 0),  # no outputs
-        (1, 1, 1),  # the least
-        (1, 9, 7),  # one row: a library may take it for a matrix-vector product
-        (9, 7, 1),  # one output: likewise, the other way round
+        (1, 1, 1),  # the smallest
+        (1, 9, 7),  # one row: libraries may use a matrix-vector product
+        (9, 7, 1),  # one output: the same, the other way round
         (3, 4, 5),  # around 4 lanes
         (5, 8, 7),  # around 8
         (7, 15, 9),
@@ -172,12 +172,12 @@ def _linear_specs() -> Iterator[tuple[str, Build]]:
         (17, 33, 31),  # around 32, the usual tile
         (33, 31, 32),
         (64, 64, 64),  # whole tiles only
-        (65, 63, 65),  # tiles and tails each way
+        (65, 63, 65),  # tiles and tails in each direction
         (300, 129, 257),  # odd, many tiles, enough work for two threads
         (40, 1000, 24),  # a long sum for each output
-        (400, 300, 256),  # sums over rows, and below over features, that vectors halve unevenly
+        (400, 300, 256),  # sums over rows, and below over features, that vectors split unevenly
         (9, 400, 400),
-        (600, 8, 40),  # rows enough for two threads, little to do for each; long bias sums
+        (600, 8, 40),  # enough rows for two threads, with little work each; long bias sums
     )
     for rows, features, outputs in sizes:
         for bias in (True, False):
@@ -189,7 +189,7 @@ def _linear_specs() -> Iterator[tuple[str, Build]]:
     yield "3d_input", spec((2, 3, 9), 5)  # a sequence
     yield "3d_input_no_bias", spec((2, 3, 9), 5, bias=False)  # torch takes another path without
     yield "4d_input", spec((2, 1, 3, 9), 5)  # with a dimension of one
-    yield "3d_empty_inner", spec((2, 0, 9), 5)  # an empty leading dimension that isn't the first
+    yield "3d_empty_inner", spec((2, 0, 9), 5)  # an empty leading dimension other than the first
 
     plain = "contiguous"
     for layout in ("transposed", "reversed", "sliced", "offset", "expanded"):
@@ -201,7 +201,7 @@ def _linear_specs() -> Iterator[tuple[str, Build]]:
         yield f"bias_{layout}", spec((10, 18), 11, layouts=(plain, plain, layout))
     yield "all_sliced", spec((10, 18), 11, layouts=("sliced",) * 3)
 
-    # Every output is negative: the ReLU clamps them all, and the gradients are zero. Then none is.
+    # Every output is negative: the ReLU clamps all, and the gradients are zero. Then none is.
     yield "none_active", spec((6, 9), 10, shift=-30.0)
     yield "all_active", spec((6, 9), 10, shift=30.0)
 
@@ -214,15 +214,15 @@ def _log_softmax_specs() -> Iterator[tuple[str, Build]]:
             kwargs,
         )
 
-    for dim in (0, -1):  # a scalar counts as one element: 0
+    for dim in (0, -1):  # a scalar counts as one element: dimension 0
         yield f"0d_dim{dim}", spec((), dim)
     for shape, dim in (((0,), 0), ((3, 0), 1), ((3, 0), 0), ((0, 5), 0), ((0, 5), 1)):
         yield f"empty_{shape}_dim{dim}".replace(" ", ""), spec(shape, dim)
     for size in VECTOR_SIZES:
         yield f"rows_3x{size}", spec((3, size), 1)  # the normalised dimension is contiguous
-        yield f"long_columns_{size}x3", spec((size, 3), 0)  # it is strided; 3 columns are all tail
+        yield f"long_columns_{size}x3", spec((size, 3), 0)  # strided; 3 columns only have a tail
         yield f"columns_5x{size}", spec((5, size), 0)  # the dimension that vectors run along
-    for dim in (-3, -2, -1, 0, 1, 2):  # each dimension under both of its names
+    for dim in (-3, -2, -1, 0, 1, 2):  # each dimension by both of its indices
         yield f"3d_dim{dim}", spec((3, 4, 5), dim)
     for dim in range(4):
         yield f"4d_dim{dim}", spec((2, 3, 4, 5), dim)
@@ -234,29 +234,29 @@ def _log_softmax_specs() -> Iterator[tuple[str, Build]]:
         yield f"3d_{layout}", spec((3, 9, 5), 1, layout)
 
     yield "1000_classes", spec((7, 1000), 1)  # ImageNet's
-    yield "5000_classes", spec((64, 5000), 1)  # long rows, and enough of them for two threads
+    yield "5000_classes", spec((64, 5000), 1)  # long rows, enough of them for two threads
     yield "5000_classes_strided", spec((5000, 9), 0)  # long columns, few of them
     yield "many_rows", spec((9000, 10), 1)  # short rows for two threads
     yield "many_columns", spec((10, 9000), 0)
     yield "many_planes", spec((40, 21, 70), 1)  # both sides of dim are split
     yield "peaked", spec((6, 33), 1, scale=60.0)  # most probabilities underflow
-    # exp overflows or underflows unless the maximum is taken off, which then mustn't be that of
-    # the zeros a vector's last lanes may be filled with. Rows short and long, each with a tail.
+    # exp overflows or underflows unless the maximum is subtracted, which must not include the zeros
+    # that may fill a vector's last lanes. Short and long rows, each with a tail.
     for size, shift in product((5, 81), (1000.0, -1000.0)):
         yield f"3x{size}_at_{shift:.0f}", spec((3, size), 1, shift=shift)
         yield f"{size}x3_at_{shift:.0f}", spec((size, 3), 0, shift=shift)
 
     for cast in (torch.float64, torch.float32, torch.float16):  # wider, equal and narrower
         yield f"cast_to_{cast}".replace("torch.", ""), spec((3, 9), 1, dtype=cast)
-    # An integer input is only of use with dtype=
+    # An integer input only makes sense with dtype=
     yield (
         "integer_input_cast",
         lambda make: ((make.integers(-5, 5, 3, 9), 1), {"dtype": make.dtype}),
     )
 
 
-# (C), (N, C) and one to three dimensions more. 5 classes are odd and few: the rows of a small
-# sample then hit most of them.
+# (C), (N, C) and one to three more dimensions. 5 classes are odd and few, so the rows of a small
+# sample hit most of them.
 LOSS_SHAPES = ((5,), (7, 5), (3, 5, 4), (2, 5, 3, 4), (2, 5, 3, 2, 2))
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -284,9 +284,9 @@ def _index_loss_spec(
     weight_layout="contiguous",
     **kwargs,
 ) -> Build:
-    """A loss of class indices; ``ignored`` is the ignore_index, which is the target of about a
-    third of the rows. Never of the first, whose class has a weight too: 'mean' divides by something
-    (what it does otherwise is tested by itself)."""
+    """A loss with class indices; ``ignored`` is the ignore_index and the target of about a third of
+    the rows. The first row is never ignored and its class weight isn't zero, so that 'mean' divides
+    by a nonzero number (the other case has its own test)."""
 
     def build(make: Maker):
         draw = make.log_probs if op == "nll_loss" else make.normal
@@ -316,18 +316,18 @@ def _index_loss_specs(op: str) -> Iterator[tuple[str, Build]]:
     for shape, reduction, weighted in product(LOSS_SHAPES, REDUCTIONS, (False, True)):
         name = _name(shape, reduction, "weighted" if weighted else "")
         yield name, spec(shape, weighted, reduction=reduction)
-    # -100: the default. 3: an index that is a class too. -1: another negative one.
+    # -100: the default. 3: an index that is also a class. -1: another negative one.
     for shape, ignored, weighted in product(LOSS_SHAPES[1:], (-100, 3, -1), (False, True)):
         reduction = REDUCTIONS[(len(shape) + ignored) % 3]  # each reduction, not each with each
         name = _name(shape, f"ignore{ignored}", reduction, "weighted" if weighted else "")
         yield name, spec(shape, weighted, ignored, reduction=reduction)
-    for shape in LOSS_SHAPES[:4]:  # torch itself takes bytes for the first two only
+    for shape in LOSS_SHAPES[:4]:  # torch itself accepts bytes only for the first two
         yield _name(shape, "uint8"), spec(shape, target_dtype=torch.uint8)
     yield (
         "uint8_ignore255",
         spec((9, 5), True, UINT8_IGNORE, target_dtype=torch.uint8),
     )
-    # A class index that is negative when read as a signed byte.
+    # A class index that is negative as a signed byte.
     yield "uint8_200_classes", spec((9, 200), target_dtype=torch.uint8)
 
     for shape in ((0, 5), (0, 5, 3), (2, 5, 0), (0, 5, 2, 3)):  # no rows: mean is NaN
@@ -336,7 +336,7 @@ def _index_loss_specs(op: str) -> Iterator[tuple[str, Build]]:
 
     for size in VECTOR_SIZES:
         yield f"7x{size}_classes", spec((7, size), True, -100)
-    for rows in (1, 8, 16, 17, 33):  # blocks of rows done at once where the classes are few
+    for rows in (1, 8, 16, 17, 33):  # blocks of rows processed at once if classes are few
         yield f"{rows}_rows_of_3", spec((rows, 3))
     for pixels in (1, 8, 15, 17, 33):  # vectors run along the pixels
         yield f"2x3x{pixels}_pixels", spec((2, 3, pixels), True, reduction="none")
@@ -353,18 +353,18 @@ def _index_loss_specs(op: str) -> Iterator[tuple[str, Build]]:
     yield "2d_target_transposed", spec((3, 5, 4, 6), target_layout="transposed")
 
     yield "7x1000_classes", spec((7, 1000), True)  # ImageNet's
-    yield "64x5000_classes", spec((64, 5000))  # long rows, and enough of them for two threads
+    yield "64x5000_classes", spec((64, 5000))  # long rows, enough of them for two threads
     yield "5x5000x3_strided", spec((5, 5000, 3))  # long and strided
-    # Short rows for two threads, and a long sum of losses and of weights.
+    # Short rows for two threads, and long sums of losses and of weights.
     yield "9000_rows_of_10", spec((9000, 10), True, -100)
     yield "segmentation", spec((3, 21, 40, 33), True, UINT8_IGNORE)  # Pascal VOC, made small
     yield "segmentation_none", spec((3, 21, 40, 33), ignored=UINT8_IGNORE, reduction="none")
 
-    # The deprecated pair overrides ``reduction``: (None or True, None or True) is 'mean',
-    # (False, .) 'sum', (., False) 'none'.
+    # The deprecated pair overrides ``reduction``: (None or True, None or True) is 'mean', (False,
+    # .) 'sum', (., False) 'none'.
     for size_average, reduce in product((None, True, False), repeat=2):
         if size_average is None and reduce is None:
-            continue  # this is "not given"
+            continue  # nothing deprecated is given
         yield (
             f"size_average_{size_average}_reduce_{reduce}",
             spec((7, 5), True, 3, size_average=size_average, reduce=reduce, reduction="sum"),
@@ -373,7 +373,7 @@ def _index_loss_specs(op: str) -> Iterator[tuple[str, Build]]:
 
 def _nll_loss_specs() -> Iterator[tuple[str, Build]]:
     yield from _index_loss_specs("nll_loss")
-    # torch takes a target of one element for an input without a batch.
+    # torch accepts a target of one element for an input without a batch.
     yield (
         "5_target_of_one",
         lambda make: ((make.log_probs(5), make.integers(0, 5, 1)), {}),
@@ -387,12 +387,12 @@ def _cross_entropy_specs() -> Iterator[tuple[str, Build]]:
     def spec(*args, **kwargs):
         return _index_loss_spec("cross_entropy", *args, **kwargs)
 
-    # 0.1 is the customary value, 1.0 the limit at which the target no longer matters.
+    # 0.1 is the customary value; at 1.0 the target no longer matters.
     smoothings = (0.1, 1.0)
     for shape, reduction, weighted, smoothing in product(
         LOSS_SHAPES, REDUCTIONS, (False, True), smoothings
     ):
-        ignored = 3 if weighted else -100  # in range with weights, out of it without
+        ignored = 3 if weighted else -100  # in range with weights, out of range without
         name = _name(shape, f"smooth{smoothing}", reduction, "weighted" if weighted else "")
         yield (
             name,
@@ -404,8 +404,8 @@ def _cross_entropy_specs() -> Iterator[tuple[str, Build]]:
     yield "9000_rows_of_10_smooth", spec((9000, 10), True, -100, label_smoothing=0.1)
     yield "channels_last_smooth", spec((2, 9, 4, 5), layout="channels_last", label_smoothing=0.1)
     yield "uint8_smooth", spec((9, 5), target_dtype=torch.uint8, label_smoothing=0.1)
-    # Logits about 1000 from zero and 3 from each other: neither may exp overflow or underflow, nor
-    # lse - x cancel. Short rows and long ones, each with a tail.
+    # Logits near 1000 and 3 apart: exp must not overflow or underflow, nor lse - x cancel. Short
+    # and long rows, each with a tail.
     for classes, shift, smoothing in product((5, 81), (1000.0, -1000.0), (0.0, 0.1)):
         name = f"7x{classes}_at_{shift:.0f}_smooth{smoothing}"
         yield name, _far_from_zero(classes, shift, label_smoothing=smoothing)
@@ -421,7 +421,7 @@ def _far_from_zero(classes: int, shift: float, **kwargs) -> Build:
 
 
 def _probability_specs() -> Iterator[tuple[str, Build]]:
-    """cross_entropy with class probabilities for targets."""
+    """cross_entropy with class probabilities as targets."""
 
     def spec(shape, weighted=False, layout="contiguous", target_layout="contiguous", **kwargs):
         def build(make: Maker):
@@ -448,10 +448,10 @@ def _probability_specs() -> Iterator[tuple[str, Build]]:
     for layout in ("transposed", "sliced", "offset", "expanded"):
         yield f"7x18_probs_input_{layout}", spec((7, 18), layout=layout)
         yield f"7x18_probs_target_{layout}", spec((7, 18), target_layout=layout)
-    # The two may also differ from each other.
+    # The layouts of input and target may differ.
     yield "channels_last_probs", spec((2, 9, 4, 5), layout="channels_last")
     yield "channels_last_probs_target", spec((2, 9, 4, 5), target_layout="channels_last")
-    yield "64x5000_probs", spec((64, 5000))  # long rows, and enough of them for two threads
+    yield "64x5000_probs", spec((64, 5000))  # long rows, enough of them for two threads
     yield "3000_rows_of_21_probs", spec((3000, 21), True)
 
 
@@ -467,8 +467,8 @@ def _linear_cross_entropy_spec(
     scale: float = 1.0,
     **kwargs,
 ) -> Build:
-    """``outputs`` are the classes and the positions; a third of the targets is ``ignored``, but for
-    the first; logits are of the order of ``scale``."""
+    """``outputs`` are the classes and the positions; a third of the targets, but never the first,
+    is ``ignored``; logits are of order ``scale``."""
 
     def build(make: Maker):
         batch = () if rows is None else (rows,)
@@ -526,7 +526,7 @@ def _linear_cross_entropy_specs() -> Iterator[tuple[str, Build]]:
         yield f"all_{layout}", spec(18, 17, 21, layout=layout, bias=True)
     for classes in (17, 33, 64, 65, 81):  # around a vector and a short row
         yield f"9x8_to_{classes}", spec(9, 8, classes, scale=3.0)
-    # Several blocks of rows, of which some are ignored, and threads.
+    # Several blocks of rows, with ignored ones, and several threads.
     yield "300x20_to_500", spec(300, 20, 500, scale=3.0, ignored=-100)
     yield "300x20_to_500_none", spec(300, 20, 500, reduction="none", ignored=-100)
     yield "2000x30_to_20", spec(2000, 30, 20, bias=True)
@@ -549,7 +549,7 @@ for _op in OPS:
 
 
 def sample_names(op: str) -> list[str]:
-    """The names of the operator's samples, which are the same for every dtype."""
+    """The names of the operator's samples, the same for every dtype."""
     return list(_SPECS[op])
 
 
@@ -559,7 +559,7 @@ def sample_inputs(
     seed: int = SEED,
     names: list[str] | None = None,
 ) -> Iterator[Sample]:
-    """The operator's samples in the given dtype; all, or those called ``names``."""
+    """The operator's samples in a dtype: all of them, or those in ``names``."""
     for name in sample_names(op) if names is None else names:
         maker = Maker(f"{op}/{name}/{dtype}", dtype, seed)
         args, kwargs = _SPECS[op][name](maker)
@@ -567,5 +567,5 @@ def sample_inputs(
 
 
 def sample_input(op: str, dtype: torch.dtype, name: str) -> Sample:
-    """The one sample of that name."""
+    """The sample with that name."""
     return next(sample_inputs(op, dtype, names=[name]))

@@ -1,4 +1,4 @@
-"""Small arguments in float64, where derivatives are exact to many digits."""
+"""Small float64 arguments, for which derivatives are exact to many digits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def class_indices(shape: tuple[int, ...], ignored: bool) -> Tensor:
-    """Each class in turn; where there are several rows, one of them ignored if so wanted."""
+    """Each class in turn; if there are several rows, one can be ignored."""
     rows = row_shape(shape)
     target = (torch.arange(max(torch.Size(rows).numel(), 1)) % 3).reshape(rows)
     if ignored and target.dim():
@@ -32,6 +32,6 @@ def class_weights() -> Tensor:
 
 
 def assert_close(actual: object, theirs: object) -> None:
-    """In float64 and of the order of one: 1e-12 is thousands of roundings."""
+    """For float64 values of order one: 1e-12 is thousands of roundings."""
     __tracebackhide__ = True
     torch.testing.assert_close(actual, theirs, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""A small training in float64, for the tests that repeat it in other processes or threads."""
+"""A small float64 training for tests that repeat it in other processes or threads."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor, nn
 
 import fastnn
 
-# Odd sizes: two ranks that share a tensor get unequal parts of it.
+# Odd sizes, so that two ranks get unequal parts of a tensor.
 SIZES = (13, 9, 7, 5)
 BATCH = 16
 STEPS = 6
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
-# The model's last layers, and the loss that they are made for.
+# The model's last layers, and the loss they are made for.
 HEADS: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[], nn.Module]]] = {
     "cross_entropy": (lambda: [], fastnn.nn.CrossEntropyLoss),
     "log_softmax+nll_loss": (lambda: [fastnn.nn.LogSoftmax(1)], fastnn.nn.NLLLoss),
 }
 
-# How far two trainings may be apart that sum in different orders: values of the order of one in
-# float64, some hundred roundings of 1e-16 each. A step that goes wrong is some 1e-2 off.
+# The largest difference between trainings that sum in different orders: some hundred roundings of
+# 1e-16 each, of float64 values of order one. A wrong step is off by about 1e-2.
 ATOL = 1e-13
 
 
 def make_model(head: str = "cross_entropy") -> nn.Sequential:
-    """The same at every call."""
+    """The model, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     inputs, first, second, classes = SIZES
     model = nn.Sequential(
@@ -47,7 +47,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter]) -> fastnn.optim.SGD:
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The inputs and targets of a step; the same at every call."""
+    """The inputs and targets of a step, the same at every call."""
     generator = torch.Generator().manual_seed(step)
     inputs = torch.randn(BATCH, SIZES[0], generator=generator, dtype=torch.float64)
     return inputs, torch.randint(SIZES[-1], (BATCH,), generator=generator)
@@ -78,7 +78,7 @@ def outcome(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 
 def expected_outcome(head: str = "cross_entropy") -> dict[str, Tensor]:
-    """That of the training in one process, on whole batches."""
+    """The outcome of the training in one process, on whole batches."""
     model = make_model(head)
     optimizer = make_optimizer(model.parameters())
     train(model, optimizer, head)

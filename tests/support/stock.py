@@ -1,4 +1,4 @@
-"""What is written in stock PyTorch where fastnn has one operator, for results to be compared."""
+"""Stock PyTorch code for what is a single operator in fastnn, to compare results."""
 
 from __future__ import annotations
 

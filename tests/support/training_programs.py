@@ -1,5 +1,5 @@
-"""Random trainings, twice the same: model, loss, optimizer and batches of a seed; and all that a
-training changes, to be compared bit for bit."""
+"""Random but reproducible trainings (model, loss, optimizer and batches from a seed), and all that
+a training changes, for comparison bit by bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEATURES, CLASSES = 12, 5
 
 
 class Residual(nn.Module):
-    """A user's own forward."""
+    """A user-defined forward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Residual(nn.Module):
 
 
 class Shared(nn.Module):
-    """One parameter in two modules, and one that gets no gradient."""
+    """One parameter shared by two modules, and one without a gradient."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], Callable[[random.Random], di
 
 @dataclass
 class Training:
-    """What is trained, and how."""
+    """A model, its loss and its optimizer."""
 
     model: nn.Module
     loss_fn: Callable[..., Tensor]
@@ -100,7 +100,7 @@ class Training:
         )
 
     def loop(self, index: int, input: Any, target: Any) -> Tensor:
-        """A call of the step as it is written by hand."""
+        """A call of the step as a hand-written loop."""
         accumulate = self.options.get("accumulate", 1)
         if index % accumulate == 0:
             self.optimizer.zero_grad()
@@ -115,7 +115,7 @@ class Training:
         return loss.detach()
 
     def everything(self) -> dict[str, Any]:
-        """All that a step may change, copied."""
+        """A copy of all that a step may change."""
         return everything(self.model, self.optimizer)
 
 
@@ -133,7 +133,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def make_training(seed: int) -> Training:
-    """The same one every time."""
+    """The training of a seed, the same every time."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     width = draw.choice([4, 7, 16])
@@ -160,7 +160,7 @@ def make_training(seed: int) -> Training:
 
 
 def batch(index: int) -> tuple[Tensor, Tensor]:
-    """That of a call, of a size of its own; the same one every time."""
+    """The batch of a call, each of another size; the same every time."""
     generator = torch.Generator().manual_seed(index)
     rows = 4 + index % 3
     input = torch.randn(rows, FEATURES, generator=generator)
@@ -168,7 +168,7 @@ def batch(index: int) -> tuple[Tensor, Tensor]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Bit for bit, but that a NaN is any NaN."""
+    """Compares bit by bit, except that any NaN equals any NaN."""
     if isinstance(one, Tensor):
         return (
             isinstance(other, Tensor)

@@ -1,4 +1,4 @@
-"""For the tests of the training step: which way its calls go."""
+"""For the tests of the training step: chooses how its calls run."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from fastnn._fused_step import FusedStep
 
 @pytest.fixture
 def no_fused_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls go the ordinary way, which gives the loop's bits; the fused one may round otherwise."""
+    """Makes calls run the ordinary loop, with its bits; the fused step may round otherwise."""
     monkeypatch.setattr(FusedStep, "why_not", lambda *_: "the test leaves it out")

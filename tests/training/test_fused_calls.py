@@ -1,4 +1,4 @@
-"""Calls of the fused step, as the program sees them: errors, modes, copies, what they return."""
+"""Calls of the fused step from the program's view: errors, modes, copies, results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small() -> Training:
 
 
 def test_gradients_from_before_are_dropped():
-    """Those of frozen parameters too."""
+    """Gradients of frozen parameters are dropped, too."""
     ours, theirs = small(), small()
     for training in (ours, theirs):
         training.model[2].requires_grad_(False)
@@ -101,7 +101,7 @@ def test_a_batch_without_rows():
 
 
 def test_the_loss_stays_as_it_was():
-    """A step runs on memory that it keeps; what it has returned is the caller's."""
+    """A step runs in memory that it keeps, but the loss it returned belongs to the caller."""
     step = small().step()
     losses = [step(*batch(index)) for index in range(4)]
     values = [loss.item() for loss in losses]
@@ -134,7 +134,7 @@ def test_a_copy_trains_its_own_model(copied):
 
 
 def test_a_model_of_stock_layers_gives_the_fused_one_s_bits():
-    """The fused step looks through the containers, whether they are fused or not."""
+    """The fused step looks through containers, whether fused or not."""
     ours, theirs = small(), small()
     ours.model = fastnn.unfuse(ours.model)
     step, loop = ours.step(), ordinary(theirs)

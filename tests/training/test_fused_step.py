@@ -1,4 +1,4 @@
-"""A training step in one call: the bits of the loop over our operators, and when it steps aside."""
+"""A training step in one call: the bits of the loop over our operators, and its limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chain(*sizes: int, bias: bool = True) -> list[nn.Module]:
 
 
 class Training:
-    """A model, its loss and its optimizer, the same for the same arguments."""
+    """A model, its loss and its optimizer, equal for equal arguments."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ def assert_fused(step: fastnn.TrainStep) -> None:
 
 
 def assert_same_bits(make: Callable[[], Training], batches: list[tuple[Tensor, Tensor]]) -> None:
-    """Step by step: the losses, the parameters and the optimizer's state."""
+    """Compares losses, parameters and optimizer state after each step."""
     ours, theirs = make(), make()
     step = ours.step()
     for batch in batches:
@@ -132,7 +132,7 @@ def test_models(make_model):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 63, 208, 209, 700])
 def test_batches_of_every_size(dtype, rows):
-    """From one row to several blocks of the depth of the weight's gradient."""
+    """From one row to several blocks of the depth of the weight gradient's product."""
 
     def make() -> Training:
         return Training(lambda: nn.Sequential(*chain(FEATURES, 50, CLASSES)), dtype=dtype)
@@ -180,7 +180,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("make_loss", LOSSES.values(), ids=LOSSES)
 def test_losses(make_loss):
-    """The loop runs ours in place of torch's, whose sums round otherwise."""
+    """The loop uses our losses instead of torch's, whose sums round differently."""
     ours, theirs = Training(loss_fn=make_loss()), Training(loss_fn=make_loss())
     stock = theirs.loss_fn
     if isinstance(stock, nn.Module):
@@ -206,7 +206,7 @@ def test_class_probabilities():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("make_loss", [nn.NLLLoss, fastnn.nn.NLLLoss, lambda: F.nll_loss])
 def test_a_log_softmax_and_its_loss_are_cross_entropy(dtype, make_loss):
-    """The loop rounds the log-probabilities, which the step doesn't make: one epsilon a step."""
+    """The loop rounds log-probabilities, which the step never computes: one epsilon per step."""
 
     def make() -> Training:
         model = lambda: nn.Sequential(*chain(FEATURES, 9, CLASSES), nn.LogSoftmax(1))  # noqa: E731
@@ -316,7 +316,7 @@ OPTIONS_OF_THE_STEP = {
 @pytest.mark.parametrize("options", OPTIONS_OF_THE_STEP.values(), ids=OPTIONS_OF_THE_STEP)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accumulated_and_clipped(dtype, options, monkeypatch):
-    """Against the ordinary way, which tests compare with the loop."""
+    """Compares with the ordinary step, which other tests compare with the loop."""
     ours, theirs = Training(dtype=dtype), Training(dtype=dtype)
     steps = [
         fastnn.train_step(one.model, one.loss_fn, one.optimizer, **options)
@@ -371,7 +371,7 @@ def random_training(seed: int) -> Training:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_random_programs_handed_over_both_ways(seed):
-    """Loop and step take turns on one training; the loop alone runs the other."""
+    """Loop and step alternate in one training; the other runs the loop only."""
     ours, theirs = random_training(seed), random_training(seed)
     step = ours.step()
     for i in range(24):
@@ -392,7 +392,7 @@ def test_a_long_run():
 
 
 def test_the_model_is_changed_between_steps():
-    """Each call looks at what is there: a layer, a parameter or an option may be another."""
+    """Each call checks the program anew: a layer, a parameter or an option may have changed."""
     ours, theirs = Training(), Training()
     step = ours.step()
 
@@ -551,7 +551,7 @@ ASIDE: dict[str, tuple[Callable[[Training], Any], str]] = {
 
 @pytest.mark.parametrize("name", ASIDE)
 def test_it_steps_aside(name):
-    """Also in the middle, and says why."""
+    """It does so in the middle of a training, too, and says why."""
     change, reason = ASIDE[name]
     ours = Training()
     step = ours.step()
@@ -598,7 +598,7 @@ def test_batches_that_it_steps_aside_for(change, reason):
 
 
 def test_a_hook_on_a_gradients_accumulator():
-    """As data parallelism registers it."""
+    """Data parallelism registers such a hook."""
     training = Training()
     weight = training.model[0].weight
     accumulator = weight.view_as(weight).grad_fn.next_functions[0][0]

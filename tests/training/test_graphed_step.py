@@ -1,5 +1,5 @@
-"""When a step is captured into a CUDA graph, and what a capture holds fast. The captures themselves
-need a GPU: tests/cuda/test_cuda.py."""
+"""When a step is captured into a CUDA graph, and what a capture fixes. The captures themselves need
+a GPU: tests/cuda/test_cuda.py."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def program(kind: type = fastnn.optim.SGD, **options: Any) -> Program:
     return Program(model, nn.CrossEntropyLoss(), optimizer)
 
 
-# ---- what a capture holds fast -------------------------------------------------------------------
+# ---- what a capture fixes ------------------------------------------------------------------------
 
 
 def test_steps_leave_the_key_as_it_is():
-    """Else nothing would be replayed. The first one makes state."""
+    """Otherwise nothing would ever be replayed. The first step creates state."""
     one = program()
     sample = batch(0)
     OrdinaryStep().run(one, sample)
@@ -165,7 +165,7 @@ def test_a_tensor_lr_is_read_on_the_device_and_fixed_elsewhere():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The checks behind the first, which is whether the parameters are on a GPU."""
+    """Runs the checks after the first one, which is whether the parameters are on a GPU."""
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
@@ -262,7 +262,7 @@ def test_batches_that_are_left_say_why(reason):
 
 
 class FakeCapture:
-    """Takes the step as it is, in place of a GPU's replay."""
+    """Runs the ordinary step instead of a replay on a GPU."""
 
     made: list[tuple[int, ...]]
     error: str = ""

@@ -1,4 +1,4 @@
-"""A training step by the ordinary way: the loop's bits, in everything that the loop changes."""
+"""A training step as the ordinary loop: the loop's bits, in everything that the loop changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROGRAMS = range(30)
 
 
 def call(step: fastnn.TrainStep, index: int) -> Tensor:
-    torch.manual_seed(index)  # a Dropout draws the same
+    torch.manual_seed(index)  # Dropout draws the same
     return step(*batch(index))
 
 
@@ -45,7 +45,7 @@ def loop(training: Training, index: int) -> Tensor:
 
 
 def small(optimizer=fastnn.optim.SGD, **options) -> Training:
-    """A model with buffers that change and random numbers."""
+    """A model with changing buffers and random numbers."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, CLASSES)
@@ -67,7 +67,7 @@ def test_random_programs(seed):
 
 
 def test_the_random_programs_have_what_they_may_have():
-    """Else a change of the choices would leave something out, and nothing would say so."""
+    """Otherwise a changed choice could silently leave something out."""
     trainings = [make_training(seed) for seed in PROGRAMS]
     assert {type(training.optimizer) for training in trainings} == {kind for kind, _ in OPTIMIZERS}
     modules = {type(module).__name__ for t in trainings for module in t.model.modules()}
@@ -79,7 +79,7 @@ def test_the_random_programs_have_what_they_may_have():
 
 @pytest.mark.parametrize("seed", PROGRAMS[:10])
 def test_loop_and_step_take_over_from_one_another(seed):
-    """At the start of an accumulation."""
+    """They alternate between accumulations."""
     ours, theirs = make_training(seed), make_training(seed)
     step, index = ours.step(), 0
     for turn in range(4):
@@ -122,7 +122,7 @@ def test_a_state_dict_loaded_into_a_live_step():
 
 
 def test_a_model_that_changes():
-    """A layer and its parameters come in, another is frozen, an option is changed."""
+    """A layer and its parameters are added, another is frozen, an option is changed."""
     ours, theirs = small(), small()
     step = ours.step()
     for index in range(6):
@@ -178,7 +178,7 @@ def test_gradients_add_up_between_updates():
     assert all(total is not None for total in sums)
     call(step, 1), loop(theirs, 1)
     assert same(ours.everything(), theirs.everything())
-    # The same tensors, as in the loop.
+    # The tensors are the same objects, as in the loop.
     params = ours.model.parameters()
     assert all(param.grad is total for param, total in zip(params, sums, strict=True))
     call(step, 2)
@@ -200,9 +200,9 @@ def test_flush_updates_with_what_there_is():
     theirs.optimizer.zero_grad()
     step.flush()
     assert same(ours.everything(), theirs.everything())
-    step.flush()  # there is nothing
+    step.flush()  # nothing is accumulated
     assert same(ours.everything(), theirs.everything())
-    # The next call begins anew: it takes three for an update.
+    # The next call starts over: an update takes three.
     before = ours.everything()["parameters"]
     call(step, 3), call(step, 4)
     assert same(ours.everything()["parameters"], before)
@@ -291,7 +291,7 @@ def test_a_hook_sees_the_sum_of_gradients_as_in_the_loop():
 
 
 def test_parameters_outside_of_the_optimizer_keep_their_gradients():
-    """As in the loop, whose zero_grad is the optimizer's."""
+    """The loop does the same: zero_grad is the optimizer's."""
     trainings = small(), small()
     for training in trainings:
         training.optimizer = torch.optim.SGD(training.model[4].parameters(), lr=0.1)
@@ -348,7 +348,7 @@ def test_inference_mode_is_refused():
 def test_under_autocast_as_in_a_loop_whose_autocast_ends_before_the_backward():
     ours, theirs = small(), small()
     step = ours.step()
-    with torch.autocast("cpu", torch.bfloat16):  # around all calls: weights that were cast go stale
+    with torch.autocast("cpu", torch.bfloat16):  # around all calls: cached casts go stale
         losses = [call(step, index) for index in range(3)]
     for index, loss in enumerate(losses):
         torch.manual_seed(index)

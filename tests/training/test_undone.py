@@ -1,4 +1,4 @@
-"""A training step that raises has changed nothing, wherever it raises."""
+"""A training step that raises changes nothing, wherever it raises."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cpu_only("what Python puts back, whatever the kernels")
 
 
 class Failure(Exception):
-    """What the tests raise."""
+    """The exception that the tests raise."""
 
 
 def fail(*_: Any) -> None:
@@ -59,7 +59,7 @@ def removed(handle: Any) -> Iterator[None]:
 
 Stage = Callable[[Training], Any]
 
-# A way to fail for each stage of a call, undone by its handle.
+# A failure in each stage of a call, removed through its handle.
 STAGES: dict[str, Stage] = {
     "before the first layer": lambda t: t.model[0].register_forward_pre_hook(fail),
     "in the middle of the forward": lambda t: t.model[3].register_forward_hook(fail),
@@ -84,7 +84,7 @@ def make(kind: type = fastnn.optim.SGD, **options: Any) -> Training:
     return Training(model, nn.CrossEntropyLoss(), optimizer, options)
 
 
-# How many calls add up, and how many have gone well before the one that fails.
+# The number of calls that accumulate, and the number that succeed before the failing one.
 CASES = [
     (stage, accumulate, calls)
     for stage in STAGES
@@ -94,14 +94,14 @@ CASES = [
 
 
 def call(step: fastnn.TrainStep, index: int) -> Tensor:
-    torch.manual_seed(index)  # a Dropout draws the same
+    torch.manual_seed(index)  # Dropout draws the same
     return step(*batch(index))
 
 
 @pytest.mark.parametrize(("stage", "accumulate", "calls"), CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failure_at_any_stage(stage, accumulate, calls, kind):
-    """And the training goes on as if it had not been."""
+    """The training then continues as if the call had never happened."""
     training, twin = (make(kind, accumulate=accumulate, clip_grad_norm=0.5) for _ in range(2))
     step, other = training.step(), twin.step()
     for index in range(calls):
@@ -111,7 +111,7 @@ def test_a_failure_at_any_stage(stage, accumulate, calls, kind):
     with removed(STAGES[stage](training)), pytest.raises(Failure):
         call(step, calls)
     assert same(training.everything(), before)
-    # The same objects.
+    # The gradients are the same objects.
     params = training.model.parameters()
     assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
     for index in range(calls, calls + 3):
@@ -203,7 +203,7 @@ def test_a_flush_that_fails():
 
 
 class FailsHalfway(torch.optim.SGD):
-    """Another optimizer, which raises after its step when ``fails`` is set."""
+    """Another optimizer; it raises after its step if ``fails`` is set."""
 
     fails = False
 
@@ -242,7 +242,7 @@ def test_a_step_that_has_been_replaced_and_fails():
 
 
 def test_the_first_step_that_fails_in_its_second_group():
-    """Adam refuses sparse gradients, group by group, and has made state by then."""
+    """Adam rejects sparse gradients group by group, after it has created state."""
     dense, sparse = nn.Linear(3, 2), nn.Embedding(4, 3, sparse=True)
     model = nn.Sequential(sparse, dense)
     optimizer = torch.optim.Adam(
@@ -300,7 +300,7 @@ def test_parameters_are_copied_only_where_the_step_may_fail(monkeypatch):
 
 
 class Buffers(nn.Module):
-    """What a forward may do with buffers."""
+    """What a forward may do to buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,7 +344,7 @@ def test_weights_that_the_forward_scales(kind):
 
 
 def test_gradients_of_an_ordinary_backward_come_back():
-    """Both those of the optimizer's parameters, which a call drops, and those that it adds to."""
+    """Those of the optimizer's parameters, which a call drops, and those that it adds to."""
     training = make()
     training.optimizer = torch.optim.SGD(training.model[4].parameters(), lr=0.1)
     training.loss_fn(training.model(batch(0)[0]), batch(0)[1]).backward()

@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="fastnn"): what it finds in a graph, and that the numbers stay."""
+"""torch.compile(model, backend="fastnn"): what it finds in a graph, with unchanged numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fresh_dynamo():
 
 
 class Recorder:
-    """The backend, and the names of the operators that it has put into the graphs."""
+    """The backend, recording the names of the operators that it puts into graphs."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -52,7 +52,7 @@ class Net(nn.Module):
         self.log_softmax = nn.LogSoftmax(1)
         self.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1)
         self.register_buffer("seen", torch.zeros(()))
-        self.calls = torch.zeros(())  # no buffer
+        self.calls = torch.zeros(())  # not a buffer
         self.task = "one"
 
     @property
@@ -80,7 +80,7 @@ def change_between(net: Net, x: Tensor) -> Tensor:
     return F.relu(y) + net.two(x)
 
 
-# What is found beside the pair is a linear by itself.
+# A linear that is found outside of a pair stays a linear.
 PAIRS = {
     "F.relu": lambda net, x: F.relu(net.one(x)),
     "F.relu, in place": lambda net, x: F.relu(net.one(x), inplace=True),
@@ -124,7 +124,7 @@ def in_bfloat16(y: Tensor) -> Tensor:
 
 def assert_same(function, net: Net, x: Tensor, backend: object) -> None:
     results = []
-    # Two calls: what one leaves behind, the next one finds.
+    # Two calls: the second one sees what the first left behind.
     for compiled in (lambda f: f, lambda f: torch.compile(f, backend=backend)):
         model, run = copy.deepcopy(net), compiled(function)
         for _ in range(2):
@@ -199,7 +199,7 @@ def test_losses(name):
 
 
 def test_the_name_is_known():
-    """By the package's entry point: fastnn itself need not have been imported."""
+    """Found through the package's entry point: fastnn itself need not have been imported."""
     net, x = Net(), Draws(SEED).normal(5, 6)
     compiled = torch.compile(lambda x: F.relu(net.one(x)), backend="fastnn", fullgraph=True)
     torch.testing.assert_close(compiled(x), F.relu(net.one(x)), rtol=1e-5, atol=1e-6)
@@ -244,7 +244,7 @@ def test_dynamic_shapes_and_graph_breaks():
 
 
 def test_hooks_stay():
-    """A hook that looks at the Linear's output is in the graph; the ReLU alone stays a ReLU."""
+    """A hook on the Linear's output is in the graph, so the ReLU stays a ReLU."""
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU())
     seen = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))

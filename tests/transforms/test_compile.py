@@ -36,7 +36,7 @@ NO_MORE_RECOMPILATIONS = "no more recompilations than torch's, as batch size or 
 @capability("compile", "`fullgraph=True`, forward and backward: the same bits")
 @pytest.mark.parametrize(("op", "name"), COMPILE_SAMPLES)
 def test_compile_changes_nothing(fresh_dynamo, op, name):
-    """In one graph, and to the same bits: the same operators run."""
+    """One graph and the same bits, because the same operators run."""
     compiled = torch.compile(ours(op), fullgraph=True, backend="aot_eager")
     sample = sample_input(op, torch.float32, name)
     eager = value_and_gradients(ours(op), op, sample)
@@ -45,7 +45,7 @@ def test_compile_changes_nothing(fresh_dynamo, op, name):
 
 
 def with_leaves(call: RowCall) -> tuple[list[Any], list[Tensor]]:
-    """The call's arguments, and those of floating point, which want gradients."""
+    """The call's arguments, and the floating-point ones, which want gradients."""
     arguments = list(call.arguments())
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     return arguments, [leaf.requires_grad_() for leaf in leaves]
@@ -66,15 +66,15 @@ def test_compile_once_for_all_batch_sizes(fresh_dynamo, op):
         eager_grads = torch.autograd.grad(eager.square().sum(), leaves)
         assert all(map(torch.equal, grads, eager_grads))
         compilations.append(counter.frame_count)
-    # The first may take two: Dynamo starts again when it finds that an option isn't a number that
-    # varies. No other batch size adds any.
+    # The first size may take two: Dynamo restarts when an option turns out not to be a varying
+    # number. No other batch size adds any.
     assert compilations == [compilations[0]] * 3
 
 
 @needs_extension
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, operator):
-    """One operator each way, and nothing of what it replaces."""
+    """One operator per direction, and none of those it replaces."""
     op = operator.name
     forward, backward, *_ = operator.fakes
     graphs: list[set[str]] = []
@@ -89,7 +89,7 @@ def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, operator):
     torch.compile(ours(op), fullgraph=True, backend=backend)(*arguments).sum().backward()
     in_forward, in_backward = graphs
     assert {call for call in in_forward if "fastnn" in call} == {f"fastnn.{forward}.default"}
-    # What linear_cross_entropy's forward leaves is only multiplied.
+    # linear_cross_entropy's backward only multiplies what the forward left.
     has_backward = op != "linear_cross_entropy"
     backwards = {f"fastnn.{backward}.default"} if has_backward else set()
     assert {call for call in in_backward if "fastnn" in call} == backwards
@@ -104,7 +104,7 @@ def test_compiled_graphs_hold_the_fused_operators(fresh_dynamo, operator):
 )
 @pytest.mark.parametrize("op", LINEARS)
 def test_a_compiled_linear_keeps_only_what_its_gradient_needs(fresh_dynamo, op, wanted, kept):
-    """With a ReLU the output too, from whose sign the backward takes its mask."""
+    """With a ReLU it keeps the output, too, whose sign gives the backward its mask."""
     shapes = {"input": (4, 5), "weight": (3, 5), "bias": (3,)}
     results: list[list[torch.fx.Node]] = []
 
@@ -144,7 +144,7 @@ def test_the_reference_compiles_in_one_graph_too(fresh_dynamo, monkeypatch, op):
         if sample_op == op:
             sample = sample_input(op, torch.float64, name)
             results = value_and_gradients(compiled, op, sample)
-            # In float64 and of the order of one: 1e-12 is thousands of roundings.
+            # Float64 values of order one: 1e-12 is thousands of roundings.
             expected = value_and_gradients(ours(op), op, sample)
             torch.testing.assert_close(results, expected, rtol=1e-12, atol=1e-12)
 
@@ -160,8 +160,8 @@ def test_modules_have_no_graph_break(fresh_dynamo, name):
     assert explanation.graph_count == 1
 
 
-# Which of the compiler's own operators are fused with which changes the last bits of their sums;
-# in float64 and of the order of one, 1e-12 is thousands of roundings.
+# The compiler's own fusions change the last bits of sums; for float64 values of order one, 1e-12 is
+# thousands of roundings.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -180,7 +180,7 @@ def test_inductor_gives_eagers_numbers(fresh_dynamo, dynamic):
 
 @capability("compile", NO_MORE_RECOMPILATIONS, operators=perceptron.USES)
 def test_a_change_of_batch_size_recompiles_as_often_as_torchs_model(fresh_dynamo):
-    """By default: static at first, dynamic at the second size, and 1 is a size of its own."""
+    """By default shapes are static first, dynamic at the second size, and 1 is always separate."""
     compilations = []
     for kind in (OURS, STOCK):
         torch._dynamo.reset()
@@ -207,8 +207,8 @@ def test_compiled_under_autocast(fresh_dynamo):
     for run in (compiled, model):
         with torch.autocast(inputs[0].device.type, torch.bfloat16):
             results.append(loss_and_gradients(model, run, *inputs))
-    # The same operators in the same dtypes; torch's own bfloat16 ones, decomposed, keep float32 in
-    # between: a few roundings to bfloat16.
+    # The same operators in the same dtypes; torch's own bfloat16 operators, decomposed, keep
+    # float32 in between: a few roundings to bfloat16.
     for compiled_result, eager in zip(*results, strict=True):
         assert compiled_result.dtype == eager.dtype
         torch.testing.assert_close(compiled_result, eager, rtol=0, atol=4 * 2**-8)
@@ -217,7 +217,7 @@ def test_compiled_under_autocast(fresh_dynamo):
 @needs_extension
 @capability("compile", "compiled autograd", operators=perceptron.USES)
 def test_compiled_autograd(fresh_dynamo):
-    """The backward of a model that ran eagerly, compiled: our nodes say what they call."""
+    """The compiled backward of a model that ran eagerly: our nodes say what they call."""
     model = perceptron.make(OURS)
     inputs = perceptron.batch(4)
     calls: set[str] = set()
@@ -258,7 +258,7 @@ OPTIONS_WHEREABOUTS = [
 
 
 def with_float32_momentum(whose: str, params: list[Tensor], **options) -> fastnn.optim.SGD:
-    """An optimizer of one group that has the option, which comes from there."""
+    """An optimizer of one group whose option comes from the place named."""
     if whose == "optimizer":
         return fastnn.optim.SGD(params, **options, float32_momentum=True)
     group = {"params": params, "float32_momentum": True}
@@ -274,7 +274,7 @@ def with_float32_momentum(whose: str, params: list[Tensor], **options) -> fastnn
         optimizer.param_groups[0]["float32_momentum"] = True
         optimizer.step()
         return optimizer
-    if whose == "before a state":  # without the option, as torch's are
+    if whose == "before a state":  # without the option, like torch's
         optimizer = fastnn.optim.SGD(params, **options, float32_momentum=True)
         optimizer.load_state_dict(torch.optim.SGD(params, **options).state_dict())
         return optimizer
@@ -296,7 +296,7 @@ class TestOptimizer:
 
     @pytest.mark.parametrize("after_torchs", [False, True])
     def test_hooks_run_once_around_a_compiled_step(self, after_torchs, fresh_dynamo):
-        """torch's SGD has hooks in its step, too, once there is one."""
+        """torch's SGD has hooks in its step, too, once an instance exists."""
         if after_torchs:
             step_of(torch.optim.SGD)
         _, optimizer = step_of(fastnn.optim.SGD)
@@ -310,7 +310,7 @@ class TestOptimizer:
 
     @capability("compile", NO_MORE_RECOMPILATIONS, operators=["SGD"])
     def test_compiled_step_is_torchs_in_numbers_and_recompilations(self, fresh_dynamo):
-        """A changed learning rate is a recompilation, or not, as for torch's optimizer."""
+        """A changed learning rate recompiles exactly when it does with torch's optimizer."""
         results, compilations = [], []
         for optimizer_class in (fastnn.optim.SGD, torch.optim.SGD):
             torch._dynamo.reset()
@@ -322,7 +322,7 @@ class TestOptimizer:
                 step()
             results.append([param.detach() for param in params])
             compilations.append(counter.frame_count)
-        # Both are torch's own loop.
+        # Both run torch's own loop.
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
         assert compilations[0] == compilations[1]
 
@@ -334,14 +334,14 @@ class TestOptimizer:
         for _ in range(3):
             compiled()
             torch_optimizer.step()
-        # 8 operations on numbers of the order of one, 3 times; inductor may fuse their roundings.
+        # 3 times 8 operations on numbers of order one, whose roundings inductor may fuse.
         torch.testing.assert_close(params, expected, rtol=0, atol=3 * 8 * 2**-23)
 
     @needs_extension
     @pytest.mark.parametrize("fused", [None, True])
     @pytest.mark.parametrize("whose", OPTIONS_WHEREABOUTS)
     def test_compiled_step_has_float32_momentum_where_asked(self, whose, fused, fresh_dynamo):
-        """As our kernels make it, to the last bit: torch's loop would round the first buffers."""
+        """Equal to our kernels' to the last bit: torch's loop would round the first buffers."""
         results = []
         for is_compiled in (True, False):
             params, _ = step_of(fastnn.optim.SGD)
@@ -350,7 +350,7 @@ class TestOptimizer:
                 half.grad = half.clone()
             options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "fused": fused}
             optimizer = with_float32_momentum(whose, halves, **options)
-            halves = optimizer.param_groups[0]["params"]  # copies, of a pickle
+            halves = optimizer.param_groups[0]["params"]  # copies, from a pickle
             step = optimizer.step
             if is_compiled:
                 step = torch.compile(step, backend="aot_eager")
@@ -369,7 +369,7 @@ class TestOptimizer:
         operators=[*perceptron.USES, "SGD"],
     )
     def test_whole_training_step(self, fresh_dynamo):
-        """zero_grad, model, losses, backward, step: torch itself may cut it at the backward."""
+        """zero_grad, model, losses, backward, step: torch itself may break it at the backward."""
         results, breaks = [], []
         for kind, sgd in ((OURS, fastnn.optim.SGD), (STOCK, torch.optim.SGD)):
             torch._dynamo.reset()

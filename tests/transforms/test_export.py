@@ -84,7 +84,7 @@ def test_aot_inductor(fresh_dynamo, tmp_path):
     loaded = torch._inductor.aoti_load_package(package)
     for rows in (4, 9):
         inputs = perceptron.batch(rows)
-        # In float64 and of the order of one: 1e-12 is thousands of roundings.
+        # Float64 values of order one: 1e-12 is thousands of roundings.
         torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=1e-12, atol=1e-12)
 
 
@@ -169,7 +169,7 @@ def run_onnx(path: Path, *inputs: Tensor) -> Tensor:
 @capability("export", "`torch.onnx.export`, run in onnxruntime", operators=perceptron.USES[:3])
 @pytest.mark.parametrize("exporter", [dynamo_exporter, trace_exporter], ids=["dynamo", "trace"])
 def test_onnx_runs_a_model(tmp_path, exporter):
-    """In ONNX's own operators."""
+    """The model only contains ONNX's own operators."""
     model, path = perceptron.make(OURS, torch.float32).eval(), tmp_path / "model.onnx"
     torch.onnx.export(model, perceptron.batch(4, torch.float32)[:1], path, **exporter)
     assert operators_of(path) == ["Gemm", "Relu", "Gemm", "LogSoftmax"]
@@ -178,14 +178,14 @@ def test_onnx_runs_a_model(tmp_path, exporter):
         assert_close(run_onnx(path, x), model(x))
 
 
-# By the operator's name and an option: the loss, and which of inputs_of(name)'s targets it takes.
+# By the operator's name and an option: the loss, and which of inputs_of(name)'s targets it uses.
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 1.5, 0.25])
 ONNX_LOSSES = {
     "NLLLoss-weighted": lambda: fastnn.nn.NLLLoss(weight=WEIGHT),
     "NLLLoss-none": lambda: fastnn.nn.NLLLoss(ignore_index=2, reduction="none"),
     "CrossEntropyLoss-weighted": lambda: fastnn.nn.CrossEntropyLoss(weight=WEIGHT),
     "CrossEntropyLoss-none": lambda: fastnn.nn.CrossEntropyLoss(ignore_index=2, reduction="none"),
-    # torch's exporter drops it from torch's own loss, and its model computes something else.
+    # torch's exporter drops smoothing from torch's own loss, so its model computes something else.
     "CrossEntropyLoss-smooth": lambda: fastnn.nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1),
     "CrossEntropyLoss-probabilities": fastnn.nn.CrossEntropyLoss,
 }

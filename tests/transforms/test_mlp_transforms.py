@@ -47,7 +47,7 @@ by_activations = pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
 
 
 def away_from_kinks(**options) -> Chain:
-    """A chain whose sums are far from zero, on whose sides finite differences would be."""
+    """A chain whose sums are too far from zero for finite differences to straddle it."""
     for seed in range(10000):
         chain = make((3, 4, 3, 2), (2,), seed=seed, **options)
         x, smallest = chain.input, torch.inf
@@ -102,7 +102,7 @@ def test_third_derivatives():
             total = sum(g.pow(3).sum() for g in grads)
             grads = torch.autograd.grad(total, chain.tensors, create_graph=True)
         results.append(grads)
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)  # numbers of thousands
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)  # values in the thousands
 
 
 @capability("autograd", "`is_grads_batched=True`")
@@ -165,7 +165,7 @@ def test_per_sample_gradients():
 @capability("autograd", "`torch.func.vmap` over inputs")
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0), (1, 2)], ids=str)
 def test_vmap(in_dims):
-    """Over inputs, over models, over both."""
+    """Over inputs, over models, and over both."""
     of_input, of_parameters = in_dims
     chain = make((3, 4, 3, 2), (2,))
     tensors = [
@@ -322,7 +322,7 @@ def test_scripted(how):
 
 @needs_extension
 def test_a_trace_holds_the_layers():
-    """torch.jit.trace takes no operator over lists of what may be absent."""
+    """torch.jit.trace can't record operators over lists of optional tensors."""
     traced = torch.jit.trace(fastnn.nn.MLP(5, (4, 3), 2), (torch.randn(6, 5),))
     kinds = [n.kind() for n in traced.inlined_graph.nodes() if n.kind().startswith("fastnn::")]
     assert kinds == ["fastnn::linear_relu", "fastnn::linear_relu", "fastnn::linear"]
@@ -336,7 +336,7 @@ def test_a_trace_holds_the_layers():
 )
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx(tmp_path, dynamo):
-    """In ONNX's own operators."""
+    """The model only contains ONNX's own operators."""
     import onnx
     import onnxruntime
 
@@ -347,7 +347,7 @@ def test_onnx(tmp_path, dynamo):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = torch.randn(4, 5)
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    # Sums of less than ten terms of the order of one.
+    # Sums of fewer than ten terms of order one.
     torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -411,7 +411,7 @@ def test_meta_and_fake_tensors(dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
-    """As the layers one by one, in values, dtypes and gradients."""
+    """Like the layers one by one, in values, dtypes and gradients."""
     results = []
     for function in (mlp, layer_by_layer):
         chain = make((17, 9, 12, 5), (7,), dtype=torch.float32, biases=[True, False, True])

@@ -40,7 +40,7 @@ from support.sample_inputs import OPS
 from support.small_cases import Function, assert_close, class_weights, normal
 
 pytestmark = pytest.mark.filterwarnings(
-    # vmap says where torch itself has no batched rule and loops: slow, not wrong.
+    # vmap warns where torch itself has no batching rule and loops: slow, not wrong.
     "ignore:There is a performance drop",
     "ignore:`torch.jit.script` is deprecated",  # torch's own use of it, in forward mode
     "ignore:Attempted to insert a get_attr Node",  # torch's own doing, in linearize
@@ -55,7 +55,7 @@ def capability(row: str, **options):
 
 
 def with_options(name: str) -> Callable[[Function], Function]:
-    """From an operator's function to one of a single (4, 3) tensor, with the options named."""
+    """Turns an operator's function into one of a single (4, 3) tensor, with the options named."""
     op, _, option = name.partition("-")
     call = CASES[op].rows(4, 3)
     _, *others = call.by_row
@@ -192,7 +192,7 @@ class TestModes:
 
     @capability("saved-tensor hooks, `save_on_cpu`")
     def test_saved_tensors_pass_through_hooks(self, functions):
-        """What the backward needs is saved where hooks (offloading, say) can get at it."""
+        """What the backward needs is saved where hooks (for offloading, say) can reach it."""
         mine, _ = functions
         x = normal(4, 3).requires_grad_()
         packed = []
@@ -232,7 +232,7 @@ class TestModes:
         value, derivative = linearize(mine, x)
         assert_close((value, derivative(tangent)), jvp(theirs, (x,), (tangent,)))
 
-    @of_functions  # torch has no rule for a Function
+    @of_functions  # torch has no rule for Functions
     @capability("`torch.func.linearize`, `functionalize`")
     def test_functionalize(self, functions):
         mine, theirs = functions
@@ -257,7 +257,7 @@ class TestModes:
 
     @capability("hooks of tensors and of graph nodes")
     def test_hooks(self, functions):
-        """They see the gradients that torch's operators' see, and may change them."""
+        """They see the same gradients as with torch's operators, and may change them."""
         events = []
         for function in functions:
             seen = []
@@ -287,9 +287,9 @@ class TestModes:
         assert torch.equal(used, again)
 
     def test_nothing_outlives_its_use(self, functions):
-        """An output that its own node held on to would never be freed."""
+        """An output that its own node refers to would never be freed."""
         mine, _ = functions
-        gc.disable()  # it must go without the collector's help
+        gc.disable()  # it must be freed without the collector
         try:
             output = mine(normal(4, 3).requires_grad_())
             gone = weakref.ref(output)
@@ -301,7 +301,7 @@ class TestModes:
 
 @pytest.fixture
 def no_loops() -> Iterator[None]:
-    """An error where vmap would loop over the samples, of which it only warns."""
+    """Turns vmap's warning that it loops over the samples into an error."""
     torch._C._functorch._set_vmap_fallback_enabled(False)
     yield
     torch._C._functorch._set_vmap_fallback_enabled(True)
@@ -312,7 +312,7 @@ SAMPLES, CLASSES = 64, 10
 
 
 def batched_case(op: str) -> tuple[Function, tuple[Tensor, ...]]:
-    """An operator's function of one sample, and arguments of which each sample has its own."""
+    """An operator's function of one sample, and batched arguments with one part per sample."""
     call = CASES[op].rows(SAMPLES, CLASSES)
     return lambda f: lambda *row: f(*call.arguments(*row)), call.by_row
 
@@ -327,7 +327,7 @@ def test_vmap_takes_the_whole_batch_at_once(implementation, no_loops, op, contex
         assert_close(batch, vmap(make(TORCH[op]))(*arguments))
 
 
-# A call of a backward, and arguments of which each sample has its own.
+# A call of a backward, and batched arguments with one part per sample.
 BackwardCases = Iterator[tuple[Function, tuple[Tensor, ...]]]
 ONE_IGNORED = (0, 2, -100, 1)
 
@@ -416,7 +416,7 @@ BACKWARD_CASES = {
 @needs_extension
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_of_a_backward_takes_the_whole_batch_at_once(no_loops, op):
-    """As a graph that holds the backward's operator calls it."""
+    """Called as from a graph that contains the backward's operator."""
     for call, arguments in BACKWARD_CASES[op](normal(5, 4, 3)):
         each = [call(*sample) for sample in zip(*arguments, strict=True)]
         together = vmap(call)(*arguments)
@@ -424,7 +424,7 @@ def test_vmap_of_a_backward_takes_the_whole_batch_at_once(no_loops, op):
 
 
 def graph_sizes(function: Function, arguments: tuple[Tensor, ...]) -> list[int]:
-    """How many operators each graph holds that the compiler makes of the function."""
+    """The number of operators in each graph that the compiler makes from the function."""
     sizes = []
 
     def count(graph: torch.fx.GraphModule, _: object) -> Callable:
@@ -448,7 +448,7 @@ def test_compiled_vmap_is_as_small_as_torchs(no_loops, op):
 
 
 def test_func_transforms_take_bytes_in_several_dimensions(implementation):
-    """As plain calls do; torch's own operators refuse them."""
+    """Like plain calls; torch's own operators reject them."""
     input = normal(2, 3, 4)
     target = torch.arange(8).remainder(3).reshape(2, 4)
     for op in ("nll_loss", "cross_entropy"):
@@ -460,7 +460,7 @@ def test_func_transforms_take_bytes_in_several_dimensions(implementation):
 @capability("`torch.func.vmap` over weights")
 @pytest.mark.parametrize("op", LINEARS)
 def test_linear_of_weights_of_their_own_for_each_sample(implementation, op):
-    """An ensemble: vmap over the weights too."""
+    """An ensemble: vmap over the weights, too."""
     inputs, weights, biases = normal(5, 4, 3), normal(5, 2, 3), normal(5, 2)
     outputs = vmap(ours(op))(inputs, weights, biases)
     each = zip(inputs, weights, biases, strict=True)
@@ -469,7 +469,7 @@ def test_linear_of_weights_of_their_own_for_each_sample(implementation, op):
 
 # --- anomaly mode ---------------------------------------------------------------------------------
 
-# By operator: its node's name, and a way to a NaN in its backward (0 * inf, inf - inf, inf / inf).
+# By operator: its node's name, and a cause of NaN in its backward (0 * inf, inf - inf, inf / inf).
 INFINITE = torch.full((3,), torch.inf)
 FIRST = torch.tensor([0])
 NANS = {
@@ -545,7 +545,7 @@ def test_per_sample_gradients_of_a_model():
 
 @capability("`call_for_per_sample_grads` of a model", **of_the_model)
 def test_per_sample_gradients_by_expanded_weights():
-    """Their class knows torch's functions, and refuses all others."""
+    """Their class knows torch's functions, and rejects all others."""
     x = perceptron.batch(7)[0]
     models = [perceptron.make(kind) for kind in (OURS, STOCK)]
     for model in models:
@@ -571,7 +571,7 @@ def test_second_derivatives_of_a_model():
 
 @capability("`torch.func.vmap` over weights", **of_the_model)
 def test_an_ensemble():
-    """Three models of their own weights, in one call, and the gradients of all."""
+    """Three models with their own weights in one call, and the gradients of all."""
     models = [perceptron.make(OURS) for _ in range(3)]
     with torch.no_grad():
         for i, model in enumerate(models):
@@ -595,7 +595,7 @@ def test_an_ensemble():
 @capability("`torch.func.vmap` with `randomness`", **of_the_model)
 @pytest.mark.parametrize("randomness", ["different", "same"])
 def test_randomness_inside_vmap(randomness):
-    """Dropout before and between our operators draws what it draws between torch's."""
+    """Dropout before and between our operators draws the same as between torch's."""
     xs = torch.stack([perceptron.batch(4)[0]] * 3)
     target = perceptron.batch(4)[1]
     results = []

@@ -1,4 +1,4 @@
-"""fastai: a learner with fastnn's loss, optimizer and fused head does all that learners do."""
+"""fastai: a learner with fastnn's loss, optimizer and fused head can do all that learners do."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def trained(learn: Learner, how: str, *arguments) -> Learner:
 
 
 def assert_same_predictions(ours: Learner, stock: Learner) -> None:
-    """With the same weights, up to a few float32 roundings: probabilities are below 1."""
+    """Equal up to a few float32 roundings: the weights are the same and probabilities below 1."""
     stock.model.load_state_dict(ours.model.state_dict())
     options = {"with_loss": True, "with_decoded": True}
     for mine, theirs in zip(ours.get_preds(**options), stock.get_preds(**options), strict=True):
@@ -95,7 +95,7 @@ def assert_same_predictions(ours: Learner, stock: Learner) -> None:
 
 @pytest.mark.parametrize(
     ("how", "arguments", "steps"),
-    # The recorder keeps the second part of fine_tune, in which all layers are trained.
+    # The recorder keeps the second part of fine_tune, which trains all layers.
     [("fit_one_cycle", (2, 0.02), 4), ("fine_tune", (1, 0.02), 2)],
 )
 def test_trains_as_stock(learn, stock, how, arguments, steps):
@@ -128,13 +128,13 @@ def test_lr_find(learn, stock):
         set_seed(1, reproducible=True)
         assert 1e-7 < learner.lr_find(num_it=20, show_plot=False).valley < 10
         losses.append(losses_of(learner))
-    # Its last steps, of too large a learning rate, amplify every rounding.
+    # The last steps have a large learning rate, which amplifies every rounding.
     assert losses[0][:10] == pytest.approx(losses[1][:10], rel=1e-3)
     assert all(torch.equal(learn.model.state_dict()[name], before[name]) for name in before)
 
 
 def test_to_fp16(learn, stock):
-    """fastai's mixed precision is CUDA's; here its callback passes everything through."""
+    """fastai's mixed precision is for CUDA; here its callback does nothing."""
     losses = [
         losses_of(trained(learner.to_fp16(), "fit_one_cycle", 1, 0.02))
         for learner in (learn, stock)
@@ -143,7 +143,7 @@ def test_to_fp16(learn, stock):
 
 
 def test_mixup(learn, stock):
-    """MixUp mixes class indices only where the loss says that it takes them."""
+    """MixUp mixes class indices only if the loss says that it accepts them."""
     losses = []
     for learner in (learn, stock):
         learner.add_cb(MixUp())
@@ -182,7 +182,7 @@ def test_export_and_load(learn, pictures):
 
 
 def packages_in(pickled: bytes) -> set[str]:
-    """Those that a pickle of torch.save's protocol imports from; other strings may be anything."""
+    """The packages that a pickle in torch.save's protocol imports from, ignoring other strings."""
     opcodes = pickletools.genops(pickled)
     names = [argument for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"]
     return {name.split()[0].split(".")[0] for name in names}
@@ -234,7 +234,7 @@ def segmenter(folder: Path, loss_func) -> Learner:
 
 
 def test_segmentation(tmp_path):
-    """Logits (N, C, H, W), and a class for each pixel."""
+    """Logits (N, C, H, W) and a class for each pixel."""
     rng = np.random.default_rng(0)
     (tmp_path / "masks").mkdir()
     for index in range(8):
@@ -259,7 +259,7 @@ def test_segmentation(tmp_path):
 
 
 def passengers() -> pd.DataFrame:
-    """A table like the Titanic's: who survives depends on sex, class and age; ages are missing."""
+    """A table like the Titanic's: survival depends on sex, class and age; some ages are missing."""
     rng = np.random.default_rng(0)
     count = 512
     table = pd.DataFrame(
@@ -278,7 +278,7 @@ def passengers() -> pd.DataFrame:
 
 
 def fused_loss() -> CrossEntropyLossFlat:
-    """fastai's own loss over our operator: it makes int64 of a table's int8 targets."""
+    """fastai's own loss with our operator: it converts a table's int8 targets to int64."""
     loss = CrossEntropyLossFlat()
     fastnn.fuse(loss.func, inplace=True)
     assert type(loss.func) is fastnn.nn.CrossEntropyLoss
@@ -312,7 +312,7 @@ def test_tables():
             losses.append(losses_of(trained(learn, "fit_one_cycle", 5, 0.05)))
     assert losses[0][:10] == pytest.approx(losses[1][:10], rel=1e-3)
     with ours.no_bar(), stock.no_bar():
-        assert ours.validate()[1] > 0.65  # half of the passengers survive, about
+        assert ours.validate()[1] > 0.65  # about half of the passengers survive
         assert_same_predictions(ours, stock)
         row = passengers().iloc[0]
         mine, theirs = ours.predict(row), stock.predict(row)
@@ -321,7 +321,7 @@ def test_tables():
 
 
 def test_autocast():
-    """bfloat16 on the CPU; fastai's own callback asks for CUDA."""
+    """bfloat16 on the CPU; fastai's own callback requires CUDA."""
     learn = table_learner(fused_loss(), our_sgd)
     learn.model = fastnn.fuse(learn.model)
     seen = set()

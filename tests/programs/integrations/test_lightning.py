@@ -24,7 +24,7 @@ program = load("with_lightning")
 
 
 class Plain(lightning.LightningModule):
-    """A module of people who have not heard of fastnn."""
+    """A module written without fastnn in mind."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
 
@@ -50,7 +50,7 @@ class Fast(Plain):
 
 
 class Manual(Fast):
-    """Steps by itself, with a closure."""
+    """Calls its optimizer itself, with a closure."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def seeded(kind: type[Plain]) -> Plain:
     return kind().double()
 
 
-# Lightning does not clip where a module steps by itself.
+# Lightning doesn't clip for a module that calls its optimizer itself.
 @pytest.mark.parametrize(("kind", "clip"), [(Fast, None), (Fast, 0.05), (Manual, None)])
 def test_a_module_fused_as_a_whole_trains_as_stock(kind, clip):
     ours, stock = seeded(kind), seeded(Plain)
@@ -119,7 +119,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path: Path):
     half = trainer(max_epochs=1)
     half.fit(first, batches())
     half.save_checkpoint(tmp_path / "half.ckpt")
-    # Stock modules and SGD take over what fastnn's have saved, too.
+    # Stock modules and SGD can load what fastnn's have saved, too.
     for kind in (Fast, Plain):
         resumed = seeded(kind)
         start = copy_of_state(resumed)
@@ -136,7 +136,7 @@ def test_autocast_reaches_the_fused_layers():
     assert {parameter.dtype for parameter in fused.parameters()} == {torch.float32}
 
 
-# bfloat16 has 8 bits, a unit in the last place is 0.8 % at most: ten losses are within a few.
+# bfloat16 has 8 bits, so one unit in the last place is at most 0.8 %: ten losses are within a few.
 @pytest.mark.parametrize(("precision", "rel"), [("32-true", 1e-3), ("bf16-mixed", 0.03)])
 def test_the_program_learns_as_stock(precision, rel, monkeypatch):
     model, losses = program.train(precision)

@@ -42,7 +42,7 @@ def test_it_learns_as_stock(digits, monkeypatch):
 
 
 def test_probabilities(digits):
-    """skorch chooses the softmax by the class of the loss."""
+    """skorch decides on a softmax by the loss's class."""
     net = fitted(digits, max_epochs=1)
     probabilities = net.predict_proba(digits[1].images)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
@@ -59,7 +59,7 @@ def test_pickled_and_cloned(digits):
     for trained in (again, net):
         torch.manual_seed(1)
         trained.partial_fit(digits[0].images, digits[0].labels)
-    # The momentum has come along, or the second of these batches would differ.
+    # The momentum was saved, too, or the second of these batches would differ.
     assert again.history[-1]["batches"] == net.history[-1]["batches"]
     assert clone(net).optimizer is fastnn.optim.SGD
 

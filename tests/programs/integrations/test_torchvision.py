@@ -22,7 +22,7 @@ HEADS = {
 
 def train(model: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     dtype = next(model.parameters()).dtype
-    torch.manual_seed(1)  # of the pictures, and of the dropout behind the fused layers
+    torch.manual_seed(1)  # seeds the images, and the dropout after the fused layers
     for _ in range(2):
         pictures = torch.rand(2, 3, 64, 64, dtype=dtype)
         optimizer.zero_grad()
@@ -53,9 +53,9 @@ def test_the_tutorials_step_is_stocks(monkeypatch):
     monkeypatch.setattr(program, "fastnn", STOCK)
     stock = program.step()
     for (name, mine), theirs in zip(ours.named_parameters(), stock.parameters(), strict=True):
-        # The same operators ran forward and backward; only the step is another.
+        # Forward and backward ran the same operators; only the step differs.
         assert torch.equal(mine.grad, theirs.grad), name
-        # lr * grad is rounded by one, and part of a fused multiply and add of the other.
+        # One rounds lr * grad; the other includes it in a fused multiply-add.
         torch.testing.assert_close(
             mine, theirs, rtol=1e-6, atol=1e-6 * float(mine.grad.abs().max())
         )

@@ -115,7 +115,7 @@ def test_t5():
 
 
 def test_opt_compiled():
-    """Its layer's forward is decorated, and too long for fuse: the compiler looks into it."""
+    """fuse can't handle its layer's long, decorated forward; the compiler can."""
     config = OPTConfig(
         vocab_size=64,
         hidden_size=16,
@@ -126,7 +126,7 @@ def test_opt_compiled():
         word_embed_proj_dim=16,
         dropout=0.0,
     )
-    stock = OPTForCausalLM(config)  # whose loss is of float32 logits in any case
+    stock = OPTForCausalLM(config)  # its loss always uses float32 logits
     start = copy_of_state(stock)
     names = []
 
