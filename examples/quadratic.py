@@ -3,8 +3,8 @@
 #
 # Training has three parts: a model with parameters, a loss that says how wrong it is, and steps
 # downhill along the loss's gradient. Here they fit a curve through noisy points: first with a
-# formula that has the right form, then with a neural network, which needs none. The network is made
-# of what fastnn computes in one piece: lines `m*x + b`, clipped at zero.
+# formula of the right form, then with a neural network, which needs none. The network consists of
+# lines `m*x + b` clipped at zero, which fastnn computes in one operator.
 
 # %%
 import copy
@@ -20,8 +20,8 @@ import fastnn
 # %% [markdown]
 # ## The points
 #
-# They lie on 3x² + 2x + 1, with noise of variance 1: no curve brings the mean of the squared errors
-# much below 1, but by following the noise.
+# They lie on 3x² + 2x + 1, with noise of variance 1: no curve brings the mean squared error much
+# below 1, except by following the noise.
 
 # %%
 torch.manual_seed(0)
@@ -30,7 +30,7 @@ y = 3 * x**2 + 2 * x + 1 + torch.randn_like(x)
 
 
 def draw(title, predict, losses):
-    """Draws the fit on the left, the way down to it on the right."""
+    """Draws the fit on the left and the losses on the way to it on the right."""
     print(f"{title}: loss {losses[0]:.1f} -> {losses[-1]:.2f}")
     _, (fit, way) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     fit.scatter(x, y, s=6, color="#8d99ae")
@@ -44,8 +44,8 @@ def draw(title, predict, losses):
 # %% [markdown]
 # ## A quadratic
 #
-# Gradient descent by hand: `backward` says how the loss changes with `a`, `b` and `c`, and each
-# moves a little against that.
+# Gradient descent by hand: `backward` says how the loss changes with `a`, `b` and `c`, and each of
+# them moves a little in the opposite direction.
 
 # %%
 abc = torch.zeros(3, requires_grad=True)
@@ -70,10 +70,10 @@ draw("a*x² + b*x + c", quadratic, losses)
 # %% [markdown]
 # ## Two rectified lines
 #
-# Suppose that nobody knew the form. A rectified linear unit is a line that stops at zero:
+# Suppose we didn't know the form. A rectified linear unit is a line that stops at zero:
 # `relu(m*x + b)`. `LinearReLU(1, 2)` holds two of them: the product, the sum and the clipping are
-# one operator, their gradients another. The loop is the one above, with `SGD` for the step. Which
-# way a unit leans is drawn at random; here each has a side of its own.
+# one operator, their gradients another. The loop is the one above, with `SGD` for the step. The
+# direction of each unit is drawn at random; here there is one for each side.
 
 
 # %%
@@ -101,9 +101,8 @@ draw("two units", two, train(two, steps=300, lr=0.01))
 # %% [markdown]
 # ## Many
 #
-# With more corners the lines close in on the curve. A weight for each unit lets them go down as
-# well as up: that is a neural network with one hidden layer, and with enough units it fits any
-# curve.
+# With more corners the lines approach the curve. A weight for each unit lets them go down as well
+# as up: that is a neural network with one hidden layer, and with enough units it fits any curve.
 
 # %%
 many = nn.Sequential(fastnn.nn.LinearReLU(1, 50), nn.Linear(50, 1))
@@ -113,7 +112,7 @@ draw("fifty units, weighted", many, train(many, steps=500, lr=0.01))
 # ## An existing model
 #
 # Nothing has to be rewritten: `fuse` finds the pairs of `Linear` and `ReLU` in a model of PyTorch's
-# own layers. The parameters stay the same objects: what the fused model learns, the other knows.
+# own layers. The parameters stay the same objects, so both models learn when one is trained.
 
 # %%
 stock = nn.Sequential(nn.Linear(1, 50), nn.ReLU(), nn.Linear(50, 1))
@@ -125,9 +124,9 @@ print("the same numbers:", torch.allclose(fused(x), stock(x)))
 # %% [markdown]
 # ## In one call
 #
-# `train_step` makes one call of the lines in the loop: forward, loss, backward and update. The
-# losses are the loop's, and so are the parameters and the optimizer's state: either may go on where
-# the other stopped.
+# `train_step` turns the lines of the loop into one call: forward, loss, backward and update. Losses,
+# parameters and the optimizer's state are the loop's, so either can continue where the other
+# stopped.
 
 # %%
 model = nn.Sequential(fastnn.nn.LinearReLU(1, 50), nn.Linear(50, 1))
