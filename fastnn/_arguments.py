@@ -1,6 +1,6 @@
-"""The types of the operators' arguments, and torch's older ways to state them.
+"""Type checks of the operators' arguments, and torch's older ways to specify them.
 
-A function calls these where an argument is not of the usual type: at small sizes a call costs as
+Functions call these only if an argument is not of the usual type: at small sizes a call costs as
 much as the checks do.
 """
 
@@ -14,7 +14,7 @@ from fastnn._torch import legacy_reduction, softmax_dim
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
-    """Raises what torch's own argument parser raises for an argument that is no tensor."""
+    """Raises what torch's own argument parser raises for an argument that is not a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
@@ -22,7 +22,7 @@ def check_tensor(function: str, name: str, value: object) -> None:
 
 
 def _check_number(function: str, name: str, value: object, kind: type) -> None:
-    """Likewise for an argument that is no number of the kind."""
+    """Raises what torch's own argument parser raises for an argument that is not such a number."""
     if not hasattr(type(value), {int: "__index__", float: "__float__"}[kind]):
         raise TypeError(
             f"{function}(): argument '{name}' must be {kind.__name__}, not {type(value).__name__}"
@@ -32,7 +32,7 @@ def _check_number(function: str, name: str, value: object, kind: type) -> None:
 def check_linear_arguments(
     function: str, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> None:
-    """Raises TypeError for an argument of ``linear`` or ``linear_relu`` that is no tensor."""
+    """Raises TypeError for an argument of ``linear`` or ``linear_relu`` that is not a tensor."""
     check_tensor(function, "input", input)
     check_tensor(function, "weight", weight)
     if bias is not None:
@@ -44,9 +44,9 @@ def mlp_layers(
     biases: list[Tensor | None] | None,
     activations: Sequence[str | None] | None,
 ) -> tuple[list[Tensor], list[Tensor | None], list[bool]]:
-    """The weights, the biases, and whether a ReLU follows, of each layer of ``mlp``.
+    """The weight, the bias and whether a ReLU follows, for each layer of ``mlp``.
 
-    Raises TypeError for what is no tensor, ValueError for lists that don't fit each other.
+    Raises TypeError for entries that are not tensors, ValueError for lists that don't match.
     """
     biases = [None] * len(weights) if biases is None else biases
     if activations is None:
@@ -74,7 +74,7 @@ def mlp_layers(
 
 
 def log_softmax_dim(input: Tensor, dim: int | None, stacklevel: int) -> int:
-    """Returns the dimension meant; raises TypeError for what is none."""
+    """The dimension meant; raises TypeError for anything but a number."""
     if dim is None:
         return softmax_dim("log_softmax", input.dim(), stacklevel)
     _check_number("log_softmax", "dim", dim, int)
@@ -93,7 +93,7 @@ def check_loss_arguments(
 
 
 def loss_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """Returns the reduction meant; raises ValueError for what is none."""
+    """The reduction meant; raises ValueError for one that is not a string."""
     if size_average is not None or reduce is not None:
         return legacy_reduction(size_average, reduce)
     if type(reduction) is not str:
@@ -102,7 +102,7 @@ def loss_reduction(size_average: bool | None, reduce: bool | None, reduction: st
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises TypeError for what is no number."""
+    """Raises TypeError for anything but a number."""
     _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
 
 
@@ -132,10 +132,10 @@ def check_linear_cross_entropy_arguments(
 def check_linear_cross_entropy_shapes(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
 ) -> tuple[int, ...]:
-    """Raises RuntimeError, in PyTorch's words, for a linear layer that its input doesn't fit.
+    """Raises RuntimeError, in PyTorch's words, for a linear layer that doesn't match its input.
 
     Returns:
-        The number of classes, and the sizes of the positions.
+        The number of classes, followed by the sizes of the positions.
     """
     if input.dim() < 1:
         raise RuntimeError(f"expected input with dimensionality 1 or more, got {input.dim()}")

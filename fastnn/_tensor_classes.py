@@ -1,8 +1,8 @@
-"""Arguments of classes that know PyTorch's functions or operators, and not ours.
+"""Arguments of tensor classes that know PyTorch's functions or operators but not ours.
 
-Quantised weights, the weights of per-sample gradients, DTensors and the like know ``F.linear`` by
-``__torch_function__``, or aten's operators by ``__torch_dispatch__``. They get PyTorch's own
-functions. A class is asked with our function first, and one that hands it on keeps our operators.
+Quantised weights, the weights of per-sample gradients, DTensors and the like handle ``F.linear`` in
+``__torch_function__``, or aten's operators in ``__torch_dispatch__``. They get PyTorch's own
+functions. A class first sees our function; if it passes that on, our operators run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.overrides import handle_torch_function
 
 from fastnn._torch import TRACING_CLASSES, enable_torch_function
 
-# The classes without a say. A look-up costs less than isinstance(): it is part of every call.
+# Classes that never intervene. A look-up is cheaper than isinstance(), and every call makes one.
 PLAIN = frozenset({Tensor, Parameter})
 PLAIN_OR_NONE = PLAIN | {type(None)}
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's own functions for this operator; each of the others has one in PyTorch."""
+    """PyTorch's own functions for this operator; most others have a single one in PyTorch."""
     return F.relu(F.linear(input, weight, bias))
 
 
@@ -35,7 +35,7 @@ def mlp(
     biases: Sequence[Tensor | None] | None = None,
     activations: Sequence[str | None] | None = None,
 ) -> Tensor:
-    """Likewise, layer by layer."""
+    """PyTorch's own functions for this operator, layer by layer."""
     if activations is None:
         activations = ["relu"] * (len(weights) - 1) + [None]
     for weight, bias, activation in zip(
@@ -62,9 +62,9 @@ def linear_cross_entropy(
     normalizer: Tensor | float | None = None,
     returns: Collection[str] = (),
 ) -> Tensor:
-    """PyTorch's own functions for this operator, whose later arguments PyTorch's has not."""
+    """PyTorch's own functions for this operator, with the arguments that PyTorch's lacks."""
     if returns:
-        raise NotImplementedError(f"returns is not there for {type(linear_weight).__name__}")
+        raise NotImplementedError(f"returns is not supported for {type(linear_weight).__name__}")
     *outputs, features = linear_weight.shape
     if len(outputs) > 1:  # the positions of a K-dimensional loss
         linear_weight = linear_weight.reshape(-1, features)
@@ -105,7 +105,7 @@ def linear_cross_entropy(
 def mean_divisor(
     target: Tensor, weight: Tensor | None, ignore_index: int | None, rows: int
 ) -> Tensor:
-    """What the mean of a loss divides by; ``ignore_index`` is None for class probabilities."""
+    """The divisor of a mean loss; ``ignore_index`` is None for class probabilities."""
     if ignore_index is None:
         return torch.full((), rows, device=target.device)
     counts = target != ignore_index
@@ -117,9 +117,9 @@ def mean_divisor(
 
 
 def need_torch(*tensors: Tensor | None) -> bool:
-    """Whether a tensor's class has a ``__torch_dispatch__``, which needn't know our operators.
+    """Whether a tensor's class has its own ``__torch_dispatch__``, which may not know ours.
 
-    The classes that trace know every operator, and are to see ours.
+    The classes of tracers know every operator and should see ours.
     """
     return any(
         isinstance(tensor, Tensor)
@@ -130,7 +130,7 @@ def need_torch(*tensors: Tensor | None) -> bool:
 
 
 def have_no_say(*tensors: Tensor | None) -> bool:
-    """Whether all are of classes that leave each function and operator as it is."""
+    """Whether all are of classes that leave functions and operators alone."""
     return all(
         type(tensor) in PLAIN_OR_NONE or isinstance(tensor, TRACING_CLASSES) for tensor in tensors
     )
@@ -139,9 +139,9 @@ def have_no_say(*tensors: Tensor | None) -> bool:
 def call_torch(torchs: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Calls PyTorch's function so that the arguments' classes see it.
 
-    A class that has handed our function on has turned its ``__torch_function__`` off before.
+    A class that has passed our function on has disabled its ``__torch_function__`` before.
     """
-    if is_dynamo_compiling():  # it can't trace the context, and ask_classes leaves no need of it
+    if is_dynamo_compiling():  # can't be traced, and isn't needed after ask_classes
         return torchs(*args, **kwargs)
     with enable_torch_function():
         return torchs(*args, **kwargs)
@@ -157,24 +157,24 @@ def ask_classes(
     """Calls our function through the modes and classes that want to see it.
 
     Args:
-        ours: the function for users.
-        torchs: PyTorch's function of the same arguments, for classes that refuse ours.
+        ours: the public function.
+        torchs: PyTorch's function with the same arguments, for classes that reject ours.
         tensors: the arguments that may be of such a class.
         *args, **kwargs: all arguments.
 
     Returns:
-        What the mode or the class makes of ``ours``; where that raises, the result of ``torchs``.
+        The mode's or class's result for ``ours``; if that raises, the result of ``torchs``.
 
     Raises:
-        Exception: what ``torchs`` raises; where a mode alone looks on, what it or ``ours`` raises.
+        Exception: what ``torchs`` raises; if only a mode is involved, what it or ``ours`` raises.
     """
     if all(type(tensor) in PLAIN_OR_NONE for tensor in tensors):
         return handle_torch_function(ours, tensors, *args, **kwargs)
     if is_dynamo_compiling() and need_torch(*tensors):
-        # It can't trace how a class refuses; here the class still sees PyTorch's function.
+        # Dynamo can't trace a class's rejection; here the class still sees PyTorch's function.
         return torchs(*args, **kwargs)
     try:
         return handle_torch_function(ours, tensors, *args, **kwargs)
     except Exception:
-        pass  # torchs runs outside of this block, so that its own error stands alone
+        pass  # torchs runs outside this block, so that its own error is not chained to this one
     return torchs(*args, **kwargs)

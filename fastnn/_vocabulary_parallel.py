@@ -1,6 +1,5 @@
-"""linear_cross_entropy where the weight's classes are split over processes: each has the logits of
-its own classes, block by block. They exchange three numbers for each row, and the gradient of the
-input."""
+"""linear_cross_entropy with the weight's classes sharded over processes: each computes the logits
+of its classes, block by block. They exchange three numbers per row, and the input's gradient."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 def is_split_by_classes(
     linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, label_smoothing: float
 ) -> bool:
-    """Whether this serves: weight and bias split by classes on a mesh of one dimension, and class
-    indices for targets; label smoothing would take sums over all logits."""
+    """Whether this implementation applies: weight and bias sharded by classes over a mesh of one
+    dimension, and class indices as targets. Label smoothing would need sums over all logits."""
     if linear_weight.dim() != 2 or target.is_floating_point() or label_smoothing != 0:
         return False
     return all(
@@ -46,11 +45,11 @@ def linear_cross_entropy(
     z_loss: float,
     normalizer: Tensor | float | None,
 ) -> Tensor:
-    """:func:`fastnn.functional.linear_cross_entropy` of a weight that is split by classes.
+    """:func:`fastnn.functional.linear_cross_entropy` with a weight that is sharded by classes.
 
     Args:
-        input: whole in each process: a tensor, or a DTensor, whose loss is one too.
-        target: class indices, likewise.
+        input: whole in each process: a tensor, or a DTensor, whose loss is a DTensor, too.
+        target: class indices; whole in each process, a tensor or a DTensor.
     """
     mesh = cast("DTensor", linear_weight).device_mesh
     classes, processes = linear_weight.shape[0], mesh.size()
@@ -85,7 +84,7 @@ def linear_cross_entropy(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be a DTensor."""
+    """The whole of a tensor that may be a DTensor."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
@@ -117,7 +116,7 @@ class _VocabularyParallel(torch.autograd.Function):
         else:
             lse = input.new_full((2, len(input)), -torch.inf, dtype=wide)
             of_target = lse.new_zeros(len(input))
-        # The processes' numbers in their order: the same bits in each.
+        # The processes' numbers in rank order: every process computes the same bits.
         parts = [torch.empty_like(torch.cat([lse, of_target[None]])) for _ in range(group.size())]
         torch.distributed.all_gather(parts, torch.cat([lse, of_target[None]]), group=group)
         maximum, log_sum, of_target = torch.stack(parts).unbind(1)
@@ -146,7 +145,7 @@ class _VocabularyParallel(torch.autograd.Function):
                     of_softmax, input, weight, index, bias, *options
                 )
             )
-            # The operator has taken `of_softmax` from each row's class, not what the loss takes.
+            # The operator subtracted `of_softmax` at each row's class, instead of `of_target`.
             correction = of_softmax - of_target.where(is_mine, 0)
             if softcap is not None or scale != 1:
                 correction = correction * _slope(input, weight[index], bias, index, softcap, scale)
@@ -163,7 +162,7 @@ class _VocabularyParallel(torch.autograd.Function):
 def _add_at_class(
     grads: list[Tensor | None], factor: Tensor, input: Tensor, weight: Tensor, index: Tensor
 ) -> None:
-    """Adds what a gradient of the logits has at one class of each row alone."""
+    """Adds the part of the gradient that comes from the logit of one class per row."""
     grad_input, grad_weight, grad_bias = grads
     if grad_input is not None:
         grad_input += factor[:, None] * weight[index]
@@ -181,7 +180,7 @@ def _slope(
     softcap: float | None,
     scale: float,
 ) -> Tensor | float:
-    """The derivative of the adjusted logit at one class of each row."""
+    """The derivative of the adjusted logit of one class per row."""
     if softcap is None:
         return scale
     logit = (input * weight_rows).sum(1) + (0 if bias is None else bias[index])

@@ -1,12 +1,12 @@
 """The operators as subclasses of :class:`torch.autograd.Function`, to read and to subclass.
 
 ``apply`` takes the arguments of the function of the same name in :mod:`fastnn.functional`, and
-gives its numbers, gradients of any order and transforms. The extension's operators run, or those of
-:mod:`fastnn.reference` where they don't serve. A function of :mod:`fastnn.functional` costs less a
-call: there C++ keeps the record that PyTorch keeps in Python for a class.
+gives the same numbers, gradients of any order and transforms. It runs the extension's operators,
+or those of :mod:`fastnn.reference` where they can't serve. A function of :mod:`fastnn.functional`
+has less overhead: C++ keeps the record that PyTorch keeps in Python for a class.
 
-The compiler takes the operator in place of a class of this module, and runs a subclass outside of
-its graph. :func:`torch.func.functionalize` takes no ``Function``.
+The compiler replaces a class of this module by the operator, and runs a subclass outside of its
+graph. :func:`torch.func.functionalize` supports no ``Function``.
 
 >>> import torch, fastnn
 >>> class ClippedCrossEntropy(fastnn.autograd.CrossEntropy):
@@ -61,7 +61,7 @@ __all__ = [
 class Linear(Operator):
     """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear`.
 
-    Input and weight are each kept where the other one's gradient takes them.
+    Input and weight are each saved only if the other one's gradient needs them.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.Linear.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
@@ -76,7 +76,7 @@ class Linear(Operator):
             return cls._stands_for(input, weight, bias)
         check_linear_arguments(cls._stands_for.__name__, input, weight, bias)
         if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            # A vector for a weight, a bias that is broadcast: torch takes them.
+            # torch accepts a vector as weight, and a bias that is broadcast.
             return cls._stands_for(input, weight, bias)
         return cls.record(input, weight, bias)
 
@@ -107,7 +107,7 @@ class Linear(Operator):
 class LinearReLU(Linear):
     """``apply(input, weight, bias=None)``; see :func:`fastnn.functional.linear_relu`.
 
-    The output is kept, and of input and weight what the other one's gradient takes.
+    The output is saved, and input and weight only if the other one's gradient needs them.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.LinearReLU.apply(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.0]]))
@@ -138,7 +138,7 @@ class LinearReLU(Linear):
 
 
 def _factors_to_keep(ctx: Any, inputs: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """Input and weight where derivatives take them: each serves the other one's alone."""
+    """Input and weight, each only if the other one's derivative needs it."""
     input, weight, _ = inputs
     wants_input, wants_weight, _ = ctx.needs_input_grad
     if in_forward_mode():
@@ -159,7 +159,7 @@ def _linear_jvp(
     if of_weight is not None:
         terms.append(input @ of_weight.T)
     if of_bias is not None:
-        # No view of it: PyTorch refuses that as the tangent of an output.
+        # Not a view of it, which PyTorch rejects as the tangent of an output.
         terms.append(of_bias + input.new_zeros(*input.shape[:-1], 1))
     return sum(terms[1:], terms[0])
 
@@ -167,7 +167,7 @@ def _linear_jvp(
 class LogSoftmax(Operator):
     """``apply(input, dim, ..., dtype=None)``; see :func:`fastnn.functional.log_softmax`.
 
-    The output alone is kept.
+    Only the output is saved.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.LogSoftmax.apply(torch.zeros(2), 0)
@@ -190,7 +190,7 @@ class LogSoftmax(Operator):
         dim = index(log_softmax_dim(input, dim, _stacklevel + 1))
         if dtype is None:
             return cls.record(input, dim)
-        with torch.autocast(input.device.type, enabled=False):  # this dtype outranks autocast's
+        with torch.autocast(input.device.type, enabled=False):  # dtype= outranks autocast
             return cls.record(input.to(dtype), dim)
 
     @staticmethod
@@ -222,7 +222,7 @@ class LogSoftmax(Operator):
 class NLLLoss(Loss):
     """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.nll_loss`.
 
-    ``forward`` also returns the total weight of the rows, which ``'mean'`` divides by.
+    ``forward`` also returns the total weight of the rows, by which ``'mean'`` divides.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.NLLLoss.apply(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
@@ -279,8 +279,8 @@ class NLLLoss(Loss):
 class CrossEntropy(Loss):
     """``apply(input, target, weight=None, ...)``; see :func:`fastnn.functional.cross_entropy`.
 
-    ``forward`` also returns what it keeps of the input for the backward, in two parts, and the
-    total weight of the rows. The first part has a derivative, for derivatives of higher orders.
+    ``forward`` also returns what it saves of the input for the backward, in two parts, and the
+    total weight of the rows. The first part is differentiable, for derivatives of higher orders.
 
     >>> import torch, fastnn
     >>> fastnn.autograd.CrossEntropy.apply(torch.zeros(1, 2), torch.tensor([1]))
@@ -309,7 +309,7 @@ class CrossEntropy(Loss):
     def forward(
         input: Tensor, target: Tensor, weight: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        # The reference keeps the logits, where a kernel may keep the gradient alone.
+        # The reference saves the logits, while a kernel may save only the gradient.
         operators = reference if options.keep_logits else operators_for(input, target, weight)
         return operators.cross_entropy_forward(input, target, weight, *options.values, options.keep)
 
@@ -352,7 +352,7 @@ class CrossEntropy(Loss):
         kept, target, weight, _, total_weight = saved = ctx.saved_tensors
         ignore_index, reduction, label_smoothing = ctx.options
         check_weight(target, of_weight is not None)
-        of_kept = torch.zeros_like(kept)  # autograd takes no None for it
+        of_kept = torch.zeros_like(kept)  # autograd doesn't accept None here
         terms = []
         if of_input is not None:
             of_kept = reference.cross_entropy_kept_backward(of_input, *saved, *ctx.options)
@@ -361,7 +361,7 @@ class CrossEntropy(Loss):
             gradient = reference.cross_entropy_backward(ones, *saved, *ctx.options)
             rows = (gradient * of_input).sum(class_dim)
             terms.append(rows if reduction == "none" else rows.sum())
-        # It is linear in the probabilities but for what the smoothing adds, and in their weights.
+        # The loss is linear in the probabilities, up to the share of smoothing, and in the weights.
         if of_target is not None:
             loss = reference.cross_entropy(kept, of_target, weight, ignore_index, reduction)
             terms.append((1 - label_smoothing) * loss)
@@ -373,8 +373,8 @@ class CrossEntropy(Loss):
 def _operators_for_kept(
     kept: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor | None, total_weight: Tensor
 ) -> Any:
-    """The operators whose backward takes what was kept."""
-    # For logits in the dtype of the sums the kernels keep the gradient, without a log-sum-exp.
+    """The operators whose backward accepts what was saved."""
+    # The kernels save the gradient, without a log-sum-exp, of logits in the dtype of the sums.
     if lse is not None and kept.dtype == total_weight.dtype:
         return reference
     return operators_for(kept, target, weight)
@@ -384,9 +384,9 @@ class LinearCrossEntropy(Operator):
     """``apply(input, linear_weight, target, *, linear_bias=None, ...)``; see
     :func:`fastnn.functional.linear_cross_entropy`.
 
-    ``forward`` takes the operator's arguments, and also returns what the backward takes: the
+    ``forward`` takes the operator's arguments, and also returns what the backward needs: the
     gradients of a reduced loss, or each row's log-sum-exp. For derivatives of higher orders the
-    backward computes all the logits once more.
+    backward recomputes all the logits.
 
     >>> import torch, fastnn
     >>> x, w = torch.ones(1, 2), torch.zeros(2, 2)
@@ -414,7 +414,7 @@ class LinearCrossEntropy(Operator):
         z_loss: float = 0.0,
         normalizer: Tensor | float | None = None,
     ) -> Any:
-        if _operands:  # a transform's
+        if _operands:  # a transform passes them
             return cls.record(input, linear_weight, target, *_operands)
         tensors = (input, linear_weight, target, linear_bias, weight)
         keywords: dict[str, Any] = {
@@ -428,7 +428,7 @@ class LinearCrossEntropy(Operator):
             "z_loss": z_loss,
             "normalizer": normalizer,
         }
-        # The derivatives by class probabilities and by weights are the function's.
+        # Derivatives by class probabilities, weights and the normalizer are the function's.
         is_partial = (target.is_floating_point() and may_be_differentiated(target)) or any(
             isinstance(other, Tensor) and other.requires_grad for other in (weight, normalizer)
         )
@@ -439,7 +439,7 @@ class LinearCrossEntropy(Operator):
 
     @classmethod
     def _call(cls, *operands: Any) -> Tensor:
-        """What the operator does, with its arguments."""
+        """Implements the call, with the operator's arguments."""
         *tensors, reduction, ignore_index, label_smoothing, softcap, scale, z, normalizer, _ = (
             operands
         )

@@ -1,20 +1,20 @@
 """The operators as functions, with the signatures and semantics of :mod:`torch.nn.functional`.
 
-All take float64, float32, bfloat16 or float16 tensors in any memory layout. Sums are carried in
-float32 (float64 for float64 inputs) and the result is rounded once to the input's dtype. Each is
-differentiable any number of times with respect to its floating-point input.
+All accept float64, float32, bfloat16 or float16 tensors in any memory layout. Sums are accumulated
+in float32 (float64 for float64 inputs), and the result is rounded once to the input's dtype. Each
+function is differentiable any number of times with respect to its floating-point input.
 
 Under :class:`torch.autocast` they follow torch's rules: ``linear``, ``linear_relu`` and ``mlp`` run
 in autocast's dtype, ``nll_loss`` and ``cross_entropy`` in float32, ``log_softmax`` in float32 on
-CUDA and in its input's dtype on the CPU; ``linear_cross_entropy`` takes the product in autocast's
-dtype and the loss in float32.
+CUDA and in its input's dtype on the CPU; ``linear_cross_entropy`` computes the product in
+autocast's dtype and the loss in float32.
 
-A tensor of a class with a ``__torch_dispatch__`` of its own (quantised weights,
-:class:`torch.distributed.tensor.DTensor`), or of one whose ``__torch_function__`` refuses these
-functions (the weights of per-sample gradients), takes torch's own: ``F.relu(F.linear(...))``.
+Tensors of a class with its own ``__torch_dispatch__`` (quantised weights,
+:class:`torch.distributed.tensor.DTensor`), or whose ``__torch_function__`` rejects these functions
+(the weights of per-sample gradients), use torch's own: ``F.relu(F.linear(...))``.
 
-An argument that is no tensor raises ``TypeError``, one of another dtype, shape or device than the
-operator takes ``RuntimeError`` or ``ValueError``, as in torch; the message names the argument.
+An argument that is not a tensor raises ``TypeError``, one of an unsupported dtype, shape or device
+``RuntimeError`` or ``ValueError``, as in torch; messages name the argument.
 """
 
 from __future__ import annotations
@@ -74,20 +74,20 @@ __all__ = [
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``input @ weight.T + bias``: :func:`torch.nn.functional.linear`.
 
-    The backward computes only the gradients asked for. Autograd keeps what torch keeps: the input
-    where the weight wants a gradient, the weight where the input does.
+    The backward only computes the gradients that are needed. Autograd saves what torch saves: the
+    input if the weight needs a gradient, the weight if the input does.
 
     Args:
         input: ``(*, in_features)``.
         weight: ``(out_features, in_features)``, of the input's dtype and device.
-        bias: ``(out_features)``, likewise; or None.
+        bias: ``(out_features)``, of the input's dtype and device; or None (default).
 
     Returns:
         ``(*, out_features)``, of the input's dtype.
 
     Raises:
-        TypeError: an argument is no tensor.
-        RuntimeError: dtypes or devices differ, or the shapes don't fit.
+        TypeError: an argument is not a tensor.
+        RuntimeError: dtypes or devices differ, or the shapes don't match.
 
     >>> import torch, fastnn
     >>> x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
@@ -107,21 +107,21 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     r"""``relu(input @ weight.T + bias)`` in one operator: :func:`torch.nn.functional.linear`
     followed by :func:`torch.nn.functional.relu`.
 
-    The backward takes its mask from the sign of the output, and computes only the gradients asked
-    for. Beside the output autograd keeps what torch's linear keeps: the input where the weight
-    wants a gradient, the weight where the input does. NaNs pass through.
+    The backward takes its mask from the sign of the output, and only computes the gradients that
+    are needed. Besides the output autograd saves what it saves for torch's linear: the input if the
+    weight needs a gradient, the weight if the input does. NaNs are propagated.
 
     Args:
         input: ``(*, in_features)``.
         weight: ``(out_features, in_features)``, of the input's dtype and device.
-        bias: ``(out_features)``, likewise; or None.
+        bias: ``(out_features)``, of the input's dtype and device; or None (default).
 
     Returns:
         ``(*, out_features)``, of the input's dtype.
 
     Raises:
-        TypeError: an argument is no tensor.
-        RuntimeError: dtypes or devices differ, or the shapes don't fit.
+        TypeError: an argument is not a tensor.
+        RuntimeError: dtypes or devices differ, or the shapes don't match.
 
     >>> import torch, fastnn
     >>> x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
@@ -146,29 +146,30 @@ def mlp(
     biases: Sequence[Tensor | None] | None = None,
     activations: Sequence[str | None] | None = None,
 ) -> Tensor:
-    r"""Linear layers in a row, each with a ReLU behind it or not, as one operator: a multilayer
+    r"""Linear layers in a row, each optionally followed by a ReLU, as one operator: a multilayer
     perceptron.
 
-    Autograd has one node for all of them. Its backward computes only the gradients asked for, and
-    hands the gradient from one layer's product to the next, which has the ReLU's mask applied to
-    it. It keeps what torch keeps: a layer's input where its weight wants a gradient, its weight
-    where a layer before it does. Where the backward is differentiated itself, the layers' outputs
-    are computed anew.
+    Autograd has a single node for all of them. Its backward only computes the gradients that are
+    needed, and passes the gradient from one layer's product, with the ReLU's mask applied, directly
+    to the next. It saves what torch saves: a layer's input if its weight needs a gradient, its
+    weight if anything before it does. If the backward itself is differentiated, the layers' outputs
+    are recomputed.
 
     Args:
         input: ``(*, in_features)``.
-        weights: each layer's, ``(out_features, in_features)``, of the input's dtype and device;
-            one or more.
-        biases: each layer's, ``(out_features)``, likewise; or None (default: none has one).
-        activations: ``"relu"`` or None for each layer (default: ReLU behind all but the last).
+        weights: each layer's, ``(out_features, in_features)``, of the input's dtype and device; at
+            least one.
+        biases: each layer's, ``(out_features)``, of the input's dtype and device, or None; None for
+            no biases at all (default).
+        activations: ``"relu"`` or None for each layer (default: ReLU after all but the last).
 
     Returns:
-        ``(*, out_features)`` of the last layer, of the input's dtype.
+        The last layer's ``(*, out_features)``, of the input's dtype.
 
     Raises:
-        TypeError: an argument is no tensor.
-        ValueError: the lists are not of one length, or are empty; an activation is another.
-        RuntimeError: dtypes or devices differ, or the shapes don't fit.
+        TypeError: an argument is not a tensor.
+        ValueError: the lists differ in length or are empty; an activation is unknown.
+        RuntimeError: dtypes or devices differ, or the shapes don't match.
 
     >>> import torch, fastnn
     >>> x, w1, w2 = torch.randn(4, 3), torch.randn(8, 3), torch.randn(2, 8)
@@ -188,7 +189,7 @@ def mlp(
     weights, biases, relu = mlp_layers(weights, biases, activations)
     if need_torch(input, *weights, *biases):
         return call_torch(_tensor_classes.mlp, input, weights, biases, activations)
-    if is_tracing():  # torch.jit.trace takes no operator over lists of what may be absent
+    if is_tracing():  # torch.jit.trace can't record lists of optional tensors
         for weight, bias, has_relu in zip(weights, biases, relu, strict=True):
             input = (linear_relu if has_relu else linear)(input, weight, bias)
         return input
@@ -204,21 +205,21 @@ def log_softmax(
     r"""``log(softmax(input))`` along ``dim``: :func:`torch.nn.functional.log_softmax`.
 
     Computed as ``(x - max) - log(sum(exp(x - max)))``, in that order, which neither overflows nor
-    loses the small differences of large logits.
+    loses small differences between large logits.
 
     Args:
         input: any shape, 0-d included.
-        dim: the dimension whose slices are normalised; None chooses as torch does, with its
-            deprecation warning.
-        dtype: the input is cast to it first (default: the input's own).
+        dim: the dimension whose slices are normalised; None (default) chooses as torch does, with
+            its deprecation warning.
+        dtype: cast the input to it first (default: no cast).
 
     Returns:
-        The input's shape, contiguous.
+        A contiguous tensor of the input's shape.
 
     Raises:
-        TypeError: the input is no tensor.
+        TypeError: the input is not a tensor.
         IndexError: ``dim`` is out of range.
-        NotImplementedError: the dtype is no floating-point one.
+        NotImplementedError: the dtype is not floating-point.
 
     >>> import torch, fastnn
     >>> fastnn.functional.log_softmax(torch.zeros(2), dim=0).exp()
@@ -237,14 +238,14 @@ def log_softmax(
     if type(input) not in PLAIN:
         check_tensor("log_softmax", "input", input)
         if need_torch(input):
-            # Two frames further up is the line that calls this function.
+            # The caller's line is two frames further up.
             return call_torch(F.log_softmax, input, dim, _stacklevel + 2, dtype)
     if type(dim) is not int:
         dim = log_softmax_dim(input, dim, _stacklevel + 1)
     if dtype is not None:
         input = input.to(dtype)
         if input.is_cuda and torch.is_autocast_enabled("cuda"):
-            # The dtype asked for outranks autocast's, as in torch.
+            # dtype= takes precedence over autocast, as in torch.
             with torch.autocast("cuda", enabled=False):
                 return operators().log_softmax(input, dim)
     return operators().log_softmax(input, dim)
@@ -262,24 +263,24 @@ def nll_loss(
     r"""Negative log likelihood loss: :func:`torch.nn.functional.nll_loss`.
 
     Per row ``-weight[target] * input[target]``; rows whose target is ``ignore_index`` give zero.
-    ``'mean'`` divides the sum by the summed weights of the rows kept (NaN where none is).
+    ``'mean'`` divides the sum by the total weight of the other rows (NaN if there are none).
 
     Args:
         input: log-probabilities, ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``.
         target: class indices in [0, C), int64 or uint8; ``()``, ``(N)`` or ``(N, d1, ...)``.
         weight: ``(C)``, the weight of each class, of the input's dtype (default: 1).
         size_average, reduce: deprecated, as in torch; they override ``reduction``.
-        ignore_index: the target value of rows that count for nothing.
-        reduction: ``'none'``, ``'mean'`` or ``'sum'``.
+        ignore_index: target value of rows to ignore (default -100).
+        reduction: ``'none'``, ``'mean'`` (default) or ``'sum'``.
 
     Returns:
-        A scalar, or the target's shape with ``reduction='none'``; of the input's dtype.
+        A scalar, or with ``reduction='none'`` the target's shape; of the input's dtype.
 
     Raises:
-        TypeError: an argument is no tensor.
-        IndexError: a target is out of range; names it and the number of classes.
-        ValueError: the batch sizes differ, or the reduction is none of the three.
-        RuntimeError: other shapes, dtypes or devices that don't fit.
+        TypeError: an argument is not a tensor.
+        IndexError: a target is out of range; the message has it and the number of classes.
+        ValueError: the batch sizes differ, or the reduction is unknown.
+        RuntimeError: other shapes, dtypes or devices don't match.
 
     >>> import torch, fastnn
     >>> log_probs = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.9]]))
@@ -332,56 +333,56 @@ def linear_cross_entropy(
     normalizer: Tensor | float | None = None,
     returns: Collection[str] = (),
 ) -> Any:
-    r"""Cross entropy of a linear layer's output, which never exists as a whole:
+    r"""Cross entropy of a linear layer's output, without ever storing all the logits:
     :func:`torch.nn.functional.linear_cross_entropy`.
 
     The logits are ``softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) /
-    softcap)``; a row's loss is :func:`cross_entropy`'s, plus ``z_loss * lse**2``. They are computed
-    in blocks of rows, each of which becomes its own gradient and the two products that follow from
-    it: where a gradient of a mean or a sum is wanted, the forward leaves those of the input, the
-    weight and the bias, and the backward only multiplies them. Without a reduction it keeps each
-    row's log-sum-exp, and computes the blocks once more. Rows whose target is ignored are not
-    multiplied on the CPU. Derivatives of higher orders and transforms take all the logits at once.
+    softcap)``; a row's loss is that of :func:`cross_entropy`, plus ``z_loss * lse**2``. They are
+    computed in blocks of rows; each block is replaced by its gradient, from which two products
+    follow. If a mean or a sum needs a gradient, the forward computes those of input, weight and
+    bias, and the backward only scales them. Without a reduction it saves each row's log-sum-exp,
+    and the backward recomputes the blocks. On the CPU ignored rows are not multiplied. Derivatives
+    of higher orders, and transforms, use all the logits at once.
 
-    The z-loss is that of Chowdhery et al., "PaLM" (2022); the cap that of Gemma 2 (2024).
+    The z-loss is from Chowdhery et al., "PaLM" (2022), the softcap from Gemma 2 (2024).
 
     Args:
         input: ``(D)`` or ``(*, D)``.
         linear_weight: ``(C, D)``, of the input's dtype and device; or ``(C, d1, ..., dK, D)`` with
-            an input of ``(N, D)``, a classifier for each of the positions.
-        target: class indices in [0, C), int64 or uint8, of the shape ``*`` of the rows, with
-            ``(d1, ..., dK)`` behind it; or class probabilities, floating-point, ``(*, C)`` or
+            an input ``(N, D)``: a classifier for each of the positions.
+        target: class indices in [0, C), int64 or uint8, of the rows' shape ``*`` followed by
+            ``(d1, ..., dK)``; or class probabilities, floating-point, ``(*, C)`` or
             ``(N, C, d1, ..., dK)``.
-        linear_bias: ``(C)`` or ``(C, d1, ..., dK)``; or None.
+        linear_bias: ``(C)`` or ``(C, d1, ..., dK)``; or None (default).
         weight: ``(C)``, the weight of each class, of the input's dtype (default: 1).
-        reduction: ``'none'``, ``'mean'`` or ``'sum'``, as for :func:`cross_entropy`.
-        ignore_index: the target value of rows that count for nothing (None: -100); for class
-            indices only.
-        label_smoothing: in [0, 1].
-        options: torch's choice of chunks; taken and not looked at, as no choice is needed.
-        softcap: positive; None for logits as they are.
-        logit_scale: what multiplies the logits: the reciprocal of a temperature.
-        z_loss: the share of the squared log-sum-exp.
-        normalizer: what the sum of the losses is divided by, in the place of what ``'mean'``
-            divides by: the number of tokens in a step, say.
+        reduction: ``'none'``, ``'mean'`` (default) or ``'sum'``, as in :func:`cross_entropy`.
+        ignore_index: target value of rows to ignore (default None: -100); for class indices only.
+        label_smoothing: in [0, 1] (default 0).
+        options: torch's choice of chunks (default None); ignored, as none is needed.
+        softcap: a positive cap on the logits; None (default) for no cap.
+        logit_scale: factor of the logits: the reciprocal of a temperature (default 1).
+        z_loss: factor of the squared log-sum-exp (default 0).
+        normalizer: divisor of the sum of the losses, replacing that of ``'mean'``: for example the
+            number of tokens in a step (default None).
         returns: any of ``'lse'``, ``'logprobs'`` (of the targets), ``'entropy'``, ``'accuracy'``
-            and ``'predictions'``, which come in a named tuple with the loss. With class indices
-            only; 0 in ignored rows, whose predictions are given. They have gradients where they
-            can, and take a product more each way: computed by blocks too, in torch's operators.
+            and ``'predictions'``, to be returned in a named tuple with the loss (default: none).
+            For class indices only; ignored rows have 0, but predictions are given for them. They
+            are differentiable where possible, and cost one more product in each direction, also
+            computed in blocks, by torch's operators.
 
     Returns:
-        A scalar, or one value per row with ``reduction='none'``; of the input's dtype (under
-        autocast float32). With ``returns`` a named tuple of ``loss`` and all five, in what the sums
-        are carried in; None where one was not asked for. ``accuracy`` is one number.
+        A scalar, or with ``reduction='none'`` one value per row; of the input's dtype (float32
+        under autocast). With ``returns`` a named tuple of ``loss`` and all five, in the dtype of
+        the sums; None for those not requested. ``accuracy`` is a single number.
 
     Raises:
-        TypeError: an argument is no tensor.
-        IndexError: a target is out of range; names it and the number of classes.
-        ValueError: the batch sizes differ, the reduction is none of the three, ``softcap`` isn't
-            positive, a ``normalizer`` comes with ``reduction='none'``, or ``returns`` has another
+        TypeError: an argument is not a tensor.
+        IndexError: a target is out of range; the message has it and the number of classes.
+        ValueError: the batch sizes differ, the reduction is unknown, ``softcap`` isn't positive,
+            ``normalizer`` is combined with ``reduction='none'``, or ``returns`` has an unknown
             name.
-        RuntimeError: other shapes, dtypes or devices that don't fit, a ``label_smoothing``
-            outside [0, 1], an ``ignore_index`` with class probabilities.
+        RuntimeError: other shapes, dtypes or devices don't match, ``label_smoothing`` is outside
+            [0, 1], or ``ignore_index`` is combined with class probabilities.
 
     >>> import torch, fastnn
     >>> x, w = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
@@ -445,26 +446,26 @@ def linear_logprobs(
     ignore_index: int | None = None,
     entropy: bool = False,
 ) -> Any:
-    r"""The log-probability of each row's target under a linear layer's softmax, which preference
-    tuning and reinforcement learning take, without the logits as a whole.
+    r"""The log-probability of each row's target under a linear layer's softmax, as used in
+    preference tuning and reinforcement learning, without storing all the logits.
 
-    Differentiable; the backward computes the logits' blocks once more. See
-    :func:`linear_cross_entropy` for the arguments.
+    Differentiable; the backward recomputes the blocks of logits. For the arguments see
+    :func:`linear_cross_entropy`.
 
     Args:
         input: ``(*, D)``.
         linear_weight: ``(C, D)``.
         target: class indices ``(*)``.
-        linear_bias: ``(C)``; or None.
-        logit_scale: the reciprocal of a temperature.
-        softcap: positive; None for logits as they are.
-        ignore_index: the target value of rows that count for nothing (None: -100); they get 0.
-        entropy: whether to return the entropy of each row's distribution too, which is
-            differentiable as well. Both then are computed in torch's operators.
+        linear_bias: ``(C)``; or None (default).
+        logit_scale: factor of the logits: the reciprocal of a temperature (default 1).
+        softcap: a positive cap on the logits; None (default) for no cap.
+        ignore_index: target value of rows to ignore, which get 0 (default None: -100).
+        entropy: return the entropy of each row's distribution, too, which is also differentiable
+            (default ``False``). Both are then computed by torch's operators.
 
     Returns:
-        ``(*)``, in what the sums are carried in (float32, or float64); or a named tuple of
-        ``logprobs`` and ``entropy``.
+        ``(*)``, in the dtype of the sums (float32 or float64); or a named tuple of ``logprobs`` and
+        ``entropy``.
 
     Raises:
         TypeError, IndexError, ValueError, RuntimeError: as :func:`linear_cross_entropy`.
@@ -521,7 +522,7 @@ def _call_with_matrices(
     z_loss: float,
     normalizer: Tensor | float | None,
 ) -> Tensor:
-    """Calls the operator of ``linear_cross_entropy``, whose logits are a matrix or a row."""
+    """Calls the operator of ``linear_cross_entropy``, which takes a matrix or a row of logits."""
     classes, *positions = check_linear_cross_entropy_shapes(input, linear_weight, linear_bias)
     rows = tuple(input.shape[:-1])
     is_index = target.shape != (*rows, classes, *positions)
@@ -543,7 +544,7 @@ def _call_with_matrices(
         return operator(input, linear, target, bias, weight, *options, None)
 
     if positions:
-        # The input's gradients at all positions are added up: widened, they are rounded once.
+        # The input's gradients at all positions are added in the wide dtype, to be rounded once.
         wide = torch.promote_types(input.dtype, torch.float32)
         weight = None if weight is None else weight.to(wide)
         heads = _heads(linear_weight, target, linear_bias, is_index)
@@ -570,14 +571,14 @@ def _call_with_matrices(
 
 
 def _under_autocast(device: torch.device) -> bool:
-    """Whether losses are wide."""
+    """Whether losses must be wide."""
     return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 
 def _heads(
     linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, is_index: bool
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Weight, target and bias of the classifier for each of the positions ``(d1, ..., dK)``."""
+    """Weight, target and bias of the classifier at each of the positions ``(d1, ..., dK)``."""
     weights = linear_weight.flatten(1, -2).unbind(1)
     targets = target.flatten(1 if is_index else 2).unbind(-1)
     if linear_bias is None:
@@ -597,12 +598,12 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross entropy of logits and targets: :func:`torch.nn.functional.cross_entropy`.
 
-    With ``q`` the target distribution (one-hot, mixed with ``label_smoothing / C`` of every
-    class; times the class weights) and ``lse = log(sum(exp(input)))``, a row's loss is
-    ``sum_c q_c * (lse - input_c)``. Where the input wants a gradient, the forward writes that too,
-    ``softmax * sum(q) - q`` divided as the loss is, and the backward only multiplies it; of
-    bfloat16 and float16, which that would round twice, it writes a copy of the logits. What happens
-    to the logits after the forward changes no gradient. The label smoothing is that of Szegedy et
+    With ``q`` the target distribution (one-hot, mixed with ``label_smoothing / C`` of every class;
+    times the class weights) and ``lse = log(sum(exp(input)))``, a row's loss is
+    ``sum_c q_c * (lse - input_c)``. If the input needs a gradient, the forward also writes
+    ``softmax * sum(q) - q``, divided like the loss, and the backward only scales it; for bfloat16
+    and float16, where that would round twice, it writes a copy of the logits instead. So changing
+    the logits after the forward doesn't affect the gradient. Label smoothing is from Szegedy et
     al., "Rethinking the Inception Architecture for Computer Vision" (2016).
 
     Args:
@@ -611,20 +612,21 @@ def cross_entropy(
             class probabilities, floating-point, of the input's shape.
         weight: ``(C)``, the weight of each class, of the input's dtype (default: 1).
         size_average, reduce: deprecated, as in torch; they override ``reduction``.
-        ignore_index: the target value of rows that count for nothing; for class indices only.
-        reduction: ``'none'``, ``'mean'`` or ``'sum'``. ``'mean'`` divides by the summed weights of
-            the rows kept (class indices; NaN where none is) or by their number (probabilities).
-        label_smoothing: in [0, 1].
+        ignore_index: target value of rows to ignore (default -100); for class indices only.
+        reduction: ``'none'``, ``'mean'`` (default) or ``'sum'``. ``'mean'`` divides by the total
+            weight of the rows kept (class indices; NaN if there are none) or by the number of rows
+            (probabilities).
+        label_smoothing: in [0, 1] (default 0).
 
     Returns:
-        A scalar, or one value per row with ``reduction='none'``; of the input's dtype.
+        A scalar, or with ``reduction='none'`` one value per row; of the input's dtype.
 
     Raises:
-        TypeError: an argument is no tensor.
-        IndexError: a target is out of range; names it and the number of classes.
-        ValueError: the batch sizes differ, or the reduction is none of the three.
-        RuntimeError: other shapes, dtypes or devices that don't fit, a ``label_smoothing``
-            outside [0, 1], an ``ignore_index`` >= 0 with class probabilities.
+        TypeError: an argument is not a tensor.
+        IndexError: a target is out of range; the message has it and the number of classes.
+        ValueError: the batch sizes differ, or the reduction is unknown.
+        RuntimeError: other shapes, dtypes or devices don't match, ``label_smoothing`` is outside
+            [0, 1], or ``ignore_index`` >= 0 is combined with class probabilities.
 
     >>> import torch, fastnn
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])

@@ -325,32 +325,33 @@ else:
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
-    r"""A classifier's last layer and its loss in one, whose logits never exist as a whole:
+    r"""A classifier's last layer and its loss in one, without ever storing all the logits:
     :class:`torch.nn.LinearCrossEntropyLoss` with our operator.
 
-    The layer is the attribute ``linear``, whose parameters a ``state_dict`` calls
-    ``linear.weight`` and ``linear.bias``; ``loss.linear(input)`` gives the logits.
+    The layer is the attribute ``linear``, with the ``state_dict`` keys ``linear.weight`` and
+    ``linear.bias``; ``loss.linear(input)`` gives the logits.
 
     Args:
         in_features: size of each input row.
-        num_classes: the number of classes, C.
-        out_features: the sizes ``(d1, ..., dK)`` of a K-dimensional loss (default: none).
+        num_classes: number of classes, C.
+        out_features: sizes ``(d1, ..., dK)`` of a K-dimensional loss (default: none).
         bias: learn an additive bias (default ``False``).
-        device, dtype: of the parameters.
-        reduction: ``'none'``, ``'mean'`` (the default) or ``'sum'``.
-        weight: ``(C,)`` weight of each class (default: 1), of the parameters' dtype.
-        ignore_index: the target value of rows that count for nothing (default: -100); for class
-            indices only.
-        label_smoothing: in [0, 1], the share of the target given to all classes alike (default 0).
-        options: torch's choice of chunks; taken and not looked at.
+        device, dtype: of the parameters, as for :class:`torch.nn.Linear`.
+        reduction: ``'none'``, ``'mean'`` (default) or ``'sum'``.
+        weight: ``(C,)`` weight of each class, of the parameters' dtype (default: 1).
+        ignore_index: target value of rows to ignore (default -100); for class indices only.
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1] (default 0).
+        options: torch's choice of chunks; ignored, as none is needed.
 
     Attributes:
-        softcap, logit_scale, z_loss: options that torch's class has not, to be set after the
+        softcap, logit_scale, z_loss: options that torch's class lacks, to be set after
             construction; see :func:`fastnn.functional.linear_cross_entropy`.
 
-    Shape: input ``(D)`` or ``(*, D)``; target class indices of the shape of the rows, or class
-    probabilities ``(*, C)``; output a scalar, or one value per row with ``reduction='none'``.
-    Errors and dtypes: see :func:`fastnn.functional.linear_cross_entropy`.
+    Shape:
+        Input ``(D)`` or ``(*, D)``; target class indices of the rows' shape, or class
+        probabilities ``(*, C)``; output a scalar, or one value per row with ``reduction='none'``.
+
+    For dtypes and errors see :func:`fastnn.functional.linear_cross_entropy`.
 
     >>> import torch, fastnn
     >>> loss = fastnn.nn.LinearCrossEntropyLoss(8, 1000)
