@@ -9,7 +9,7 @@ from benchmarks.page import facts_table, pictures
 from benchmarks.results import best_ratio, is_disturbed, overall
 from benchmarks.table import MODE_NAMES, amount, markdown_table, ratio_text, share_text, summary
 
-# As the processors' makers write them.
+# The makers' own spelling.
 INSTRUCTION_SETS = {"default": "the generic kernels", "avx2": "AVX2", "avx512": "AVX-512"}
 
 METHOD = """\
@@ -53,7 +53,7 @@ def _disturbed(results: list[dict]) -> str:
 
 
 def _overview(results: list[dict]) -> str:
-    """Per operator, mode and thread count: how many cases, the mean, the worst."""
+    """Per operator, mode and thread count: the number of cases, the mean, the worst."""
 
     def group(result: dict) -> tuple[str, str, int]:
         return result["op"], result["mode"], result["threads"]
@@ -81,7 +81,7 @@ def _overview(results: list[dict]) -> str:
 
 
 def _losses(results: list[dict]) -> str:
-    """Where a peer is ahead, worst first."""
+    """The cases in which a peer is ahead, worst first."""
     lost = sorted((result for result in results if best_ratio(result) < 1), key=best_ratio)
     if not lost:
         return "## Where a peer is ahead\n\nNo peer is ahead in any case."

@@ -1,4 +1,4 @@
-"""What the README and the documentation show of all runs: a picture and a small table."""
+"""What the README and the documentation show about all runs: a picture and a small table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.table import markdown_table, ratio_text, threads_text
 
 
 class Row(NamedTuple):
-    """A row of the table: an operator, what is measured of it, and PyTorch's eager contenders."""
+    """A row of the table: an operator, a mode, and PyTorch's eager contenders."""
 
     op: str
     mode: str
@@ -32,7 +32,7 @@ ROWS = (
     Row("MLP step", "step", ("torch", "torch, SGD fused")),
     Row("train_step", "step", ("torch", "torch, SGD fused")),
 )
-#: Makes a link of a file's path from the root of the repository.
+#: Turns a file's path from the repository's root into a link.
 Link = Callable[[str], str]
 
 
@@ -40,10 +40,10 @@ def section(documents: dict[str, dict], pages: dict[str, str], picture: str, lin
     """The section in Markdown.
 
     Args:
-        documents: The runs by their names, each of one instruction set.
-        pages: The pages of these runs.
-        picture: The picture's file.
-        link: What the section writes for a file.
+        documents: the runs by name, one per instruction set.
+        pages: the pages of these runs.
+        picture: the picture's file.
+        link: turns a file's path into the section's link to it.
     """
     sets = {name: instruction_set(document) for name, document in documents.items()}
     runs = ", ".join(f"[{sets[name]}]({link(pages[name])})" for name in documents)
@@ -61,7 +61,7 @@ def section(documents: dict[str, dict], pages: dict[str, str], picture: str, lin
 
 
 def draw_picture(documents: Sequence[dict], path: Path) -> None:
-    """Draws the table's cases, a colour for each run."""
+    """Draws the table's cases, with a colour for each run."""
     series = {
         instruction_set(document): [
             (row.op, best_ratio(result)) for row in ROWS for result in _cases(document, row)
@@ -98,7 +98,7 @@ def _table(documents: Sequence[dict]) -> str:
 
 
 def _eager(results: list[dict], stock: Sequence[str]) -> str:
-    """The mean over the ratios to the fastest of PyTorch's eager contenders."""
+    """The mean ratio to the fastest of PyTorch's eager contenders."""
     of_stock = [
         [ratio for name, ratio in result["ratios"].items() if name in stock] for result in results
     ]
@@ -114,7 +114,7 @@ def _fastest(results: list[dict]) -> str:
 
 
 def _peers(documents: dict[str, dict], pages: dict[str, str], link: Link) -> str:
-    """In how many of all cases a peer is ahead, and which peers."""
+    """The number of cases in which a peer is ahead, and the most frequent peers."""
     counts, ahead = [], Counter()
     for name, document in documents.items():
         compared = [result for result in document["results"] if best_ratio(result) is not None]
@@ -129,7 +129,7 @@ def _peers(documents: dict[str, dict], pages: dict[str, str], link: Link) -> str
 
 
 def _machines(documents: Sequence[dict]) -> str:
-    """The machine of each run; runs of one machine share a line."""
+    """The machine of each run; runs on the same machine share a line."""
     machines: dict[str, list[str]] = {}
     for document in documents:
         facts = document["machine"]

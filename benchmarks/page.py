@@ -18,7 +18,7 @@ from benchmarks.table import (
     summary,
 )
 
-# The facts that the page names, as the document and as the page call them.
+# The facts that the page shows, by their names in the document and on the page.
 FACTS = {
     "gpu": "card",
     "gpu memory": "memory",
@@ -40,7 +40,7 @@ ALT = {
     "ratio": "Dots: the best peer's time or memory divided by fastnn's, a row for each operator",
     "share": "Dots: the share of the machine's limit that fastnn reaches, a row for each operator",
 }
-# Behind the time of a call that waits for the GPU.
+# Marks the time of a call that waits for the GPU.
 WAITS = "°"
 
 METHOD = """\
@@ -74,18 +74,18 @@ def page(document: dict, images: Sequence[str]) -> str:
 
 
 def pictures(images: Sequence[str]) -> list[str]:
-    """The figures of a run, with what they show for readers that don't see them."""
+    """The figures of a run, with alternative texts."""
     return [f"![{ALT[Path(image).stem.rsplit('_')[-1]]}]({image})" for image in images]
 
 
 def facts_table(machine: dict) -> str:
-    """What was measured on."""
+    """The facts about the machine and the versions."""
     rows = [[name, machine[fact]] for fact, name in FACTS.items() if fact in machine]
     return markdown_table(["what", "which"], rows, 2)
 
 
 def _limits(limits: dict) -> str:
-    """What the card reached with simple work."""
+    """The rates that the card reached with simple work."""
     found = next((rates for rates in limits.values() if rates), None)
     if found is None:
         return ""
@@ -106,7 +106,7 @@ def _limits(limits: dict) -> str:
 
 
 def _losses(results: list[dict]) -> str:
-    """Where a peer is ahead in any of the three times, the worst first."""
+    """The cases in which a peer is ahead in any of the three times, worst first."""
     found = [
         (ratio, [key(result), time, _named(result, peer), f"**{ratio_text(ratio)}x**"])
         for result in results
@@ -121,7 +121,7 @@ def _losses(results: list[dict]) -> str:
 
 
 def _rivals(result: dict) -> dict[str, tuple[str, float]]:
-    """The best peer and its ratio, by each kind of time that the case has."""
+    """The best peer and its ratio, for each kind of time that the case has."""
     rivals = {heading: best_rival(result, time) for time, heading in MORE_TIMES.items()}
     first = "peak memory" if result["mode"] == "memory" else "GPU"
     if result["best"] is not None:
@@ -171,7 +171,7 @@ def _ratio(ratio: float) -> str:
 
 
 def _missing(document: dict) -> str:
-    """What has no time, and why."""
+    """What has no time, and the reason."""
     lines = [*document.get("complaints", []), *_reasons(document["results"])]
     if not lines:
         return ""
@@ -179,7 +179,7 @@ def _missing(document: dict) -> str:
 
 
 def _reasons(results: list[dict]) -> list[str]:
-    """One line for each contender and reason, with the cases' number."""
+    """One line per contender and reason, with the number of cases."""
     cases: dict[tuple[str, str], list[str]] = {}
     for result in results:
         missing = dict(result["skipped"])

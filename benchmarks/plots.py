@@ -1,4 +1,4 @@
-"""Draws results: a row of dots for each operator, a dot for each case."""
+"""Draws results: a row for each operator, with a dot for each case."""
 
 from __future__ import annotations
 
@@ -8,40 +8,40 @@ from pathlib import Path
 from benchmarks.results import best_ratio, geometric_mean, gpu
 from benchmarks.table import MODE_NAMES, threads_text
 
-# One colour and marker per series, in their order.
+# One colour and marker per series, in order.
 STYLES = (("#30638e", "o"), ("#d1495b", "D"), ("#edae49", "s"), ("#66a182", "^"))
-# Pages and the README show a figure 350 to 740 pixels wide, and its text must be readable there.
+# Pages and the README show figures 350 to 740 pixels wide, at which the text must be readable.
 WIDTH_INCHES, ROW_INCHES, FOOT_INCHES = 5.4, 0.4, 1.1
 FONT_POINTS, DOTS_PER_INCH = 11, 160
 
-#: What a figure shows of a result; None leaves it out.
+#: The value of a result that a figure shows; None omits the result.
 Value = Callable[[dict], float | None]
-#: The dots of one colour: the row's name and the value of each.
+#: The dots of one colour: for each, the row's name and the value.
 Dots = list[tuple[str, float]]
 
 
 class MissingMatplotlib(Exception):
-    """The plots need a package that is not installed."""
+    """The plots need matplotlib, which is not installed."""
 
 
 def require_matplotlib() -> None:
-    """Raises with what to do where matplotlib is missing."""
+    """Raises with instructions if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
         raise MissingMatplotlib(
             "the plots need matplotlib: 'pip install matplotlib' brings it"
         ) from None
-    matplotlib.use("Agg")  # draws into files, so it needs no display
+    matplotlib.use("Agg")  # draws into files, which needs no display
 
 
 def draw(document: dict, folder: Path, stem: str) -> list[Path]:
-    """Draws a run's figures, and returns their files; a figure without data is left out.
+    """Draws a run's figures and returns their files; a figure without data is omitted.
 
     Args:
-        document: The run.
-        folder: Where the files go. It is made if need be.
-        stem: What their names begin with.
+        document: the run.
+        folder: the folder for the files; created if necessary.
+        stem: prefix of the files' names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (where,) = gpu(document) or [document["machine"]["cpu"]]
@@ -73,19 +73,19 @@ def _by_threads(results: Sequence[dict], value: Value) -> dict[str, Dots]:
 
 
 def _name(result: dict) -> str:
-    """The operator's name, and what is measured of it where there are several things."""
+    """The operator's name, followed by what is measured if that varies."""
     op, mode = result["op"], result["mode"]
     return op if mode in ("step", "call") else f"{op}, {MODE_NAMES[mode]}"
 
 
 def draw_rows(series: dict[str, Dots], title: str, axis: Callable, path: Path) -> None:
-    """Draws a row for each name, with the dots of each series and their geometric mean.
+    """Draws a row for each name, with each series' dots and their geometric mean.
 
     Args:
-        series: The dots by the legend's names.
-        title: The figure's.
-        axis: Called with the axes and all values; sets the scale.
-        path: The PNG to write.
+        series: the dots by the series' names, which the legend shows.
+        title: the figure's title.
+        axis: called with the axes and all values to set the scale.
+        path: the PNG file to write.
     """
     require_matplotlib()
     from matplotlib import pyplot as plt
@@ -96,7 +96,7 @@ def draw_rows(series: dict[str, Dots], title: str, axis: Callable, path: Path) -
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         for index, (label, dots) in enumerate(series.items()):
             colour, marker = STYLES[index % len(STYLES)]
-            # Rows have a height of 1, with their name above and the series one below the other.
+            # Rows have a height of 1, with their name on top and the series below each other.
             _draw_series(axes, names, dots, 0.1 + 0.3 * index / len(series), colour, marker)
             axes.scatter([], [], color=colour, marker=marker, label=label)
         for row, name in enumerate(names):
@@ -127,7 +127,7 @@ def _draw_series(
 
 
 def ratio_axis(axes, values: list[float]) -> None:
-    """Logarithmic, so that twice as fast and half as fast are equally far from 1."""
+    """A logarithmic axis: twice and half as fast are equally far from 1."""
     low, high = min(0.7, *values) * 0.9, max(2.0, *values) * 1.15
     axes.set_xscale("log")
     axes.set_xlim(low, high)

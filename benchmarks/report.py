@@ -1,4 +1,4 @@
-"""Writes what the README and the documentation say of saved runs.
+"""Writes the README's and the documentation's sections about saved runs.
 
 python -m benchmarks.report                           all of it, from benchmarks/results
 python -m benchmarks.report FILE.json --page FILE.md  the page of one run
@@ -22,13 +22,13 @@ from benchmarks.results import SCHEMA, gpu
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 RESULTS = Path("benchmarks/results")
 PICTURE = RESULTS / "overview.png"
-# The saved runs, and the pages that show them.
+# The saved runs and their pages.
 PAGES = {
     "avx2": "docs/performance_avx2.md",
     "avx512": "docs/performance_avx512.md",
     "h200": "docs/performance_cuda.md",
 }
-# The runs of the small table, and the pages that have it between the markers.
+# The runs in the small table, and the pages that contain it between the markers.
 OVERVIEW = ("avx2", "avx512")
 WITH_OVERVIEW = ("README.md", "docs/performance.md")
 
@@ -38,7 +38,7 @@ class ReportError(Exception):
 
 
 def replace_section(text: str, section: str, path: Path) -> str:
-    """The text with the section between the two markers, which stay."""
+    """Replaces the section between the two markers, which stay."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ReportError(f"{path} needs one {BEGIN} and after it one {END}")
     before, rest = text.split(BEGIN)
@@ -46,7 +46,7 @@ def replace_section(text: str, section: str, path: Path) -> str:
 
 
 def read_document(path: Path) -> dict:
-    """A document that ``python -m benchmarks --json`` has written."""
+    """Reads a document written by ``python -m benchmarks --json``."""
     try:
         document = json.loads(path.read_text())
     except OSError as error:
@@ -64,18 +64,18 @@ def read_document(path: Path) -> dict:
 
 
 def page(document: dict, images: Sequence[str]) -> str:
-    """The page of a run, of a CPU or of a GPU."""
+    """The page of a CPU's or a GPU's run."""
     return (gpu_page if gpu(document) else cpu_page)(document, list(images))
 
 
 def write_page(document: dict, path: Path, plots: Path | None, name: str) -> None:
-    """Writes a run's page anew.
+    """Rewrites a run's page.
 
     Args:
-        document: The run.
-        path: The page.
-        plots: The folder for its figures; None draws none.
-        name: What the figures' names begin with.
+        document: the run.
+        path: the page.
+        plots: the folder for its figures; None for no figures.
+        name: prefix of the figures' names.
     """
     if not path.parent.is_dir():
         raise ReportError(f"{path.parent} is not a folder")
@@ -84,10 +84,10 @@ def write_page(document: dict, path: Path, plots: Path | None, name: str) -> Non
 
 
 def refresh(root: Path) -> None:
-    """Writes every page, picture and section that shows the saved runs.
+    """Rewrites every page, picture and section that shows the saved runs.
 
     Args:
-        root: The repository.
+        root: the repository.
     """
     documents = {name: read_document(root / RESULTS / f"{name}.json") for name in PAGES}
     texts = {root / name: overview(root, root / name, documents) for name in WITH_OVERVIEW}
@@ -99,7 +99,7 @@ def refresh(root: Path) -> None:
 
 
 def overview(root: Path, path: Path, documents: dict[str, dict]) -> str:
-    """The text of a page with the section of the small table as it is now."""
+    """A page's text with its small table brought up to date."""
     if not path.is_file():
         raise ReportError(f"{path} is not a file")
     text = section(
@@ -112,7 +112,7 @@ def overview(root: Path, path: Path, documents: dict[str, dict]) -> str:
 
 
 def relative(path: Path, folder: Path) -> str:
-    """A file's path from a folder, as links have it."""
+    """A file's path relative to a folder, for links."""
     return Path(os.path.relpath(path, folder)).as_posix()
 
 

@@ -124,7 +124,7 @@ print("the same numbers:", torch.allclose(fused(x), stock(x)))
 # %% [markdown]
 # ## In one call
 #
-# `train_step` turns the lines of the loop into one call: forward, loss, backward and update. Losses,
+# `train_step` turns the loop's lines into one call: forward, loss, backward and update. Losses,
 # parameters and the optimizer's state are the loop's, so either can continue where the other
 # stopped.
 

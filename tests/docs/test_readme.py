@@ -15,7 +15,7 @@ from repository import REPOSITORY
 pytestmark = pytest.mark.cpu_only("the documentation")
 
 README = (REPOSITORY / "README.md").read_text()
-# Sphinx follows the links of the pages in docs; these are read elsewhere, too.
+# Sphinx checks the links between pages in docs; these files are also read elsewhere.
 LINKING = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
 
 
@@ -34,7 +34,7 @@ def without_code(text: str) -> str:
 
 
 def anchors(path: Path) -> set[str]:
-    """GitHub's names of a page's headings, which Sphinx gives them as well."""
+    """GitHub's anchors for a page's headings, which Sphinx uses, too."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
@@ -73,7 +73,7 @@ def run(program: str, names: dict) -> dict:
 
 
 def columns(program: str) -> tuple[str, str]:
-    """The programs before and after, which stand side by side."""
+    """The programs before and after, which are shown side by side."""
     width = program.splitlines()[0].index("import torch, fastnn")
     lines = [(line[:width].rstrip(), line[width:]) for line in program.splitlines()]
     before, after = ("\n".join(part) for part in zip(*lines, strict=True))
