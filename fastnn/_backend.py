@@ -53,8 +53,7 @@ def _put_operators_into(graph: fx.Graph) -> None:
         if node.target in _FUNCTIONS and "out" not in node.kwargs:
             node.op, node.target = "call_function", _FUNCTIONS[node.target]
         elif node.target in _RELUS and (linear := _linear_before(node)):
-            # The operator goes where the Linear was: the nodes in between may change the Linear's
-            # input.
+            # It takes the Linear's place: the nodes in between may change the Linear's input.
             linear.target = functional.linear_relu
             node.replace_all_uses_with(linear)
             graph.erase_node(node)

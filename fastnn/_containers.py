@@ -51,8 +51,7 @@ _BLOCKS = (
 
 
 def linears_run_by(container: Module) -> list[tuple[str, Module, str]]:
-    """The Linears that a container runs: each with its path from there, and why it can't be
-    fused."""
+    """The Linears that a container runs, each with its path there and the reason to leave it."""
     kind = stock_class(type(container))
     block = _block_of(kind)
     if _torch.has_own_forward(container) or (block and block.method in vars(container)):
@@ -220,8 +219,7 @@ def _run_pair(layer: Linear, input: Tensor) -> Tensor:
 
 
 class _WithoutReLU:
-    """A block as its own method sees it: the Linear includes the ReLU, the activation does
-    nothing."""
+    """A block as its own method sees it: its Linear includes the ReLU, its activation is empty."""
 
     def __init__(self, module: Module, block: Block) -> None:
         self._module = module
@@ -275,8 +273,7 @@ def _new(stock: type) -> Module:
 
 
 def fused_class(stock: type) -> type:
-    """The class that runs a container's layers through our operators; ``stock`` if there is
-    none."""
+    """The class that runs a container's layers through our operators, or ``stock`` itself."""
     block = _block_of(stock)
     return _fused_class(stock, block) if block or runs_a_row(stock) else stock
 

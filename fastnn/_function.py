@@ -68,8 +68,7 @@ class _WithItsOwnApply(FunctionMeta):
 
 
 class Operator(Function, metaclass=_WithItsOwnApply):
-    """The base of the Functions. A transform calls ``apply`` again, with ``forward``'s
-    arguments."""
+    """The Functions' base. A transform calls ``apply`` again, with ``forward``'s arguments."""
 
     generate_vmap_rule = True
     _stands_for: Any  # the function of fastnn.functional

@@ -48,8 +48,7 @@ class GraphedStep:
     name = "CUDA graph"
 
     def __init__(self) -> None:
-        # For each key the number of calls so far, then its capture; the most recently used come
-        # last.
+        # For each key the number of calls, then its capture; recently used ones come last.
         self._known: OrderedDict[Key, int | Capture] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None
         self._failure = ""
@@ -264,8 +263,7 @@ _OPTIONS = (bool, int, float, str, tuple, torch.dtype, type(None))
 
 
 def _fixed(value: Any, device: torch.device) -> Any:
-    """A value as part of the key. A tensor on the device is read again at each replay, so only its
-    place counts."""
+    """A value as part of the key. Replays read tensors on the device anew: their place counts."""
     if isinstance(value, Tensor):
         if value.device != device:
             return repr(value.tolist())

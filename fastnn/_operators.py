@@ -298,8 +298,7 @@ NLL_LOSS = Operator(
 
 
 def _laid_out_as_logits(logits: Tensor) -> Tensor:
-    """An empty tensor, contiguous or with the classes last in memory (channels_last), as the
-    logits."""
+    """An empty tensor, contiguous or with the classes last in memory, like the logits."""
     if logits.dim() > 2 and logits.movedim(1, -1).is_contiguous():
         return logits.new_empty(logits.movedim(1, -1).shape).movedim(-1, 1)
     return logits.new_empty(logits.shape)
@@ -483,8 +482,7 @@ SGD = Optimizer("SGD", fakes={"sgd_step_": _sgd_step_fake, "sgd_step_.tensor_lr"
 
 # ---- the table -----------------------------------------------------------------------------------
 
-# Operators over lists of layers. `onnx` takes the lists of reference.mlp, `stock` those of
-# functional.mlp.
+# Operators over lists of layers: `onnx` takes them like reference.mlp, `stock` like functional.mlp.
 MLP = Operator(
     name="mlp",
     module="MLP",

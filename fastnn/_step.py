@@ -211,8 +211,7 @@ class Before:
             self._set_gradients_aside()
 
     def _params(self) -> Iterator[Tensor]:
-        """The optimizer's parameters, and others that the backward may give a gradient; some
-        twice."""
+        """The optimizer's parameters, and others that the backward may reach; some twice."""
         for module in self._modules:
             for param in _torch.parameters(module).values():
                 if param is not None:
@@ -220,8 +219,7 @@ class Before:
         yield from self._program.parameters()
 
     def _set_gradients_aside(self) -> None:
-        """Copies the gradients that the backward will add to in place; the others are set to
-        None."""
+        """Copies gradients that the backward adds to in place; the others are set to None."""
         stepped = set(self._program.parameters())
         for param in dict.fromkeys(self._params()):
             if param.grad is not None and self._program.accumulated == 0 and param in stepped:
@@ -263,8 +261,7 @@ def _written_by(module: Module) -> list[Any]:
 
 
 def keep(value: Any) -> Restore:
-    """Copies a value, and returns a function that restores it: the same object, with its old
-    contents."""
+    """Copies a value; the function returned restores the same object with its old contents."""
     if isinstance(value, Tensor):
         # An expanded tensor can't be written in place.
         if is_lazy(value) or _is_expanded(value):

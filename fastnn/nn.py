@@ -27,8 +27,7 @@ __all__ = [
     "NLLLoss",
 ]
 
-# Each class's __call__ is for type checkers only: torch declares that calling a module takes and
-# returns anything.
+# __call__ is declared for type checkers: in torch a module's call takes and returns anything.
 
 
 class Linear(torch.nn.Linear):

@@ -1007,8 +1007,7 @@ def _logits_and_slope(
 def _gradients_of_head(
     grad_logits: Tensor, input: Tensor, linear_weight: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of a linear layer's input, weight and bias, in the dtype of its output
-    gradient."""
+    """The gradients of a linear layer's input, weight and bias, in the dtype of ``grad_logits``."""
     x, w = input.to(grad_logits.dtype), linear_weight.to(grad_logits.dtype)
     rows, inputs = (t.unsqueeze(0) if t.dim() == 1 else t for t in (grad_logits, x))
     return (

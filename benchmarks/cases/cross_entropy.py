@@ -375,8 +375,7 @@ class AutoChunked(Compiled):
         options = {
             "auto_chunker.enable": True,
             "auto_chunker.num_chunk": self.chunks,
-            # Chunk products this much larger than their factors: the default of 8 would need
-            # thousands of rows.
+            # The least ratio of product to factors: the default, 8, would need thousands of rows.
             "auto_chunker.amplify_ratio_threshold": 1,
         }
         self.function = torch.compile(self.function, dynamic=False, options=options)

@@ -37,8 +37,7 @@ MORE_SHAPES = (
 )
 # The backward's products one by one, each with the ReLU's mask applied.
 BACKWARD_SHAPES = (*SHAPES, (512, 2048, 512))
-# On a GPU, each with its priority: MNIST's two layers and a single image, a medium layer and a
-# language model's.
+# On a GPU, with priorities: MNIST's two layers, a single image, a medium layer, a language model.
 CUDA_SHAPES = (
     ((64, 784, 128), 1),
     ((8192, 4096, 4096), 1),

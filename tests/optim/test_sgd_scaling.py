@@ -129,8 +129,7 @@ def test_fused_step_divides_gradients_by_the_scale_in_place(momentum, dtype):
 
 
 def test_found_inf_skips_every_kind_of_parameter():
-    """Parameters on torch's own path must be skipped, too. (When the kernels skip, tested below,
-    there is a buffer.)"""
+    """Parameters on torch's own path are skipped, too. (If the kernels skip, there are buffers.)"""
     tagged = TaggedParameter(torch.ones(3))
     plain = torch.nn.Parameter(torch.ones(3))
     optimizer = fastnn.optim.SGD([tagged, plain], fused=True, **MOMENTUM)
