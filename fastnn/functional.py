@@ -75,7 +75,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``input @ weight.T + bias``: :func:`torch.nn.functional.linear`.
 
     The backward only computes the gradients that are needed. Autograd saves what torch saves: the
-    input if the weight needs a gradient, the weight if the input does.
+    input if the weight requires a gradient, the weight if the input does.
 
     Args:
         input: ``(*, in_features)``.
@@ -109,7 +109,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     The backward takes its mask from the sign of the output, and only computes the gradients that
     are needed. Besides the output autograd saves what it saves for torch's linear: the input if the
-    weight needs a gradient, the weight if the input does. NaNs are propagated.
+    weight requires a gradient, the weight if the input does. NaNs are propagated.
 
     Args:
         input: ``(*, in_features)``.
@@ -151,7 +151,7 @@ def mlp(
 
     Autograd has a single node for all of them. Its backward only computes the gradients that are
     needed, and passes the gradient from one layer's product, with the ReLU's mask applied, directly
-    to the next. It saves what torch saves: a layer's input if its weight needs a gradient, its
+    to the next. It saves what torch saves: a layer's input if its weight requires a gradient, its
     weight if anything before it does. If the backward itself is differentiated, the layers' outputs
     are recomputed.
 
@@ -278,7 +278,7 @@ def nll_loss(
 
     Raises:
         TypeError: an argument is not a tensor.
-        IndexError: a target is out of range; the message has it and the number of classes.
+        IndexError: a target is out of range; the message names it and the number of classes.
         ValueError: the batch sizes differ, or the reduction is unknown.
         RuntimeError: other shapes, dtypes or devices don't match.
 
@@ -339,7 +339,7 @@ def linear_cross_entropy(
     The logits are ``softcap * tanh(logit_scale * (input @ linear_weight.T + linear_bias) /
     softcap)``; a row's loss is that of :func:`cross_entropy`, plus ``z_loss * lse**2``. They are
     computed in blocks of rows; each block is replaced by its gradient, from which two products
-    follow. If a mean or a sum needs a gradient, the forward computes those of input, weight and
+    follow. If a mean or a sum requires a gradient, the forward computes those of input, weight and
     bias, and the backward only scales them. Without a reduction it saves each row's log-sum-exp,
     and the backward recomputes the blocks. On the CPU ignored rows are not multiplied. Derivatives
     of higher orders, and transforms, use all the logits at once.
@@ -377,7 +377,7 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument is not a tensor.
-        IndexError: a target is out of range; the message has it and the number of classes.
+        IndexError: a target is out of range; the message names it and the number of classes.
         ValueError: the batch sizes differ, the reduction is unknown, ``softcap`` isn't positive,
             ``normalizer`` is combined with ``reduction='none'``, or ``returns`` has an unknown
             name.
@@ -600,7 +600,7 @@ def cross_entropy(
 
     With ``q`` the target distribution (one-hot, mixed with ``label_smoothing / C`` of every class;
     times the class weights) and ``lse = log(sum(exp(input)))``, a row's loss is
-    ``sum_c q_c * (lse - input_c)``. If the input needs a gradient, the forward also writes
+    ``sum_c q_c * (lse - input_c)``. If the input requires a gradient, the forward also writes
     ``softmax * sum(q) - q``, divided like the loss, and the backward only scales it; for bfloat16
     and float16, where that would round twice, it writes a copy of the logits instead. So changing
     the logits after the forward doesn't affect the gradient. Label smoothing is from Szegedy et
@@ -623,7 +623,7 @@ def cross_entropy(
 
     Raises:
         TypeError: an argument is not a tensor.
-        IndexError: a target is out of range; the message has it and the number of classes.
+        IndexError: a target is out of range; the message names it and the number of classes.
         ValueError: the batch sizes differ, or the reduction is unknown.
         RuntimeError: other shapes, dtypes or devices don't match, ``label_smoothing`` is outside
             [0, 1], or ``ignore_index`` >= 0 is combined with class probabilities.
