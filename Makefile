@@ -17,6 +17,8 @@ INTEGRATIONS_VENV ?= .venv-integrations
 LINTERS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
 PY := $(VENV)/bin/python
+# Large downloads show how far they are, small ones only their names.
+PIP := $(PY) -m pip --disable-pip-version-check install
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CXX_TESTS := $(shell find tests tools -name '*.cpp' -o -name '*.h')
 HAS_GPU = $(shell $(PY) -c "import torch; print('1' if torch.cuda.is_available() else '')")
@@ -31,7 +33,8 @@ help:
 
 ##@ For users
 
-demo: build ## train on MNIST with fastnn and with PyTorch (ARGS="--momentum 0.9")
+demo: build ## train on MNIST with fastnn and with PyTorch (ARGS="--loss cross_entropy")
+	@echo "Training on MNIST ..."
 	$(PY) examples/mnist.py $(ARGS)
 
 bench: build ## time every operator against the alternatives (ARGS="--quick")
@@ -56,6 +59,7 @@ check: lint build ## the quick lane, for each commit: lint, types, the main test
 	$(PY) -m pytest $(QUICK:%=tests/%) $(ARGS)
 
 test: build ## run all tests, then again on emulated CUDA kernels (ARGS="-k cross_entropy")
+	@echo "Tests on the CPU's kernels; a dot is a test that has passed."
 	$(PY) -m pytest $(ARGS)
 	$(MAKE) test-emulated
 	$(if $(HAS_GPU),$(PY) -m pytest --device cuda $(ARGS))
@@ -64,6 +68,7 @@ test: build ## run all tests, then again on emulated CUDA kernels (ARGS="-k cros
 OR_NONE_CHOSEN := || [ $$? -eq 5 ]
 EMULATED := FASTNN_TEST_CUDA_EMULATION=1 CXX="$(CXX)"
 test-emulated: build ## run the tests on CUDA kernels that the CPU emulates
+	@echo "Tests on emulated CUDA kernels, in three orders of threads; compiling them takes minutes."
 	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PY) -m pytest $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
@@ -144,40 +149,47 @@ ifneq ($(shell cmp fastnn/_build_info.json $(VENV)/.built 2>&1),)
 endif
 
 $(PY):
+	@echo "Creating the environment $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
 
 # torch comes first and alone: the build needs it, and its version decides which wheels pip takes.
 $(VENV)/.torch: | $(PY)
-	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja numpy
+	@echo "Installing $(TORCH) and what the build needs ..."
+	$(PIP) "$(TORCH)" "setuptools>=77" ninja numpy
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_FILES)
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	$(PY) -W ignore setup.py --quiet build_ext --inplace
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@echo "Installing fastnn, and what its tests and its demo need ..."
+	$(PIP) --no-build-isolation --editable ".[test]"
 	cp fastnn/_build_info.json $@
 
 $(VENV)/.cuda_tools: $(VENV)/.torch
-	$(PY) -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	@echo "Installing the tools that read CUDA's machine code ..."
+	$(PIP) --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 # fastnn itself is already installed, so pip adds only the packages of the extra.
 $(VENV)/.docs: $(VENV)/.built
-	$(PY) -m pip install --quiet "fastnn[docs]"
+	@echo "Installing Sphinx ..."
+	$(PIP) --quiet "fastnn[docs]"
 	touch $@
 
 $(VENV)/.build_tool: $(VENV)/.torch
-	$(PY) -m pip install --quiet build
+	$(PIP) --quiet build
 	touch $@
 
 # Not editable, since the extension in the working tree is built for another torch.
 $(VENV)/.stacks: $(VENV)/.torch setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_FILES) $(wildcard fastnn/*.py) tests/programs/integrations/requirements.txt
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	FASTNN_CUDA=0 $(PY) -W ignore setup.py --quiet build_ext
-	FASTNN_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation . -r tests/programs/integrations/requirements.txt
+	@echo "Installing fastnn, torchvision, timm, fastai, Lightning, transformers, skorch ..."
+	FASTNN_CUDA=0 $(PIP) --no-build-isolation . -r tests/programs/integrations/requirements.txt
 	touch $@
 
 # After torch, whose types mypy reads.
 $(VENV)/.lint: Makefile $(VENV)/.torch
-	$(PY) -m pip install --quiet $(LINTERS)
+	@echo "Installing $(LINTERS) ..."
+	$(PIP) --quiet $(LINTERS)
 	touch $@

@@ -1,7 +1,8 @@
 """Trains the same MNIST classifier with fastnn and with stock PyTorch and compares the two.
 
-    python examples/mnist.py                     five epochs on the digits bundled with the repo
+    python examples/mnist.py                     ten epochs on the digits bundled with the repo
     python examples/mnist.py --data DIR          the full MNIST, from its four IDX files
+    python examples/mnist.py --notebook          a smaller learning rate, no momentum, five epochs
     python examples/mnist.py --help              all flags
 
 The network is the multilayer perceptron 784-128-64-10. It is trained with fastnn in the ordinary
@@ -19,28 +20,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from idx import IdxError, find_idx, read_pair
+from digits import Digits, batches, load_digits
+from idx import IdxError
+from mnist_report import LABELS, Epoch, Run, draw, format_table
 from torch import nn
 
-BUNDLED = Path(__file__).resolve().parent / "data" / "mnist"
-BUNDLED_TEST_IMAGES = 1_500
-# The bundled digits are split the same way whatever --seed is: a seed changes the training only.
-SPLIT_SEED = 0
 WARM_UP_STEPS = 20
-LABELS = {"fastnn": "fastnn", "train_step": "train_step", "torch": "PyTorch"}
-COLORS = {"fastnn": "#d1495b", "train_step": "#edae49", "torch": "#30638e"}
-# The curves coincide up to rounding: PyTorch's goes below as a broad band and fastnn's on top as
-# thin lines, so that all can be seen.
-LINES = {
-    "torch": {"linewidth": 5, "alpha": 0.4},
-    "train_step": {"linewidth": 2.2},
-    "fastnn": {"linewidth": 1.3, "linestyle": "--"},
-}
+# As the notebooks that teach this network train it: slowly.
+NOTEBOOK = {"momentum": 0.0, "lr": 0.003, "epochs": 5}
 
 
 class DemoError(Exception):
@@ -51,9 +42,9 @@ class DemoError(Exception):
 class Options:
     """What the flags ask for."""
 
-    momentum: float = 0.0
-    lr: float = 0.003
-    epochs: int = 5
+    momentum: float = 0.9
+    lr: float = 0.01
+    epochs: int = 10
     batch_size: int = 64
     seed: int = 0
     loss: str = "nll"
@@ -66,20 +57,6 @@ class Options:
     def backends(self) -> tuple[str, ...]:
         """The backends to train, in the order in which they are reported."""
         return tuple(LABELS) if self.backend == "all" else (self.backend,)
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Normalised images (count, 784), float32, and their labels (count,), int64."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: torch.Tensor) -> Digits:
-        return Digits(self.images[index], self.labels[index])
 
 
 @dataclass
@@ -111,60 +88,6 @@ class OneCallLearner(Learner):
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Take one training step on a batch and return its loss."""
         return self.train_step(images, labels).item()
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch's results: mean of the batch losses, test accuracy, seconds of training."""
-
-    loss: float
-    accuracy: float
-    seconds: float
-
-
-@dataclass
-class Run:
-    """One backend's results."""
-
-    backend: str
-    epochs: list[Epoch] = field(default_factory=list)
-    batch_losses: list[float] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training over all epochs."""
-        return sum(epoch.seconds for epoch in self.epochs)
-
-
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def to_digits(images: np.ndarray, labels: np.ndarray) -> Digits:
-    """Turn pixels 0..255 into values -1..1: ToTensor, then Normalize((0.5,), (0.5,))."""
-    pixels = torch.from_numpy(images).flatten(1).float()
-    return Digits(pixels.div(255).sub(0.5).div(0.5), torch.from_numpy(labels).long())
-
-
-def load_digits(folder: Path | None) -> tuple[Digits, Digits]:
-    """Return training and test digits: the full set in ``folder``, else the bundled ones."""
-    if folder is not None:
-        return _load_part(folder, "train"), _load_part(folder, "t10k")
-    digits = _load_part(BUNDLED, "t10k")
-    # The file's first half is easier than its second (they come from different writers), so the
-    # split is at random.
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return digits[order[BUNDLED_TEST_IMAGES:]], digits[order[:BUNDLED_TEST_IMAGES]]
-
-
-def _load_part(folder: Path, part: str) -> Digits:
-    images = find_idx(folder, f"{part}-images-idx3-ubyte")
-    labels = find_idx(folder, f"{part}-labels-idx1-ubyte")
-    return to_digits(*read_pair(images, labels))
-
-
-def batches(digits: Digits, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut the digits into batches in their order; the last one may be shorter."""
-    return list(zip(digits.images.split(size), digits.labels.split(size), strict=True))
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -358,107 +281,6 @@ def describe_fastnn() -> str:
     return f"fastnn {fastnn.__version__} ({kernels})"
 
 
-def time_ratio(fused: Run, stock: Run) -> float:
-    """Return how many times as long the stock run took."""
-    return stock.seconds / fused.seconds
-
-
-def loss_difference(first: Run, second: Run) -> float:
-    """Return the largest absolute difference of two runs' epoch losses."""
-    losses = np.array([[epoch.loss for epoch in run.epochs] for run in (first, second)])
-    # numpy's max, unlike Python's, gives NaN if any difference is NaN.
-    return float(np.abs(losses[0] - losses[1]).max())
-
-
-def format_table(runs: Sequence[Run]) -> str:
-    """Return the results per epoch, the backends side by side, then the comparison."""
-    width = 11 * len(runs)
-    names = "".join(f"{LABELS[run.backend]:>11}" for run in runs)
-    lines = [
-        f"{'':5}"
-        + "".join(f"   {title:>{width}}" for title in ("train loss", "test acc", "seconds")),
-        "epoch" + f"   {names}" * 3,
-    ]
-    for number, epochs in enumerate(zip(*(run.epochs for run in runs), strict=True), start=1):
-        losses = "".join(_format_loss(epoch.loss) for epoch in epochs)
-        accuracies = "".join(f"{epoch.accuracy:11.4f}" for epoch in epochs)
-        seconds = "".join(f"{epoch.seconds:11.3f}" for epoch in epochs)
-        lines.append(f"{number:5}   {losses}   {accuracies}   {seconds}")
-    totals = "".join(f"{run.seconds:11.3f}" for run in runs)
-    lines.append(f"total{'':{2 * (width + 3)}}   {totals}")
-    *ours, stock = runs
-    lines += [""] if ours else []
-    for run in ours:
-        name, ratio = LABELS[run.backend], time_ratio(run, stock)
-        difference = loss_difference(run, stock)
-        lines += [
-            f"PyTorch's time / {name}'s time: {ratio:.2f}",
-            f"largest difference of the epoch losses: {difference:.1e}",
-        ]
-    return "\n".join(lines)
-
-
-def _format_loss(loss: float) -> str:
-    # A run that diverges ends in losses of any size: they too must fit their column.
-    return f"{loss:11.4f}" if loss < 1e4 else f"{loss:11.1e}"
-
-
-def smooth(losses: Sequence[float], window: int) -> np.ndarray:
-    """Return the moving average of the batch losses over full windows."""
-    return np.convolve(losses, np.full(window, 1 / window), mode="valid")
-
-
-def draw(runs: Sequence[Run], path: Path) -> bool:
-    """Draw loss curves and times per epoch into a PNG; False if matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")  # draws into files, so it needs no display
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    _draw_losses(left, runs)
-    _draw_times(right, runs)
-    figure.savefig(path, format="png", dpi=120)
-    plt.close(figure)
-    return True
-
-
-def _draw_losses(axes, runs: Sequence[Run]) -> None:
-    for run in reversed(runs):
-        per_epoch = len(run.batch_losses) // len(run.epochs)
-        window = max(1, per_epoch // 20)
-        curve = smooth(run.batch_losses, window)
-        position = (np.arange(len(curve)) + window) / per_epoch
-        color, label = COLORS[run.backend], LABELS[run.backend]
-        axes.plot(position, curve, color=color, label=label, **LINES[run.backend])
-    axes.set(title="Training loss", xlabel="epoch", ylabel=f"loss (mean of {window} batches)")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-
-
-def _draw_times(axes, runs: Sequence[Run]) -> None:
-    width = 0.8 / len(runs)
-    numbers = np.arange(1, len(runs[0].epochs) + 1)
-    for index, run in enumerate(runs):
-        offset = (index - (len(runs) - 1) / 2) * width
-        seconds = [epoch.seconds for epoch in run.epochs]
-        label = f"{LABELS[run.backend]}: {run.seconds:.2f} s"
-        if run is not runs[-1]:
-            label += f" ({time_ratio(run, runs[-1]):.2f} x as fast)"
-        axes.bar(numbers + offset, seconds, width, color=COLORS[run.backend], label=label)
-    # Whole epochs only, also where there is but one.
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.set_xlim(0.4, len(numbers) + 0.6)
-    axes.set(title="Training time per epoch", xlabel="epoch", ylabel="seconds")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.margins(y=0.45)  # room for the legend above the bars
-    axes.legend(loc="upper center", ncols=1)
-
-
 # ---- command line --------------------------------------------------------------------------------
 
 
@@ -552,7 +374,16 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         default="mnist.png",
         help="where to draw the results; 'none' draws nothing",
     )
-    return Options(**vars(parser.parse_args(arguments)))
+    add(
+        "--notebook",
+        action="store_true",
+        help="other defaults: lr 0.003, no momentum, 5 epochs (as the notebooks train it)",
+    )
+    if parser.parse_args(arguments).notebook:
+        parser.set_defaults(**NOTEBOOK)
+    flags = vars(parser.parse_args(arguments))
+    del flags["notebook"]
+    return Options(**flags)
 
 
 def require_fastnn() -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from digits import BUNDLED
 from fastai.vision.all import (
     ImageDataLoaders,
     Learner,
@@ -20,7 +21,6 @@ from fastai.vision.all import (
     vision_learner,
 )
 from idx import read_pair
-from mnist import BUNDLED
 from PIL import Image
 
 import fastnn

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import lightning
 import torch
-from mnist import load_digits
+from digits import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

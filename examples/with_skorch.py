@@ -6,7 +6,7 @@ python examples/with_skorch.py
 from __future__ import annotations
 
 import torch
-from mnist import load_digits
+from digits import load_digits
 from skorch import NeuralNetClassifier
 from torch import nn
 
