@@ -15,7 +15,7 @@
 namespace fastnn {
 namespace {
 
-// The derivative of a softmax by its logits, which are the input of another node.
+// The derivative of a softmax with respect to its logits, which are the input of another node.
 struct SoftmaxBackward {
   static constexpr auto name = "CrossEntropySoftmaxBackward";
   using Tensors = std::array<at::Tensor, 1>;
@@ -31,17 +31,17 @@ struct SoftmaxBackward {
   }
 };
 
-// The softmax of the logits, from what the forward kept: they may have changed, or be gone.
+// The softmax of the logits, from what the forward kept: the logits may have changed, or be gone.
 at::Tensor kept_softmax(const at::Tensor& kept, const at::Tensor& q, const at::Tensor& total,
                         const at::Tensor& total_weight, const LossOptions& options) {
   const at::NoGradGuard no_grad;
   if (!keeps_gradient(kept)) return at::softmax(kept, class_dim(kept));
   const at::Tensor softmax = ((options.is_mean() ? kept * total_weight : kept) + q) / total;
-  // Where q is 0 the gradient says nothing of the softmax, nor does it depend on it.
+  // Where q is 0, the gradient says nothing about the softmax and doesn't depend on it.
   return softmax.masked_fill(total == 0, 0);
 }
 
-// Makes it a function of the logits that the node running now was made for, where autograd records.
+// Makes it a function of the logits that the running node was made for, if autograd is recording.
 void record_softmax(const at::Tensor& softmax) {
   if (!at::GradMode::is_enabled()) return;
   const auto node = make_node<BackwardNode<SoftmaxBackward>>();
@@ -117,8 +117,8 @@ at::Tensor cross_entropy_recorded(const at::Tensor& input, const at::Tensor& tar
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target,
                                   const LossOptions& options) {
-  // The fused backward gives the logits' gradient alone: probabilities or weights that want one
-  // take torch's composite.
+  // The fused backward only gives the logits' gradient: if probabilities or weights need one,
+  // torch's composite gives it.
   if (in_functorch() || has_tangent(input) || has_tangent(target) || has_tangent(options.weight) ||
       needs_grad(target) || needs_grad(options.weight) ||
       !can_fuse_cross_entropy(input, target, options)) {
@@ -149,7 +149,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("cross_entropy", as_cross_entropy<cross_entropy_autograd>);
 }
 
-// vmap: over the whole batch at once; without these it loops over the samples.
+// vmap runs these on the whole batch at once; without them it would loop over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("cross_entropy", as_cross_entropy<cross_entropy_composite>);
   m.impl("cross_entropy_backward", as_cross_entropy_backward<cross_entropy_backward_composite>);

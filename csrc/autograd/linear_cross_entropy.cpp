@@ -18,8 +18,8 @@ namespace {
 
 using torch::autograd::variable_list;
 
-// The gradients from all the logits at once, in operators that can be differentiated.
-// `grad_rows` is what multiplies each row's, shaped to broadcast against the logits.
+// The gradients from all the logits at once, with operators that can be differentiated.
+// `grad_rows` multiplies each row's gradient, and broadcasts against the logits.
 HeadGradients composite_gradients(const at::Tensor& grad_rows, const LinearHead& head,
                                   const at::Tensor& target, const LinearLossOptions& options,
                                   HeadMask wanted) {
@@ -68,7 +68,7 @@ HeadGradients linear_cross_entropy_backward_composite(
   return composite_gradients(grad_rows, head, target, options, wanted);
 }
 
-// What autograd keeps between the two directions.
+// What autograd saves for the backward.
 using Saved = std::array<at::Tensor, 10>;
 using SavedOptions = std::tuple<int64_t, int64_t, double, double, double, double, int64_t>;
 constexpr int64_t kNoDtype = -1;
@@ -100,7 +100,7 @@ at::Tensor scaled(at::Tensor&& kept, const at::Tensor& grad, at::ScalarType dtyp
   if (!kept.defined()) return {};
   const at::Tensor factor = grad.to(kept.scalar_type());
   if (!may_replace(kept, grad)) return (kept * factor).to(dtype);
-  // On the CPU the usual factor can be read at once.
+  // On the CPU the factor, which is usually 1, can be read without waiting.
   const bool is_one = factor.is_cpu() && factor.item<double>() == 1;
   if (!is_one) kept.mul_(factor);
   return kept.to(dtype);
@@ -170,8 +170,8 @@ at::Tensor linear_cross_entropy_recorded(const LinearHead& head, const at::Tenso
 
 at::Tensor linear_cross_entropy_autograd(const LinearHead& head, const at::Tensor& target,
                                          const LinearLossOptions& options) {
-  // The fused backward gives the gradients of the linear layer alone: all else that wants one takes
-  // the composite.
+  // The fused backward only gives the gradients of the linear layer: if anything else needs one,
+  // the composite gives it.
   const auto is_composites = [](const auto&... tensors) {
     return (... || (needs_grad(tensors) || has_tangent(tensors)));
   };
@@ -193,7 +193,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy_autograd>);
 }
 
-// vmap: over the whole batch at once; without these it loops over the samples.
+// vmap runs these on the whole batch at once; without them it would loop over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy_composite>);
   m.impl("linear_cross_entropy_backward",

@@ -58,7 +58,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("log_softmax", log_softmax_autograd);
 }
 
-// vmap: over the whole batch at once; without these it loops over the samples.
+// vmap runs these on the whole batch at once; without them it would loop over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("log_softmax", log_softmax_composite);
   m.impl("log_softmax_backward", log_softmax_backward_composite);

@@ -73,7 +73,7 @@ TORCH_LIBRARY_IMPL(fastnn, Autograd, m) {
   m.impl("nll_loss", as_nll_loss<nll_loss_autograd>);
 }
 
-// vmap: over the whole batch at once; without these it loops over the samples.
+// vmap runs these on the whole batch at once; without them it would loop over the samples.
 TORCH_LIBRARY_IMPL(fastnn, FuncTorchBatchedDecomposition, m) {
   m.impl("nll_loss", as_nll_loss<nll_loss_composite>);
   m.impl("nll_loss_backward", as_nll_loss_backward<nll_loss_backward_composite>);

@@ -1,4 +1,4 @@
-// sgd_step_ writes in place: it bumps the version counters, so that a backward through a parameter
+// sgd_step_ writes in place and bumps the version counters, so that a backward through a parameter
 // that has been stepped since raises instead of giving a wrong gradient.
 #include "ops/sgd.h"
 

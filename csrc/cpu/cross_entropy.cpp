@@ -30,7 +30,7 @@ struct Operands : CrossEntropyOperands {
   }
 };
 
-// What 'mean' divides by, from the targets alone.
+// The divisor of 'mean', from the targets alone.
 template <typename T>
 double total_weight_of(const simd::CrossEntropy<T>& args) {
   const auto add_weights = [&](int64_t begin, int64_t end, simd::LossSums& sum) {
@@ -51,7 +51,7 @@ double divisor_of_rows(const simd::CrossEntropy<T>& args, const LossOptions& opt
   return args.target ? total_weight_of(args) : double(args.layout.rows());
 }
 
-// What the forward leaves for the backward; undefined tensors where that is nothing.
+// What the forward keeps for the backward; undefined tensors if nothing.
 struct Kept {
   at::Tensor tensor;
   at::Tensor lse;
@@ -85,7 +85,7 @@ struct Kept {
       return {.grad = nullptr, .scale = 1, .max = max, .log_sum = max + args.layout.rows()};
     }
   }
-  // While they are in the cache.
+  // Called while the rows are in the cache.
   template <typename T>
   void copy_rows(const simd::CrossEntropy<T>& args, int64_t begin, int64_t end) const {
     const int64_t classes = args.layout.classes;
@@ -117,15 +117,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   if (!operands.probabilities) {
     bad.raise_if_any(operands.indices(), operands.layout.classes, options.ignore_index);
   }
-  // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
+  // As in torch, the mean over nothing is NaN, for probabilities as for class indices.
   if (input.numel() == 0) sums.weight = 0;
   return {options.per_row() ? losses : reduced_loss(sums, options, input),
           keep ? operands.in_shape_of_input(kept.tensor) : at::Tensor(), kept.lse,
           scalar_tensor(sums.weight, accumulate_dtype(input))};
 }
 
-// Writes the gradient, laid out as the operands' logits, which it may replace: these are what the
-// forward kept.
+// Writes the gradient, laid out as the operands' logits, which are what the forward kept. It may
+// overwrite them.
 void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
                     const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
                     const at::Tensor& total_weight) {
@@ -172,7 +172,7 @@ void cross_entropy_backward_cpu_(const at::Tensor& grad_output, const at::Tensor
   check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
   const Operands operands(kept, target, options);
   write_gradient(operands.logits, operands, grad_output, lse, total_weight);
-  // Where the kernels don't take the strides, the operands are a copy.
+  // If the kernels don't take the strides, the operands are a copy.
   if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
 

@@ -20,8 +20,8 @@ namespace {
 // Whether the library's product is faster than ours, as `python -m benchmarks.crossovers` measures
 // it; `packs` says whether ours packs its operands.
 //
-// The library's instructions that multiply bfloat16 outdo our float32, but a call of them costs
-// more than a small product.
+// The library's instructions that multiply bfloat16 beat our float32, but a call costs more than a
+// small product.
 bool multiplies_bfloat16_faster(int64_t rows, int64_t cols, int64_t depth, bool packs) {
   constexpr int64_t kSmall = 1 << 21, kFewRows = 4;
   const bool reads_a_matrix_once = !packs && rows <= kFewRows;
@@ -46,7 +46,7 @@ bool library_is_faster(at::ScalarType dtype, int64_t rows, int64_t cols, int64_t
                                 : multiplies_floats_faster(rows, cols, depth, packs);
 }
 
-// An operand of one row or column counts as lying along the depth.
+// Makes an operand of one row or column contiguous along the depth.
 template <typename T>
 simd::Gemm<T> with_vectors_along_depth(simd::Gemm<T> args) {
   const auto is_vector = [](int64_t lines, const simd::Matrix<T>& matrix, bool transposed) {
@@ -57,8 +57,8 @@ simd::Gemm<T> with_vectors_along_depth(simd::Gemm<T> args) {
   return args;
 }
 
-// This thread's memory for packed operands, kept: to map it anew would cost more than small
-// products.
+// This thread's memory for packed operands. It is kept, as mapping it anew would cost more than
+// small products.
 void* scratch(size_t bytes) {
   constexpr std::align_val_t kAlignment{64};
   struct Free {
@@ -75,7 +75,7 @@ void* scratch(size_t bytes) {
   return memory.get();
 }
 
-// Our kernels, in blocks that the threads take.
+// Runs our kernels, in blocks that the threads share.
 template <typename T, typename Right>
 void run(const simd::Gemm<T, Right>& args) {
   const GemmJobs jobs(args.rows, args.cols, args.depth, at::get_num_threads());
@@ -99,7 +99,7 @@ struct LibraryProduct {
   at::Tensor out;
 };
 
-// The passes over the library's product that make ours of it.
+// The passes that apply our epilogues to the library's product.
 template <typename T>
 void mask_product(const simd::Gemm<T>& args) {
   at::parallel_for(0, args.rows, grain(args.cols), [&](int64_t begin, int64_t end) {
@@ -123,7 +123,7 @@ void run_library(const simd::Gemm<T>& args, LibraryProduct product) {
     at::addmm_out(out, out, a, b);
     return;
   }
-  // Where the output is narrower than the sums, the library adds the bias before it rounds.
+  // If the output is narrower than the sums, the library adds the bias before it rounds.
   const bool bias_in_gemm = bias && (!args.relu || accumulate_dtype(a) != a.scalar_type());
   bias_in_gemm ? at::addmm_out(out, *bias, a, b) : at::mm_out(out, a, b);
   if (args.relu) {
@@ -158,8 +158,8 @@ at::Tensor as_tensor(const simd::Matrix<T>& matrix, int64_t rows, int64_t cols) 
 
 }  // namespace
 
-// Our product with a step. Tile by tile a parameter and its buffer are read in short pieces, which
-// pays while both lie in the second-level cache; larger ones are stepped in a pass of its own.
+// Our product with a step. Tile by tile, a parameter and its buffer are read in short pieces, which
+// pays while both are in the L2 cache; larger ones are stepped in a separate pass.
 template <typename T>
 void run_and_step(simd::Gemm<T> args) {
   constexpr int64_t kNear = 1 << 19;

@@ -1,4 +1,4 @@
-// linear_cross_entropy on the CPU: blocks of logits in what the sums are carried in, which fit the
+// linear_cross_entropy on the CPU: blocks of logits in the accumulation dtype, which fit the
 // last-level cache, and our products or the library's.
 #include "ops/linear_cross_entropy.h"
 
@@ -21,7 +21,7 @@ void dispatch_sums(const at::Tensor& logits, F f) {
 template <typename A>
 simd::LogitBlock<A> kernel_block(const LogitRows& block, const LinearLossOptions& options) {
   const bool is_forward = block.losses.defined();
-  // The backward reads: a tensor that shares its memory until it is written to stays as it is.
+  // The backward only reads: copy-on-write memory stays shared.
   const auto results = [&](const at::Tensor& tensor) {
     if (!tensor.defined()) return static_cast<A*>(nullptr);
     return is_forward ? data<A>(tensor) : const_cast<A*>(const_data<A>(tensor));
@@ -48,8 +48,8 @@ struct Device {
     return accumulate_dtype(input);
   }
 
-  // Enough rows for the weight, which each block reads twice, and its gradient, which each block
-  // adds to, to cost little beside the multiplications; few enough for little memory.
+  // Enough rows to make the traffic of the weight, which each block reads twice, and its gradient,
+  // which each block adds to, cost little next to the products; few enough for little memory.
   static int64_t rows(int64_t rows, int64_t classes) {
     constexpr int64_t kElements = 1 << 23, kUnit = 64;
     const int64_t fitting = kElements / std::max<int64_t>(classes, 1);

@@ -1,4 +1,4 @@
-// What the launchers of nll_loss and cross_entropy share: targets, and sums over rows that are the
+// Shared by the launchers of nll_loss and cross_entropy: targets, and sums over rows that are the
 // same on any number of threads.
 #pragma once
 
@@ -63,12 +63,12 @@ inline at::Tensor reduced_loss(const simd::LossSums& sums, const LossOptions& op
   return scalar_tensor(loss, input.scalar_type());
 }
 
-// The reciprocal of a total weight; NaN where that is 0.
+// The reciprocal of a total weight; NaN if that is 0.
 inline double reciprocal(double total) {
   return total == 0 ? std::numeric_limits<double>::quiet_NaN() : 1 / total;
 }
 
-// What multiplies each row's gradient: 'mean' has divided by the total weight.
+// The factor of each row's gradient: 'mean' has divided by the total weight.
 inline double row_grad_scale(const at::Tensor& total_weight, const LossOptions& options) {
   if (!options.is_mean()) return 1;
   const double total = total_weight.scalar_type() == at::kDouble ? *const_data<double>(total_weight)

@@ -1,5 +1,5 @@
-// An optimizer's step on the CPU: one parallel region over all tensors, in chunks that fit a cache.
-// Nothing here knows which optimizer it is.
+// Any optimizer's step on the CPU: one parallel region over all tensors, in chunks that fit a
+// cache.
 #pragma once
 
 #include <memory>
@@ -11,8 +11,8 @@
 
 namespace fastnn::cpu {
 
-// One parameter's tensors and their memory: in the parallel region copy-on-write memory, which is
-// copied when a pointer to write to it is taken, may not be copied.
+// One parameter's tensors and their memory. The pointers are taken before the parallel region, as
+// taking one to write to copy-on-write memory copies that.
 struct SteppedTensors {
   at::ScalarType dtype;
   c10::SmallVector<at::ScalarType, 2> state_dtypes;

@@ -22,8 +22,8 @@ struct NLLRows {
   T* losses;
 };
 
-// The usual case: no class weights, no loss of each row, rows in one piece. The less the loop reads
-// for a row, the more rows' cache misses overlap.
+// The usual case: no class weights, no losses per row, contiguous rows. The less the loop reads per
+// row, the more rows' cache misses overlap.
 template <typename T>
 int64_t sum_plain_nll_rows(const NLLRows<T> rows, int64_t begin, int64_t end,
                            simd::LossSums& sums) {
@@ -79,7 +79,7 @@ struct NLLGradient {
   bool grad_per_row;
   double scale;
   T* grad_input;
-  bool is_zero;  // grad_input is already
+  bool is_zero;  // whether grad_input is zero already
 };
 
 // Writes the gradient of [first, last) of the layout's outer dimension; returns the first row whose

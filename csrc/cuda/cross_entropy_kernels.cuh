@@ -16,19 +16,19 @@ namespace fastnn::cuda {
 
 enum class TargetKind { Index, SmoothedIndex, Probabilities };
 
-// Vectors that a thread has in flight: with class weights beside four it would spill registers.
+// Vectors that a thread has in flight: four and class weights would spill registers.
 template <TargetKind Kind>
 inline constexpr int kVectorsBesideWeights = Kind == TargetKind::SmoothedIndex ? 2 : 4;
 
-// What a row's gradient takes.
+// What a row's gradient needs.
 template <typename A>
 struct GradientRow {
   A max;
   A log_sum;
   A grad;
   A grad_times_total;  // times the sum of q
-  int64_t target;      // or -1 where the row doesn't count
-  A at_target;         // what q has there beside the spread part
+  int64_t target;      // or -1 if the row doesn't count
+  A at_target;         // the part of q there besides the spread part
 };
 
 // What both directions know. `weight` may be null; so is `target` or `target_probs`, the other one.
@@ -53,7 +53,7 @@ struct CrossEntropyArgs {
   __device__ int64_t checked(int64_t t) const {
     return checked_class(t, classes, ignore_index);
   }
-  // The row's class from its target, and what q has there, which it returns.
+  // Sets the row's class from its target, and the part of q there, which it returns.
   __device__ A set_target(GradientRow<A>& row, int64_t t) const {
     row.target = checked(t);
     if (row.target >= 0) row.at_target = keep * class_weight_at(weight, row.target);
@@ -113,16 +113,16 @@ struct CrossEntropyForwardRows : RowDefaults {
   static constexpr bool kHasSpread = Kind != TargetKind::Index;
   using State = std::conditional_t<kHasSpread, SpreadState<T>, SoftmaxState<T>>;
   struct Row {
-    int64_t target;  // until it is checked by whatever looks at it
+    int64_t target;  // not checked yet
     A at_target;     // the logit there
-    A weight;        // of the row: 0 where it doesn't count
+    A weight;        // of the row: 0 if it doesn't count
     A max;
     A log_sum;
     A spread_loss;
   };
   static constexpr int kReduceInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = false, kSums = true;
-  // Whether or not a gradient is wanted: sums of other groups of classes would round otherwise.
+  // The same with and without a gradient: sums of other groups of classes would round differently.
   static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
   CrossEntropyArgs<T> args;
@@ -193,8 +193,8 @@ struct CrossEntropyForwardRows : RowDefaults {
   }
 
  private:
-  // Whether the difference of two logits may overflow. In a state it might not, where x was taken
-  // relative to what was the maximum then; torch's and the CPU's losses are infinite or NaN there.
+  // Whether the difference of two logits may overflow. In a state, where x is relative to an
+  // earlier maximum, it might not; torch's and the CPU's losses are infinite or NaN there.
   __device__ static bool overflows(const Row& row) {
     constexpr A kInfinity = std::numeric_limits<A>::infinity();
     return row.max < kInfinity && row.max + std::numeric_limits<A>::max() == kInfinity;
@@ -218,8 +218,8 @@ struct CrossEntropyCopyingRows : CrossEntropyForwardRows<Storage, Kind> {
   static constexpr bool kCopies = true;
 };
 
-// The weight of the targets of rows [0, rows) that are this block's, one of `blocks`. All of its
-// threads call this, and get the result.
+// The weight of the targets of this block's part of rows [0, rows), one of `blocks` parts. All of
+// its threads call this, and get the result.
 template <typename T>
 __device__ double target_weight_of(const CrossEntropyArgs<T>& args, int64_t block, int64_t blocks,
                                    int64_t rows) {
@@ -247,7 +247,7 @@ struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
 
   A scale;
   const A* total_weight = nullptr;
-  int64_t weighed_rows = 0;  // of which each block adds up the weights, or 0
+  int64_t weighed_rows = 0;  // rows whose weights each block adds up, or 0
 
   __device__ void start() {
     if (weighed_rows > 0) {
@@ -344,7 +344,7 @@ struct ScaleGradientRows : RowDefaults {
   __device__ void begin(Row& row, int64_t position) const {
     row = {grad.of(position), target && target[position] == ignore_index};
   }
-  // Zero whatever its factor.
+  // An ignored row is zero whatever its factor.
   __device__ bool skips(const Row& row) const {
     return row.ignored;
   }
@@ -355,7 +355,7 @@ struct ScaleGradientRows : RowDefaults {
   }
 };
 
-// What 'mean' divides by: each block's part, or the whole from one block.
+// The divisor of 'mean': each block's part, or the whole from one block.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
     sum_target_weights_kernel(CrossEntropyArgs<T> args, int64_t rows, LossSums* sums_of_block,

@@ -20,7 +20,7 @@ struct LogSoftmaxRows : RowDefaults {
   __device__ void finish(Row& row, const State& state, int64_t) const {
     row = {state.max, std::log(state.sum)};
   }
-  // In two steps: the sum of the two would round the small differences of large logits away.
+  // In two steps: the sum of the two would round away the small differences of large logits.
   template <int N>
   __device__ void map(const Row& row, Classes, const A (&x)[1][N], A (&out)[N]) const {
 #pragma unroll
@@ -28,7 +28,7 @@ struct LogSoftmaxRows : RowDefaults {
   }
 };
 
-// Operands: grad, output. A row's sum is all that its threads know.
+// Operands: grad, output. A row's threads share only its sum.
 template <typename Storage>
 struct LogSoftmaxBackwardRows : RowDefaults {
   using T = Storage;

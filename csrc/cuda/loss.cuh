@@ -1,4 +1,4 @@
-// What the kernels of nll_loss and cross_entropy share: class indices, incoming gradients, sums.
+// Shared by the kernels of nll_loss and cross_entropy: class indices, incoming gradients, sums.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -25,14 +25,14 @@ __device__ accum<T> class_weight_at(const T* weight, int64_t c) {
   return weight ? to_accum(weight[c]) : accum<T>(1);
 }
 
-// The reciprocal of a total weight; NaN where that is 0.
+// The reciprocal of a total weight; NaN if that is 0.
 template <typename A>
 __device__ A reciprocal(A total) {
   return total == 0 ? std::numeric_limits<A>::quiet_NaN() : A(1) / total;
 }
 
-// A loss's incoming gradient: one value, or one for each row. 'mean' has divided by the total
-// weight (null otherwise).
+// A loss's incoming gradient: one value, or one per row. 'mean' has divided by the total weight
+// (null otherwise).
 template <typename T>
 struct IncomingGrad {
   const T* grad;
@@ -46,7 +46,7 @@ struct IncomingGrad {
   }
 };
 
-// Where a loss over all rows goes; loss may be null. Over no weight 'mean' is NaN, also where label
+// The result of a loss over all rows; loss may be null. 'mean' over no weight is NaN, even if label
 // smoothing's share of the loss did not vanish with the weights.
 template <typename T>
 struct LossResult {
@@ -65,7 +65,7 @@ struct LossResult {
   }
 };
 
-// One block adds up what the others have left, in a fixed order.
+// One block adds up the sums of the others, in a fixed order.
 inline constexpr int kFinishThreads = 512;
 template <typename T>
 __global__ void __launch_bounds__(kFinishThreads)

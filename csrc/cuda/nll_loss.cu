@@ -1,4 +1,4 @@
-// nll_loss on CUDA devices: one element of each row is read, so that any strides serve.
+// nll_loss on CUDA devices: one element of each row is read, so that any strides will do.
 #include "ops/nll_loss.h"
 
 #include <ATen/ops/empty.h>

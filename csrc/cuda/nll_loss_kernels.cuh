@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kNLLThreads)
   }
 }
 
-// No operand is read: the rows' kernels write the zeros too, which a memory set and a scatter would
-// move twice where rows are short.
+// Reads no operand. The rows' kernels write the zeros too, which a memset and a scatter would move
+// twice if rows are short.
 template <typename Storage>
 struct NLLLossBackwardRows : RowDefaults {
   using T = Storage;

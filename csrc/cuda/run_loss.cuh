@@ -1,4 +1,4 @@
-// From tensors to the launch that reduces a loss over all rows.
+// Launches the kernel that reduces a loss over all rows.
 #pragma once
 
 #include <ATen/core/Reduction.h>
@@ -24,8 +24,8 @@ struct BlockSums {
   }
 };
 
-// The result from the blocks' sums; one block alone has set it itself. Over no elements both sums
-// are 0.
+// Sets the result from the blocks' sums; a single block has set it itself. Over no elements both
+// sums are 0.
 template <typename T>
 void run_finish_loss(const BlockSums& sums, bool empty, const LossResult<T>& result) {
   if (sums.blocks == 1 && !empty) return;

@@ -23,7 +23,7 @@ constexpr auto* kAutocast =
     &at::autocast::WrapFunction<policy, device, std::remove_pointer_t<decltype(function)>,
                                 std::remove_pointer_t<decltype(function)>, function>::type::call;
 
-// For lists WrapFunction knows no cast.
+// WrapFunction can't cast lists.
 template <c10::DeviceType device>
 at::Tensor mlp_under_autocast(const at::Tensor& input, at::TensorList weights,
                               const OptionalTensors& biases, const Flags& relu) {

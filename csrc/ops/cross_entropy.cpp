@@ -163,7 +163,7 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "float label_smoothing) -> ()");
 }
 
-// On every device: one without kernels takes torch's way.
+// For every device; those without kernels fall back to torch.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", as_cross_entropy<cross_entropy_default>);
 }

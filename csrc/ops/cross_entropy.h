@@ -37,21 +37,21 @@ void cross_entropy_backward_(const at::Tensor& grad_output, const at::Tensor& ke
 // Whether the gradient is kept for logits of this dtype.
 bool keeps_gradient(const at::Tensor& logits);
 
-// Whether the target holds class probabilities: torch's rule, the input's shape.
+// Whether the target holds class probabilities: as in torch, if it has the input's shape.
 bool has_class_probabilities(const at::Tensor& input, const at::Tensor& target);
 
-// Whether the fused kernels take these arguments; torch serves or refuses the rest.
+// Whether the fused kernels take these arguments; torch handles or rejects the rest.
 bool can_fuse_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                             const LossOptions& options);
 
-// The checks of the kernels' launchers; the backward's are those that its forward has not made.
+// The checks of the kernels' launchers. The backward may be called without the forward.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                          const LossOptions& options, std::string_view op = "cross_entropy");
 void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
                                   const at::Tensor& target, const std::optional<at::Tensor>& lse,
                                   const at::Tensor& total_weight, const LossOptions& options);
 
-// The tensors as the kernels of every device take them, and what is known of them.
+// The tensors as the kernels of every device take them, with their properties.
 struct CrossEntropyOperands {
   bool classes_last;
   at::Tensor logits;
@@ -63,7 +63,7 @@ struct CrossEntropyOperands {
   CrossEntropyOperands(const at::Tensor& input, const at::Tensor& target,
                        const LossOptions& options);
 
-  // Null where the target holds probabilities.
+  // Null if the target holds probabilities.
   const int64_t* indices() const {
     return probabilities ? nullptr : const_data<int64_t>(target);
   }
@@ -80,13 +80,13 @@ struct CrossEntropyOperands {
 // The shape of lse: two values per row.
 at::DimVector lse_sizes(const at::Tensor& input);
 
-// The same in ATen operators, with torch's own transforms and derivatives of any order.
+// The same with ATen operators, which support torch's transforms and derivatives of any order.
 at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& target,
                                    const LossOptions& options);
 
-// ---- the schema's boundary: `f`, which takes its options in one, as the dispatcher calls it ----
+// ---- the schema's boundary: turns `f`, which takes a struct of options, into a kernel ----
 
-// Raises for a reduction or a label smoothing that there isn't.
+// Raises for an invalid reduction or label smoothing.
 LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                   std::string_view reduction, double label_smoothing,
                                   std::string_view op = "cross_entropy");

@@ -60,7 +60,7 @@ HeadGradients linear_cross_entropy_backward(const at::Tensor& grad_output, const
 
 namespace {
 
-// The logits' shape, of symbols too.
+// The logits' shape, which may be symbolic.
 c10::SymDimVector logits_sizes(const LinearHead& head) {
   c10::SymDimVector sizes(head.input.sym_sizes());
   sizes.back() = head.weight.sym_size(0);
@@ -102,7 +102,7 @@ namespace {
 
 constexpr auto kName = "linear_cross_entropy";
 
-// Torch's words, but for the name.
+// The messages are torch's, except for the name.
 void check_head(const LinearHead& head) {
   const auto& [input, weight, bias] = head;
   TORCH_CHECK(input.dim() == 1 || input.dim() == 2, kName,
@@ -164,7 +164,7 @@ at::Tensor adjusted(at::Tensor logits, const LinearLossOptions& options) {
   return logits;
 }
 
-// Where a row counts; all with class probabilities.
+// The values of the rows that count, else 0; with class probabilities all rows count.
 at::Tensor counting(const at::Tensor& per_row, const at::Tensor& target, bool probabilities,
                     int64_t ignore_index) {
   return probabilities ? per_row : per_row.masked_fill(target == ignore_index, 0);
@@ -260,7 +260,7 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "ScalarType? dtype, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 
-// On every device: one without kernels takes torch's way.
+// For every device; those without kernels fall back to torch.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy_default>);
 }

@@ -1,5 +1,5 @@
 // linear_cross_entropy(input, linear_weight, target): the cross entropy of linear's output, which
-// never exists as a whole, and its gradients.
+// is never materialised as a whole, and its gradients.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,9 +20,9 @@ struct LinearHead {
   std::optional<at::Tensor> bias;
 };
 
-// What is done to the logits, and to the losses beside cross_entropy's options.
+// The options for the logits and the losses, besides those of cross_entropy.
 struct LinearLossOptions : LossOptions {
-  double softcap = 0;  // logits become softcap * tanh(logits / softcap); 0: they don't
+  double softcap = 0;  // logits become softcap * tanh(logits / softcap); 0 for none
   double logit_scale = 1;
   double z_loss = 0;
   std::optional<at::Tensor> normalizer;  // what the sum is divided by, in the place of the count
@@ -37,11 +37,10 @@ struct LinearLossOptions : LossOptions {
 using HeadMask = std::array<bool, 3>;
 using HeadGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Calls through the dispatcher. Where a gradient is wanted, the forward returns those of the
-// reduced loss, in what the sums are carried in, for the backward to scale and to round once:
-// undefined where they aren't wanted. Without a reduction it returns each row's log-sum-exp instead
-// (see cross_entropy_forward), from which linear_cross_entropy_backward computes the logits' blocks
-// once more.
+// Calls through the dispatcher. The forward returns the wanted gradients of the reduced loss, in
+// the accumulation dtype, for the backward to scale and to round once; unwanted ones are undefined.
+// Without a reduction it returns each row's log-sum-exp instead (see cross_entropy_forward), for
+// linear_cross_entropy_backward to compute the gradients from recomputed blocks of logits.
 at::Tensor linear_cross_entropy(const LinearHead& head, const at::Tensor& target,
                                 const LinearLossOptions& options);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_forward(
@@ -66,21 +65,21 @@ void check_linear_cross_entropy_backward(const at::Tensor& grad_output, const Li
                                          const at::Tensor& target, const at::Tensor& lse,
                                          const LinearLossOptions& options);
 
-// A tensor of the logits' shape and device, and of the loss's dtype, of one element in memory: what
-// stands for the logits where arguments are checked.
+// A tensor with the logits' shape and device and the loss's dtype, but one element in memory: it
+// stands in for the logits when arguments are checked.
 at::Tensor shape_of_logits(const LinearHead& head, const LinearLossOptions& options);
 
-// What 'mean' divides by, in ATen operators, of logits or what stands for them.
+// The divisor of 'mean', with ATen operators; shape_of_logits() will do for the logits.
 at::Tensor linear_total_weight(const at::Tensor& logits, const at::Tensor& target,
                                const LinearLossOptions& options);
 
-// The same in ATen operators, with torch's own transforms and derivatives of any order.
+// The same with ATen operators, which support torch's transforms and derivatives of any order.
 at::Tensor linear_cross_entropy_composite(const LinearHead& head, const at::Tensor& target,
                                           const LinearLossOptions& options);
 
-// ---- the schema's boundary: `f`, which takes its options in one, as the dispatcher calls it ----
+// ---- the schema's boundary: turns `f`, which takes a struct of options, into a kernel ----
 
-// Raises for options that there aren't.
+// Raises for invalid options.
 LinearLossOptions linear_loss_options(const std::optional<at::Tensor>& weight,
                                       std::string_view reduction, int64_t ignore_index,
                                       double label_smoothing, std::optional<double> softcap,

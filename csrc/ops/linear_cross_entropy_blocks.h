@@ -8,7 +8,7 @@
 //   product(out, a, b, bias, add)    out = a @ b (+ bias), or out + a @ b
 //   add_column_sums(sums, block)
 //   losses(block, options)    each row's loss and log-sum-exp; the gradient if it is wanted, which
-//                             may have the logits' place
+//                             may replace the logits
 //   gradient(block, options)  the gradient from the log-sum-exps
 //   sum(losses)               of the rows, in float64 and 0-d
 #pragma once
@@ -26,7 +26,7 @@
 
 namespace fastnn {
 
-// Some rows of the logits, and what is made of them.
+// Some rows of the logits, and their results.
 struct LogitRows {
   at::Tensor logits;
   at::Tensor target;   // class indices, or class probabilities in the logits' dtype
@@ -122,7 +122,7 @@ class LinearCrossEntropyBlocks {
     return at::empty(sizes, rows_.options().dtype(sums_dtype_));
   }
 
-  // What the sum of the losses is divided by, in float64: NaN where a mean is over nothing.
+  // The divisor of the sum of the losses, in float64; NaN for a mean over nothing.
   at::Tensor divisor() const {
     const auto options = rows_.options().dtype(at::kDouble);
     if (options_.normalizer) return options_.normalizer->to(at::kDouble);
@@ -166,7 +166,7 @@ class LinearCrossEntropyBlocks {
   }
 
   // Calls gradient = make(block, begin, n) with the logits of rows [begin, begin + n), and adds
-  // what comes of the gradient, where it is defined.
+  // the gradient's products if they are wanted.
   template <typename F>
   void for_each_block(F make) {
     if (rows() == 0) return;

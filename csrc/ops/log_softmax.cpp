@@ -50,7 +50,7 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def("log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor");
 }
 
-// Where no kernel of this name is registered for the device or the layout.
+// The fallback if no kernel is registered for the device or layout.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("log_softmax", log_softmax_composite);
 }

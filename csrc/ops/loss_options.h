@@ -1,4 +1,4 @@
-// The options of a loss, in one from the schema's boundary on.
+// The options of a loss as one struct, which everything inside the schema's boundary takes.
 #pragma once
 
 #include <ATen/core/Reduction.h>
@@ -10,7 +10,7 @@
 namespace fastnn {
 
 struct LossOptions {
-  std::optional<at::Tensor> weight;  // one number for each class
+  std::optional<at::Tensor> weight;  // one number per class
   int64_t ignore_index;
   at::Reduction::Reduction reduction;
   double label_smoothing = 0;  // nll_loss has none
@@ -23,7 +23,7 @@ struct LossOptions {
   }
 };
 
-// The names of the reductions in the schemas. Raises for another one.
+// The names of the reductions in the schemas. Raises for any other name.
 at::Reduction::Reduction parse_reduction(std::string_view name);
 std::string_view reduction_name(at::Reduction::Reduction reduction);
 

@@ -77,7 +77,7 @@ TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "Tensor total_weight, int ignore_index, str reduction) -> Tensor");
 }
 
-// On every device: one without kernels takes torch's way.
+// For every device; those without kernels fall back to torch.
 TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("nll_loss", as_nll_loss<nll_loss_default>);
 }

@@ -21,18 +21,18 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& in
                              const at::Tensor& target, const at::Tensor& total_weight,
                              const LossOptions& options);
 
-// Whether the fused kernels take these arguments; torch serves or refuses the rest.
+// Whether the fused kernels take these arguments; torch handles or rejects the rest.
 bool can_fuse_nll_loss(const at::Tensor& input, const at::Tensor& target,
                        const LossOptions& options);
 
 // The checks of the kernels' launchers.
 void check_nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options);
 
-// The same in ATen operators, with torch's own transforms and derivatives of any order.
+// The same with ATen operators, which support torch's transforms and derivatives of any order.
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
                               const LossOptions& options);
 
-// ---- the schema's boundary: `f`, which takes its options in one, as the dispatcher calls it ----
+// ---- the schema's boundary: turns `f`, which takes a struct of options, into a kernel ----
 
 template <auto f>
 at::Tensor as_nll_loss(const at::Tensor& input, const at::Tensor& target,

@@ -10,15 +10,15 @@
 
 namespace fastnn {
 
-// The numbers of a step that are tensors of one element; each may be missing. On a GPU they are
-// read where they lie: nothing waits for them, and a CUDA graph reads them anew at each replay.
+// The numbers of a step that are one-element tensors; each may be missing. A GPU reads them from
+// its own memory: nothing waits for them, and a CUDA graph reads them anew at each replay.
 struct SGDScalars {
   std::optional<at::Tensor> lr;          // in place of the options'
   std::optional<at::Tensor> grad_scale;  // gradients are divided by it, and written back
-  std::optional<at::Tensor> found_inf;   // where not zero, nothing is done
+  std::optional<at::Tensor> found_inf;   // if it isn't zero, the step is skipped
 };
 
-// The lists of a step; without momentum no buffers are looked at.
+// The lists of a step; without momentum the buffers are ignored.
 inline TensorLists sgd_lists(at::TensorList params, at::TensorList grads,
                              at::TensorList momentum_buffers, const SGDOptions& options,
                              const SGDScalars& scalars) {
@@ -33,7 +33,7 @@ void sgd_step_(const TensorLists& lists, const SGDOptions& options, const SGDSca
 // The checks of the kernels' launchers.
 void check_sgd(const TensorLists& lists, const SGDScalars& scalars);
 
-// ---- the schema's boundary: `f`, which takes its options in one, as the dispatcher calls it ----
+// ---- the schema's boundary: turns `f`, which takes a struct of options, into a kernel ----
 
 // The two overloads of sgd_step_, with a learning rate of double or of const at::Tensor&.
 template <auto f, typename LR>

@@ -1,4 +1,4 @@
-// The numbers of a step of SGD, which kernels of every device take. No ATen.
+// The options of a step of SGD, for the kernels of all devices. No ATen.
 #pragma once
 
 namespace fastnn {

@@ -16,7 +16,7 @@ template <typename T, TargetKind Kind>
 class TargetDistribution {
  public:
   using A = accum<T>;
-  // Whether every class has a share, not the target alone.
+  // Whether every class has a share, not only the target.
   static constexpr bool kHasSpread = Kind != TargetKind::Index;
 
   explicit TargetDistribution(const CrossEntropy<T>& args)
@@ -32,7 +32,7 @@ class TargetDistribution {
     uniform_sum_ = A(args.label_smoothing / args.layout.classes * weights);
   }
 
-  // What spread() takes for the row(s) at `offset`.
+  // The reader that spread() takes for the row(s) at `offset`.
   template <typename RowsT>
   auto reader(const RowsT& rows, int64_t offset) const {
     if constexpr (Kind == TargetKind::Probabilities) {
@@ -50,12 +50,12 @@ class TargetDistribution {
     return rows.valid(step, q);
   }
 
-  // The part of q that stands at the target alone, of the class in each lane.
+  // The part of q at the target only, for the class in each lane.
   template <typename Rows>
   vec<A> at_target(const Rows& rows, ints<A> target) const {
     return keep_ * class_weight(rows, target);
   }
-  // The spread part at a class, of class indices.
+  // The spread part at a class, for class indices.
   A uniform(int64_t c) const {
     return args_.weight ? uniform_ * load_scalar(args_.weight + c) : uniform_;
   }
@@ -63,7 +63,7 @@ class TargetDistribution {
   A uniform_sum() const {
     return uniform_sum_;
   }
-  // The weight of the class in each lane; anything where that is negative.
+  // The weight of the class in each lane; any value if that is negative.
   template <typename Rows>
   vec<A> class_weight(const Rows& rows, ints<A> target) const {
     if (args_.weight == nullptr) return broadcast(A(1));
@@ -87,7 +87,7 @@ class Targets {
   explicit Targets(const CrossEntropy<T>& args) : args_(args) {
   }
 
-  // Per lane its row's class, or -1 where that doesn't count (ignored, out of range, no row).
+  // The class of each lane's row, or -1 if that doesn't count (ignored, out of range, no row).
   template <typename Rows>
   ints<A> of(const Rows& rows, int64_t position) {
     return rows.row_indices([&](int64_t i) {
@@ -112,8 +112,8 @@ class Targets {
   int64_t first_bad_ = kNoBadTarget;
 };
 
-// What is known of the rows that are walked at once, in the lanes of each: the class, or -1 where
-// the row doesn't count; what q has there; the sum of q.
+// The targets of the rows that are processed at once, in the lanes of each: the class, or -1 if the
+// row doesn't count; q's part at the class; the sum of q.
 template <typename A>
 struct RowTargets {
   ints<A> target = {};
@@ -142,7 +142,7 @@ void write_gradient(const TargetDistribution<T, Kind>& q, const RowTargets<accum
                     T* grad_input, Steps g_softmax, Elements g_softmax_at) {
   using A = accum<T>;
   constexpr bool kIndices = Kind != TargetKind::Probabilities;
-  // The target is one of a long row's many classes: written once more, not looked for at each step.
+  // The target is one of a long row's many classes: it is written again, not tested at each step.
   constexpr bool kTargetApart = kIndices && !Rows::kLanesAreRows;
   const int64_t t = known.target[0];
   A gradient_at_target = 0;
@@ -191,7 +191,7 @@ RowLosses<accum<T>> row_losses(const TargetDistribution<T, Kind>& q, ints<accum<
   return {target >= 0 ? loss : none, target >= 0 ? q.class_weight(rows, target) : none};
 }
 
-// Leaves the gradient where `terms` holds the terms of the sum of exp(x - max).
+// Replaces the terms of the sum of exp(x - max), which `terms` holds, by the gradient.
 template <typename T, TargetKind Kind, typename Rows, typename Terms, typename Probabilities>
 void keep_gradient(const TargetDistribution<T, Kind>& q, ints<T> target, const Rows& rows, T* grad,
                    Terms& terms, Probabilities& probabilities, T scale, vec<T> sum) {
@@ -308,7 +308,7 @@ void scale_gradient(const CrossEntropy<T>& args, int64_t begin, int64_t end, con
 // Calls f.template operator()<Kind>() with the kind of the operands' targets.
 template <typename T, typename F>
 int64_t dispatch_target_kind(const CrossEntropy<T>& args, F f) {
-  // Not by target_probs, which is null over no classes.
+  // This doesn't test target_probs, which is null if there are no classes.
   if (args.target == nullptr) return f.template operator()<TargetKind::Probabilities>();
   if (args.label_smoothing != 0) return f.template operator()<TargetKind::SmoothedIndex>();
   return f.template operator()<TargetKind::Index>();

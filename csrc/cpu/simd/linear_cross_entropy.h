@@ -1,13 +1,13 @@
 // linear_cross_entropy's blocks of logits: each row's loss, which is cross_entropy's, and its
-// gradient in the logits' place. With a z-loss z the loss has z * lse^2 more, the gradient
-// 2 * z * lse * softmax.
+// gradient, which replaces the logits. A z-loss z adds z * lse^2 to the loss and
+// 2 * z * lse * softmax to the gradient.
 #pragma once
 
 #include "cpu/simd/cross_entropy.h"
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// What is done to the rows of a block that are walked at once.
+// Processes the rows of a block that are taken at once.
 template <typename A, TargetKind Kind>
 struct BlockRows {
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
@@ -37,7 +37,7 @@ struct BlockRows {
     rows.store_per_row(block.log_sum + position, lse.log_sum);
   }
 
-  // The terms are a softmax's: the gradient takes them times `over_sum`.
+  // The terms are a softmax's up to the factor `over_sum`.
   template <typename Rows, typename Probabilities, typename Writer, typename Steps,
             typename Elements>
   void write(const Rows& rows, int64_t offset, int64_t position, ints<A> target,
@@ -55,7 +55,7 @@ struct BlockRows {
   }
 };
 
-// The loss alone, or one whose gradient takes all logits once more.
+// The loss alone, or with a gradient that reads all logits once more.
 template <typename A, TargetKind Kind>
 void block_of_losses(const LogitBlock<A>& block, int64_t begin, int64_t end) {
   const A* const logits = block.args.logits;
@@ -77,8 +77,8 @@ void block_of_losses(const LogitBlock<A>& block, int64_t begin, int64_t end) {
   for_each_log_sum_exp(block.args.layout, begin, end, logits, KeepNothing(), run);
 }
 
-// The gradient takes the terms of the sum of exp(x - max), which have the logits' place by then:
-// hence the logits of the targets first.
+// The gradient reads the terms of the sum of exp(x - max), which have replaced the logits by then:
+// hence the targets' logits are read first.
 template <typename A>
 void block_of_gradients(const LogitBlock<A>& block, int64_t begin, int64_t end) {
   const int64_t classes = block.args.layout.classes;

@@ -1,6 +1,6 @@
-// How a kernel walks the classes of its rows. Where rows are long and lie in one piece, a vector's
-// lanes are consecutive classes of one row; otherwise they are the same class of several rows. The
-// kernels are written once, over either.
+// How a kernel iterates over the classes of its rows. If rows are long and contiguous, a vector's
+// lanes are consecutive classes of one row; otherwise they are the same class of several rows.
+// Kernels are written once for both.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ struct Part {
   int64_t n;
 };
 
-// Combines f(step) of all whole steps, `size` classes apart. In four chains: in one each would wait
-// for the last, and a sum would lose more digits.
+// Combines f(step) of all whole steps, `size` classes apart, in four chains: in one, each step
+// would wait for the last, and a sum would lose more digits.
 template <typename A, typename Combine, typename F>
 inline vec<A> fold_whole_steps(int64_t classes, int64_t size, vec<A> init, Combine combine, F f) {
   constexpr int64_t kChains = 4;
@@ -34,12 +34,12 @@ inline vec<A> fold_whole_steps(int64_t classes, int64_t size, vec<A> init, Combi
   return combine(combine(chain[0], chain[1]), combine(chain[2], chain[3]));
 }
 
-// Lanes are classes c, c+1, ... of a single row in one piece.
+// Lanes are classes c, c+1, ... of a single contiguous row.
 template <typename A>
 struct AlongClasses {
   int64_t classes;
   static constexpr bool kLanesAreRows = false;
-  static constexpr int64_t count = 1;  // rows walked at once
+  static constexpr int64_t count = 1;  // rows at once
 
   template <typename F>
   void for_each_step(F f) const {
@@ -47,12 +47,12 @@ struct AlongClasses {
     for (; c + kLanes<A> <= classes; c += kLanes<A>) f(Whole{c});
     if (c < classes) f(Part{c, classes - c});
   }
-  // The rows' elements, at each step.
+  // Reads the rows' elements at each step.
   template <typename T>
   auto reader(const T* row) const {
     return [row](auto step, A fill) { return load(row, step, fill); };
   }
-  // And a way to write them, and to read what was written.
+  // Writes them, and reads what was written.
   template <typename T>
   struct Writer {
     T* row;
@@ -70,12 +70,12 @@ struct AlongClasses {
   Writer<T> writer(T* row) const {
     return {row};
   }
-  // Where a class of the row in this lane lies, from the first row's first element.
+  // The offset of a class of this lane's row from the first row's first element.
   int64_t element(int64_t c, int64_t /*lane*/) const {
     return c;
   }
 
-  // The value with zeros in the lanes that no class stands behind: what a sum over classes takes.
+  // The value with zeros in the lanes without a class, for sums over classes.
   vec<A> valid(Whole, vec<A> value) const {
     return value;
   }
@@ -87,7 +87,7 @@ struct AlongClasses {
   vec<A> per_class(const T* values, Step step) const {
     return load(values, step, 0);
   }
-  // A row's own value, in the lanes of that row: f(i) for the i-th of the rows walked at once.
+  // A row's own value, in the lanes of that row: f(i) for the i-th of these rows.
   template <typename F>
   vec<A> row_values(F f) const {
     return broadcast(A(f(0)));
@@ -283,7 +283,7 @@ struct ShortRows : LanesAreRows<A> {
   }
 };
 
-// Calls f(rows, offset, position) for rows in one piece, each by itself.
+// Calls f(rows, offset, position) for contiguous rows, one by one.
 template <typename A, typename F>
 void for_each_row_alone(int64_t classes, int64_t begin, int64_t end, F f) {
   for (int64_t position = begin; position < end; ++position) {
@@ -291,8 +291,8 @@ void for_each_row_alone(int64_t classes, int64_t begin, int64_t end, F f) {
   }
 }
 
-// Calls f(rows, offset, position) for the rows at positions [begin, end) that are walked at once:
-// `offset` is the first element of the row at `position`, the first of `rows.count`.
+// Calls f(rows, offset, position) for the rows at positions [begin, end), several at once: `offset`
+// is the first element of the row at `position`, the first of `rows.count`.
 template <typename A, typename F>
 void for_each_group(const Layout& layout, int64_t begin, int64_t end, F f) {
   const auto [outer, classes, inner] = layout;
@@ -312,8 +312,8 @@ void for_each_group(const Layout& layout, int64_t begin, int64_t end, F f) {
   }
 }
 
-// The same for rows of any kind; `short_row` is the number of classes from which a row in one piece
-// is walked by itself.
+// The same for rows of any kind; contiguous rows of `short_row` classes or more are taken one by
+// one.
 template <typename A, typename F>
 void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f,
                   int64_t short_row = kShortRow<A>) {
@@ -325,7 +325,7 @@ void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f,
 }
 
 // The maximum of each row, and the sum of exp(x - max) with its log: a row's log-sum-exp in two
-// parts. In one they would lose the small differences of large logits; (x - max) - log_sum keeps
+// parts. Their sum would lose the small differences of large logits; (x - max) - log_sum keeps
 // them.
 template <typename A>
 struct LogSumExp {
@@ -363,7 +363,7 @@ struct KeepNothing {
 };
 
 // Calls f(rows, offset, position, x, terms, lse) as for_each_row does, with a reader of `input` and
-// the log-sum-exps. terms = keep(rows, offset) has been given the terms of the sums.
+// the log-sum-exps. terms = keep(rows, offset) has received the terms of the sums.
 template <typename T, typename Keep, typename F>
 void for_each_log_sum_exp(const Layout& layout, int64_t begin, int64_t end, const T* input,
                           Keep keep, F f) {
@@ -379,8 +379,8 @@ void for_each_log_sum_exp(const Layout& layout, int64_t begin, int64_t end, cons
     });
     return;
   }
-  // All sums of a few rows, then all that is made of them: no row waits for another's reduction
-  // across lanes, and one logarithm serves them all. Few enough to stay in the nearest cache.
+  // All sums of a few rows, then all their results: no row waits for another's reduction across
+  // lanes, and they share one logarithm. The rows are few enough to stay in the L1 cache.
   constexpr int64_t kElements = 4096;
   const int64_t block = std::clamp<int64_t>(kElements / classes, 1, kLanes<A>);
   const AlongClasses<A> row{classes};

@@ -39,7 +39,7 @@ struct SGDFormula {
   }
 
   // Steps a vector of a parameter and its momentum buffer, which may be null; `load` and `store`
-  // are a vector's.
+  // access a vector.
   template <typename T, typename B, typename Load, typename Store>
   void step(T* param, vec<A> grad, B* momentum_buffer, Load load, Store store) const {
     const vec<A> x = load(param);
@@ -55,7 +55,7 @@ struct SGDFormula {
   }
 };
 
-// `momentum_buffer` is of T or of what it is computed in.
+// `momentum_buffer` has type T or accum<T>.
 template <typename T, typename B>
 FASTNN_KERNEL void sgd_step(T* param, T* grad, B* momentum_buffer, int64_t n,
                             const SGDOptions& options, double grad_scale) {
