@@ -19,7 +19,7 @@ struct SteppedTensors {
   int64_t numel;
   // The parameter, its states and its gradient, if each is one run of memory in the same order.
   c10::SmallVector<void*, 3> runs;
-  std::unique_ptr<StridedRuns> strided;  // else
+  std::unique_ptr<StridedRuns> strided;  // otherwise
 
   SteppedTensors(const TensorLists& lists, size_t i)
       : dtype(lists.params[i].scalar_type()), numel(lists.params[i].numel()) {
@@ -38,7 +38,7 @@ struct SteppedTensors {
       if (lists.writes_grads) {
         written.push_back(grad);
       } else {
-        // One in the parameter's own memory is read as it was before the step.
+        // A gradient in the parameter's own memory is read as it was before the step.
         read.push_back(grad.is_alias_of(param) ? grad.clone() : grad);
       }
       strided = std::make_unique<StridedRuns>(written, read);
@@ -53,8 +53,8 @@ struct Chunk {
   int64_t size;
 };
 
-// What one call of a kernel takes: elements [begin, begin + size) of the parameter, its states and
-// its gradient.
+// The arguments of one call of a kernel: elements [begin, begin + size) of the parameter, its
+// states and its gradient.
 class SteppedRun {
  public:
   SteppedRun(const SteppedTensors& of, void* const* runs, int64_t begin, int64_t size)
@@ -102,8 +102,8 @@ inline std::vector<Chunk> split(const std::vector<SteppedTensors>& all) {
   return chunks;
 }
 
-// Calls step(run) for all that there is to step, in one parallel region, where no two tensors
-// share memory; else in one for each parameter.
+// Calls step(run) for all tensors, in one parallel region or, if some share memory, in one for each
+// parameter.
 template <typename F>
 void step_tensors(const TensorLists& all_lists, F step) {
   step_in_order(all_lists, [&](const TensorLists& lists) {

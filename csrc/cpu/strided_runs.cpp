@@ -8,12 +8,12 @@
 namespace fastnn::cpu {
 namespace {
 
-// Elements of a run: those of a few tensors fit the nearest cache.
+// Elements of a run: those of a few tensors fit the L1 cache.
 constexpr int64_t kRun = 1024;
 // Rows of fewer elements are too short for a call of their own: several make a run.
 constexpr int64_t kShortRow = 32;
-// Where rows lie across those of another tensor, a run takes so many elements of each: then both
-// tensors' cache lines are used up while they are near.
+// If rows lie across those of another tensor, a run takes this many elements of each: both tensors'
+// cache lines are then used up while they are in the cache.
 constexpr int64_t kAcross = 64;
 
 // Part of a tensor's rows, with strides in bytes.
@@ -28,7 +28,7 @@ struct Rows {
   bool are_one_run() const {
     return col_stride == element_size && (rows == 1 || row_stride == cols * element_size);
   }
-  // The same with neighbours as one element.
+  // The same with neighbours joined into wider elements.
   Rows in_fewest_elements() const {
     constexpr int64_t kWidest = 16;
     Rows of = *this;
@@ -41,7 +41,7 @@ struct Rows {
   }
 };
 
-// Elements are copied so many at once: addresses that don't wait for one another.
+// Elements copied at once, as their addresses don't depend on one another.
 constexpr int64_t kAtOnce = 4;
 
 // One row or column of the rows, and its place in the run that they make.
@@ -66,8 +66,8 @@ struct Line {
   }
 };
 
-// Calls copy(in_rows, in_run) for each element, along neighbours in memory unless they are few. A
-// function of its own: its loops need all registers.
+// Calls copy(in_rows, in_run) for each element, along neighbours in memory unless they are few. Not
+// inlined: its loops need all registers.
 template <int64_t kSize, typename Copy>
 [[gnu::noinline, gnu::flatten]] void for_each_element(const Rows& of, char* run, Copy copy) {
   const int64_t run_row_stride = of.cols * kSize;
@@ -82,8 +82,8 @@ template <int64_t kSize, typename Copy>
   }
 }
 
-// Copies between rows and the run that they make: copy(in_rows, in_run, size) for each element,
-// whose size is a constant, as a call of memcpy for each would cost more than the step.
+// Copies between rows and the run that they make: calls copy(in_rows, in_run, size) for each
+// element with a constant size, as a memcpy call per element would cost more than the step.
 template <typename Copy>
 void copy_elements(const Rows& rows, void* run, Copy copy) {
   const Rows of = rows.in_fewest_elements();

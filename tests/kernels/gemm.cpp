@@ -63,7 +63,7 @@ std::vector<Size> sizes(const Tile& tile) {
   result.push_back({simd::kGemmRows, simd::kGemmCols, 1});
   for (const int64_t d : kUnevenDepths) {
     result.push_back({simd::kGemmRows, 3, d});                 // the left operand's last panel
-    result.push_back({kManyRows, 2 * kGroup * tile.cols, d});  // the right one's, beside sums
+    result.push_back({kManyRows, 2 * kGroup * tile.cols, d});  // the right one's, next to sums
   }
   // More than one block, on one thread and on several.
   for (const int64_t n : {simd::kGemmRows - 1, simd::kGemmRows + 1, 2 * simd::kGemmRows + 9}) {
