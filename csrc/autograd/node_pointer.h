@@ -1,5 +1,4 @@
-// The pointer type of autograd's nodes: c10::intrusive_ptr since torch 2.13, std::shared_ptr
-// before.
+// The pointer type of autograd's nodes: intrusive since torch 2.13, std::shared_ptr before.
 #pragma once
 
 #include <torch/csrc/autograd/function.h>

@@ -38,7 +38,7 @@ class GemmJobs {
   }
 
  private:
-  // The number of multiplications that is worth waking a thread.
+  // The number of multiplications that makes waking a thread worthwhile.
   static constexpr int64_t kLeastWork = 1 << 17;
   // Columns are cut at multiples of this, for whole vectors and cache lines that one thread writes.
   static constexpr int64_t kColumns = 16;

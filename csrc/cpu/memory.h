@@ -7,7 +7,7 @@
 
 namespace fastnn::cpu {
 
-// An uninitialised contiguous tensor, made without the dispatcher, which costs more than many small
+// An uninitialized contiguous tensor, made without the dispatcher, which costs more than many small
 // results. Large ones get huge pages: with a page fault per 4 KiB, the first write to fresh memory
 // would cost more than most kernels.
 at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype);

@@ -1,5 +1,4 @@
-// Any optimizer's step on the CPU: one parallel region over all tensors, in chunks that fit a
-// cache.
+// One parallel region for a step of any optimizer on the CPU, in chunks that fit a cache.
 #pragma once
 
 #include <memory>

@@ -4,7 +4,8 @@
 // A block computes a tile of the output in steps along the depth: it loads both operands' next
 // tiles from global memory into registers while it multiplies the current ones, which are in shared
 // memory and already in the accumulation type. Shared memory is double-buffered, so that one
-// barrier per step suffices. What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
+// barrier per step suffices.
+// What bounds it: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
 #include <type_traits>
@@ -224,8 +225,7 @@ class ThreadSums {
     }
   }
 
-  // Adds the bias, applies the ReLU and rounds to T, for the tile that starts at this row and
-  // column.
+  // Adds the bias, applies the ReLU and rounds to T, for the tile that starts at this element.
   __device__ void write(const GemmArgs<T>& args, int64_t first_row, int64_t first_col) const {
 #pragma unroll
     for (int j = 0; j < Shape::kThreadCols; j += kGroup) {

@@ -128,8 +128,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
 
 // ---- the launches, on the host ----
 
-// How a pass over (rows, cols) is split. The partial sums depend only on the sizes and the
-// alignment.
+// How a pass over (rows, cols) is split: partial sums depend only on the sizes and the alignment.
 struct ReluBackwardPlan {
   bool vectors;
   int phases;

@@ -1,5 +1,5 @@
 // linear_cross_entropy(input, linear_weight, target): the cross entropy of linear's output, which
-// is never materialised as a whole, and its gradients.
+// is never materialized as a whole, and its gradients.
 #pragma once
 
 #include <ATen/core/Tensor.h>

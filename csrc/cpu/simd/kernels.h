@@ -124,8 +124,7 @@ struct Kernels {
   int64_t gemm_scratch;
   // Whether gemm() packs its operands instead of reading them in place.
   bool (*gemm_packs)(const Gemm<T>& args);
-  // The same with everything but the right operand in the accumulation type, whose scratch it
-  // takes.
+  // The same with all but the right operand in the accumulation type, whose scratch it takes.
   void (*wide_gemm)(const Gemm<accum<T>, T>& args, const GemmBlock& block, void* scratch);
 
   // For the rows at positions [begin, end).

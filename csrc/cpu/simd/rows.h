@@ -312,8 +312,7 @@ void for_each_group(const Layout& layout, int64_t begin, int64_t end, F f) {
   }
 }
 
-// The same for rows of any kind; contiguous rows of `short_row` classes or more are taken one by
-// one.
+// The same for rows of any kind; contiguous ones of `short_row` classes or more come one by one.
 template <typename A, typename F>
 void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f,
                   int64_t short_row = kShortRow<A>) {
@@ -325,8 +324,7 @@ void for_each_row(const Layout& layout, int64_t begin, int64_t end, F f,
 }
 
 // The maximum of each row, and the sum of exp(x - max) with its log: a row's log-sum-exp in two
-// parts. Their sum would lose the small differences of large logits; (x - max) - log_sum keeps
-// them.
+// parts. Their sum would lose small differences of large logits; (x - max) - log_sum keeps them.
 template <typename A>
 struct LogSumExp {
   vec<A> max;

@@ -1,6 +1,5 @@
 // The interface between operators over rows and the kernels that run them: a struct of device
-// functions, checked by the concept RowOperator. It derives from RowDefaults and states what
-// differs.
+// functions, checked by the concept RowOperator. It states what differs from its base RowDefaults.
 #pragma once
 
 #include <concepts>

@@ -6,7 +6,7 @@
 namespace fastnn::cuda {
 
 // Merges 2^k neighbouring lanes of a warp, which all get the first one's result: merging a with b
-// or b with a may round differently (in which product the fused multiply-add takes), and the lanes
+// or b with a may round differently (in which product the multiply-add fuses), and the lanes
 // of a row must agree. The mask names only these lanes, as the warp's other rows may have ended.
 template <typename State>
 __device__ State reduce_lanes(State state, int lanes) {

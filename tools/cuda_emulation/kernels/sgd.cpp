@@ -111,7 +111,7 @@ void run(std::vector<Item<T, B>>& items, const Case& c) {
            int(&c - kCases));
   std::vector<Item<T, B>> before = items;
   if (c.options.is_first_step) {
-    // On a first step the buffer is uninitialised.
+    // On a first step the buffer is uninitialized.
     for (Item<T, B>& item : items) {
       for (int64_t i = 0; i < item.buffer.size(); ++i) item.buffer[i] = static_cast<B>(NAN);
     }
