@@ -18,7 +18,7 @@ def machine_facts() -> dict[str, str]:
     return {
         "cpu": facts["cpu"],
         "processors": str(os.cpu_count()),
-        "os": f"{_system()}, {platform.machine()}",
+        "os": f"{facts['system']}, {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastnn": fastnn.__version__,
@@ -26,13 +26,6 @@ def machine_facts() -> dict[str, str]:
         "capability of torch": facts["instruction set of torch"],
         "date": datetime.date.today().isoformat(),
     }
-
-
-def _system() -> str:
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):
-        return platform.system()
 
 
 def available_bytes() -> float:

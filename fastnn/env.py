@@ -12,6 +12,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from fastnn import _extension
 __all__ = ["collect", "main"]
 
 UNKNOWN = "unknown"
+PREFIXES = ("FASTNN_", "CUDA_", "TORCH_", "PYTORCH_", "KMP_", "LD_PRELOAD")
 
 
 def collect() -> dict[str, str]:
@@ -38,11 +40,15 @@ def collect() -> dict[str, str]:
     build = _extension.build_info()
     return {
         "fastnn": fastnn.__version__,
+        "installed as": _installed_version("fastnn"),
         "torch": torch.__version__,
         "numpy": _installed_version("numpy"),
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
+        "system": _system(),
         "cpu": _cpu_model(),
+        "memory": _memory(),
+        "huge pages": _huge_pages(),
         "extension": _extension_state(),
         "built for torch": build.get("torch", UNKNOWN),
         "compiler": build.get("compiler", UNKNOWN),
@@ -50,9 +56,10 @@ def collect() -> dict[str, str]:
         "instruction sets built": ", ".join(build.get("simd_targets", {})) or UNKNOWN,
         "instruction set in use": _cpu_capability(),
         "instruction set of torch": torch.backends.cpu.get_cpu_capability(),
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "libraries of torch": _torch_libraries(),
+        "threads": f"{torch.get_num_threads()} on {_usable_processors()} processors",
         "environment": _environment(),
-        "cuda of fastnn": "built" if build.get("cuda") else "not built",
+        "cuda of fastnn": _own_cuda(build),
         "cuda of torch": _torch_cuda(),
     }
 
@@ -93,6 +100,51 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine() or UNKNOWN
 
 
+def _system() -> str:
+    """The distribution's name; ``platform`` only knows the kernel's."""
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.system() or UNKNOWN
+
+
+def _memory() -> str:
+    """The memory that is installed."""
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return UNKNOWN
+    return f"{pages / 2**30:.1f} GiB"
+
+
+def _huge_pages() -> str:
+    """Linux's choice for memory that asks for huge pages, as large results do."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    try:
+        return setting.read_text().partition("[")[2].partition("]")[0] or UNKNOWN
+    except OSError:
+        return UNKNOWN
+
+
+def _usable_processors() -> str:
+    """The processors that this process may use, and those of the machine where there are more."""
+    count = str(os.cpu_count())
+    if not hasattr(os, "sched_getaffinity"):
+        return count
+    usable = str(len(os.sched_getaffinity(0)))
+    return count if usable == count else f"{usable} of {count}"
+
+
+def _torch_libraries() -> str:
+    """What PyTorch multiplies and runs threads with."""
+    libraries = {
+        "MKL": torch.backends.mkl.is_available(),
+        "oneDNN": torch.backends.mkldnn.is_available(),
+        "OpenMP": torch.backends.openmp.is_available(),
+    }
+    return ", ".join(name for name, there in libraries.items() if there) or "none"
+
+
 def _extension_state() -> str:
     if _extension.extension is not None:
         return "available"
@@ -108,8 +160,15 @@ def _cpu_capability() -> str:
 
 def _environment() -> str:
     """The environment variables that change what runs."""
-    names = sorted(n for n in os.environ if n.startswith("FASTNN_") or n.endswith("_NUM_THREADS"))
+    names = sorted(n for n in os.environ if n.startswith(PREFIXES) or n.endswith("_NUM_THREADS"))
     return ", ".join(f"{name}={os.environ[name]}" for name in names) or "nothing set"
+
+
+def _own_cuda(build: dict[str, Any]) -> str:
+    """The toolkit and the compute capabilities that fastnn was built with and for."""
+    if not build.get("cuda"):
+        return "not built"
+    return f"built with {build.get('cuda_toolkit')} for {build.get('cuda_architectures')}"
 
 
 def _torch_cuda() -> str:
@@ -117,8 +176,13 @@ def _torch_cuda() -> str:
         return "not built"
     if not torch.cuda.is_available():
         return f"{torch.version.cuda}, no device"
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = [_device(index) for index in range(torch.cuda.device_count())]
     return f"{torch.version.cuda}, {', '.join(devices)}"
+
+
+def _device(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} ({major}.{minor})"
 
 
 if __name__ == "__main__":

@@ -108,3 +108,14 @@ def test_an_existing_model_is_fused(capsys):
     run(EXISTING, names)
     assert "2 fused" in capsys.readouterr().out
     assert type(names["optimizer"]) is fastnn.optim.SGD
+
+
+def test_every_issue_form_asks_for_the_environment():
+    forms = [
+        path
+        for path in (REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml")
+        if path.name != "config.yml"
+    ]
+    assert len(forms) >= 3
+    for form in forms:
+        assert "output of `python -m fastnn.env`" in form.read_text(), form.name

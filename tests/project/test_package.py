@@ -190,9 +190,18 @@ def read(name: str) -> str:
     return (REPOSITORY / name).read_text()
 
 
-def test_readme_names_no_other_version():
-    named = re.findall(r"fastnn[ =v-]+(\d+\.\d+\.\d+)", read("README.md"))
-    assert set(named) <= {fastnn.__version__}
+PAGES = ["README.md", "docs/install.md", "docs/faq.md", "docs/index.md", "CITATION.cff"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_no_other_version(page):
+    named = re.findall(r"fastnn[ =v-]+(\d+\.\d+\.\d+)|(\d+\.\d+\.\d+)\+torch", read(page))
+    assert {own or other for own, other in named} <= {fastnn.__version__}
+
+
+def test_the_changelog_begins_with_this_version():
+    first = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[1]
+    assert first == fastnn.__version__
 
 
 # --- imports --------------------------------------------------------------------------------------
@@ -276,11 +285,15 @@ print(state() == before, before[-1] > 0)
 
 FACTS = [
     "fastnn",
+    "installed as",
     "torch",
     "numpy",
     "python",
     "platform",
+    "system",
     "cpu",
+    "memory",
+    "huge pages",
     "extension",
     "built for torch",
     "compiler",
@@ -288,6 +301,7 @@ FACTS = [
     "instruction sets built",
     "instruction set in use",
     "instruction set of torch",
+    "libraries of torch",
     "threads",
     "environment",
     "cuda of fastnn",
@@ -329,6 +343,8 @@ def test_env_shows_the_build(monkeypatch):
         "flags": "-O3 -Wall",
         "simd_targets": {"generic": "", "avx2": "-mavx2"},
         "cuda": True,
+        "cuda_toolkit": "13.0",
+        "cuda_architectures": "8.0;9.0+PTX",
     }
     monkeypatch.setattr(fastnn._extension, "build_info", lambda: info)
     facts = env.collect()
@@ -336,17 +352,34 @@ def test_env_shows_the_build(monkeypatch):
     assert facts["compiler"] == "g++ 99"
     assert facts["build flags"] == "-O3 -Wall"
     assert facts["instruction sets built"] == "generic, avx2"
-    assert facts["cuda of fastnn"] == "built"
+    assert facts["cuda of fastnn"] == "built with 13.0 for 8.0;9.0+PTX"
 
 
 def test_env_shows_the_variables_that_matter(monkeypatch):
-    for name in [n for n in os.environ if n.startswith("FASTNN_") or n.endswith("_NUM_THREADS")]:
+    for name in [n for n in os.environ if re.match(r"FASTNN|.*CUDA|.*TORCH|.*NUM_THREADS", n)]:
         monkeypatch.delenv(name)
     assert env.collect()["environment"] == "nothing set"
     monkeypatch.setenv("FASTNN_CPU_CAPABILITY", "default")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    facts = env.collect()
-    assert facts["environment"] == "FASTNN_CPU_CAPABILITY=default, OMP_NUM_THREADS=3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    variables = "CUDA_VISIBLE_DEVICES=, FASTNN_CPU_CAPABILITY=default, OMP_NUM_THREADS=3"
+    assert env.collect()["environment"] == variables
+
+
+def test_env_names_the_processors_that_a_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for usable, expected in ((8, "on 8 processors"), (2, "on 2 of 8 processors")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=usable: set(range(n)))
+        assert env.collect()["threads"].endswith(expected)
+
+
+def test_env_names_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    assert env.collect()["cuda of torch"] == "13.0, GPU 0 (9.0), GPU 1 (9.1)"
 
 
 def test_env_runs_as_a_module():
