@@ -101,9 +101,14 @@ def loss_reduction(size_average: bool | None, reduce: bool | None, reduction: st
     return reduction
 
 
-def check_label_smoothing(label_smoothing: float) -> None:
-    """Raises TypeError for anything but a number."""
-    _check_number("cross_entropy", "label_smoothing", label_smoothing, float)
+def check_label_smoothing(function: str, label_smoothing: float) -> None:
+    """Raises TypeError for anything but a number, and RuntimeError outside [0, 1]: torch's own
+    function, which serves some classes of tensors, takes negative numbers and NaN for 0."""
+    _check_number(function, "label_smoothing", label_smoothing, float)
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(
+            f"{function}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
+        )
 
 
 def check_linear_cross_entropy_arguments(

@@ -301,7 +301,7 @@ class CrossEntropy(Loss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        check_label_smoothing(label_smoothing)
+        check_label_smoothing("cross_entropy", label_smoothing)
         options = (size_average, ignore_index, reduce, reduction, label_smoothing)
         return cls.call(input, target, weight, *options)
 

@@ -401,6 +401,7 @@ def linear_cross_entropy(
         "normalizer": normalizer,
     }
     tensors = (input, linear_weight, target, linear_bias, weight)
+    check_label_smoothing("linear_cross_entropy", label_smoothing)
     if has_torch_function_variadic(*tensors):
         torchs = _tensor_classes.linear_cross_entropy
         return ask_classes(
@@ -412,7 +413,6 @@ def linear_cross_entropy(
     check_linear_cross_entropy_arguments(
         *tensors,
         ignore_index,
-        label_smoothing=label_smoothing,
         softcap=softcap,
         logit_scale=logit_scale,
         z_loss=z_loss,
@@ -634,6 +634,7 @@ def cross_entropy(
     tensor(0.1269)
     """
     if has_torch_function_variadic(input, target, weight):
+        check_label_smoothing("cross_entropy", label_smoothing)
         return ask_classes(
             cross_entropy,
             F.cross_entropy,
@@ -655,10 +656,11 @@ def cross_entropy(
     ):
         check_loss_arguments("cross_entropy", input, target, weight, ignore_index)
         if need_torch(input, target, weight):
+            check_label_smoothing("cross_entropy", label_smoothing)
             options = (size_average, ignore_index, reduce, reduction, label_smoothing)
             return call_torch(F.cross_entropy, input, target, weight, *options)
     if type(label_smoothing) is not float:
-        check_label_smoothing(label_smoothing)
+        check_label_smoothing("cross_entropy", label_smoothing)
     if size_average is not None or reduce is not None or type(reduction) is not str:
         reduction = loss_reduction(size_average, reduce, reduction)
     return operators().cross_entropy(

@@ -258,16 +258,12 @@ def _check_options(model: Module) -> None:
     """Raises for fastnn's own loss options, since PyTorch's loss would compute something else."""
     for path, module in model.named_modules():
         if isinstance(module, nn.LinearCrossEntropyLoss):
-            kind = type(module)
-            added = [name for name in _ADDED if getattr(module, name) != getattr(kind, name)]
+            added = module.added_options()
             if added:
                 raise ValueError(
                     f"model: PyTorch's LinearCrossEntropyLoss has no {' or '.join(added)}, which "
                     f"{path or 'it'} has set"
                 )
-
-
-_ADDED = ("softcap", "logit_scale", "z_loss")
 
 
 def _without_ours(kind: type) -> type:
@@ -291,11 +287,17 @@ def _linear_entries(model: Module) -> Iterator[FusionEntry]:
             _entry(_join(path, name), linear, state, why or _containers.why_all_apart(), path)
             for name, linear, why in _containers.linears_run_by(module)
         ]
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and not _is_of_loss(model, path):
             entries = [_entry(path, module, FUSED, _why_alone(model, path))]
         # An outer Sequential has already reported the Linears of inner ones.
         yield from (entry for entry in entries if entry.path not in seen)
         seen.update(entry.path for entry in entries)
+
+
+def _is_of_loss(model: Module, path: str) -> bool:
+    """Whether a module's Linear is a part of its loss, which has an entry itself."""
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return isinstance(owner, nn._LinearCrossEntropyLoss) and path.endswith("linear")
 
 
 def _entry(

@@ -7,7 +7,7 @@ the parent classes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -131,7 +131,14 @@ class MLP(torch.nn.Sequential):
         device: torch.types.Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        hidden = [hidden_features] if isinstance(hidden_features, int) else [*hidden_features]
+        hidden: list[int]
+        if isinstance(hidden_features, Iterable) and not isinstance(hidden_features, str):
+            hidden = [*hidden_features]
+        else:
+            hidden = [hidden_features]
+        _check_sizes("in_features", [in_features])
+        _check_sizes("hidden_features", hidden)
+        _check_sizes("out_features", [out_features])
         sizes = [in_features, *hidden, out_features]
         layers: list[torch.nn.Module] = []
         for size, next_size in pairwise(sizes):
@@ -149,6 +156,13 @@ class MLP(torch.nn.Sequential):
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script compiles instead: it only knows PyTorch's own class."""
         return _containers.as_stock(self, torch.nn.Sequential)
+
+
+def _check_sizes(name: str, sizes: list[Any]) -> None:
+    """Raises TypeError for a size that is no integer."""
+    for size in sizes:
+        if not hasattr(type(size), "__index__"):
+            raise TypeError(f"MLP(): argument '{name}' must be int, but got {size!r}")
 
 
 class LogSoftmax(torch.nn.LogSoftmax):
@@ -341,10 +355,9 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         ignore_index: target value of rows to ignore (default -100); for class indices only.
         label_smoothing: share of the target spread evenly over all classes, in [0, 1] (default 0).
         options: torch's choice of chunks; ignored, as none is needed.
-
-    Attributes:
-        softcap, logit_scale, z_loss: options that torch's class lacks, to be set after
-            construction; see :func:`fastnn.functional.linear_cross_entropy`.
+        softcap, logit_scale, z_loss: options that torch's class lacks; see
+            :func:`fastnn.functional.linear_cross_entropy` (default: unset). They are attributes
+            too, to be set on a module that :func:`fastnn.fuse` has converted.
 
     Shape:
         Input ``(D)`` or ``(*, D)``; target class indices of the rows' shape, or class
@@ -362,6 +375,52 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     softcap: float | None = None
     logit_scale: float = 1.0
     z_loss: float = 0.0
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+        self.softcap, self.logit_scale, self.z_loss = softcap, logit_scale, z_loss
+
+    def added_options(self) -> dict[str, float]:
+        """The options that torch's class has not, where they are set."""
+        options = {name: getattr(self, name) for name in ("softcap", "logit_scale", "z_loss")}
+        return {
+            name: value
+            for name, value in options.items()
+            if value != getattr(LinearCrossEntropyLoss, name)
+        }
+
+    def extra_repr(self) -> str:
+        added = (f"{name}={value}" for name, value in self.added_options().items())
+        return ", ".join(filter(None, (super().extra_repr(), *added)))
 
     if TYPE_CHECKING:
 

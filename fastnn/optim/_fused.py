@@ -220,7 +220,14 @@ def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | Non
 
 def scalar(value: float | Tensor) -> float | Tensor:
     """An option as the operators take it: a number, or a tensor on a GPU."""
+    check_number("lr", value)
     return float(value) if isinstance(value, Tensor) and not _is_on_gpu(value) else value
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError for an option that isn't a number."""
+    if not hasattr(type(value), "__float__"):
+        raise TypeError(f"{name} must be a number or a tensor of one, but got {value!r}")
 
 
 def _params_of(group: dict[str, Any]) -> list[Tensor]:

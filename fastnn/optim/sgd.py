@@ -12,7 +12,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from fastnn import _torch
 from fastnn._extension import extension
-from fastnn.optim._fused import FusedOptimizer, State, scalar
+from fastnn.optim._fused import FusedOptimizer, State, check_number, scalar
 from fastnn.optim._hooks import hook_step, stock_step, with_hooks
 
 __all__ = ["SGD"]
@@ -87,6 +87,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         float32_momentum: bool = False,
     ) -> None:
+        options = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        for name, value in (options | {"weight_decay": weight_decay}).items():
+            check_number(name, value)
         hook_step(type(self))
         super().__init__(
             params,

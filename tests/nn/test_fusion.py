@@ -467,6 +467,15 @@ def test_report(capsys):
     assert str(fastnn.fusion_report(nn.ReLU())).endswith("nothing that fastnn has an operator for")
 
 
+def test_report_of_a_loss_that_has_a_linear():
+    model = nn.Sequential(*pair(), fastnn.nn.LinearCrossEntropyLoss(5, 3))
+    report = fastnn.fusion_report(model)
+    assert [(entry.path, entry.state) for entry in report.entries] == [
+        ("0", "can be fused"),
+        ("2", "fused"),
+    ]
+
+
 @pytest.mark.parametrize("function", [fastnn.fuse, fastnn.unfuse, fastnn.fusion_report])
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):

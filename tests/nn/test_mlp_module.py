@@ -80,10 +80,19 @@ def test_arguments_are_those_of_linear():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(6, -1, 3), (6, (5, 2.5), 3), ("6", 5, 3), (6, None, 3)], ids=str
+    ("sizes", "says"),
+    [
+        ((6, -1, 3), "negative"),
+        ((6, (5, 2.5), 3), "'hidden_features' must be int, but got 2.5"),
+        ((6, 16.0, 3), "'hidden_features' must be int, but got 16.0"),
+        ((6, "16", 3), "'hidden_features' must be int, but got '16'"),
+        (("6", 5, 3), "'in_features' must be int, but got '6'"),
+        ((6, 5, None), "'out_features' must be int, but got None"),
+    ],
+    ids=str,
 )
-def test_bad_sizes(sizes):
-    with pytest.raises((TypeError, RuntimeError)):
+def test_bad_sizes(sizes, says):
+    with pytest.raises((TypeError, RuntimeError), match=says):
         fastnn.nn.MLP(*sizes)
 
 

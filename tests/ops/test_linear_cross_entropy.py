@@ -398,6 +398,28 @@ def test_checkpointing():
     assert all(map(torch.equal, plain, again))
 
 
+class Refusing(Tensor):
+    """A tensor that doesn't know our functions."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__module__.startswith("fastnn"):
+            return NotImplemented
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.5, math.nan])
+def test_bad_smoothing_of_tensors_that_torch_serves(smoothing):
+    """Torch's function takes a negative number, or NaN, for 0."""
+    x, w, _ = (tensor.detach() for tensor in head(dtype=torch.float32))
+    for call in (
+        lambda x: linear_cross_entropy(x, w, targets(), label_smoothing=smoothing),
+        lambda x: fastnn.functional.cross_entropy(x, targets() % 5, label_smoothing=smoothing),
+    ):
+        with pytest.raises(RuntimeError, match="label_smoothing must be between"):
+            call(x.as_subclass(Refusing))
+
+
 BAD_CALLS = {
     "input": (TypeError, "input", {"input": [1.0]}),
     "linear_weight": (TypeError, "linear_weight", {"linear_weight": None}),
@@ -442,9 +464,10 @@ def test_bad_calls(name):
 
 def test_the_module_is_the_function():
     module = fastnn.nn.LinearCrossEntropyLoss(
-        FEATURES, CLASSES, bias=True, dtype=torch.float64, ignore_index=IGNORED
+        *(FEATURES, CLASSES), bias=True, dtype=torch.float64, ignore_index=IGNORED, z_loss=0.1
     )
-    module.z_loss, module.softcap, module.logit_scale = 0.1, 2.0, 0.5
+    module.softcap, module.logit_scale = 2.0, 0.5
+    assert module.extra_repr().endswith(", softcap=2.0, logit_scale=0.5, z_loss=0.1")
     assert list(module.state_dict()) == ["linear.weight", "linear.bias"]
     x, _, _ = head()
     w, b = module.linear.weight, module.linear.bias

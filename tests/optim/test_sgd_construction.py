@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastnn
+from support.marks import needs_extension
 from support.optimizers import (
     EVERYTHING,
     MOMENTUM,
@@ -21,6 +22,7 @@ from support.optimizers import (
     make_params,
     option_name,
     randn,
+    set_grads,
     sliced,
     threads,
     train,
@@ -71,6 +73,23 @@ def test_bad_options_raise_as_in_torch(options):
     message = re.escape(str(stock.value))
     with pytest.raises(type(stock.value), match=f"^{message}$"):
         fastnn.optim.SGD(make_params((2,)), **options)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "dampening", "weight_decay"])
+def test_an_option_that_is_no_number(name):
+    params = make_params((2,))
+    with pytest.raises(TypeError, match=f"{name} must be a number or a tensor of one, but got '1'"):
+        fastnn.optim.SGD(params, **{"lr": 0.1, name: "1"})
+
+
+@needs_extension
+def test_a_learning_rate_that_has_become_no_number():
+    params = make_params((2,))
+    set_grads(params, 1)
+    optimizer = fastnn.optim.SGD(params)
+    optimizer.param_groups[0]["lr"] = "1"
+    with pytest.raises(TypeError, match="lr must be a number"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
