@@ -7,6 +7,7 @@ much as the checks do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +40,11 @@ def check_linear_arguments(
         check_tensor(function, "bias", bias)
 
 
+def default_activations(layers: int) -> list[str | None]:
+    """A ReLU after each layer of ``mlp`` but the last."""
+    return [*["relu"] * (layers - 1), *[None] * bool(layers)]
+
+
 def mlp_layers(
     weights: list[Tensor],
     biases: list[Tensor | None] | None,
@@ -50,7 +56,7 @@ def mlp_layers(
     """
     biases = [None] * len(weights) if biases is None else biases
     if activations is None:
-        activations = ["relu"] * (len(weights) - 1) + [None] * bool(weights)
+        activations = default_activations(len(weights))
     if isinstance(activations, str):
         raise TypeError("mlp(): argument 'activations' must be a list of 'relu' and None, not str")
     activations = list(activations)
@@ -111,26 +117,42 @@ def check_label_smoothing(function: str, label_smoothing: float) -> None:
         )
 
 
+class LinearLossOptions(NamedTuple):
+    """The options of ``linear_cross_entropy`` for a loss, in the order of its operator."""
+
+    weight: Tensor | None = None
+    reduction: str = "mean"
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
+    normalizer: Tensor | float | None = None
+
+    @property
+    def ignored(self) -> int:
+        """The target value of rows that count for nothing."""
+        return -100 if self.ignore_index is None else self.ignore_index
+
+
 def check_linear_cross_entropy_arguments(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int | None,
-    **numbers: object,
+    options: LinearLossOptions,
 ) -> None:
     """Raises TypeError for an argument of ``linear_cross_entropy`` that has another type."""
     function = "linear_cross_entropy"
     for name, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         check_tensor(function, name, tensor)
-    for name, optional in (("linear_bias", linear_bias), ("weight", weight)):
+    for name, optional in (("linear_bias", linear_bias), ("weight", options.weight)):
         if optional is not None:
             check_tensor(function, name, optional)
-    if ignore_index is not None:
-        _check_number(function, "ignore_index", ignore_index, int)
-    for name, number in numbers.items():
-        if number is not None:
+    if options.ignore_index is not None:
+        _check_number(function, "ignore_index", options.ignore_index, int)
+    for name in ("softcap", "logit_scale", "z_loss", "normalizer"):
+        if (number := getattr(options, name)) is not None:
             _check_number(function, name, number, float)
 
 

@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function
 
+from fastnn._arguments import default_activations
 from fastnn._torch import TRACING_CLASSES, enable_torch_function
 
 # Classes that never intervene. A look-up is cheaper than isinstance(), and every call makes one.
@@ -37,7 +38,7 @@ def mlp(
 ) -> Tensor:
     """PyTorch's own functions for this operator, layer by layer."""
     if activations is None:
-        activations = ["relu"] * (len(weights) - 1) + [None]
+        activations = default_activations(len(weights))
     for weight, bias, activation in zip(
         weights, biases or [None] * len(weights), activations, strict=True
     ):

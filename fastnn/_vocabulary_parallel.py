@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastnn import reference
+from fastnn._arguments import LinearLossOptions
 from fastnn._dtensor import is_dtensor, local_part
 from fastnn._extension import extension
 from fastnn._tensor_classes import mean_divisor
@@ -35,15 +36,8 @@ def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
-    *,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    softcap: float | None,
-    logit_scale: float,
-    z_loss: float,
-    normalizer: Tensor | float | None,
+    options: LinearLossOptions,
 ) -> Tensor:
     """:func:`fastnn.functional.linear_cross_entropy` with a weight that is sharded by classes.
 
@@ -54,7 +48,8 @@ def linear_cross_entropy(
     mesh = cast("DTensor", linear_weight).device_mesh
     classes, processes = linear_weight.shape[0], mesh.size()
     first = min(classes, mesh.get_local_rank() * -(-classes // processes))
-    ignored = -100 if ignore_index is None else ignore_index
+    ignored = options.ignored
+    weight, reduction, _, _, softcap, logit_scale, z_loss, normalizer = options
     numbers = (first, classes, ignored, softcap, logit_scale, mesh.get_group())
     rows, targets = _whole(input), _whole(target)
     bias = None if linear_bias is None else local_part(linear_bias)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastnn import functional, reference
 from fastnn._arguments import (
+    LinearLossOptions,
     check_label_smoothing,
     check_linear_arguments,
     check_linear_cross_entropy_arguments,
@@ -416,26 +417,19 @@ class LinearCrossEntropy(Operator):
     ) -> Any:
         if _operands:  # a transform passes them
             return cls.record(input, linear_weight, target, *_operands)
-        tensors = (input, linear_weight, target, linear_bias, weight)
-        keywords: dict[str, Any] = {
-            "linear_bias": linear_bias,
-            "weight": weight,
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "z_loss": z_loss,
-            "normalizer": normalizer,
-        }
+        of_loss = LinearLossOptions(
+            *(weight, reduction, ignore_index, label_smoothing),
+            *(softcap, logit_scale, z_loss, normalizer),
+        )
+        head = input, linear_weight, target, linear_bias
         # Derivatives by class probabilities, weights and the normalizer are the function's.
         is_partial = (target.is_floating_point() and may_be_differentiated(target)) or any(
             isinstance(other, Tensor) and other.requires_grad for other in (weight, normalizer)
         )
-        if is_partial or cls.steps_aside(*tensors):
-            return cls._stands_for(*tensors[:3], **keywords)
-        check_linear_cross_entropy_arguments(*tensors, ignore_index)
-        return functional._call_with_matrices(cls._call, *tensors[:3], **keywords)
+        if is_partial or cls.steps_aside(*head, weight):
+            return cls._stands_for(*head[:3], linear_bias=linear_bias, **of_loss._asdict())
+        check_linear_cross_entropy_arguments(*head, of_loss)
+        return functional._call_with_matrices(cls._call, *head, of_loss)
 
     @classmethod
     def _call(cls, *operands: Any) -> Tensor:

@@ -30,6 +30,7 @@ from torch.overrides import has_torch_function_unary, has_torch_function_variadi
 
 from fastnn import _tensor_classes, _vocabulary_parallel
 from fastnn._arguments import (
+    LinearLossOptions,
     check_label_smoothing,
     check_linear_arguments,
     check_linear_cross_entropy_arguments,
@@ -389,50 +390,40 @@ def linear_cross_entropy(
     >>> fastnn.functional.linear_cross_entropy(x, w, torch.tensor([0, 1]))
     tensor(0.1269)
     """
-    keywords: dict[str, Any] = {
-        "linear_bias": linear_bias,
-        "weight": weight,
-        "reduction": reduction,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "z_loss": z_loss,
-        "normalizer": normalizer,
-    }
-    tensors = (input, linear_weight, target, linear_bias, weight)
-    check_label_smoothing("linear_cross_entropy", label_smoothing)
-    if has_torch_function_variadic(*tensors):
-        torchs = _tensor_classes.linear_cross_entropy
-        return ask_classes(
-            *(linear_cross_entropy, torchs, tensors, *tensors[:3]),
-            **keywords,
-            options=options,
-            returns=returns,
+    of_loss = LinearLossOptions(
+        *(
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            softcap,
+            logit_scale,
+            z_loss,
+            normalizer,
         )
-    check_linear_cross_entropy_arguments(
-        *tensors,
-        ignore_index,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        z_loss=z_loss,
-        normalizer=normalizer,
     )
-    if type(reduction) is not str:
-        reduction = loss_reduction(None, None, reduction)
-    if need_torch(*tensors):
-        if not returns and is_split_by_classes(linear_weight, target, linear_bias, label_smoothing):
-            keywords.pop("label_smoothing")
-            return _vocabulary_parallel.linear_cross_entropy(*tensors[:3], **keywords)
+    head = input, linear_weight, target, linear_bias
+    check_label_smoothing("linear_cross_entropy", label_smoothing)
+    if has_torch_function_variadic(*head, weight):
+        keywords = of_loss._asdict() | {"linear_bias": linear_bias, "returns": returns}
         torchs = _tensor_classes.linear_cross_entropy
-        return call_torch(torchs, *tensors[:3], **keywords, returns=returns)
-    loss = _call_with_matrices(operators().linear_cross_entropy, *tensors[:3], **keywords)
+        tensors = (*head, weight)
+        return ask_classes(linear_cross_entropy, torchs, tensors, *head[:3], **keywords)
+    check_linear_cross_entropy_arguments(*head, of_loss)
+    if type(reduction) is not str:
+        loss_reduction(None, None, reduction)
+    if need_torch(*head, weight):
+        if not returns and is_split_by_classes(linear_weight, target, linear_bias, label_smoothing):
+            return _vocabulary_parallel.linear_cross_entropy(*head, of_loss)
+        keywords = of_loss._asdict() | {"linear_bias": linear_bias, "returns": returns}
+        return call_torch(_tensor_classes.linear_cross_entropy, *head[:3], **keywords)
+    loss = _call_with_matrices(operators().linear_cross_entropy, *head, of_loss)
     if not returns:
         return loss
     check_returns(returns, linear_weight, target)
-    head = Head(input, linear_weight, linear_bias, softcap, logit_scale)
-    ignored = -100 if ignore_index is None else ignore_index
-    return LinearCrossEntropyOutput(loss, **head_statistics(returns, head, target, ignored))
+    logits = Head(input, linear_weight, linear_bias, softcap, logit_scale)
+    statistics = head_statistics(returns, logits, target, of_loss.ignored)
+    return LinearCrossEntropyOutput(loss, **statistics)
 
 
 def linear_logprobs(
@@ -475,35 +466,21 @@ def linear_logprobs(
     >>> fastnn.functional.linear_logprobs(x, w, torch.tensor([0, 3]))
     tensor([-1.3863, -1.3863])
     """
-    ignored = -100 if ignore_index is None else ignore_index
-    check_linear_cross_entropy_arguments(
-        input, linear_weight, target, linear_bias, None, ignored, softcap=softcap, scale=logit_scale
+    options = LinearLossOptions(
+        reduction="none", ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale
     )
+    check_linear_cross_entropy_arguments(input, linear_weight, target, linear_bias, options)
     check_returns((), linear_weight, target)
     if entropy:
         head = Head(input, linear_weight, linear_bias, softcap, logit_scale)
-        return LogProbs(**head_statistics(LogProbs._fields, head, target, ignored))
+        return LogProbs(**head_statistics(LogProbs._fields, head, target, options.ignored))
 
     def losses(*arguments: Any) -> Tensor:
         *operands, _ = arguments
         wide = torch.promote_types(input.dtype, torch.float32)
         return operators().linear_cross_entropy(*operands, wide)
 
-    return -_call_with_matrices(
-        losses,
-        input,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        weight=None,
-        reduction="none",
-        ignore_index=ignored,
-        label_smoothing=0.0,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        z_loss=0.0,
-        normalizer=None,
-    )
+    return -_call_with_matrices(losses, input, linear_weight, target, linear_bias, options)
 
 
 def _call_with_matrices(
@@ -511,42 +488,34 @@ def _call_with_matrices(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
-    *,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int | None,
-    label_smoothing: float,
-    softcap: float | None,
-    logit_scale: float,
-    z_loss: float,
-    normalizer: Tensor | float | None,
+    options: LinearLossOptions,
 ) -> Tensor:
     """Calls the operator of ``linear_cross_entropy``, which takes a matrix or a row of logits."""
     classes, *positions = check_linear_cross_entropy_shapes(input, linear_weight, linear_bias)
     rows = tuple(input.shape[:-1])
     is_index = target.shape != (*rows, classes, *positions)
-    if not is_index and ignore_index is not None:
+    if not is_index and options.ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
-    ignored = -100 if ignore_index is None else ignore_index
+    weight, reduction, normalizer = options.weight, options.reduction, options.normalizer
     if positions:
         check_rows_of_target(target, (*rows, *positions), is_index)
         if normalizer is None and reduction == "mean":
-            of_index = ignored if is_index else None
-            normalizer = mean_divisor(target, weight, of_index, prod((*rows, *positions)))
+            ignored = options.ignored if is_index else None
+            normalizer = mean_divisor(target, weight, ignored, prod((*rows, *positions)))
     elif len(rows) > 1:
         check_rows_of_target(target, rows, is_index)
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = input.new_full((), normalizer, dtype=torch.float64)
+    options = options._replace(ignore_index=options.ignored, normalizer=normalizer)
 
     def loss(input: Tensor, linear: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
-        options = (reduction, ignored, label_smoothing, softcap, logit_scale, z_loss, normalizer)
-        return operator(input, linear, target, bias, weight, *options, None)
+        return operator(input, linear, target, bias, *options, None)
 
     if positions:
         # The input's gradients at all positions are added in the wide dtype, to be rounded once.
         wide = torch.promote_types(input.dtype, torch.float32)
-        weight = None if weight is None else weight.to(wide)
+        options = options._replace(weight=None if weight is None else weight.to(wide))
         heads = _heads(linear_weight, target, linear_bias, is_index)
         widened = input.to(wide)
         losses = [
