@@ -60,6 +60,17 @@ class LogProbs(NamedTuple):
     entropy: Tensor
 
 
+class RowStatistics(NamedTuple):
+    """A number for each row: the log-sum-exp of its logits, the log-probability of a class, the
+    entropy, the largest logit, and its class."""
+
+    lse: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    maximum: Tensor
+    predictions: Tensor
+
+
 def check_returns(returns: Collection[str], linear_weight: Tensor, target: Tensor) -> None:
     """Raises for statistics of rows that there aren't, or of what has none."""
     if isinstance(returns, str) or not set(returns) <= set(STATISTICS):
@@ -83,22 +94,36 @@ def head_statistics(
         target: class indices of that shape; those of rows that count for nothing are
             ``ignore_index``.
     """
+    index = target.long().where(target != ignore_index, 0).reshape(-1)
+    matrix = head._replace(input=head.input.reshape(-1, head.input.shape[-1]))
+    return named_statistics(names, row_statistics(matrix, index), target, ignore_index)
+
+
+def named_statistics(
+    names: Collection[str], rows: RowStatistics, target: Tensor, ignore_index: int
+) -> dict[str, Tensor]:
+    """Those of the names, of the shape of the target."""
+    counts = target != ignore_index
+    predictions = rows.predictions.reshape(target.shape)
+    values = {
+        "lse": rows.lse.reshape(target.shape).where(counts, 0),
+        "logprobs": rows.logprobs.reshape(target.shape).where(counts, 0),
+        "entropy": rows.entropy.reshape(target.shape).where(counts, 0),
+        "accuracy": ((predictions == target) & counts).sum() / counts.sum(),
+        "predictions": predictions,
+    }
+    return {name: values[name] for name in names}
+
+
+def row_statistics(head: Head, index: Tensor) -> RowStatistics:
+    """What the head says of each row, and of the class that has each row's index."""
     device = head.input.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            low = torch.get_autocast_dtype(device)
-            return head_statistics(names, head.cast(low), target, ignore_index)
-    counts = target != ignore_index
-    index = target.long().where(counts, 0)
-    matrix = head._replace(input=head.input.reshape(-1, head.input.shape[-1]))
+            return row_statistics(head.cast(torch.get_autocast_dtype(device)), index)
     # A transform differentiates itself, and takes torch's operators alone.
     is_plain = running_transform() is None and not in_forward_mode()
-    results = (_Statistics.apply if is_plain else _statistics_at_once)(index.reshape(-1), *matrix)
-    *numbers, predictions = (each.reshape(target.shape) for each in results)
-    lse, logprobs, entropy = (each.where(counts, 0) for each in numbers)
-    accuracy = ((predictions == target) & counts).sum() / counts.sum()
-    values = dict(zip(STATISTICS, (lse, logprobs, entropy, accuracy, predictions), strict=True))
-    return {name: values[name] for name in names}
+    return RowStatistics(*(_Statistics.apply if is_plain else _statistics_at_once)(index, *head))
 
 
 class _Statistics(torch.autograd.Function):
@@ -108,11 +133,12 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx: Any, index: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         head = Head(*arguments)
         dtype = torch.promote_types(head.input.dtype, torch.float32)
-        lse, logprobs, entropy = (torch.empty_like(index, dtype=dtype) for _ in range(3))
-        predictions = torch.empty_like(index)
+        logprobs, entropy = (torch.zeros_like(index, dtype=dtype) for _ in range(2))
+        lse, maximum = (torch.full_like(entropy, -torch.inf) for _ in range(2))
+        predictions = torch.zeros_like(index)
         for rows, _, logits, terms, _ in _blocks(head.widened()):
-            maximum, predictions[rows] = logits.max(1)
-            shift = maximum.where(maximum.isfinite(), 0)  # inf - inf is NaN
+            maximum[rows], predictions[rows] = logits.max(1)
+            shift = maximum[rows].where(maximum[rows].isfinite(), 0)  # inf - inf is NaN
             of_index = logits.gather(1, index[rows, None]).squeeze(1) - shift
             logits.sub_(shift[:, None]).clamp_min_(_LEAST_LOG_PROB)
             total = torch.exp(logits, out=terms).sum(1)
@@ -120,17 +146,17 @@ class _Statistics(torch.autograd.Function):
             lse[rows] = shift + log_total
             logprobs[rows] = of_index - log_total
             entropy[rows] = log_total - terms.mul_(logits).sum(1) / total
-        ctx.mark_non_differentiable(predictions)
+        ctx.mark_non_differentiable(maximum, predictions)
         ctx.save_for_backward(head.input, head.weight, head.bias, index, lse, entropy)
         ctx.adjustment = head.softcap, head.logit_scale
-        return lse, logprobs, entropy, predictions
+        return lse, logprobs, entropy, maximum, predictions
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, index, lse, entropy = ctx.saved_tensors
         head = Head(*tensors, *ctx.adjustment)
         _, *wanted, _, _ = ctx.needs_input_grad
-        grads = grads[:3]  # the last is that of the predictions
+        grads = grads[:3]  # the others have none
         if torch.is_grad_enabled():  # these gradients are differentiated themselves
             outputs = _statistics_at_once(index, *head)[:3]
             inputs = [each for each, wants in zip(tensors, wanted, strict=True) if wants]
@@ -161,12 +187,12 @@ def _blocks(
     head: Head, *, with_slope: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | float]]:
     """A few rows at a time: their numbers, their input, their logits, memory for as many numbers,
-    and the logits' derivative by what the layer gives."""
+    and the logits' derivative by what the layer gives. None of a layer without classes."""
     with_slope = with_slope and head.softcap is not None
     count, classes = len(head.input), len(head.weight)
     size = max(1, _ELEMENTS // max(1, classes))
     memory = head.input.new_empty(2 if with_slope else 1, min(size, count), classes)
-    for begin in range(0, count, size):
+    for begin in range(0, count if classes else 0, size):
         rows = slice(begin, begin + size)
         input = head.input[rows]
         logits = operators().linear(input, head.weight, head.bias)
@@ -183,7 +209,7 @@ def _blocks(
 
 
 def _statistics_at_once(index: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Each row's log-sum-exp, its class's log-probability, the entropy, and the likeliest class."""
+    """:class:`RowStatistics`, from all logits at once."""
     head = Head(*arguments).widened()
     logits = F.linear(head.input, head.weight, head.bias) * head.logit_scale
     if head.softcap is not None:
@@ -192,4 +218,4 @@ def _statistics_at_once(index: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     of_index = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     # 0 log 0 is 0; its derivative too.
     entropy = -(log_probs.exp() * log_probs.clamp_min(_LEAST_LOG_PROB)).sum(-1)
-    return logits.logsumexp(-1), of_index, entropy, logits.detach().argmax(-1)
+    return logits.logsumexp(-1), of_index, entropy, *logits.detach().max(-1)

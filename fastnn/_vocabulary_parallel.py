@@ -1,35 +1,57 @@
-"""linear_cross_entropy with the weight's classes sharded over processes: each computes the logits
-of its classes, block by block. They exchange three numbers per row, and the input's gradient."""
+"""linear_cross_entropy where the weight's classes are split over processes: each has the logits of
+its own classes, block by block. They exchange a few numbers for each row, and the gradient of the
+input."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastnn import reference
-from fastnn._arguments import LinearLossOptions
+from fastnn._arguments import LinearLossOptions, check_rows_of_target
 from fastnn._dtensor import is_dtensor, local_part
-from fastnn._extension import extension
+from fastnn._head_statistics import (
+    Head,
+    LinearCrossEntropyOutput,
+    RowStatistics,
+    check_returns,
+    named_statistics,
+    row_statistics,
+)
 from fastnn._tensor_classes import mean_divisor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
 def is_split_by_classes(
-    linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, label_smoothing: float
+    linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, options: LinearLossOptions
 ) -> bool:
-    """Whether this implementation applies: weight and bias sharded by classes over a mesh of one
-    dimension, and class indices as targets. Label smoothing would need sums over all logits."""
-    if linear_weight.dim() != 2 or target.is_floating_point() or label_smoothing != 0:
+    """Whether this serves: weight and bias split by classes on a mesh of one dimension, and targets
+    without a gradient. Smoothing and probabilities take sums over all logits, which are products of
+    sums of the weight, but not if a cap comes between."""
+    is_spread = target.is_floating_point() or options.label_smoothing != 0
+    if linear_weight.dim() != 2 or target.requires_grad or (is_spread and options.softcap):
         return False
     return all(
         is_dtensor(each) and each.device_mesh.ndim == 1 and each.placements[0].is_shard(0)
         for each in (linear_weight, *([] if linear_bias is None else [linear_bias]))
     )
+
+
+class _Distribution(NamedTuple):
+    """What the loss takes of each row's log-probabilities: ``at_class`` of one class's, and what
+    ``spread`` says of all."""
+
+    counts: Tensor  # (N)
+    classes: Tensor  # (N); 0 where a row counts for nothing
+    at_class: Tensor  # (N)
+    spread: Tensor | None  # (C) or (N, C)
 
 
 def linear_cross_entropy(
@@ -38,149 +60,180 @@ def linear_cross_entropy(
     target: Tensor,
     linear_bias: Tensor | None,
     options: LinearLossOptions,
-) -> Tensor:
-    """:func:`fastnn.functional.linear_cross_entropy` with a weight that is sharded by classes.
+    returns: Collection[str],
+) -> Any:
+    """:func:`fastnn.functional.linear_cross_entropy` of a weight that is split by classes.
 
     Args:
-        input: whole in each process: a tensor, or a DTensor, whose loss is a DTensor, too.
-        target: class indices; whole in each process, a tensor or a DTensor.
+        input: whole in each process: a tensor, or a DTensor, whose loss is one too.
+        target: class indices or probabilities, likewise.
     """
     mesh = cast("DTensor", linear_weight).device_mesh
-    classes, processes = linear_weight.shape[0], mesh.size()
-    first = min(classes, mesh.get_local_rank() * -(-classes // processes))
-    ignored = options.ignored
-    weight, reduction, _, _, softcap, logit_scale, z_loss, normalizer = options
-    numbers = (first, classes, ignored, softcap, logit_scale, mesh.get_group())
-    rows, targets = _whole(input), _whole(target)
-    bias = None if linear_bias is None else local_part(linear_bias)
-    losses, lse = _VocabularyParallel.apply(
-        rows.flatten(0, -2) if rows.dim() > 1 else rows[None],
+    group, classes = mesh.get_group(), len(linear_weight)
+    rows, target = _whole(input), _whole(target)
+    _check(rows, target, classes, options)
+    if returns:
+        check_returns(returns, linear_weight, target)
+    head = Head(
+        _Shared.apply(rows.reshape(-1, rows.shape[-1]), group),
         local_part(linear_weight),
-        targets.reshape(-1),
-        bias,
-        numbers,
+        None if linear_bias is None else local_part(linear_bias),
+        options.softcap,
+        options.logit_scale,
     )
-    losses, lse = losses.reshape(rows.shape[:-1]), lse.reshape(rows.shape[:-1])
-    counts = targets != ignored
-    if weight is not None:
-        losses = losses * _whole(weight)[targets.where(counts, 0)]
-    if z_loss != 0:
-        losses = losses + z_loss * lse.square().where(counts, 0)
-    if reduction != "none":
-        if normalizer is None and reduction == "mean":
-            whole_weight = None if weight is None else _whole(weight)
-            normalizer = mean_divisor(targets, whole_weight, ignored, 0)
-        losses = losses.sum() if normalizer is None else losses.sum() / normalizer
-    losses = losses.to(input.dtype)
-    if not is_dtensor(input):
-        return losses
-    replicate = torch.distributed.tensor.Replicate()
-    return torch.distributed.tensor.DTensor.from_local(losses, mesh, [replicate])
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    class_weight = rows.new_ones(classes) if options.weight is None else _whole(options.weight)
+    class_weight = class_weight.to(dtype)
+    q = _distribution(target, class_weight, options)
+    first = min(classes, mesh.get_local_rank() * -(-classes // mesh.size()))
+    of_rows, spread_logits = _joined(head, q, first, group)
+    losses = q.at_class * -of_rows.logprobs
+    if q.spread is not None:
+        losses = losses + q.spread.sum(-1) * of_rows.lse - spread_logits
+    losses = losses + options.z_loss * of_rows.lse.square()
+    losses = losses.where(q.counts, 0).reshape(rows.shape[:-1])
+    loss = _reduced(losses, target, class_weight, options).to(input.dtype)
+    statistics = named_statistics(returns, of_rows, target, options.ignored) if returns else {}
+    if is_dtensor(input):
+        loss, statistics = (
+            _replicated(loss, mesh),
+            {name: _replicated(value, mesh) for name, value in statistics.items()},
+        )
+    return LinearCrossEntropyOutput(loss, **statistics) if returns else loss
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be a DTensor."""
+    """All of a tensor that may be a DTensor."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-class _VocabularyParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        numbers: tuple[Any, ...],
-    ) -> tuple[Tensor, Tensor]:
-        first, classes, ignore_index, softcap, scale, group = numbers
-        counts = target != ignore_index
-        bad = target[counts & ((target < 0) | (target >= classes))]
+def _replicated(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    placements = [torch.distributed.tensor.Replicate()]
+    return torch.distributed.tensor.DTensor.from_local(tensor, mesh, placements)
+
+
+def _check(rows: Tensor, target: Tensor, classes: int, options: LinearLossOptions) -> None:
+    """Raises what the operator raises for arguments that this needs."""
+    if options.reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{options.reduction} is not a valid value for reduction")
+    if options.reduction == "none" and options.normalizer is not None:
+        raise ValueError("normalizer takes reduction='mean' or 'sum', but reduction is 'none'")
+    is_index = not target.is_floating_point()
+    check_rows_of_target(target, rows.shape[:-1], is_index)
+    if is_index:
+        bad = target[(target != options.ignored) & ((target < 0) | (target >= classes))]
         if target.is_cpu and bad.numel():
             raise IndexError(f"Target {int(bad[0])} is out of bounds: there are {classes} classes.")
-        index = target.long() - first
-        is_mine = counts & (index >= 0) & (index < len(weight))
-        index = index.where(is_mine, 0)
-        wide = torch.promote_types(input.dtype, torch.float32)
-        options = (None, "none", -1, 0.0, softcap, scale, 0.0, None, wide, [False] * 3)
-        if len(weight):
-            losses, *_, lse = _operators().linear_cross_entropy_forward(
-                input, weight, index, bias, *options
-            )
-            of_target = (lse.sum(0) - losses).where(is_mine, 0)
-        else:
-            lse = input.new_full((2, len(input)), -torch.inf, dtype=wide)
-            of_target = lse.new_zeros(len(input))
-        # The processes' numbers in rank order: every process computes the same bits.
-        parts = [torch.empty_like(torch.cat([lse, of_target[None]])) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, torch.cat([lse, of_target[None]]), group=group)
-        maximum, log_sum, of_target = torch.stack(parts).unbind(1)
-        shift = maximum.amax(0)
-        log_total = torch.exp(maximum + log_sum - shift).sum(0).log()
-        loss = (log_total - (of_target.sum(0) - shift)).where(counts, 0)
-        ctx.save_for_backward(input, weight, index, bias, is_mine, counts)
-        ctx.lse = torch.stack([shift, log_total])
-        ctx.numbers = softcap, scale, wide, group
-        return loss, ctx.lse.sum(0)
+    elif options.ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    elif target.shape != (*rows.shape[:-1], classes):
+        expected = [*rows.shape[:-1], classes]
+        raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}")
+
+
+def _distribution(
+    target: Tensor, class_weight: Tensor, options: LinearLossOptions
+) -> _Distribution:
+    smoothing, classes = options.label_smoothing, len(class_weight)
+    if target.is_floating_point():
+        probabilities = target.reshape(-1, classes).to(class_weight.dtype)
+        spread = ((1 - smoothing) * probabilities + smoothing / classes) * class_weight
+        zeros = torch.zeros_like(probabilities[:, 0])
+        return _Distribution(zeros == 0, zeros.long(), zeros, spread)
+    counts = (target != options.ignored).reshape(-1)
+    index = target.reshape(-1).long().where(counts, 0)
+    uniform = class_weight * smoothing / classes if smoothing else None
+    return _Distribution(counts, index, (1 - smoothing) * class_weight[index], uniform)
+
+
+def _joined(
+    head: Head, q: _Distribution, first: int, group: ProcessGroup
+) -> tuple[RowStatistics, Tensor]:
+    """The statistics of all classes, and the sum of their logits times ``q.spread``.
+
+    Args:
+        head: with this process's classes, which begin at ``first``.
+    """
+    index = q.classes - first
+    is_own = (index >= 0) & (index < len(head.weight))
+    own = row_statistics(head, index.where(is_own, 0))
+    spread = None if q.spread is None else q.spread[..., first : first + len(head.weight)]
+    numbers = torch.stack([
+        own.lse.clamp_min(torch.finfo(own.lse.dtype).min / 2),  # a process may have no class
+        (own.lse + own.logprobs).where(is_own, 0),
+        (own.lse - own.entropy).where(own.lse.isfinite(), 0),
+        torch.zeros_like(own.lse) if spread is None else _expected_logit(head, spread),
+    ])  # fmt: skip
+    lse, logits, mean_logits, spread_logits = _Gathered.apply(numbers, group).unbind(1)
+    shift = lse.detach().amax(0)
+    log_total = (lse - shift).logsumexp(0)
+    total = shift + log_total
+    share = (lse - total).exp()
+    maximum, predictions = _gathered(own.maximum, group), _gathered(own.predictions + first, group)
+    largest, winner = maximum.max(0)
+    joined = RowStatistics(
+        lse=total,
+        logprobs=logits.sum(0) - shift - log_total,
+        entropy=total - (share * mean_logits).sum(0),
+        maximum=largest,
+        predictions=predictions.gather(0, winner[None])[0],
+    )
+    return joined, spread_logits.sum(0)
+
+
+def _expected_logit(head: Head, spread: Tensor) -> Tensor:
+    """``sum_c spread_c logit_c`` of each row, without the logits."""
+    wide = head.widened()
+    logits = ((spread @ wide.weight) * wide.input).sum(-1)
+    if wide.bias is not None:
+        logits = logits + spread @ wide.bias
+    return logits * head.logit_scale
+
+
+def _reduced(
+    losses: Tensor, target: Tensor, class_weight: Tensor, options: LinearLossOptions
+) -> Tensor:
+    if options.reduction == "none":
+        return losses
+    divisor = options.normalizer
+    if divisor is None and options.reduction == "mean":
+        ignored = None if target.is_floating_point() else options.ignored
+        divisor = mean_divisor(target, class_weight, ignored, losses.numel())
+    return losses.sum() if divisor is None else losses.sum() / divisor
+
+
+def _gathered(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """The processes' tensors in their order: the same bits in each."""
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+class _Gathered(torch.autograd.Function):
+    """:func:`_gathered` of what each process does the same with."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.rank = group.rank()
+        return _gathered(tensor, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, index, bias, is_mine, counts = ctx.saved_tensors
-        softcap, scale, wide, group = ctx.numbers
-        wants_input, wants_weight, _, wants_bias, _ = ctx.needs_input_grad
-        of_target = grad_loss.where(counts, 0)
-        of_softmax = (of_target + grad_lse).contiguous()
-        grads: list[Tensor | None] = [None, None, None]
-        if len(weight):
-            mask = [wants_input, wants_weight, wants_bias]
-            options = (None, ctx.lse, -1, 0.0, softcap, scale, 0.0, wide, mask)
-            grads = list(
-                _operators().linear_cross_entropy_backward(
-                    of_softmax, input, weight, index, bias, *options
-                )
-            )
-            # The operator subtracted `of_softmax` at each row's class, instead of `of_target`.
-            correction = of_softmax - of_target.where(is_mine, 0)
-            if softcap is not None or scale != 1:
-                correction = correction * _slope(input, weight[index], bias, index, softcap, scale)
-            _add_at_class(grads, correction.to(input.dtype), input, weight, index)
-        if wants_input:
-            whole_gradient = torch.zeros_like(input) if grads[0] is None else grads[0]
-            torch.distributed.all_reduce(whole_gradient, group=group)
-            grads[0] = whole_gradient
-        if wants_weight and grads[1] is None:
-            grads[1] = torch.zeros_like(weight)
-        return grads[0], grads[1], None, grads[2], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.rank], None
 
 
-def _add_at_class(
-    grads: list[Tensor | None], factor: Tensor, input: Tensor, weight: Tensor, index: Tensor
-) -> None:
-    """Adds the part of the gradient that comes from the logit of one class per row."""
-    grad_input, grad_weight, grad_bias = grads
-    if grad_input is not None:
-        grad_input += factor[:, None] * weight[index]
-    if grad_weight is not None:
-        grad_weight.index_add_(0, index, factor[:, None] * input)
-    if grad_bias is not None:
-        grad_bias.index_add_(0, index, factor)
+class _Shared(torch.autograd.Function):
+    """What each process has whole and uses for its own part: its gradients are added up."""
 
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
 
-def _slope(
-    input: Tensor,
-    weight_rows: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    softcap: float | None,
-    scale: float,
-) -> Tensor | float:
-    """The derivative of the adjusted logit of one class per row."""
-    if softcap is None:
-        return scale
-    logit = (input * weight_rows).sum(1) + (0 if bias is None else bias[index])
-    return (1 - torch.tanh(logit * scale / softcap).square()) * scale
-
-
-def _operators() -> Any:
-    return reference if extension is None else torch.ops.fastnn
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous(memory_format=torch.contiguous_format).clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None

@@ -413,8 +413,8 @@ def linear_cross_entropy(
     if type(reduction) is not str:
         loss_reduction(None, None, reduction)
     if need_torch(*head, weight):
-        if not returns and is_split_by_classes(linear_weight, target, linear_bias, label_smoothing):
-            return _vocabulary_parallel.linear_cross_entropy(*head, of_loss)
+        if is_split_by_classes(linear_weight, target, linear_bias, of_loss):
+            return _vocabulary_parallel.linear_cross_entropy(*head, of_loss, returns)
         keywords = of_loss._asdict() | {"linear_bias": linear_bias, "returns": returns}
         return call_torch(_tensor_classes.linear_cross_entropy, *head[:3], **keywords)
     loss = _call_with_matrices(operators().linear_cross_entropy, *head, of_loss)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastnn import _containers, functional
+from fastnn._dtensor import is_dtensor
 
 __all__ = [
     "MLP",
@@ -429,6 +430,11 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         linear_weight: Tensor = self.linear.weight
         linear_bias: Tensor | None = self.linear.bias
+        if is_dtensor(linear_weight) and hasattr(self.linear, "unshard"):
+            raise RuntimeError(
+                "LinearCrossEntropyLoss: its linear is sharded by itself, which gathers the weight "
+                "in a forward that the loss doesn't call; fully_shard the LinearCrossEntropyLoss"
+            )
         if self.out_features:
             outputs = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape(*outputs, self.linear.in_features)

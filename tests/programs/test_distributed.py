@@ -1,4 +1,4 @@
-"""torch.distributed with fastnn: two gloo processes match one process on whole batches."""
+"""torch.distributed over fastnn: two gloo processes come to what one does on the whole batches."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def train_replicated(rank: int, head: str, options: dict[str, Any]) -> dict[str,
     ("head", "options"),
     [
         *((head, {}) for head in HEADS),
-        # Gradients are views of the memory that is communicated.
+        # The gradients are views into the memory that is communicated.
         ("cross_entropy", {"gradient_as_bucket_view": True}),
-        # Traverses the graph, through our nodes, for parameters that it doesn't reach.
+        # The graph is walked for parameters that it doesn't reach: through our nodes.
         ("cross_entropy", {"find_unused_parameters": True}),
         ("cross_entropy", {"static_graph": True}),
     ],
@@ -89,11 +89,11 @@ def train_replicated(rank: int, head: str, options: dict[str, Any]) -> dict[str,
 def test_distributed_data_parallel(tmp_path, head, options):
     first, second = processes.run_ranks(tmp_path, RANKS, train_replicated, head, options)
     assert_as_in_one_process(first, head)
-    torch.testing.assert_close(second, first, rtol=0, atol=0)  # the same gradients
+    torch.testing.assert_close(second, first, rtol=0, atol=0)  # the same gradients, the same bits
 
 
 class WithIdleLayer(nn.Module):
-    """The model plus a layer of ours that gets no gradient."""
+    """The model, and a layer of ours that gets no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_train_step_accumulates_over_distributed_data_parallel(tmp_path, options
 
 
 def train_with_sharded_state(rank: int, as_views: bool) -> dict[str, Any]:
-    # Imported here, because the import gives dozens of warnings about torch's own deprecations.
+    # Here, as the import alone gives dozens of warnings of what torch itself has deprecated.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = DistributedDataParallel(make_model())
@@ -196,10 +196,10 @@ def test_zero_redundancy_optimizer(tmp_path, as_views):
     ranks = processes.run_ranks(tmp_path, RANKS, train_with_sharded_state, as_views)
     model = make_model()
     optimizer = make_optimizer(model.parameters())
-    # Each parameter's buffer is kept once, and no rank keeps all.
+    # No parameter's buffer is kept twice, and no rank keeps all.
     assert sum(rank["buffers"] for rank in ranks) == len(list(model.parameters()))
     assert all(rank["buffers"] for rank in ranks)
-    # The optimizer itself can load the consolidated state.
+    # The state put together again is one that the optimizer itself takes.
     optimizer.load_state_dict(ranks[0]["optimizer"])
     for rank in ranks:
         model.load_state_dict(rank["parameters"])
@@ -238,7 +238,7 @@ def test_fully_shard(tmp_path, head, reshard_after_forward):
 
 
 def make_fused_model() -> nn.Sequential:
-    """The same model of PyTorch's own layers, after fuse."""
+    """The model as fuse makes it of PyTorch's own layers."""
     layers = fastnn.unfuse(make_model())
     flat = [
         one for layer in layers for one in (layer if isinstance(layer, nn.Sequential) else [layer])
@@ -272,11 +272,11 @@ def test_layers_of_a_fused_model_that_are_sharded(tmp_path, shard):
         torch.testing.assert_close(results, expected, rtol=0, atol=ATOL)
 
 
-# Shape, placements of the parameter and of its gradient; None if the first step has no gradient.
+# Shape, how the parameter is spread, how its gradient is; None where the first step has none.
 SPREADS = {
     "alike": [
-        ((5, 4), Shard(0), Shard(0)),  # parts of 3 and 2 rows
-        ((1, 4), Shard(0), Shard(0)),  # nothing for the second rank
+        ((5, 4), Shard(0), Shard(0)),  # in parts of 3 and 2 rows
+        ((1, 4), Shard(0), Shard(0)),  # the second rank has nothing
         ((5, 4), Shard(1), Shard(1)),
         ((5, 4), Replicate(), Replicate()),
         ((5, 4), Shard(0), None),
@@ -284,7 +284,7 @@ SPREADS = {
     "otherwise": [
         ((5, 4), Shard(0), Replicate()),
         ((5, 4), Shard(0), Shard(1)),
-        ((5, 4), Replicate(), Partial()),  # equal shapes, but the parts must be summed
+        ((5, 4), Replicate(), Partial()),  # parts of one shape, but to be summed up
     ],
 }
 FUSED_STEP = "fastnn.sgd_step_.default"
@@ -296,7 +296,7 @@ def make_whole_params(spreads: str) -> list[Tensor]:
 
 def spread(tensor: Tensor, placement: Placement) -> DTensor:
     mesh = init_device_mesh("cpu", (RANKS,))
-    if isinstance(placement, Partial):  # torch 2.9's distribute_tensor rejects it
+    if isinstance(placement, Partial):  # which torch 2.9's distribute_tensor refuses
         return DTensor.from_local(tensor / RANKS, mesh, [placement])
     return distribute_tensor(tensor, mesh, [placement])
 
@@ -328,7 +328,7 @@ def step_spread_params(
     versions = [param._version for param in params]
     with Recorder() as recorder:
         results = take_steps(params, fastnn.optim.SGD(params, **options), spreads)
-    # Otherwise a backward through a parameter stepped since would not raise.
+    # Or a backward through a parameter that has been stepped since would not raise.
     assert all(p._version > before for p, before in zip(params, versions, strict=True))
     return [result.full_tensor() for result in results], recorder.mutating
 
@@ -351,7 +351,7 @@ def test_each_process_steps_its_part(tmp_path, spreads, options):
     ranks = processes.run_ranks(tmp_path, RANKS, step_spread_params, spreads, options)
     for results, operators in ranks:
         torch.testing.assert_close(results, expected, rtol=0, atol=ATOL)
-        # Only the fused operator runs; torch's own communicate what lies elsewhere.
+        # By the fused operator alone; torch's own exchange what lies elsewhere.
         assert {operator == FUSED_STEP for operator in operators} == {spreads == "alike"}
 
 
@@ -360,7 +360,7 @@ def step_with_float32_momentum(
 ) -> tuple[list[Tensor], list[str]]:
     """A parameter and its buffer after some steps, and the operators that wrote to them."""
     param = nn.Parameter(place(torch.ones(5, 4, dtype=torch.bfloat16)))
-    # Powers of two: float32 is exact, however the elements are distributed over vectors.
+    # Powers of two: float32 has all bits of the results, in whichever vectors they are computed.
     optimizer = fastnn.optim.SGD(
         [param], lr=0.25, momentum=0.5, weight_decay=0.25, float32_momentum=True
     )
@@ -388,7 +388,7 @@ def test_each_process_has_float32_momentum_of_its_part(tmp_path):
 
 
 def step_along_narrow_gradients(rank: int) -> list[list[Tensor]]:
-    """Steps of fastnn's and of torch's optimizer."""
+    """By fastnn's and by torch's optimizer."""
     results = []
     for optimizer_class in (fastnn.optim.SGD, torch.optim.SGD):
         param = nn.Parameter(spread(torch.ones(5, 4), Shard(0)))
@@ -412,7 +412,7 @@ def test_gradients_of_another_dtype_take_torchs_way(tmp_path):
 
 
 def train_parallel_layers(rank: int) -> dict[str, Tensor]:
-    """Each rank computes some columns of each layer and gathers the others' for the next one."""
+    """Each rank computes some columns of each layer, and gets the others' for the next one."""
     mesh = init_device_mesh("cpu", (RANKS,))
     columns = ColwiseParallel(output_layouts=Replicate())
     model = parallelize_module(make_model(), mesh, {str(layer): columns for layer in range(3)})
@@ -429,7 +429,7 @@ def test_layers_split_by_columns(tmp_path):
 
 
 def calls() -> dict[str, RowCall]:
-    """One call of each function, the same in every process."""
+    """One of each function, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {op: CASES[op].rows(BATCH, SIZES[-1]) for op in OPS}
@@ -445,7 +445,7 @@ def value_and_gradients(op: str, call: RowCall) -> list[Tensor]:
 
 
 def distribute_rows(call: RowCall, mesh: DeviceMesh) -> RowCall:
-    """Shards arguments that have a part for each row, and replicates weights."""
+    """What has a part for each row is cut, weights are copied."""
 
     def copy(argument: Any) -> Any:
         is_tensor = isinstance(argument, Tensor)
@@ -501,7 +501,7 @@ def test_checkpoint_saved_by_two_ranks_goes_on_in_one_process(tmp_path, optimize
     model = make_model()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(torch.nan)  # everything must come from the checkpoint, options included
+            parameter.fill_(torch.nan)  # all must come from the checkpoint, the options too
     optimizer = optimizer_class(model.parameters(), lr=0.0, momentum=0.1)
     state = state_of(model, optimizer)
     checkpoint.load(state, checkpoint_id=path)
@@ -515,7 +515,7 @@ def test_checkpoint_saved_by_two_ranks_goes_on_in_one_process(tmp_path, optimize
     assert_as_in_one_process(outcome(model, optimizer))
 
 
-# Runs in its own process, because it tests the order of imports.
+# In a process of its own: what is imported when is what it is about.
 OPTIMIZER_IN_DDP = """
 import sys
 import torch
@@ -548,52 +548,8 @@ print("done")
 
 @pytest.mark.parametrize("table_first", [False, True])
 def test_ddp_steps_each_parameter_as_its_gradient_arrives(tmp_path, table_first):
-    """PyTorch's table of such optimizers may be imported before fastnn or, slowly, after it."""
+    """Whether PyTorch's table of such optimizers is imported before fastnn or, slowly, after it."""
     script = OPTIMIZER_IN_DDP.format(table_first=table_first, folder=tmp_path)
     command = [sys.executable, "-W", "ignore", "-c", script]
     process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, "done\n"), process.stderr
-
-
-VOCABULARY = {
-    "mean": {},
-    "none": {"reduction": "none"},
-    "options": {"reduction": "sum", "softcap": 2.0, "logit_scale": 0.5, "z_loss": 0.1},
-    "normalizer": {"normalizer": 3},
-}
-
-
-def heads_split_by_classes(rank: int) -> dict[str, list[Tensor]]:
-    """The loss and the three gradients of each call, with a whole and with a split weight; then
-    with a tensor and with a DTensor as input."""
-    mesh = init_device_mesh("cpu", (RANKS,))
-    torch.manual_seed(0)
-    x, w, b = torch.randn(6, 4).double(), torch.randn(7, 4).double(), torch.randn(7).double()
-    target, class_weight = torch.tensor([0, 6, -100, 3, 2, 4]), torch.rand(7).double()
-    results = {}
-    for name, options in VOCABULARY.items():
-        for kind in ("whole", "tensor", "DTensor"):
-            leaves = [each.clone() for each in (x, w, b)]
-            if kind != "whole":
-                leaves[1:] = (distribute_tensor(each, mesh, [Shard(0)]) for each in leaves[1:])
-            if kind == "DTensor":
-                leaves[0] = distribute_tensor(leaves[0], mesh, [Replicate()])
-            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-            loss = fastnn.functional.linear_cross_entropy(
-                leaves[0], leaves[1], target, linear_bias=leaves[2], weight=class_weight, **options
-            )
-            grads = torch.autograd.grad(loss.square().sum(), leaves)
-            results[f"{name}, {kind}"] = [
-                each.full_tensor() if isinstance(each, DTensor) else each.detach()
-                for each in (loss, *grads)
-            ]
-    return results
-
-
-@pytest.mark.capability("processes", "tensor parallelism", operators=["linear_cross_entropy"])
-def test_heads_split_by_classes(tmp_path):
-    """One process has four of the seven classes."""
-    for results in processes.run_ranks(tmp_path, RANKS, heads_split_by_classes):
-        for name in VOCABULARY:
-            for kind in ("tensor", "DTensor"):
-                torch.testing.assert_close(results[f"{name}, {kind}"], results[f"{name}, whole"])
