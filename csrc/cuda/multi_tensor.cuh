@@ -7,7 +7,11 @@
 
 namespace fastnn::cuda {
 
-constexpr int kTensorsPerLaunch = 96;  // what a kernel's 4 KiB of arguments hold
+// The bytes of a kernel's arguments: as many as any driver takes, and as those since CUDA 12.1
+// take.
+constexpr int kArgumentBytes = 4096;
+constexpr int kManyArgumentBytes = CUDART_VERSION < 12010 ? kArgumentBytes : 32764;
+constexpr int kOtherArgumentBytes = 128;  // those that aren't the tensors'
 
 // A number in device memory, so that nothing waits for it.
 struct DeviceScalar {
@@ -21,17 +25,19 @@ struct DeviceScalar {
 };
 
 // The tensors of a launch; `Pointers` are those of one parameter's tensors.
-template <typename Pointers>
+template <typename Pointers, int kBytes>
 struct TensorBatch {
+  static constexpr int kCapacity =
+      (kBytes - kOtherArgumentBytes) / int(sizeof(unsigned) + sizeof(int64_t) + sizeof(Pointers));
   int count = 0;
-  unsigned first_block[kTensorsPerLaunch + 1] = {};
-  int64_t sizes[kTensorsPerLaunch];
-  Pointers pointers[kTensorsPerLaunch];
+  unsigned first_block[kCapacity + 1] = {};
+  int64_t sizes[kCapacity];
+  Pointers pointers[kCapacity];
 };
 
 // The last tensor whose first block is not past `block`.
-template <typename Pointers>
-__device__ int tensor_of_block(const TensorBatch<Pointers>& tensors, unsigned block) {
+template <typename Pointers, int kBytes>
+__device__ int tensor_of_block(const TensorBatch<Pointers, kBytes>& tensors, unsigned block) {
   int low = 0, high = tensors.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -48,7 +54,7 @@ __device__ int tensor_of_block(const TensorBatch<Pointers>& tensors, unsigned bl
 
 // Collects tensors and calls launch(blocks, tensors) whenever a launch is full. A block steps
 // `chunk` elements, in vectors of `vec` that are aligned, wherever the tensor starts.
-template <typename Pointers, typename Launch>
+template <typename Pointers, int kBytes, typename Launch>
 class BatchLauncher {
  public:
   BatchLauncher(int64_t chunk, int64_t vec, Launch launch)
@@ -60,7 +66,7 @@ class BatchLauncher {
     // Enough for the worst alignment of the tensor's start.
     const int64_t blocks = ceil_div(n + vec_ - 1, chunk_);
     const int64_t first = tensors_.first_block[tensors_.count];
-    if (tensors_.count == kTensorsPerLaunch || first + blocks > INT32_MAX) launch();
+    if (tensors_.count == tensors_.kCapacity || first + blocks > INT32_MAX) launch();
     const int i = tensors_.count++;
     tensors_.sizes[i] = n;
     tensors_.pointers[i] = pointers;
@@ -78,7 +84,7 @@ class BatchLauncher {
   int64_t chunk_;
   int64_t vec_;
   Launch launch_;
-  TensorBatch<Pointers> tensors_;
+  TensorBatch<Pointers, kBytes> tensors_;
 };
 
 }  // namespace fastnn::cuda

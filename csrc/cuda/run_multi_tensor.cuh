@@ -33,6 +33,22 @@ inline DeviceScalar device_scalar(const std::optional<at::Tensor>& scalar) {
   return {scalar->const_data_ptr(), scalar->scalar_type() == at::kDouble};
 }
 
+// Calls launch.template operator()<kBytes>() with the argument size for this many tensors: the few
+// arguments of a small batch reach the device sooner.
+template <typename Pointers, typename F>
+void with_argument_bytes(size_t tensors, F launch) {
+  static const bool takes_many = [] {
+    int driver = 0;
+    C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
+    return driver >= 12010;
+  }();
+  if (takes_many && tensors > TensorBatch<Pointers, kArgumentBytes>::kCapacity) {
+    launch.template operator()<kManyArgumentBytes>();
+  } else {
+    launch.template operator()<kArgumentBytes>();
+  }
+}
+
 // Calls launch(flat_tensors) with all tensors of lists of one device and dtype, and copies the
 // results back where it stepped copies.
 template <typename F>

@@ -1,5 +1,5 @@
-// sgd_step_ on CUDA: one launch per hundred tensors or so that share a device and the dtypes of
-// parameter and momentum buffer.
+// sgd_step_ on CUDA: one launch per 900 tensors that share a device and the dtypes of parameter and
+// momentum buffer.
 #include "ops/sgd.h"
 
 #include <torch/library.h>
@@ -12,13 +12,16 @@ namespace {
 
 template <typename T, typename B, bool kMomentum>
 void launch_steps(const std::vector<FlatTensors>& all, const SGDArgs& args, bool writes_grads) {
-  auto launcher = sgd_launcher<T, B, kMomentum>(args, c10::cuda::getCurrentCUDAStream());
-  for (const FlatTensors& of : all) {
-    launcher.add({data<T>(of.param), grad_data<T>(of.grad, writes_grads),
-                  kMomentum ? data<B>(of.states[0]) : nullptr},
-                 of.param.numel());
-  }
-  launcher.launch();
+  using Pointers = SGDPointers<T, B, kMomentum>;
+  with_argument_bytes<Pointers>(all.size(), [&]<int kBytes>() {
+    auto launcher = sgd_launcher<T, B, kMomentum, kBytes>(args, c10::cuda::getCurrentCUDAStream());
+    for (const FlatTensors& of : all) {
+      launcher.add({data<T>(of.param), grad_data<T>(of.grad, writes_grads),
+                    kMomentum ? data<B>(of.states[0]) : nullptr},
+                   of.param.numel());
+    }
+    launcher.launch();
+  });
 }
 
 // Steps lists of one device and dtype, which the kernels run on. Whether the gradients' scale is 1

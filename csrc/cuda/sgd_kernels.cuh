@@ -145,10 +145,11 @@ struct SGDPointers {
   }
 };
 
-template <typename T, typename B, bool kMomentum>
-__global__ void __launch_bounds__(kSGDThreads, kSGDBlocks<T>)
-    sgd_step_kernel(TensorBatch<SGDPointers<T, B, kMomentum>> tensors, SGDArgs args) {
-  static_assert(sizeof(tensors) + sizeof(args) <= 4096);
+template <typename T, typename B, bool kMomentum, int kBytes>
+__global__ void __launch_bounds__(kSGDThreads, kSGDBlocks<T>) sgd_step_kernel(
+    const __grid_constant__ TensorBatch<SGDPointers<T, B, kMomentum>, kBytes> tensors,
+    SGDArgs args) {
+  static_assert(sizeof(tensors) + sizeof(args) <= kBytes);
   if (args.found_inf.value_or(0) != 0) return;
   const SGDStep<accum<T>, kMomentum> step(args);
   const int t = tensor_of_block(tensors, blockIdx.x);
@@ -192,14 +193,14 @@ __global__ void __launch_bounds__(kSGDThreads, kSGDBlocks<T>)
 
 // ---- the launches, on the host ----
 
-template <typename T, typename B, bool kMomentum>
+template <typename T, typename B, bool kMomentum, int kBytes>
 auto sgd_launcher(const SGDArgs& args, cudaStream_t stream) {
   using Pointers = SGDPointers<T, B, kMomentum>;
-  const auto launch = [=](unsigned blocks, const TensorBatch<Pointers>& tensors) {
-    FASTNN_LAUNCH((sgd_step_kernel<T, B, kMomentum>), dim3(blocks), dim3(kSGDThreads), 0, stream,
-                  tensors, args);
+  const auto launch = [=](unsigned blocks, const TensorBatch<Pointers, kBytes>& tensors) {
+    FASTNN_LAUNCH((sgd_step_kernel<T, B, kMomentum, kBytes>), dim3(blocks), dim3(kSGDThreads), 0,
+                  stream, tensors, args);
   };
-  return BatchLauncher<Pointers, decltype(launch)>(kSGDChunk<T>, kVecSize<T>, launch);
+  return BatchLauncher<Pointers, kBytes, decltype(launch)>(kSGDChunk<T>, kVecSize<T>, launch);
 }
 
 }  // namespace fastnn::cuda

@@ -285,7 +285,7 @@ def test_a_backward_after_a_forward_on_another_stream():
 def test_a_step_over_more_tensors_than_a_launch_takes(momentum):
     """Compares with the CPU: the same operations, which compilers may fuse differently."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [*range(1, 300), 100_003]
+    sizes = [*range(1, 1000), 100_003]
     values = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
     stepped = []
     for device in ("cpu", "cuda"):

@@ -6,11 +6,15 @@ block per row, or several.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import fastnn
+from cuda_emulation.chosen import EMULATES_CUDA
 from support.operators import LINEARS, check_value_and_gradients, every_dtype
 from support.sample_inputs import Sample, sample_input
 
@@ -107,3 +111,33 @@ def test_large_tiles_at_any_alignment(monkeypatch, past, transposed, dtype):
     magnitude = input.double().abs() @ weight.double().abs().t()
     bound = accumulated * magnitude + torch.finfo(dtype).eps * exact
     assert ((actual.double() - exact).abs() <= bound).all()
+
+
+def launches(kernel: str, call: Callable[[], object]) -> int:
+    """How often the call launches a kernel; where it is emulated, any."""
+    if EMULATES_CUDA:
+        before = torch.ops.fastnn_cuda_emulation.launches()
+        call()
+        return torch.ops.fastnn_cuda_emulation.launches() - before
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(kernel in event.name for event in profiler.events())
+
+
+@every_dtype
+@pytest.mark.parametrize("tensors", [7, 300])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.5}, {"momentum": 0.5, "float32_momentum": True}], ids=str
+)
+def test_all_tensors_are_stepped_in_one_launch(options, tensors, dtype):
+    """More than a kernel's first 4 KiB of arguments hold, too. All results are exact."""
+    before = [torch.full((1 + i % 5,), i % 8).to(dtype) for i in range(tensors)]
+    params = [torch.nn.Parameter(value.clone()) for value in before]
+    for i, param in enumerate(params):
+        param.grad = torch.full_like(param, 4 * (i % 3))
+    optimizer = fastnn.optim.SGD(params, lr=0.5, **options)
+    assert [launches("sgd_step_kernel", optimizer.step) for _ in range(2)] == [1, 1]
+    steps = 0.5 + 0.75 if options else 1.0
+    for value, param in zip(before, params, strict=True):
+        assert torch.equal(param, value - steps * param.grad)

@@ -134,8 +134,11 @@ class Launches:
         torch.autograd.grad(output, leaves, self.normal(*shape, offset=offset))
 
     def steps(self) -> None:
-        """SGD over more tensors than one launch takes, at several alignments and lengths."""
-        values = [self.normal(size, offset=size % 3) for size in (*range(1, 120), 100_003)]
+        """SGD over few tensors and many, at several alignments and lengths."""
+        for sizes in ((7, 100_003), range(1, 120)):
+            self.steps_of([self.normal(size, offset=size % 3) for size in sizes])
+
+    def steps_of(self, values: Sequence[Tensor]) -> None:
         for options in ({}, {"momentum": 0.9}, {"momentum": 0.9, "float32_momentum": True}):
             params = [torch.nn.Parameter(value.clone()) for value in values]
             optimizer = fastnn.optim.SGD(params, lr=0.1, weight_decay=0.01, **options)

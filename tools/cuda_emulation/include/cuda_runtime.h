@@ -60,6 +60,8 @@ constexpr int warpSize = fastnn::cuda_emulation::kWarpSize;
 
 // --- host functions
 
+#define CUDART_VERSION 13000
+
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -76,6 +78,10 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid argument";
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -58,9 +58,9 @@ struct ScalarMemory {
   }
 };
 
-template <bool kMomentum, typename T, typename B>
+template <bool kMomentum, int kBytes, typename T, typename B>
 void launch(std::vector<Item<T, B>>& items, const SGDArgs& args) {
-  auto launcher = sgd_launcher<T, B, kMomentum>(args, nullptr);
+  auto launcher = sgd_launcher<T, B, kMomentum, kBytes>(args, nullptr);
   for (Item<T, B>& item : items) {
     B* buffer = kMomentum ? item.buffer.data() : nullptr;
     launcher.add({item.param.data(), item.grad.data(), buffer}, item.param.size());
@@ -68,15 +68,15 @@ void launch(std::vector<Item<T, B>>& items, const SGDArgs& args) {
   launcher.launch();
 }
 
-template <typename T, typename B>
+template <int kBytes, typename T, typename B>
 void step(std::vector<Item<T, B>>& items, const Case& c) {
   const ScalarMemory lr(c.device_lr), scale(c.grad_scale), found(c.found_inf);
   const SGDArgs args{c.options, lr.get(c.scalars_are_double), scale.get(c.scalars_are_double),
                      found.get(c.scalars_are_double)};
   if (c.options.momentum != 0) {
-    launch<true>(items, args);
+    launch<true, kBytes>(items, args);
   } else if constexpr (std::is_same_v<T, B>) {  // without momentum there is no other kernel
-    launch<false>(items, args);
+    launch<false, kBytes>(items, args);
   }
 }
 
@@ -105,7 +105,7 @@ void check(const Item<T, B>& before, const Item<T, B>& after, const Case& c) {
   }
 }
 
-template <typename T, typename B>
+template <int kBytes = kArgumentBytes, typename T, typename B>
 void run(std::vector<Item<T, B>>& items, const Case& c) {
   describe("%s buffer=%s tensors=%d case=%d", kName<T>, kName<B>, int(items.size()),
            int(&c - kCases));
@@ -116,8 +116,22 @@ void run(std::vector<Item<T, B>>& items, const Case& c) {
       for (int64_t i = 0; i < item.buffer.size(); ++i) item.buffer[i] = static_cast<B>(NAN);
     }
   }
-  step(items, c);
+  step<kBytes>(items, c);
   for (size_t i = 0; i < items.size(); ++i) check(before[i], items[i], c);
+}
+
+// As many tensors as a launch holds, and more. One without elements takes no place.
+template <int kBytes, typename T, typename B>
+void run_launches() {
+  constexpr int full = TensorBatch<SGDPointers<T, B, true>, kBytes>::kCapacity;
+  for (const auto& [count, launches] : {std::pair{full, 1}, {full + 1, 2}, {2 * full + 7, 3}}) {
+    std::vector<Item<T, B>> items;
+    for (int i = 0; i < count; ++i) items.emplace_back(1 + i % 4, 0, 0, 0);
+    items.emplace_back(0, 0, 0, 0);
+    const int64_t before = cuda_emulation::statistics().launches;
+    run<kBytes>(items, kCases[3]);
+    expect(cuda_emulation::statistics().launches == before + launches, "the launches of a step");
+  }
 }
 
 template <typename T, typename B>
@@ -145,12 +159,8 @@ void run_cases() {
     items.emplace_back(3, 0, 0, 0);
     run(items, kCases[3]);
   }
-  // More tensors than a launch holds, to the last one and past it.
-  for (const int count : {kTensorsPerLaunch, kTensorsPerLaunch + 1, 2 * kTensorsPerLaunch + 7}) {
-    std::vector<Item<T, B>> items;
-    for (int i = 0; i < count; ++i) items.emplace_back(i % 5, 0, 0, 0);
-    run(items, kCases[3]);
-  }
+  run_launches<kArgumentBytes, T, B>();
+  run_launches<kManyArgumentBytes, T, B>();
 }
 
 const Test test("sgd", [] {
