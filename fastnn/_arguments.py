@@ -23,7 +23,7 @@ def check_tensor(function: str, name: str, value: object) -> None:
 
 
 def _check_number(function: str, name: str, value: object, kind: type) -> None:
-    """Raises what torch's own argument parser raises for an argument that is not such a number."""
+    """Raises what torch's own argument parser raises for an argument that is not a number."""
     if not hasattr(type(value), {int: "__index__", float: "__float__"}[kind]):
         raise TypeError(
             f"{function}(): argument '{name}' must be {kind.__name__}, not {type(value).__name__}"

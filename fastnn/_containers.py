@@ -219,7 +219,7 @@ def _run_pair(layer: Linear, input: Tensor) -> Tensor:
 
 
 class _WithoutReLU:
-    """A block as its own method sees it: its Linear includes the ReLU, its activation is empty."""
+    """A block as its method sees it: the Linear includes the ReLU, the activation does nothing."""
 
     def __init__(self, module: Module, block: Block) -> None:
         self._module = module

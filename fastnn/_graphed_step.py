@@ -263,7 +263,7 @@ _OPTIONS = (bool, int, float, str, tuple, torch.dtype, type(None))
 
 
 def _fixed(value: Any, device: torch.device) -> Any:
-    """A value as part of the key. Replays read tensors on the device anew: their place counts."""
+    """A value as part of the key. Replays reread tensors on the device, so their address counts."""
     if isinstance(value, Tensor):
         if value.device != device:
             return repr(value.tolist())

@@ -19,7 +19,7 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
 
     Args:
         name: the module's full name.
-                action: called once, after the module's own code has run.
+        action: called once, after the module's own code has run.
     """
     module = sys.modules.get(name)
     if module is None:
