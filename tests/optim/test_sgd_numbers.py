@@ -77,7 +77,7 @@ def test_fused_takes_any_layout(dtype):
 
 @pytest.mark.parametrize("size", [5, 300])
 def test_gradient_that_is_the_parameter_transposed(size):
-    """It is read as it was before the step."""
+    """The step uses its value from before the step."""
     ours, stock = make_pair((size, size), **MOMENTUM)
     for optimizer in (ours, stock):
         (param,) = params_of(optimizer)

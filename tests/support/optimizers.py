@@ -43,7 +43,7 @@ def sliced(x: Tensor) -> Tensor:
 
 
 def left_half(x: Tensor) -> Tensor:
-    """Rows that are each in one piece, with others between them."""
+    """Rows that are contiguous, with gaps between them."""
     return torch.cat([x, torch.full_like(x, math.nan)], dim=-1)[..., : x.shape[-1]]
 
 
@@ -81,9 +81,9 @@ LAYOUTS = [
     ((7, 5), sliced, transposed),
     ((40, 50), left_half, contiguous),  # rows of vectors
     ((700, 25), left_half, contiguous),  # short rows, several of them at once
-    ((2, 70, 121), sliced, contiguous),  # on several threads, which start amid a row
-    ((130, 131), contiguous, transposed),  # long rows across each other
-    ((7, 1), transposed, contiguous),  # strides that mean nothing, as the size is 1
+    ((2, 70, 121), sliced, contiguous),  # on several threads, which start in the middle of a row
+    ((130, 131), contiguous, transposed),  # long rows of one across long rows of the other
+    ((7, 1), transposed, contiguous),  # strides without meaning, as the size is 1
     ((7, 5), contiguous, expanded),
     ((7, 5), transposed, expanded),
     ((2, 3, 4, 5), channels_last, contiguous),
