@@ -246,8 +246,8 @@ def _per_row_shape(input: Tensor) -> torch.Size:
     return input.shape[:1] + input.shape[2:] if input.dim() > 1 else torch.Size()
 
 
-def _loss(input: Tensor, reduction: str) -> Tensor:
-    return input.new_empty(_per_row_shape(input) if reduction == "none" else ())
+def _loss(input: Tensor, reduction: str, dtype: torch.dtype | None = None) -> Tensor:
+    return input.new_empty(_per_row_shape(input) if reduction == "none" else (), dtype=dtype)
 
 
 def _total_weight(input: Tensor) -> Tensor:
@@ -258,9 +258,14 @@ def _total_weight(input: Tensor) -> Tensor:
 
 
 def _nll_loss_forward_fake(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _loss(input, reduction), _total_weight(input)
+    return _loss(input, reduction, dtype), _total_weight(input)
 
 
 def _nll_loss_backward_fake(
@@ -276,9 +281,17 @@ def _nll_loss_backward_fake(
 
 
 def _nll_loss_onnx(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return F.nll_loss(input, target.long(), weight, ignore_index=ignore_index, reduction=reduction)
+    log_probs = input if dtype is None else input.to(dtype)
+    return F.nll_loss(
+        log_probs, target.long(), weight, ignore_index=ignore_index, reduction=reduction
+    )
 
 
 NLL_LOSS = Operator(
@@ -312,13 +325,14 @@ def _cross_entropy_forward_fake(
     reduction: str,
     label_smoothing: float,
     keep: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    dtype = _accumulate_dtype(input.dtype)
-    has_lse = keep and dtype != input.dtype
+    sums = _accumulate_dtype(input.dtype)
+    has_lse = keep and sums != input.dtype
     return (
-        _loss(input, reduction),
+        _loss(input, reduction, dtype),
         _laid_out_as_logits(input) if keep else None,
-        input.new_empty((2, *_per_row_shape(input)), dtype=dtype) if has_lse else None,
+        input.new_empty((2, *_per_row_shape(input)), dtype=sums) if has_lse else None,
         _total_weight(input),
     )
 
@@ -338,14 +352,19 @@ def _cross_entropy_onnx(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     if label_smoothing or target.is_floating_point():
         # The exporters silently drop label smoothing, and take class indices only.
         return reference.cross_entropy(
-            input, target, weight, ignore_index, reduction, label_smoothing
+            input, target, weight, ignore_index, reduction, label_smoothing, dtype
         )
     return F.cross_entropy(
-        input, target.long(), weight, ignore_index=ignore_index, reduction=reduction
+        input if dtype is None else input.to(dtype),
+        target.long(),
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
     )
 
 

@@ -314,7 +314,7 @@ def nll_loss(
             )
     if size_average is not None or reduce is not None or type(reduction) is not str:
         reduction = loss_reduction(size_average, reduce, reduction)
-    return operators().nll_loss(input, target, weight, ignore_index, reduction)
+    return operators().nll_loss(input, target, weight, ignore_index, reduction, None)
 
 
 def linear_cross_entropy(
@@ -633,5 +633,5 @@ def cross_entropy(
     if size_average is not None or reduce is not None or type(reduction) is not str:
         reduction = loss_reduction(size_average, reduce, reduction)
     return operators().cross_entropy(
-        input, target, weight, ignore_index, reduction, label_smoothing
+        input, target, weight, ignore_index, reduction, label_smoothing, None
     )

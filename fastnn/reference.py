@@ -255,8 +255,8 @@ def log_softmax(input: Tensor, dim: int) -> Tensor:
     if not input.is_floating_point():
         raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
     x = input.to(_compute_dtype(input.dtype))
-    shift, log_sum = _log_sum_exp(x, dim)
-    return (x - shift - log_sum).to(input.dtype).contiguous()
+    shift, sum_exp = _max_and_sum_exp(x, dim)
+    return (x - shift - sum_exp.log()).to(input.dtype).contiguous()
 
 
 def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
@@ -278,11 +278,11 @@ def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tenso
     return (grad - output.to(dtype).exp() * grad.sum(dim, keepdim=True)).to(output.dtype)
 
 
-def _log_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The maximum along a dimension, by index, and ``log(sum(exp(x - max)))``."""
+def _max_and_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The maximum along a dimension, by index, and ``sum(exp(x - max))``."""
     # The maximum cancels in the formula and needs no gradient; amax() over nothing raises.
     shift = x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)
-    return shift, (x - shift).exp().sum(dim, keepdim=True).log()
+    return shift, (x - shift).exp().sum(dim, keepdim=True)
 
 
 def _class_dim(input: Tensor) -> int:
@@ -311,13 +311,15 @@ def _check_loss_arguments(input: Tensor, weight: Tensor | None, reduction: str) 
         )
 
 
-def _check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
+def _check_class_indices(
+    input: Tensor, target: Tensor, weight: Tensor | None, loss_dtype: torch.dtype
+) -> None:
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("weight of class indices is not differentiable: it requires a gradient")
-    if weight is not None and weight.dtype != input.dtype:
-        raise RuntimeError(f"expected weight to have dtype {input.dtype}, but got {weight.dtype}")
+    if weight is not None and weight.dtype != loss_dtype:
+        raise RuntimeError(f"expected weight to have dtype {loss_dtype}, but got {weight.dtype}")
     if input.dim() == 1:
         if tuple(target.shape) not in ((), (1,)):
             raise ValueError(f"Expected target size [], got {list(target.shape)}")
@@ -333,10 +335,14 @@ def _check_class_indices(input: Tensor, target: Tensor, weight: Tensor | None) -
 
 
 def _counts_and_index(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    loss_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which rows count, and a valid class index for every row."""
-    _check_class_indices(input, target, weight)
+    _check_class_indices(input, target, weight, input.dtype if loss_dtype is None else loss_dtype)
     target = target.long()
     if input.dim() == 1:
         target = target.reshape(())
@@ -409,22 +415,34 @@ def nll_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``-weight[target] * input[target]`` per row; see :func:`fastnn.functional.nll_loss`.
+
+    Args:
+        dtype: of the loss, as if input and weight were cast to it first (default: the input's).
 
     >>> import torch
     >>> from fastnn import reference
     >>> reference.nll_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
     tensor(2.)
     """
-    return nll_loss_forward(input, target, weight, ignore_index, reduction)[0]
+    return nll_loss_forward(input, target, weight, ignore_index, reduction, dtype)[0]
 
 
 def nll_loss_forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the total weight of the rows that count, by which ``'mean'`` divides; see
     :func:`fastnn.functional.nll_loss`.
+
+    Args:
+        dtype: of the loss, as if input and weight were cast to it first (default: the input's).
 
     >>> import torch
     >>> from fastnn import reference
@@ -433,12 +451,14 @@ def nll_loss_forward(
     (tensor(2.), tensor(1.))
     """
     _check_loss_arguments(input, weight, reduction)
-    counts, index = _counts_and_index(input, target, weight, operator.index(ignore_index))
-    log_probs = input.to(_compute_dtype(input.dtype))
+    loss_dtype = input.dtype if dtype is None else dtype
+    arguments = (target, weight, operator.index(ignore_index), loss_dtype)
+    counts, index = _counts_and_index(input, *arguments)
+    log_probs = input.to(_compute_dtype(loss_dtype))
     row_weights = _row_weights(log_probs, counts, index, weight)
     losses = (-row_weights * _gather(log_probs, index)).where(counts, 0)
     total_weight = row_weights.sum()
-    return _reduce(losses, total_weight, reduction).to(input.dtype), total_weight
+    return _reduce(losses, total_weight, reduction).to(loss_dtype), total_weight
 
 
 def nll_loss_backward(
@@ -463,7 +483,7 @@ def nll_loss_backward(
     >>> reference.nll_loss_backward(torch.tensor(1.0), *arguments, total, -100, "mean")
     tensor([[ 0., -1.]])
     """
-    counts, index = _counts_and_index(input, target, weight, ignore_index)
+    counts, index = _counts_and_index(input, target, weight, ignore_index, grad_output.dtype)
     row_weights = _row_weights(total_weight, counts, index, weight).unsqueeze(_class_dim(input))
     grad_rows = -row_weights * _grad_per_row(grad_output, input, total_weight, reduction)
     # These zeros depend on the input for autograd, as those of PyTorch's gradient do.
@@ -478,8 +498,13 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``-sum_c q_c * log_softmax(input)_c`` per row; see :func:`fastnn.functional.cross_entropy`.
+
+    Args:
+        dtype: of the loss, as if input, class probabilities and weights were cast to it first
+            (default: the input's).
 
     >>> import torch
     >>> from fastnn import reference
@@ -487,7 +512,7 @@ def cross_entropy(
     tensor(0.6931)
     """
     options = (ignore_index, reduction, label_smoothing)
-    return cross_entropy_forward(input, target, weight, *options, keep=False)[0]
+    return cross_entropy_forward(input, target, weight, *options, keep=False, dtype=dtype)[0]
 
 
 def cross_entropy_forward(
@@ -498,24 +523,27 @@ def cross_entropy_forward(
     reduction: str,
     label_smoothing: float,
     keep: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The loss, what the backward needs, and the total weight of the rows that count; see
     :func:`fastnn.functional.cross_entropy`.
 
     Args:
         keep: whether a backward will follow.
+        dtype: of the loss, as if input, class probabilities and weights were cast to it first
+            (default: the input's).
 
     Returns:
         The loss; for the backward a copy of the input and each row's log-sum-exp in two parts (the
-        maximum, and the rest), or None twice; the total weight. A kernel that sums in the input's
-        own dtype returns the loss's gradient instead of the copy, and None.
+        maximum, and the sum of ``exp(x - max)``), or None twice; the total weight. A kernel that
+        sums in the input's own dtype returns the loss's gradient instead of the copy, and None.
 
     >>> import torch
     >>> from fastnn import reference
     >>> arguments = torch.ones(1, 2), torch.tensor([1]), None, -100, "sum", 0.0
     >>> reference.cross_entropy_forward(*arguments, keep=True)
-    (tensor(0.6931), tensor([[1., 1.]]), tensor([[1.0000],
-            [0.6931]]), tensor(1.))
+    (tensor(0.6931), tensor([[1., 1.]]), tensor([[1.],
+            [2.]]), tensor(1.))
     """
     if input.dim() == 0:
         raise IndexError("Dimension out of range: input must have 1 or more dimensions, got 0")
@@ -523,19 +551,21 @@ def cross_entropy_forward(
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     class_dim = _class_dim(input)
-    dtype = input.dtype
+    loss_dtype = input.dtype if dtype is None else dtype
     if target.shape == input.shape:
         _check_class_probabilities(target, ignore_index)
         for other in (target, weight):
-            dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+            if dtype is None and other is not None:
+                loss_dtype = torch.promote_types(loss_dtype, other.dtype)
     else:
-        counts, index = _counts_and_index(input, target, weight, operator.index(ignore_index))
+        arguments = (target, weight, operator.index(ignore_index), loss_dtype)
+        counts, index = _counts_and_index(input, *arguments)
 
-    x = input.to(_compute_dtype(input.dtype))
-    shift, log_sum = _log_sum_exp(x, class_dim)
-    log_probs = x - shift - log_sum
+    x = input.to(_compute_dtype(input.dtype if dtype is None else dtype))
+    shift, sum_exp = _max_and_sum_exp(x, class_dim)
+    log_probs = x - shift - sum_exp.log()
     if target.shape == input.shape:
-        q = _smooth(target.to(_compute_dtype(dtype)), weight, label_smoothing)
+        q = _smooth(target.to(_compute_dtype(loss_dtype)), weight, label_smoothing)
         losses = -(q * log_probs).sum(class_dim)
         total_weight = x.new_full((), losses.numel() if input.numel() else torch.nan)
     else:
@@ -546,10 +576,10 @@ def cross_entropy_forward(
             losses = losses - _uniform(input, label_smoothing) * smooth.sum(class_dim)
         losses = losses.where(counts, 0)
         total_weight = row_weights.sum()
-    loss = _reduce(losses, total_weight, reduction).to(dtype)
+    loss = _reduce(losses, total_weight, reduction).to(loss_dtype)
     if not keep:
         return loss, None, None, total_weight
-    lse = torch.stack([shift.squeeze(class_dim), log_sum.squeeze(class_dim)])
+    lse = torch.stack([shift.squeeze(class_dim), sum_exp.squeeze(class_dim)])
     return loss, input.clone(), lse, total_weight
 
 
@@ -591,7 +621,9 @@ def _distribution(
     if target.shape == input.shape:
         q = _smooth(_widened(target, dtype), weight, label_smoothing)
         return q, torch.ones((), dtype=torch.bool, device=input.device)
-    counts, index = _counts_and_index(input, target, weight, ignore_index)
+    # The forward has looked at the weight's dtype, which is the loss's.
+    loss_dtype = None if weight is None else weight.dtype
+    counts, index = _counts_and_index(input, target, weight, ignore_index, loss_dtype)
     q = _smooth(_is_class(input, counts, index).to(dtype), weight, label_smoothing)
     counts = counts.unsqueeze(_class_dim(input))
     return q.where(counts, 0), counts
@@ -808,6 +840,7 @@ def linear_cross_entropy_forward(
     widened = None if weight is None else weight.to(logits.dtype)
     losses, _, lse, total = cross_entropy_forward(logits, target, widened, *options, keep=True)
     assert lse is not None
+    lse = torch.stack([lse[0], lse[1].log()])
     if z_loss != 0:
         squares = z_loss * lse.sum(0).square()
         if is_index:

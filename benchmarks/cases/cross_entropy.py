@@ -36,6 +36,7 @@ from benchmarks.device import CUDA
 
 OPTIONS_SHAPE = (512, 1000)
 SMOOTHING = 0.1
+AUTOCAST_SHAPES = ((512, 1000), (2048, 32000))
 # Rows, features, vocabulary. Inductor's auto-chunker leaves the first whole: it takes the weight,
 # with as many elements as the logits, for part of what has to be chunked. The last is a language
 # model's, with logits many times as large as its weight.
@@ -51,8 +52,9 @@ def cases() -> list[Case]:
     plain = [_case(*shape, dtype, mode) for shape in SHAPES for dtype in DTYPES for mode in MODES]
     smoothed = [_smoothed_case(*OPTIONS_SHAPE, mode) for mode in MODES]
     probabilities = [_probabilities_case(*OPTIONS_SHAPE, mode) for mode in MODES]
+    autocast = [_autocast_case(*shape) for shape in AUTOCAST_SHAPES]
     vocabulary = [_vocabulary_case(*shape, mode) for shape in VOCABULARY_SHAPES for mode in MODES]
-    return plain + smoothed + probabilities + vocabulary
+    return plain + smoothed + probabilities + autocast + vocabulary
 
 
 # Rows, classes, dtypes, priority on a GPU: batches of a language model's tokens; MNIST's batch and
@@ -82,7 +84,8 @@ def cuda_cases() -> list[Case]:
         for dtype in dtypes
         for mode in MODES
     ]
-    autocast = [on_cuda(_autocast_case(rows), 1) for rows in (64, LANGUAGE_MODEL[0])]
+    rows, columns = LANGUAGE_MODEL
+    autocast = [on_cuda(_autocast_case(n, columns), 1) for n in (64, rows)]
     smoothed = [on_cuda(_smoothed_case(*LANGUAGE_MODEL, mode, torch.bfloat16), 2) for mode in MODES]
     segmentation = [
         on_cuda(_segmentation_case(dtype, mode), 2) for dtype in DTYPES for mode in MODES
@@ -223,9 +226,8 @@ def _option_contenders(smoothing: float) -> list[Contender]:
 # ---- under autocast, and for images --------------------------------------------------------------
 
 
-def _autocast_case(rows: int) -> Case:
+def _autocast_case(rows: int, columns: int) -> Case:
     """Mixed precision: autocast asks for float32, and the logits are narrower."""
-    columns = LANGUAGE_MODEL[1]
     return replace(
         _case(rows, columns, torch.bfloat16, "forward_backward"),
         label=f"{label(rows, columns)}, autocast",

@@ -35,7 +35,7 @@ struct SoftmaxBackward {
 at::Tensor kept_softmax(const at::Tensor& kept, const at::Tensor& q, const at::Tensor& total,
                         const at::Tensor& total_weight, const LossOptions& options) {
   const at::NoGradGuard no_grad;
-  if (!keeps_gradient(kept)) return at::softmax(kept, class_dim(kept));
+  if (!keeps_gradient(kept)) return at::softmax(kept, class_dim(kept), options.dtype);
   const at::Tensor softmax = ((options.is_mean() ? kept * total_weight : kept) + q) / total;
   // Where q is 0, the gradient says nothing about the softmax and doesn't depend on it.
   return softmax.masked_fill(total == 0, 0);
@@ -55,19 +55,21 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
                               const at::Tensor& target, const at::Tensor& total_weight,
                               const LossOptions& options, bool in_node) {
   const bool probabilities = has_class_probabilities(kept, target);
-  at::Tensor q = probabilities ? probability_distribution(kept, target, options)
-                               : index_distribution(kept, target, options);
+  const at::Tensor like = options.cast(kept);
+  at::Tensor q = probabilities ? probability_distribution(like, options.cast(target), options)
+                               : index_distribution(like, target, options);
   if (!probabilities) q = zero_ignored_rows(q, target, options.ignore_index);
   const at::Tensor total = q.sum(class_dim(kept), /*keepdim=*/true);
   const at::Tensor softmax = kept_softmax(kept, q, total, total_weight, options);
   if (in_node) record_softmax(softmax);
   const at::Tensor derivative = softmax * total - q;
-  const at::Tensor grad_rows = grad_per_row(grad, kept, total_weight, options.reduction);
-  if (probabilities) return grad_rows * derivative;
+  const at::Tensor grad_rows = grad_per_row(grad, like, total_weight, options.reduction);
+  if (probabilities) return (grad_rows * derivative).to(kept.scalar_type());
   // A factor of zero too: the mean over no row is NaN, which a second derivative would multiply by.
   const at::Tensor factor =
       zero_ignored_rows(grad_rows.expand_as(kept), target, options.ignore_index);
-  return zero_ignored_rows(factor * derivative, target, options.ignore_index);
+  return zero_ignored_rows(factor * derivative, target, options.ignore_index)
+      .to(kept.scalar_type());
 }
 
 at::Tensor cross_entropy_backward_composite(const at::Tensor& grad, const at::Tensor& kept,
@@ -90,7 +92,7 @@ struct CrossEntropyBackward {
     auto& [kept, target, weight, lse, total_weight] = tensors;
     const auto [ignore_index, reduction, label_smoothing] = saved_options;
     const LossOptions options{optional(weight), ignore_index, at::Reduction::Reduction(reduction),
-                              label_smoothing};
+                              label_smoothing, grad.scalar_type()};
     if (backward_must_be_composite(grad)) {
       return {composite_backward(grad, kept, target, total_weight, options, /*in_node=*/true)};
     }

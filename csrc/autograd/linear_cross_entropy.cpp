@@ -87,12 +87,12 @@ LinearLossOptions restored(const SavedOptions& saved, const at::Tensor& weight,
                            const at::Tensor& normalizer) {
   const auto [ignore_index, reduction, label_smoothing, softcap, logit_scale, z_loss, dtype] =
       saved;
-  return {{optional(weight), ignore_index, at::Reduction::Reduction(reduction), label_smoothing},
+  return {{optional(weight), ignore_index, at::Reduction::Reduction(reduction), label_smoothing,
+           dtype == kNoDtype ? std::nullopt : std::optional(at::ScalarType(dtype))},
           softcap,
           logit_scale,
           z_loss,
-          optional(normalizer),
-          dtype == kNoDtype ? std::nullopt : std::optional(at::ScalarType(dtype))};
+          optional(normalizer)};
 }
 
 // The gradient that the forward kept times the incoming one, rounded once.

@@ -1,8 +1,10 @@
 #include "ops/nll_loss.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include "autograd/backward_node.h"
@@ -16,11 +18,42 @@ namespace {
 at::Tensor nll_loss_backward_composite(const at::Tensor& grad, const at::Tensor& input,
                                        const at::Tensor& target, const at::Tensor& total_weight,
                                        const LossOptions& options) {
-  const at::Tensor q = index_distribution(input, target, options);
-  const at::Tensor grad_input = -q * grad_per_row(grad, input, total_weight, options.reduction);
-  const at::Tensor result = zero_ignored_rows(grad_input, target, options.ignore_index);
+  const at::Tensor wide = options.cast(input);
+  const at::Tensor q = index_distribution(wide, target, options);
+  const at::Tensor grad_input = -q * grad_per_row(grad, wide, total_weight, options.reduction);
+  const at::Tensor result =
+      zero_ignored_rows(grad_input, target, options.ignore_index).to(input.scalar_type());
   // As in torch a function of the input, although it doesn't depend on it: its gradient is zero.
   return at::where(at::zeros_like(result, at::kBool), input, result);
+}
+
+// Makes a tensor a function of the input of the node that runs now, of equal value.
+struct InputBackward {
+  static constexpr auto name = "NLLLossInputBackward";
+  using Tensors = std::array<at::Tensor, 0>;
+  static constexpr std::array<bool, 0> kOutputs = {};
+  using Options = std::tuple<>;
+
+  static torch::autograd::variable_list backward(const at::Tensor& grad, const Tensors& /*none*/,
+                                                 const Options& /*none*/,
+                                                 const std::vector<bool>& /*needs_input_grad*/) {
+    return {grad};
+  }
+};
+
+at::Tensor with_history(const at::Tensor& input) {
+  if (!at::GradMode::is_enabled() || input.requires_grad()) return input;
+  const at::Tensor result = input.detach();
+  const auto node = make_node<BackwardNode<InputBackward>>();
+  node->add_next_edge(torch::autograd::get_current_node()->next_edge(0));
+  record(node, result, {}, {});
+  return result;
+}
+
+// What the backward takes of the input is its shape. Where a copy would have been saved, that may
+// be overwritten: what is saved then takes no part in that.
+at::Tensor saved_input(const at::Tensor& input, const LossOptions& options) {
+  return options.dtype_of_loss(input) == input.scalar_type() ? input : input.variable_data();
 }
 
 struct NLLLossBackward {
@@ -34,9 +67,11 @@ struct NLLLossBackward {
                                                  const std::vector<bool>& /*needs_input_grad*/) {
     const auto& [input, target, weight, total_weight] = tensors;
     const auto [ignore_index, reduction] = saved_options;
-    const LossOptions options{optional(weight), ignore_index, at::Reduction::Reduction(reduction)};
+    const LossOptions options{optional(weight), ignore_index, at::Reduction::Reduction(reduction),
+                              0, grad.scalar_type()};
     if (backward_must_be_composite(grad)) {
-      return {nll_loss_backward_composite(grad, input, target, total_weight, options)};
+      return {
+          nll_loss_backward_composite(grad, with_history(input), target, total_weight, options)};
     }
     BelowAutograd below_autograd;
     return {nll_loss_backward(grad, input, target, total_weight, options)};
@@ -50,7 +85,8 @@ at::Tensor nll_loss_recorded(const at::Tensor& input, const at::Tensor& target,
     BelowAutograd below_autograd;
     return nll_loss_forward(input, target, options);
   }();
-  record(node, loss, {input, target, options.weight.value_or(at::Tensor()), total_weight},
+  record(node, loss,
+         {saved_input(input, options), target, options.weight.value_or(at::Tensor()), total_weight},
          {options.ignore_index, options.reduction});
   return loss;
 }

@@ -16,6 +16,7 @@ struct Operands : CrossEntropyOperands {
       : CrossEntropyOperands(input, target, options) {
     TORCH_CHECK(layout.classes <= INT32_MAX, "cross_entropy: expected input to have at most ",
                 "2147483647 classes, but it has shape ", input.sizes());
+    this->options.weight = class_weight_of(options);
   }
 
   template <typename T>
@@ -24,7 +25,7 @@ struct Operands : CrossEntropyOperands {
             .logits = const_data<T>(logits),
             .target = indices(),
             .target_probs = target_probs<T>(),
-            .weight = const_data_or_null<T>(options.weight),
+            .weight = const_data_or_null<simd::accum<T>>(options.weight),
             .ignore_index = options.ignore_index,
             .label_smoothing = options.label_smoothing};
   }
@@ -38,15 +39,16 @@ double total_weight_of(const simd::CrossEntropy<T>& args) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = args.target[i];
       const bool counts = t != args.ignore_index && t >= 0 && t < args.layout.classes;
-      total += !counts ? T(0) : args.weight ? args.weight[t] : T(1);
+      total += !counts ? 0 : args.weight ? args.weight[t] : 1;
     }
     sum.weight = total;
   };
   return sum_over_rows(args.layout.rows(), 1, add_weights).weight;
 }
 
+// As the forward returns it, for a gradient that the backward computes to have the same bits.
 template <typename T>
-double divisor_of_rows(const simd::CrossEntropy<T>& args, const LossOptions& options) {
+simd::accum<T> divisor_of_rows(const simd::CrossEntropy<T>& args, const LossOptions& options) {
   if (!options.is_mean()) return 1;
   return args.target ? total_weight_of(args) : double(args.layout.rows());
 }
@@ -79,10 +81,10 @@ struct Kept {
     if (!tensor.defined()) return {};
     if constexpr (simd::kKeepsGradient<T>) {
       const double scale = reciprocal(divisor_of_rows(args, options));
-      return {.grad = data<T>(tensor), .scale = scale, .max = nullptr, .log_sum = nullptr};
+      return {.grad = data<T>(tensor), .scale = scale, .max = nullptr, .sum = nullptr};
     } else {
       auto* max = data<simd::accum<T>>(lse);
-      return {.grad = nullptr, .scale = 1, .max = max, .log_sum = max + args.layout.rows()};
+      return {.grad = nullptr, .scale = 1, .max = max, .sum = max + args.layout.rows()};
     }
   }
   // Called while the rows are in the cache.
@@ -99,15 +101,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   check_cross_entropy(input, target, options);
   const Operands operands(input, target, options);
   const Kept kept = keep ? Kept(operands, input) : Kept();
-  const at::Tensor losses =
-      options.per_row() ? empty_result(per_row_sizes(input), input.scalar_type()) : at::Tensor();
+  const at::Tensor losses = options.per_row()
+                                ? empty_result(per_row_sizes(input), accumulate_dtype(input))
+                                : at::Tensor();
   simd::LossSums sums;
   FirstBadTarget bad;
   dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     const auto args = operands.as<T>();
     const auto kept_rows = kept.rows(args, options);
-    T* loss = options.per_row() ? data<T>(losses) : nullptr;
+    auto* loss = options.per_row() ? data<simd::accum<T>>(losses) : nullptr;
     const auto run = [&](int64_t begin, int64_t end, simd::LossSums& sum) {
       if (kept.copies_rows) kept.copy_rows(args, begin, end);
       bad.update(kernel.cross_entropy(args, begin, end, kept_rows, loss, sum));
@@ -119,7 +122,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   }
   // As in torch, the mean over nothing is NaN, for probabilities as for class indices.
   if (input.numel() == 0) sums.weight = 0;
-  return {options.per_row() ? losses : reduced_loss(sums, options, input),
+  const at::ScalarType dtype = options.dtype_of_loss(input);
+  return {options.per_row() ? losses.to(dtype) : reduced_loss(sums, options, dtype),
           keep ? operands.in_shape_of_input(kept.tensor) : at::Tensor(), kept.lse,
           scalar_tensor(sums.weight, accumulate_dtype(input))};
 }
@@ -129,7 +133,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
 void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
                     const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
                     const at::Tensor& total_weight) {
-  const at::Tensor grad = grad_output.contiguous();
+  const at::Tensor grad = in_accumulate_dtype(grad_output.contiguous());
   const auto saved_lse = contiguous(lse);
   const bool per_row = operands.options.per_row();
   const double scale = row_grad_scale(total_weight, operands.options);
@@ -138,16 +142,17 @@ void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
   dispatch(grad_logits.scalar_type(), "cross_entropy_backward", [&]<typename T>() {
     const auto& kernel = kernels<T>();
     const auto args = operands.as<T>();
-    const auto* max = const_data_or_null<simd::accum<T>>(saved_lse);
-    const auto* log_sum = max ? max + rows : nullptr;
-    const T* g = const_data<T>(grad);
+    using A = simd::accum<T>;
+    const A* max = const_data_or_null<A>(saved_lse);
+    const A* sum = max ? max + rows : nullptr;
+    const A* g = const_data<A>(grad);
     T* grad_x = data<T>(grad_logits);
     if constexpr (simd::kKeepsGradient<T>) {
       if (grad_x == args.logits && !per_row && *g == 1) return;
     }
     at::parallel_for(0, rows, grain(operands.layout.classes), [&](int64_t begin, int64_t end) {
       bad.update(
-          kernel.cross_entropy_backward(args, begin, end, max, log_sum, g, per_row, scale, grad_x));
+          kernel.cross_entropy_backward(args, begin, end, max, sum, g, per_row, scale, grad_x));
     });
   });
   if (!operands.probabilities) {

@@ -53,14 +53,31 @@ inline at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
   return result;
 }
 
+// What there is of a row or a class as the kernels take it. A number without an operator's call,
+// which costs as much as a small loss.
+inline at::Tensor in_accumulate_dtype(const at::Tensor& tensor) {
+  const at::ScalarType dtype = accumulate_dtype(tensor);
+  if (tensor.scalar_type() == dtype) return tensor;
+  if (tensor.dim() != 0) return tensor.to(dtype);
+  double value = 0;
+  dispatch_scalars(tensor.scalar_type(), "in_accumulate_dtype",
+                   [&]<typename T>() { value = double(*const_data<T>(tensor)); });
+  return scalar_tensor(value, dtype);
+}
+
+inline std::optional<at::Tensor> class_weight_of(const LossOptions& options) {
+  if (!options.weight) return std::nullopt;
+  return in_accumulate_dtype(options.weight->contiguous());
+}
+
 inline at::Tensor reduced_loss(const simd::LossSums& sums, const LossOptions& options,
-                               const at::Tensor& input) {
+                               at::ScalarType dtype) {
   double loss = sums.loss;
   if (options.is_mean()) {
     // NaN over nothing; smoothing's share of the loss does not vanish with the targets' weights.
     loss = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : loss / sums.weight;
   }
-  return scalar_tensor(loss, input.scalar_type());
+  return scalar_tensor(loss, dtype);
 }
 
 // The reciprocal of a total weight; NaN if that is 0.

@@ -16,40 +16,41 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cpu(const at::Tensor& input,
   const at::Tensor rows = with_one_inner_stride(input);
   const at::Tensor indices = contiguous_indices(target);
   const int64_t classes = input.size(class_dim(input));
-  const at::Tensor losses =
-      options.per_row() ? empty_result(per_row_sizes(input), input.scalar_type()) : at::Tensor();
+  const at::Tensor losses = options.per_row()
+                                ? empty_result(per_row_sizes(input), accumulate_dtype(input))
+                                : at::Tensor();
 
   simd::LossSums sums;
   FirstBadTarget bad;
   const int64_t* t = const_data<int64_t>(indices);
-  const auto class_weight = contiguous(options.weight);
+  const auto class_weight = class_weight_of(options);
   dispatch_scalars(input.scalar_type(), "nll_loss", [&]<typename T>() {
     const NLLRows<T> args{.log_probs = const_data<T>(rows),
                           .strides = row_strides(rows),
                           .target = t,
                           .classes = classes,
                           .ignore_index = options.ignore_index,
-                          .weight = const_data_or_null<T>(class_weight),
-                          .losses = options.per_row() ? data<T>(losses) : nullptr};
+                          .weight = const_data_or_null<simd::accum<T>>(class_weight),
+                          .losses = options.per_row() ? data<simd::accum<T>>(losses) : nullptr};
     sums = sum_over_rows(indices.numel(), 1, [&](int64_t begin, int64_t end, auto& sum) {
       bad.update(sum_nll_rows(args, begin, end, sum));
     });
   });
   bad.raise_if_any(t, classes, options.ignore_index);
-  return {options.per_row() ? losses : reduced_loss(sums, options, input),
+  const at::ScalarType dtype = options.dtype_of_loss(input);
+  return {options.per_row() ? losses.to(dtype) : reduced_loss(sums, options, dtype),
           scalar_tensor(sums.weight, accumulate_dtype(input))};
 }
 
 at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
                                  const at::Tensor& target, const at::Tensor& total_weight,
                                  const LossOptions& options) {
-  check_nll_loss(input, target, options);
-  check_loss_backward("nll_loss_backward", grad_output, input, total_weight, options);
+  check_nll_loss_backward(grad_output, input, target, total_weight, options);
   const auto zeros = large_zeros(input.sizes(), input.scalar_type());
   const at::Tensor grad_input = zeros ? *zeros : empty_result(input.sizes(), input.scalar_type());
   const at::Tensor indices = contiguous_indices(target);
-  const at::Tensor grad = grad_output.contiguous();
-  const auto class_weight = contiguous(options.weight);
+  const at::Tensor grad = in_accumulate_dtype(grad_output.contiguous());
+  const auto class_weight = class_weight_of(options);
   const Layout layout = layout_around(input.sizes(), class_dim(input));
 
   FirstBadTarget bad;
@@ -58,8 +59,8 @@ at::Tensor nll_loss_backward_cpu(const at::Tensor& grad_output, const at::Tensor
     const NLLGradient<T> args{.layout = layout,
                               .target = t,
                               .ignore_index = options.ignore_index,
-                              .weight = const_data_or_null<T>(class_weight),
-                              .grad = const_data<T>(grad),
+                              .weight = const_data_or_null<simd::accum<T>>(class_weight),
+                              .grad = const_data<simd::accum<T>>(grad),
                               .grad_per_row = options.per_row(),
                               .scale = row_grad_scale(total_weight, options),
                               .grad_input = data<T>(grad_input),

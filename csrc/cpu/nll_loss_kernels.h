@@ -1,6 +1,7 @@
 // nll_loss on raw pointers. One element of each row is read or written, and the loops wait for
 // memory: wider vectors would gain nothing, so that these are not among the kernels that are
-// compiled for each instruction set (simd/). T is PyTorch's storage type.
+// compiled for each instruction set (simd/). T is PyTorch's storage type; what there is of a row or
+// a class is in what T is summed in.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +19,8 @@ struct NLLRows {
   const int64_t* target;
   int64_t classes;
   int64_t ignore_index;
-  const T* weight;
-  T* losses;
+  const accum<T>* weight;
+  accum<T>* losses;
 };
 
 // The usual case: no class weights, no losses per row, contiguous rows. The less the loop reads per
@@ -55,13 +56,13 @@ int64_t sum_nll_rows(const NLLRows<T>& rows, int64_t begin, int64_t end, simd::L
     const int64_t t = rows.target[i];
     A loss = 0;
     if (t >= 0 && t < rows.classes && t != rows.ignore_index) {
-      const A class_weight = rows.weight ? A(rows.weight[t]) : A(1);
+      const A class_weight = rows.weight ? rows.weight[t] : A(1);
       loss = -class_weight * A(rows.log_probs[rows.strides.element(i, t)]);
       total.weight += class_weight;
     } else if (t != rows.ignore_index) {
       first_bad = std::min(first_bad, i);
     }
-    if (rows.losses) rows.losses[i] = T(loss);
+    if (rows.losses) rows.losses[i] = loss;
     total.loss += loss;
   }
   sums = total;
@@ -74,8 +75,8 @@ struct NLLGradient {
   Layout layout;
   const int64_t* target;
   int64_t ignore_index;
-  const T* weight;  // may be null
-  const T* grad;
+  const accum<T>* weight;  // may be null
+  const accum<T>* grad;
   bool grad_per_row;
   double scale;
   T* grad_input;
@@ -96,8 +97,8 @@ int64_t write_nll_gradient(const NLLGradient<T>& args, int64_t first, int64_t la
     const int64_t t = args.target[i];
     if (t == args.ignore_index) continue;
     if (t < 0 || t >= classes) return i;
-    const A class_weight = args.weight ? A(args.weight[t]) : A(1);
-    const A grad = A(args.grad[args.grad_per_row ? i : 0]) * A(args.scale);
+    const A class_weight = args.weight ? args.weight[t] : A(1);
+    const A grad = args.grad[args.grad_per_row ? i : 0] * A(args.scale);
     dx[strides.element(i, t)] = T(-class_weight * grad);
   }
   return simd::kNoBadTarget;

@@ -24,10 +24,30 @@ struct Operands : CrossEntropyOperands {
             .inner = layout.inner,
             .target = indices(),
             .target_probs = target_probs<T>(),
-            .weight = const_data_or_null<T>(options.weight),
+            .weight = const_data_or_null<PerRow<T>>(options.weight),
             .ignore_index = options.ignore_index,
             .keep = static_cast<accum<T>>(1 - options.label_smoothing),
             .uniform = static_cast<accum<T>>(uniform())};
+  }
+};
+
+// The sum over classes of label smoothing's part of q.
+template <typename T>
+struct UniformSumMemory {
+  at::Tensor weighted;
+  accum<T> unweighted;
+
+  UniformSumMemory(const Operands& operands, const at::TensorOptions& options)
+      : unweighted(accum<T>(operands.options.label_smoothing)) {
+    if (operands.probabilities || unweighted == 0 || !operands.options.weight) return;
+    weighted = at::empty({}, options);
+    FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, kMaxRowThreads, 0,
+                  c10::cuda::getCurrentCUDAStream(),
+                  const_data<PerRow<T>>(*operands.options.weight), operands.layout.classes,
+                  operands.uniform(), data<accum<T>>(weighted));
+  }
+  UniformSum<accum<T>> sum() const {
+    return {unweighted, weighted.defined() ? const_data<accum<T>>(weighted) : nullptr};
   }
 };
 
@@ -67,8 +87,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   at::Tensor kept, lse;
   if (keep) kept = at::empty(operands.logits.sizes(), input.options());
   if (keep && !keeps_gradient(input)) lse = at::empty(lse_sizes(input), in_accum);
-  const at::Tensor loss =
-      at::empty(per_row ? per_row_sizes(input) : at::DimVector{}, input.options());
+  const at::Tensor loss = at::empty(per_row ? per_row_sizes(input) : at::DimVector{},
+                                    input.options().dtype(options.dtype_of_loss(input)));
   const at::Tensor total_weight = at::empty({}, in_accum);
 
   const Layout& layout = operands.layout;
@@ -82,46 +102,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
     run_finish_loss(sums, /*empty=*/input.numel() == 0, op.result);
   };
-  dispatch(input.scalar_type(), "cross_entropy", [&]<typename T>() {
+  dispatch_loss(input.scalar_type(), loss.scalar_type(), "cross_entropy", [&]<typename T>() {
     with_kind(operands, [&]<TargetKind Kind>() {
       using A = accum<T>;
       A* max = lse.defined() ? data<A>(lse) : nullptr;
       const CrossEntropyForwardRows<T, Kind> forward{
           .args = operands.as<T>(),
-          .losses = per_row ? data<T>(loss) : nullptr,
+          .losses = per_row ? data<PerRow<T>>(loss) : nullptr,
           .max = max,
-          .log_sum = max ? max + layout.rows() : nullptr,
-          .result = {.loss = per_row ? nullptr : data<T>(loss),
+          .sum = max ? max + layout.rows() : nullptr,
+          .result = {.loss = per_row ? nullptr : data<PerRow<T>>(loss),
                      .total_weight = data<A>(total_weight),
                      .mean = options.is_mean()}};
       if (!keep) {
         run(forward);
       } else if constexpr (!kKeepsGradient<T>) {
         run(CrossEntropyCopyingRows<T, Kind>{forward});
-      } else if (!options.is_mean()) {
-        run(CrossEntropyGradientRows<T, Kind>{forward, A(1)});
-      } else if (operands.probabilities) {
-        const A rows = static_cast<A>(std::max<int64_t>(layout.rows(), 1));
-        run(CrossEntropyGradientRows<T, Kind>{forward, A(1) / rows});
-      } else if (layout.rows() <= kWeighedByEach) {
-        run(CrossEntropyGradientRows<T, Kind>{forward, A(1), nullptr, layout.rows()});
       } else {
-        run_target_weights(forward.args, layout.rows(), total_weight);
-        run(CrossEntropyGradientRows<T, Kind>{forward, A(1), data<A>(total_weight)});
+        const UniformSumMemory<T> uniform(operands, in_accum);
+        CrossEntropyGradientRows<T, Kind> op{forward, A(1), uniform.sum()};
+        if (options.is_mean() && operands.probabilities) {
+          op.scale = A(1) / static_cast<A>(std::max<int64_t>(layout.rows(), 1));
+        } else if (options.is_mean() && layout.rows() <= kWeighedByEach) {
+          op.weighed_rows = layout.rows();
+        } else if (options.is_mean()) {
+          run_target_weights(forward.args, layout.rows(), total_weight);
+          op.total_weight = data<A>(total_weight);
+        }
+        run(op);
       }
     });
   });
   return {loss, keep ? operands.in_shape_of_input(kept) : kept, lse, total_weight};
-}
-
-// The sum over classes of label smoothing's part of q, where class weights make it.
-template <typename T>
-at::Tensor weighted_uniform_sum(const Operands& operands, const at::TensorOptions& options) {
-  const at::Tensor sum = at::empty({}, options);
-  FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, kMaxRowThreads, 0,
-                c10::cuda::getCurrentCUDAStream(), const_data<T>(*operands.options.weight),
-                operands.layout.classes, operands.uniform(), data<accum<T>>(sum));
-  return sum;
 }
 
 // Reads a copy of the logits, which the gradient may replace.
@@ -131,20 +143,16 @@ void run_backward(const at::Tensor& grad_logits, const Operands& operands, const
   using Op = CrossEntropyBackwardRows<T, Kind>;
   using A = accum<T>;
   const Layout& layout = operands.layout;
-  at::Tensor weighted_sum;
-  if (Kind == TargetKind::SmoothedIndex && operands.options.weight) {
-    weighted_sum = weighted_uniform_sum<T>(operands, total_weight.options());
-  }
+  const UniformSumMemory<T> uniform(operands, total_weight.options());
   const A* max = const_data<A>(lse);
   const Op op{
       .args = operands.as<T>(),
       .max = max,
-      .log_sum = max + layout.rows(),
-      .grad = {.grad = const_data<T>(grad),
+      .sum = max + layout.rows(),
+      .grad = {.grad = const_data<PerRow<T>>(grad),
                .per_row = operands.options.per_row(),
                .total_weight = operands.options.is_mean() ? const_data<A>(total_weight) : nullptr},
-      .uniform_sum = static_cast<A>(operands.options.label_smoothing),
-      .weighted_uniform_sum = weighted_sum.defined() ? const_data<A>(weighted_sum) : nullptr};
+      .uniform_sum = uniform.sum()};
   Tensors<T> tensors{{op.args.logits, nullptr}, data<T>(grad_logits)};
   if (operands.probabilities) {
     tensors.in[0] = op.args.target_probs;
@@ -174,7 +182,8 @@ void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
                     const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
                     const at::Tensor& total_weight) {
   const at::Tensor grad = grad_output.contiguous();
-  dispatch(grad_logits.scalar_type(), "cross_entropy_backward", [&]<typename T>() {
+  const auto op = "cross_entropy_backward";
+  dispatch_loss(grad_logits.scalar_type(), grad.scalar_type(), op, [&]<typename T>() {
     if constexpr (kKeepsGradient<T>) {
       run_scale<T>(grad_logits, operands, grad);
     } else {

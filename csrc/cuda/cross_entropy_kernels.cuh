@@ -41,7 +41,7 @@ struct CrossEntropyArgs {
   int64_t inner;
   const int64_t* target;
   const T* target_probs;
-  const T* weight;
+  const PerRow<T>* weight;
   int64_t ignore_index;
   A keep;     // 1 - s
   A uniform;  // s / C
@@ -104,6 +104,17 @@ struct CrossEntropyArgs {
   }
 };
 
+// The sum over classes of the spread part of class indices, in memory where class weights make it.
+template <typename A>
+struct UniformSum {
+  A unweighted;
+  const A* weighted;
+
+  __device__ A value() const {
+    return weighted ? *weighted : unweighted;
+  }
+};
+
 // Operands: logits, probabilities.
 template <typename Storage, TargetKind Kind>
 struct CrossEntropyForwardRows : RowDefaults {
@@ -117,8 +128,12 @@ struct CrossEntropyForwardRows : RowDefaults {
     A at_target;     // the logit there
     A weight;        // of the row: 0 if it doesn't count
     A max;
-    A log_sum;
+    A sum;  // of exp(x - max)
     A spread_loss;
+
+    __device__ A log_sum() const {
+      return std::log(sum);
+    }
   };
   static constexpr int kReduceInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = false, kSums = true;
@@ -126,9 +141,9 @@ struct CrossEntropyForwardRows : RowDefaults {
   static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
   CrossEntropyArgs<T> args;
-  T* losses;   // may be null
-  A* max;      // where a copy of the logits is kept, or null
-  A* log_sum;  // likewise
+  PerRow<T>* losses;  // may be null
+  A* max;             // where a copy of the logits is kept, or null
+  A* sum;             // likewise
   LossResult<T> result;
 
   __device__ void begin(Row& row, int64_t position) const {
@@ -162,12 +177,12 @@ struct CrossEntropyForwardRows : RowDefaults {
     if constexpr (kHasSpread) {
       const A unit = kIndices ? args.uniform : A(1);
       row.max = state.softmax.max;
-      row.log_sum = std::log(state.softmax.sum);
+      row.sum = state.softmax.sum;
       // Without classes the sum is 0 and its log -inf.
-      if (args.classes != 0) row.spread_loss = unit * (state.q * row.log_sum - state.q_x);
+      if (args.classes != 0) row.spread_loss = unit * (state.q * row.log_sum() - state.q_x);
     } else {
       row.max = state.max;
-      row.log_sum = std::log(state.sum);
+      row.sum = state.sum;
     }
   }
   __device__ void report(const Row& row, int64_t position, LossSums& sums) const {
@@ -175,16 +190,16 @@ struct CrossEntropyForwardRows : RowDefaults {
     if constexpr (kIndices) {
       // A row that counts may weigh 0, and its logit be infinite: their product is NaN, as torch's.
       if (args.checked(row.target) >= 0) {
-        loss -= args.keep * row.weight * ((row.at_target - row.max) - row.log_sum);
+        loss -= args.keep * row.weight * ((row.at_target - row.max) - row.log_sum());
       } else {
         loss = A(0);
       }
     }
     if (max) {
       max[position] = row.max;
-      log_sum[position] = row.log_sum;
+      sum[position] = row.sum;
     }
-    if (losses) losses[position] = T(loss);
+    if (losses) losses[position] = PerRow<T>(loss);
     sums.loss += loss;
     sums.weight += row.weight;
   }
@@ -206,7 +221,7 @@ struct CrossEntropyForwardRows : RowDefaults {
       const int64_t i = args.element(position, c);
       A q[1] = {args.uniform * class_weight_at(args.weight, c)};
       if constexpr (!kIndices) args.spread(Classes{c, 1}, {to_accum(args.target_probs[i])}, q);
-      loss -= q[0] * ((to_accum(args.logits[i]) - row.max) - row.log_sum);
+      loss -= q[0] * ((to_accum(args.logits[i]) - row.max) - row.log_sum());
     }
     return loss;
   }
@@ -216,6 +231,8 @@ struct CrossEntropyForwardRows : RowDefaults {
 template <typename Storage, TargetKind Kind>
 struct CrossEntropyCopyingRows : CrossEntropyForwardRows<Storage, Kind> {
   static constexpr bool kCopies = true;
+  // Those of the forward that keeps the gradient of float32.
+  static constexpr bool kHasThreadsToReread = kIsWidened<Storage>;
 };
 
 // The weight of the targets of this block's part of rows [0, rows), one of `blocks` parts. All of
@@ -246,6 +263,7 @@ struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
   static constexpr bool kMaps = true;
 
   A scale;
+  UniformSum<A> uniform_sum;  // SmoothedIndex
   const A* total_weight = nullptr;
   int64_t weighed_rows = 0;  // rows whose weights each block adds up, or 0
 
@@ -258,11 +276,10 @@ struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
   }
   __device__ void finish(Row& row, const State& state, int64_t position) const {
     Forward::finish(row, state, position);
-    row.gradient = {row.max, row.log_sum, scale, A(0), 0, A(0)};
+    row.gradient = {row.max, row.log_sum(), scale, A(0), 0, A(0)};
     A total = A(0);
-    if constexpr (Forward::kHasSpread) {
-      total = Forward::kIndices ? this->args.uniform * state.q : state.q;
-    }
+    if constexpr (Kind == TargetKind::SmoothedIndex) total = uniform_sum.value();
+    if constexpr (Kind == TargetKind::Probabilities) total = state.q;
     if constexpr (Forward::kIndices) total += this->args.set_target(row.gradient, row.target);
     row.gradient.grad_times_total = scale * total;
   }
@@ -282,25 +299,30 @@ struct CrossEntropyBackwardRows : RowDefaults {
   using A = accum<T>;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
   using State = std::conditional_t<kIndices, NoState, SumState<A>>;
-  using Row = GradientRow<A>;
+  struct Row : GradientRow<A> {
+    A incoming;  // of Widened, whose gradient is computed as the forward of float32 keeps it
+  };
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
   static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
   CrossEntropyArgs<T> args;
   const A* max;
-  const A* log_sum;
+  const A* sum;
   IncomingGrad<T> grad;
-  // SmoothedIndex: the sum over classes of the spread part; in memory where weights make it.
-  A uniform_sum;
-  const A* weighted_uniform_sum;
+  UniformSum<A> uniform_sum;  // SmoothedIndex
 
   __device__ void begin(Row& row, int64_t position) const {
-    row = {max[position], log_sum[position], grad.of(position), A(0), 0, A(0)};
+    row = {max[position], std::log(sum[position]), A(0), A(0), 0, A(0), A(1)};
+    if constexpr (kIsWidened<T>) {
+      row.grad = grad.total_weight ? reciprocal(*grad.total_weight) : A(1);
+      row.incoming = grad.undivided(position);
+    } else {
+      row.grad = grad.of(position);
+    }
     if constexpr (kIndices) {
-      A total = args.set_target(row, args.target[position]);
-      if constexpr (Kind == TargetKind::SmoothedIndex) {
-        total += weighted_uniform_sum ? *weighted_uniform_sum : uniform_sum;
-      }
+      A total = A(0);
+      if constexpr (Kind == TargetKind::SmoothedIndex) total = uniform_sum.value();
+      total += args.set_target(row, args.target[position]);
       row.grad_times_total = row.grad * total;
     }
   }
@@ -319,6 +341,10 @@ struct CrossEntropyBackwardRows : RowDefaults {
   template <int N>
   __device__ void map(const Row& row, Classes c, const A (&x)[kMapInputs][N], A (&out)[N]) const {
     args.template gradient<Kind>(row, c, x[kMapInputs - 1], x[0], out);
+    if constexpr (kIsWidened<T>) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] *= row.incoming;
+    }
   }
 };
 
@@ -373,7 +399,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 // block.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    sum_class_weights_kernel(const T* weight, int64_t classes, double factor, accum<T>* result) {
+    sum_class_weights_kernel(const PerRow<T>* weight, int64_t classes, double factor,
+                             accum<T>* result) {
   SumState<double> state = SumState<double>::none();
   for (int64_t c = threadIdx.x; c < classes; c += blockDim.x) {
     state.sum += double(class_weight_at(weight, c));

@@ -20,9 +20,9 @@ __device__ inline int64_t checked_class(int64_t t, int64_t classes, int64_t igno
   return target_in_range ? t : -1;
 }
 
-template <typename T>
-__device__ accum<T> class_weight_at(const T* weight, int64_t c) {
-  return weight ? to_accum(weight[c]) : accum<T>(1);
+template <typename W>
+__device__ accum<W> class_weight_at(const W* weight, int64_t c) {
+  return weight ? to_accum(weight[c]) : accum<W>(1);
 }
 
 // The reciprocal of a total weight; NaN if that is 0.
@@ -35,14 +35,17 @@ __device__ A reciprocal(A total) {
 // (null otherwise).
 template <typename T>
 struct IncomingGrad {
-  const T* grad;
-  bool per_row;
-  const accum<T>* total_weight;
+  using A = accum<T>;
 
-  __device__ accum<T> of(int64_t row) const {
-    using A = accum<T>;
-    const A g = to_accum(grad[per_row ? row : 0]);
-    return total_weight ? g * reciprocal(*total_weight) : g;
+  const PerRow<T>* grad;
+  bool per_row;
+  const A* total_weight;
+
+  __device__ A undivided(int64_t row) const {
+    return to_accum(grad[per_row ? row : 0]);
+  }
+  __device__ A of(int64_t row) const {
+    return total_weight ? undivided(row) * reciprocal(*total_weight) : undivided(row);
   }
 };
 
@@ -50,7 +53,7 @@ struct IncomingGrad {
 // smoothing's share of the loss did not vanish with the weights.
 template <typename T>
 struct LossResult {
-  T* loss;
+  PerRow<T>* loss;
   accum<T>* total_weight;
   bool mean;
 
@@ -61,7 +64,7 @@ struct LossResult {
     if (mean) {
       value = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : value / sums.weight;
     }
-    *loss = T(accum<T>(value));
+    *loss = PerRow<T>(accum<T>(value));
   }
 };
 

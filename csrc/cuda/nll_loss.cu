@@ -20,23 +20,23 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input
   const at::Tensor indices = contiguous_indices(target);
   const auto class_weight = contiguous(options.weight);
   const bool per_row = options.per_row();
-  const at::Tensor loss =
-      at::empty(per_row ? per_row_sizes(input) : at::DimVector{}, input.options());
+  const at::Tensor loss = at::empty(per_row ? per_row_sizes(input) : at::DimVector{},
+                                    input.options().dtype(options.dtype_of_loss(input)));
   const at::Tensor total_weight = at::empty({}, input.options().dtype(accumulate_dtype(input)));
 
   const int64_t blocks =
       clamp(ceil_div<int64_t>(indices.numel(), kNLLThreads * kNLLUnroll), 0, kMaxSummingBlocks);
   const BlockSums sums(blocks, input.options());
-  dispatch(input.scalar_type(), "nll_loss", [&]<typename T>() {
+  dispatch_loss(input.scalar_type(), loss.scalar_type(), "nll_loss", [&]<typename T>() {
     const NLLLossArgs<T> args{.log_probs = const_data<T>(rows),
                               .strides = row_strides(rows),
                               .target = const_data<int64_t>(indices),
                               .rows = indices.numel(),
                               .classes = input.size(class_dim(input)),
                               .ignore_index = options.ignore_index,
-                              .weight = const_data_or_null<T>(class_weight),
-                              .losses = per_row ? data<T>(loss) : nullptr,
-                              .result = {.loss = per_row ? nullptr : data<T>(loss),
+                              .weight = const_data_or_null<PerRow<T>>(class_weight),
+                              .losses = per_row ? data<PerRow<T>>(loss) : nullptr,
+                              .result = {.loss = per_row ? nullptr : data<PerRow<T>>(loss),
                                          .total_weight = data<accum<T>>(total_weight),
                                          .mean = options.is_mean()}};
     if (blocks > 0) {
@@ -51,8 +51,7 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input
 at::Tensor nll_loss_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
                                   const at::Tensor& target, const at::Tensor& total_weight,
                                   const LossOptions& options) {
-  check_nll_loss(input, target, options);
-  check_loss_backward("nll_loss_backward", grad_output, input, total_weight, options);
+  check_nll_loss_backward(grad_output, input, target, total_weight, options);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor grad_input = at::empty(input.sizes(), input.options());
   const at::Tensor indices = contiguous_indices(target);
@@ -60,14 +59,15 @@ at::Tensor nll_loss_backward_cuda(const at::Tensor& grad_output, const at::Tenso
   const auto class_weight = contiguous(options.weight);
 
   const Layout layout = layout_around(input.sizes(), class_dim(input));
-  dispatch(input.scalar_type(), "nll_loss_backward", [&]<typename T>() {
+  const auto name = "nll_loss_backward";
+  dispatch_loss(input.scalar_type(), grad.scalar_type(), name, [&]<typename T>() {
     using Op = NLLLossBackwardRows<T>;
     const Op op{
         .target = const_data<int64_t>(indices),
         .classes = layout.classes,
         .ignore_index = options.ignore_index,
-        .weight = const_data_or_null<T>(class_weight),
-        .grad = {.grad = const_data<T>(grad),
+        .weight = const_data_or_null<PerRow<T>>(class_weight),
+        .grad = {.grad = const_data<PerRow<T>>(grad),
                  .per_row = options.per_row(),
                  .total_weight = options.is_mean() ? const_data<accum<T>>(total_weight) : nullptr}};
     run_rows(op, plan_of<Op>(layout), layout, {{nullptr, nullptr}, data<T>(grad_input)},

@@ -15,20 +15,42 @@
 
 namespace fastnn::cuda {
 
+// Two bytes in memory, and float32 in all else: kernels plan, group and compute as they do with
+// that, so that results have the bits that a copy in float32 would give.
+template <typename Narrow>
+struct Widened {
+  Narrow value;
+
+  Widened() = default;
+  __device__ explicit Widened(float x) : value(x) {
+  }
+  __device__ operator float() const {
+    return value;
+  }
+};
+template <typename T>
+inline constexpr bool kIsWidened = false;
+template <typename Narrow>
+inline constexpr bool kIsWidened<Widened<Narrow>> = true;
+
+// What the losses, incoming gradients and class weights of such elements are stored in.
+template <typename T>
+using PerRow = std::conditional_t<kIsWidened<T>, float, T>;
+
 // The bytes that a thread loads or stores in one instruction, at an address that is a multiple.
 inline constexpr int kVecBytes = 16;
 template <typename T>
-inline constexpr int kVecSize = kVecBytes / int(sizeof(T));
+inline constexpr int kVecSize = kVecBytes / int(sizeof(PerRow<T>));
 
 template <typename T>
-struct alignas(kVecBytes) Vec {
+struct alignas(kVecSize<T> * sizeof(T)) Vec {
   T values[kVecSize<T>];
 };
 
-// How many elements past a 16-byte boundary a pointer is.
+// How many elements past a vector's boundary a pointer is.
 template <typename T>
 __device__ inline int elements_past_boundary(const T* p) {
-  return int(reinterpret_cast<uintptr_t>(p) % kVecBytes / sizeof(T));
+  return int(reinterpret_cast<uintptr_t>(p) % sizeof(Vec<T>) / sizeof(T));
 }
 
 // Elements [0, n) from `start` on, split for vector access: `head` single ones up to the first

@@ -1,16 +1,18 @@
 // The dtype that each operator runs in under torch.autocast: torch's own lists. linear is cast
 // down, and so are linear_relu and mlp; the losses to float32, and on CUDA log_softmax too, which
-// on the CPU keeps the dtype that it gets. linear_cross_entropy's product is cast down and its loss
-// up.
+// on the CPU keeps the dtype that it gets. Where their kernels read narrow logits as they are, no
+// copy is made of them. linear_cross_entropy's product is cast down and its loss up.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "ops/checks.h"
 #include "ops/cross_entropy.h"
 #include "ops/linear.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/log_softmax.h"
 #include "ops/mlp.h"
 #include "ops/nll_loss.h"
+#include "ops/operands.h"
 
 namespace fastnn {
 namespace {
@@ -62,14 +64,37 @@ at::Tensor linear_cross_entropy_autocast(const LinearHead& head, const at::Tenso
                               casted);
 }
 
+// Whether the kernels read the logits as they are: they would be narrower than float32, and so
+// would class probabilities.
+bool are_read_narrow(const at::Tensor& logits, const at::Tensor& target) {
+  return has_kernels(logits) && accumulate_dtype(logits) != logits.scalar_type() &&
+         (!at::isFloatingType(target.scalar_type()) ||
+          target.scalar_type() == logits.scalar_type());
+}
+
+template <c10::DeviceType device, auto* loss>
+at::Tensor loss_autocast(const at::Tensor& input, const at::Tensor& target,
+                         const LossOptions& options) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
+  const auto up = [](const auto& tensor) {
+    return at::autocast::cached_cast(at::kFloat, tensor, device);
+  };
+  LossOptions wide = options;
+  wide.weight = up(options.weight);
+  if (!are_read_narrow(input, target)) return loss(up(input), up(target), wide);
+  wide.dtype = at::kFloat;
+  return loss(input, target, wide);
+}
+
 template <c10::DeviceType device>
 void register_common(torch::Library& m) {
   m.impl("linear", kAutocast<CastPolicy::lower_precision_fp, device, &linear>);
   m.impl("linear_relu", kAutocast<CastPolicy::lower_precision_fp, device, &linear_relu>);
   m.impl("mlp", mlp_under_autocast<device>);
   m.impl("linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy_autocast<device>>);
-  m.impl("nll_loss", kAutocast<CastPolicy::fp32, device, &as_nll_loss<nll_loss>>);
-  m.impl("cross_entropy", kAutocast<CastPolicy::fp32, device, &as_cross_entropy<cross_entropy>>);
+  m.impl("nll_loss", as_nll_loss<loss_autocast<device, &nll_loss>>);
+  m.impl("cross_entropy", as_cross_entropy<loss_autocast<device, &cross_entropy>>);
 }
 
 }  // namespace

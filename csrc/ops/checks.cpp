@@ -62,19 +62,33 @@ void check_loss_devices(std::string_view op, const at::Tensor& input, const at::
   if (weight) check_same_device(op, input, "weight", *weight);
 }
 
-void check_class_weight(std::string_view op, const at::Tensor& input,
-                        const std::optional<at::Tensor>& weight) {
+bool has_dtype_for(const at::Tensor& input, const LossOptions& options) {
+  const at::ScalarType dtype = options.dtype_of_loss(input);
+  return dtype == input.scalar_type() || dtype == accumulate_dtype(input);
+}
+
+void check_dtype_of_loss(std::string_view op, const at::Tensor& input, const LossOptions& options) {
+  TORCH_CHECK(has_dtype_for(input, options), op, ": expected the loss to have input's dtype ",
+              input.scalar_type(), ", or ", accumulate_dtype(input), ", but got ",
+              options.dtype_of_loss(input));
+}
+
+void check_class_weight(std::string_view op, const at::Tensor& input, const LossOptions& options) {
+  const auto& weight = options.weight;
   if (!weight) return;
   check_same_device(op, input, "weight", *weight);
   const int64_t classes = input.size(class_dim(input));
   TORCH_CHECK(weight->dim() == 1 && weight->numel() == classes, op,
               ": weight tensor should be defined either for all ", classes,
               " classes or no classes but got weight tensor of shape: ", weight->sizes());
-  check_same_dtype(op, input, "weight", *weight);
+  const at::ScalarType dtype = options.dtype_of_loss(input);
+  TORCH_CHECK(weight->scalar_type() == dtype, op, ": expected weight to have ",
+              dtype == input.scalar_type() ? "input" : "the loss", "'s dtype ", dtype, ", but got ",
+              weight->scalar_type());
 }
 
 void check_class_indices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight) {
+                         const LossOptions& options) {
   check_same_device(op, input, "target", target);
   TORCH_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kByte, op,
               ": expected target dtype to be Long or Byte, but got ", target.scalar_type());
@@ -90,14 +104,21 @@ void check_class_indices(std::string_view op, const at::Tensor& input, const at:
     TORCH_CHECK(target.sizes() == at::IntArrayRef(expected), op, ": Expected target size ",
                 at::IntArrayRef(expected), ", got ", target.sizes());
   }
-  check_class_weight(op, input, weight);
+  check_class_weight(op, input, options);
+}
+
+void check_grad_dtype(std::string_view op, const at::Tensor& grad_output, const at::Tensor& input,
+                      const LossOptions& options) {
+  const bool fits = grad_output.scalar_type() == options.dtype_of_loss(input);
+  TORCH_CHECK(fits && has_dtype_for(input, options), op,
+              ": expected grad_output to have input's dtype ", input.scalar_type(), ", but got ",
+              grad_output.scalar_type());
 }
 
 void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
                          const at::Tensor& input, const at::Tensor& total_weight,
                          const LossOptions& options) {
   check_same_device(op, input, "grad_output", grad_output);
-  check_same_dtype(op, input, "grad_output", grad_output);
   check_same_device(op, input, "total_weight", total_weight);
   check_sizes(op, "grad_output", grad_output,
               options.per_row() ? per_row_sizes(input) : at::DimVector{});

@@ -44,13 +44,19 @@ at::DimVector per_row_sizes(const at::Tensor& input);
 void check_loss_devices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
                         const std::optional<at::Tensor>& weight);
 
+// Whether kernels for such an input have a loss of the requested dtype: the input's, or the one it
+// is summed in.
+bool has_dtype_for(const at::Tensor& input, const LossOptions& options);
+void check_dtype_of_loss(std::string_view op, const at::Tensor& input, const LossOptions& options);
+
 // Raises unless a loss's class indices and class weights have the right device, shape and dtype.
 void check_class_indices(std::string_view op, const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight);
-void check_class_weight(std::string_view op, const at::Tensor& input,
-                        const std::optional<at::Tensor>& weight);
+                         const LossOptions& options);
+void check_class_weight(std::string_view op, const at::Tensor& input, const LossOptions& options);
 
 // Checks a loss's backward, which may be called without its forward.
+void check_grad_dtype(std::string_view op, const at::Tensor& grad_output, const at::Tensor& input,
+                      const LossOptions& options);
 void check_loss_backward(std::string_view op, const at::Tensor& grad_output,
                          const at::Tensor& input, const at::Tensor& total_weight,
                          const LossOptions& options);

@@ -14,7 +14,7 @@ at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
                              .findSchemaOrThrow("fastnn::cross_entropy", "")
                              .typed<decltype(as_cross_entropy<cross_entropy>)>();
   return op.call(input, target, options.weight, options.ignore_index,
-                 reduction_name(options.reduction), options.label_smoothing);
+                 reduction_name(options.reduction), options.label_smoothing, options.dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
                              .findSchemaOrThrow("fastnn::cross_entropy_forward", "")
                              .typed<decltype(as_cross_entropy_forward<cross_entropy_forward>)>();
   return op.call(input, target, options.weight, options.ignore_index,
-                 reduction_name(options.reduction), options.label_smoothing, keep);
+                 reduction_name(options.reduction), options.label_smoothing, keep, options.dtype);
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
@@ -61,17 +61,19 @@ bool can_fuse_cross_entropy(const at::Tensor& input, const at::Tensor& target,
       !is_on_device_of(input, weight)) {
     return false;
   }
+  if (!has_dtype_for(input, options)) return false;
   // Probabilities or weights of another dtype promote the result's.
   return !has_class_probabilities(input, target) ||
          (target.scalar_type() == input.scalar_type() &&
-          (!weight || weight->scalar_type() == input.scalar_type()));
+          (!weight || weight->scalar_type() == options.dtype_of_loss(input)));
 }
 
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                          const LossOptions& options, std::string_view op) {
   TORCH_CHECK_VALUE(input.dim() >= 1, op, ": Expected input of 1 or more dimensions (got 0)");
+  check_dtype_of_loss(op, input, options);
   if (!has_class_probabilities(input, target)) {
-    check_class_indices(op, input, target, options.weight);
+    check_class_indices(op, input, target, options);
     return;
   }
   check_same_device(op, input, "target", target);
@@ -82,13 +84,14 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
   TORCH_CHECK(options.ignore_index < 0, op,
               ": ignore_index is not supported for floating point target, got ",
               options.ignore_index);
-  check_class_weight(op, input, options.weight);
+  check_class_weight(op, input, options);
 }
 
 void check_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
                                   const at::Tensor& target, const std::optional<at::Tensor>& lse,
                                   const at::Tensor& total_weight, const LossOptions& options) {
   constexpr auto op = "cross_entropy_backward";
+  check_grad_dtype(op, grad_output, kept, options);
   check_cross_entropy(kept, target, options);
   check_loss_backward(op, grad_output, kept, total_weight, options);
   if (keeps_gradient(kept)) return;
@@ -104,7 +107,7 @@ CrossEntropyOperands::CrossEntropyOperands(const at::Tensor& input, const at::Te
                                            const LossOptions& o)
     : classes_last(has_classes_last(input)),
       logits(arranged(input, classes_last)),
-      options{contiguous(o.weight), o.ignore_index, o.reduction, o.label_smoothing},
+      options{contiguous(o.weight), o.ignore_index, o.reduction, o.label_smoothing, o.dtype},
       layout(layout_around(logits.sizes(), classes_last ? logits.dim() - 1 : class_dim(input))),
       probabilities(has_class_probabilities(input, target_)) {
   target = probabilities ? arranged(target_, classes_last) : contiguous_indices(target_);
@@ -120,8 +123,8 @@ at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& ta
                                    const LossOptions& options) {
   check_loss_devices("cross_entropy", input, target, options.weight);
   const at::Tensor t = has_class_probabilities(input, target) ? target : as_long(target);
-  return at::cross_entropy_loss(input, t, options.weight, options.reduction, options.ignore_index,
-                                options.label_smoothing);
+  return at::cross_entropy_loss(options.cast(input), options.cast(t), options.cast_weight(),
+                                options.reduction, options.ignore_index, options.label_smoothing);
 }
 
 namespace {
@@ -138,20 +141,20 @@ at::Tensor cross_entropy_default(const at::Tensor& input, const at::Tensor& targ
 
 LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                   std::string_view reduction, double label_smoothing,
-                                  std::string_view op) {
+                                  std::optional<at::ScalarType> dtype, std::string_view op) {
   // NaN isn't between them either.
   TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
               ": label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
-  return {weight, ignore_index, parse_reduction(reduction), label_smoothing};
+  return {weight, ignore_index, parse_reduction(reduction), label_smoothing, dtype};
 }
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
-      "str reduction='mean', float label_smoothing=0.0) -> Tensor");
+      "str reduction='mean', float label_smoothing=0.0, ScalarType? dtype=None) -> Tensor");
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-      "str reduction, float label_smoothing, bool keep) "
+      "str reduction, float label_smoothing, bool keep, ScalarType? dtype=None) "
       "-> (Tensor loss, Tensor kept, Tensor lse, Tensor total_weight)");
   m.def(
       "cross_entropy_backward(Tensor grad_output, Tensor kept, Tensor target, Tensor? weight, "

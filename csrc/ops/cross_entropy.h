@@ -17,14 +17,15 @@ namespace fastnn {
 // the backward takes, the forward also returns
 //   kept   the gradient of the reduced loss (without a reduction, of each row's loss), or a copy of
 //          the logits: see keeps_gradient
-//   lse    with such a copy, each row's log-sum-exp in two parts, its maximum (0) and the log of
-//   the
-//          sum of exp(x - max) (1), which keep what their sum would round away
+//   lse    with such a copy, each row's log-sum-exp in two parts, its maximum (0) and the sum of
+//          exp(x - max) (1)
 // and is undefined otherwise. Nothing that happens to the logits later changes the gradient so.
 // cross_entropy_backward_ replaces `kept` by the gradient, which spares memory and, where it is
 // kept and the incoming gradient is 1, all work.
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
                          const LossOptions& options);
+// Logits narrower than what they are summed in may have a loss of that dtype. Loss and gradient are
+// then, to the bit, those of a copy of the logits in it; class weights and grad_output are of it.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
     const at::Tensor& input, const at::Tensor& target, const LossOptions& options, bool keep);
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
@@ -89,24 +90,29 @@ at::Tensor cross_entropy_composite(const at::Tensor& input, const at::Tensor& ta
 // Raises for an invalid reduction or label smoothing.
 LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                   std::string_view reduction, double label_smoothing,
+                                  std::optional<at::ScalarType> dtype = std::nullopt,
                                   std::string_view op = "cross_entropy");
 
 template <auto f>
 at::Tensor as_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                             const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                            std::string_view reduction, double label_smoothing) {
-  return f(input, target, cross_entropy_options(weight, ignore_index, reduction, label_smoothing));
+                            std::string_view reduction, double label_smoothing,
+                            std::optional<at::ScalarType> dtype) {
+  return f(input, target,
+           cross_entropy_options(weight, ignore_index, reduction, label_smoothing, dtype));
 }
 
 template <auto f>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> as_cross_entropy_forward(
     const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    int64_t ignore_index, std::string_view reduction, double label_smoothing, bool keep) {
-  return f(input, target, cross_entropy_options(weight, ignore_index, reduction, label_smoothing),
-           keep);
+    int64_t ignore_index, std::string_view reduction, double label_smoothing, bool keep,
+    std::optional<at::ScalarType> dtype) {
+  return f(input, target,
+           cross_entropy_options(weight, ignore_index, reduction, label_smoothing, dtype), keep);
 }
 
-// Serves cross_entropy_backward, and cross_entropy_backward_, which returns nothing.
+// Serves cross_entropy_backward, and cross_entropy_backward_, which returns nothing. grad_output
+// has the loss's dtype.
 template <auto f>
 auto as_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,
                                const at::Tensor& target, const std::optional<at::Tensor>& weight,
@@ -114,7 +120,8 @@ auto as_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& 
                                int64_t ignore_index, std::string_view reduction,
                                double label_smoothing) {
   return f(grad_output, kept, target, lse, total_weight,
-           cross_entropy_options(weight, ignore_index, reduction, label_smoothing));
+           cross_entropy_options(weight, ignore_index, reduction, label_smoothing,
+                                 grad_output.scalar_type()));
 }
 
 }  // namespace fastnn

@@ -232,12 +232,8 @@ LinearLossOptions linear_loss_options(const std::optional<at::Tensor>& weight,
   TORCH_CHECK_VALUE(std::isfinite(logit_scale), kName,
                     ": logit_scale must be finite. Got: ", logit_scale);
   TORCH_CHECK_VALUE(std::isfinite(z_loss), kName, ": z_loss must be finite. Got: ", z_loss);
-  return {cross_entropy_options(weight, ignore_index, reduction, label_smoothing, kName),
-          softcap.value_or(0),
-          logit_scale,
-          z_loss,
-          normalizer,
-          dtype};
+  return {cross_entropy_options(weight, ignore_index, reduction, label_smoothing, dtype, kName),
+          softcap.value_or(0), logit_scale, z_loss, normalizer};
 }
 
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {

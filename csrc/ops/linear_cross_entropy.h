@@ -26,7 +26,6 @@ struct LinearLossOptions : LossOptions {
   double logit_scale = 1;
   double z_loss = 0;
   std::optional<at::Tensor> normalizer;  // what the sum is divided by, in the place of the count
-  std::optional<at::ScalarType> dtype;   // the loss's and its targets'; the input's if absent
 
   bool adjusts_logits() const {
     return softcap != 0 || logit_scale != 1;

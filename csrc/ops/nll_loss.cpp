@@ -12,7 +12,7 @@ at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target, const Los
                              .findSchemaOrThrow("fastnn::nll_loss", "")
                              .typed<decltype(as_nll_loss<nll_loss>)>();
   return op.call(input, target, options.weight, options.ignore_index,
-                 reduction_name(options.reduction));
+                 reduction_name(options.reduction), options.dtype);
 }
 
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& input,
@@ -22,7 +22,7 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& input,
                              .findSchemaOrThrow("fastnn::nll_loss_forward", "")
                              .typed<decltype(as_nll_loss_forward<nll_loss_forward>)>();
   return op.call(input, target, options.weight, options.ignore_index,
-                 reduction_name(options.reduction));
+                 reduction_name(options.reduction), options.dtype);
 }
 
 at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
@@ -38,19 +38,29 @@ at::Tensor nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& in
 bool can_fuse_nll_loss(const at::Tensor& input, const at::Tensor& target,
                        const LossOptions& options) {
   return has_kernels(input) && input.dim() >= 1 && is_on_device_of(input, target) &&
-         is_on_device_of(input, options.weight);
+         is_on_device_of(input, options.weight) && has_dtype_for(input, options);
 }
 
 void check_nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options) {
   TORCH_CHECK_VALUE(input.dim() >= 1, "nll_loss: Expected input of 1 or more dimensions (got 0)");
-  check_class_indices("nll_loss", input, target, options.weight);
+  check_dtype_of_loss("nll_loss", input, options);
+  check_class_indices("nll_loss", input, target, options);
+}
+
+void check_nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                             const at::Tensor& target, const at::Tensor& total_weight,
+                             const LossOptions& options) {
+  constexpr auto op = "nll_loss_backward";
+  check_grad_dtype(op, grad_output, input, options);
+  check_nll_loss(input, target, options);
+  check_loss_backward(op, grad_output, input, total_weight, options);
 }
 
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
                               const LossOptions& options) {
   check_loss_devices("nll_loss", input, target, options.weight);
-  return at::nll_loss_nd(input, as_long(target), options.weight, options.reduction,
-                         options.ignore_index);
+  return at::nll_loss_nd(options.cast(input), as_long(target), options.cast_weight(),
+                         options.reduction, options.ignore_index);
 }
 
 namespace {
@@ -68,10 +78,10 @@ at::Tensor nll_loss_default(const at::Tensor& input, const at::Tensor& target,
 TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
       "nll_loss(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
-      "str reduction='mean') -> Tensor");
+      "str reduction='mean', ScalarType? dtype=None) -> Tensor");
   m.def(
       "nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-      "str reduction) -> (Tensor loss, Tensor total_weight)");
+      "str reduction, ScalarType? dtype=None) -> (Tensor loss, Tensor total_weight)");
   m.def(
       "nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
       "Tensor total_weight, int ignore_index, str reduction) -> Tensor");

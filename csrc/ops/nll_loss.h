@@ -12,7 +12,8 @@
 namespace fastnn {
 
 // Calls through the dispatcher. `total_weight` is the sum of the weights of the rows kept, which
-// 'mean' divides by.
+// 'mean' divides by. Of narrow log-probabilities the loss may be as wide as it is summed: see
+// cross_entropy.h.
 at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options);
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& input,
                                                     const at::Tensor& target,
@@ -27,6 +28,9 @@ bool can_fuse_nll_loss(const at::Tensor& input, const at::Tensor& target,
 
 // The checks of the kernels' launchers.
 void check_nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options);
+void check_nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                             const at::Tensor& target, const at::Tensor& total_weight,
+                             const LossOptions& options);
 
 // The same with ATen operators, which support torch's transforms and derivatives of any order.
 at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
@@ -37,26 +41,25 @@ at::Tensor nll_loss_composite(const at::Tensor& input, const at::Tensor& target,
 template <auto f>
 at::Tensor as_nll_loss(const at::Tensor& input, const at::Tensor& target,
                        const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                       std::string_view reduction) {
-  return f(input, target, {weight, ignore_index, parse_reduction(reduction)});
+                       std::string_view reduction, std::optional<at::ScalarType> dtype) {
+  return f(input, target, {weight, ignore_index, parse_reduction(reduction), 0, dtype});
 }
 
 template <auto f>
-std::tuple<at::Tensor, at::Tensor> as_nll_loss_forward(const at::Tensor& input,
-                                                       const at::Tensor& target,
-                                                       const std::optional<at::Tensor>& weight,
-                                                       int64_t ignore_index,
-                                                       std::string_view reduction) {
-  return f(input, target, {weight, ignore_index, parse_reduction(reduction)});
+std::tuple<at::Tensor, at::Tensor> as_nll_loss_forward(
+    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    int64_t ignore_index, std::string_view reduction, std::optional<at::ScalarType> dtype) {
+  return f(input, target, {weight, ignore_index, parse_reduction(reduction), 0, dtype});
 }
 
+// grad_output has the loss's dtype.
 template <auto f>
 at::Tensor as_nll_loss_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                 const at::Tensor& target, const std::optional<at::Tensor>& weight,
                                 const at::Tensor& total_weight, int64_t ignore_index,
                                 std::string_view reduction) {
   return f(grad_output, input, target, total_weight,
-           {weight, ignore_index, parse_reduction(reduction)});
+           {weight, ignore_index, parse_reduction(reduction), 0, grad_output.scalar_type()});
 }
 
 }  // namespace fastnn

@@ -15,6 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastnn
 from cuda_emulation.chosen import EMULATES_CUDA
+from support.narrow_losses import (
+    NARROW_LOSSES,
+    check_bits_of_a_copy,
+    narrow_logits,
+    narrow_loss,
+)
 from support.operators import LINEARS, check_value_and_gradients, every_dtype
 from support.sample_inputs import Sample, sample_input
 
@@ -63,6 +69,21 @@ def test_rows_about_as_long_as_shared_memory(kibibytes, dtype):
     check_value_and_gradients("log_softmax", Sample("long rows", (logits, 1)))
     probabilities = target.softmax(1)
     check_value_and_gradients("cross_entropy", Sample("long rows", (logits, probabilities)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", ["subwarp", "warp", "block", "split"])
+def test_narrow_losses_have_the_bits_of_a_copys(monkeypatch, path, dtype):
+    """Their kernels take the elements in the groups of float32's."""
+    monkeypatch.setenv("FASTNN_CUDA_ROWS", path)
+    for name in NARROW_LOSSES:
+        for shape in ((67, 3), (7, 81), (5, 1000)):
+            check_bits_of_a_copy(narrow_loss(name, shape, dtype), narrow_logits(shape, dtype))
+
+
+def test_rows_that_float32_gives_a_block_of_all_threads():
+    dtype, shape = torch.bfloat16, (2, 30000)
+    check_bits_of_a_copy(narrow_loss("cross_entropy", shape, dtype), narrow_logits(shape, dtype))
 
 
 @every_dtype

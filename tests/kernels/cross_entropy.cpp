@@ -22,7 +22,7 @@ struct Problem : TargetDistribution<Problem<T>> {
   Buffer<T> logits;
   Buffer<int64_t> target;
   Buffer<T> target_probs;
-  Buffer<T> weight;
+  Buffer<accum<T>> weight;
 
   Problem(const Layout& layout, const Options& options)
       : options(options),
@@ -30,7 +30,7 @@ struct Problem : TargetDistribution<Problem<T>> {
         logits(random_buffer<T>(elements(layout), options.offset)),
         target(layout.rows()),
         target_probs(random_buffer<T>(elements(layout), options.offset, 0, 1)),
-        weight(random_buffer<T>(layout.classes, options.offset, 0.25, 2)) {
+        weight(random_buffer<accum<T>>(layout.classes, options.offset, 0.25, 2)) {
     for (int64_t row = 0; row < layout.rows(); ++row) target[row] = random_target();
   }
 
@@ -85,8 +85,8 @@ template <typename T>
 struct Forward {
   Buffer<T> grad;  // or, for a type that doesn't keep it, the two next ones
   Buffer<accum<T>> max;
-  Buffer<accum<T>> log_sum;
-  Buffer<T> losses;
+  Buffer<accum<T>> sum;
+  Buffer<accum<T>> losses;
   Buffer<double> sums;  // of loss and weight, for each chunk
 };
 
@@ -99,11 +99,12 @@ Forward<T> forward(const Target& target, const Problem<T>& problem, const Wanted
   const int64_t chunks = (rows + chunk - 1) / chunk;
   const int64_t offset = problem.options.offset;
   Forward<T> out{Buffer<T>(elements(problem.layout), offset), Buffer<accum<T>>(rows),
-                 Buffer<accum<T>>(rows), Buffer<T>(rows, offset), Buffer<double>(2 * chunks)};
+                 Buffer<accum<T>>(rows), Buffer<accum<T>>(rows, offset),
+                 Buffer<double>(2 * chunks)};
   const bool keeps_grad = wanted.kept && kKeepsGradient<T>;
   const bool keeps_lse = wanted.kept && !kKeepsGradient<T>;
   const simd::KeptRows<T> kept{data_if(keeps_grad, out.grad), kScale, data_if(keeps_lse, out.max),
-                               data_if(keeps_lse, out.log_sum)};
+                               data_if(keeps_lse, out.sum)};
   const auto arguments = problem.arguments();
   std::atomic<int64_t> first_bad{simd::kNoBadTarget};
   parallel_for(threads, chunks, [&](int64_t begin, int64_t end) {
@@ -136,7 +137,8 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out, const Wante
     }
     if (layout.classes != 0 && wanted.kept && !kKeepsGradient<T>) {
       expect_close("max", row, out.max[row], lse.max, 0, 0);
-      expect_close("log_sum", row, out.log_sum[row], lse.log_sum, roundings, farthest);
+      const double exp_sum = std::exp(lse.log_sum);
+      expect_close("sum", row, out.sum[row], exp_sum, roundings, exp_sum * farthest);
     }
     if (wanted.losses) {
       expect_close("losses", row, out.losses[row], loss, roundings, magnitude);
@@ -182,9 +184,9 @@ void check_backward(const Target& target, const Problem<T>& problem, const Forwa
                     bool in_place) {
   const Layout& layout = problem.layout;
   const Options& options = problem.options;
-  auto grad = random_buffer<T>(options.grad_per_row ? layout.rows() : 1, options.offset);
+  auto grad = random_buffer<accum<T>>(options.grad_per_row ? layout.rows() : 1, options.offset);
   for (int64_t row = 0; options.grad_per_row && row < layout.rows(); ++row) {
-    if (!problem.counts(row)) grad[row] = from_double<T>(NAN);  // leaves no trace
+    if (!problem.counts(row)) grad[row] = from_double<accum<T>>(NAN);  // leaves no trace
   }
   const Buffer<T>& kept = kKeepsGradient<T> ? saved.grad : problem.logits;
   const auto [grad_input] = same_on_any_threads([&](int threads) {
@@ -194,7 +196,7 @@ void check_backward(const Target& target, const Problem<T>& problem, const Forwa
     std::atomic<int64_t> first_bad{simd::kNoBadTarget};
     parallel_for(threads, layout.rows(), [&](int64_t begin, int64_t end) {
       keep_lowest(first_bad, target.kernels<T>().cross_entropy_backward(
-                                 arguments, begin, end, saved.max.data(), saved.log_sum.data(),
+                                 arguments, begin, end, saved.max.data(), saved.sum.data(),
                                  grad.data(), options.grad_per_row, kScale, grad_input.data()));
     });
     expect(kKeepsGradient<T> || first_bad == problem.first_bad(),
@@ -209,11 +211,11 @@ template <typename T>
 void cross_entropy(const Target& target, const Layout& layout, const Options& options) {
   const Problem<T> problem(layout, options);
   for (const Wanted& wanted : kWanted) {
-    const auto [grad, max, log_sum, losses, sums] = same_on_any_threads([&](int threads) {
-      const auto [grad, max, log_sum, losses, sums] = forward(target, problem, wanted, threads);
-      return std::tuple(grad, max, log_sum, losses, sums);
+    const auto [grad, max, sum, losses, sums] = same_on_any_threads([&](int threads) {
+      const auto [grad, max, sum, losses, sums] = forward(target, problem, wanted, threads);
+      return std::tuple(grad, max, sum, losses, sums);
     });
-    const Forward<T> out{grad, max, log_sum, losses, sums};
+    const Forward<T> out{grad, max, sum, losses, sums};
     check_forward(problem, out, wanted);
     if (!wanted.kept) continue;
     if (kKeepsGradient<T>) check_gradient(problem, out.grad, [](int64_t) { return 1; });

@@ -11,6 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
 from support import stock
+from support.marks import needs_extension
+from support.narrow_losses import (
+    NARROW_LOSSES,
+    SHAPES,
+    check_bits_of_a_copy,
+    narrow_logits,
+    narrow_loss,
+)
 from support.operators import LINEARS, ours
 from support.sample_inputs import Draws
 
@@ -204,6 +212,75 @@ def test_a_parameter_is_cast_once_in_a_region_with_the_cache(op, cache_enabled) 
         ours(op)(a.input, a.weight, a.bias)
         ours(op)(a.input, a.weight, a.bias)
     assert casts.count == (1 if cache_enabled else 2)
+
+
+# ---- losses read narrow logits as they are -------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("name", NARROW_LOSSES)
+@pytest.mark.capability("precision", "`torch.autocast`: losses make no copy of narrow logits")
+def test_losses_of_narrow_logits_have_the_bits_of_a_copys(name, dtype) -> None:
+    for shape in SHAPES.values():
+        for reduction in ("mean", "sum", "none"):
+            logits = narrow_logits(shape, dtype)
+            loss = narrow_loss(name, shape, dtype, reduction)
+            with CountCasts(logits.shape) as casts:
+                loss(logits)
+            assert casts.count == 0
+            check_bits_of_a_copy(loss, logits)
+
+
+@needs_extension
+@pytest.mark.cpu_only("of the processor's memory")
+def test_a_loss_of_narrow_logits_takes_the_memory_of_one_copy() -> None:
+    """Its gradient takes that one's place; there were two of four bytes, and a gradient of two."""
+    logits = torch.randn(64, 4096, dtype=torch.bfloat16, requires_grad=True)
+    loss = narrow_loss("cross_entropy", logits.shape, torch.bfloat16)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        (gradient,) = torch.autograd.grad(loss(logits), logits)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert gradient.nbytes <= allocated < 1.1 * gradient.nbytes
+
+
+@pytest.mark.parametrize("name", NARROW_LOSSES)
+def test_derivatives_of_narrow_losses_under_transforms_are_a_copys(name) -> None:
+    dtype = torch.bfloat16
+    shape = SHAPES["apart"]
+    loss = narrow_loss(name, shape, dtype)
+    direction = narrow_logits(shape, dtype).detach() + 1
+
+    def second_derivative(loss, logits: torch.Tensor) -> torch.Tensor:
+        (first,) = torch.autograd.grad(loss(logits), logits, create_graph=True)
+        return torch.autograd.grad(first, logits, direction)[0]
+
+    def tangent(loss, logits: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(loss, (logits.detach(),), (direction,))[1]
+
+    def gradients(loss, logits: torch.Tensor) -> torch.Tensor:
+        several = torch.stack([logits.detach(), direction])
+        return torch.func.vmap(torch.func.grad(loss))(several)
+
+    for derivative in (second_derivative, tangent, gradients):
+        actual = derivative(loss, narrow_logits(shape, dtype))
+        expected = derivative(lambda logits: loss(logits.float()), narrow_logits(shape, dtype))
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["nll_loss", "cross_entropy"])
+def test_narrow_logits_may_be_overwritten_once_their_loss_is_there(name) -> None:
+    """As where autocast has made a copy."""
+    shape, dtype, results = SHAPES["long"], torch.bfloat16, []
+    for overwrites in (False, True):
+        leaf = narrow_logits(shape, dtype)
+        logits = leaf + 0
+        loss = narrow_loss(name, shape, dtype)(logits)
+        if overwrites:
+            with torch.no_grad():
+                logits.zero_()
+        results += torch.autograd.grad(loss, leaf)
+    assert torch.equal(*results)
 
 
 @low_precision

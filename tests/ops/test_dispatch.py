@@ -48,15 +48,15 @@ SCHEMAS = [
     "log_softmax(Tensor input, int dim) -> Tensor",
     "log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor",
     "nll_loss(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
-    "str reduction='mean') -> Tensor",
+    "str reduction='mean', ScalarType? dtype=None) -> Tensor",
     "nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-    "str reduction) -> (Tensor loss, Tensor total_weight)",
+    "str reduction, ScalarType? dtype=None) -> (Tensor loss, Tensor total_weight)",
     "nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
     "Tensor total_weight, int ignore_index, str reduction) -> Tensor",
     "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
-    "str reduction='mean', float label_smoothing=0.0) -> Tensor",
+    "str reduction='mean', float label_smoothing=0.0, ScalarType? dtype=None) -> Tensor",
     "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-    "str reduction, float label_smoothing, bool keep) "
+    "str reduction, float label_smoothing, bool keep, ScalarType? dtype=None) "
     "-> (Tensor loss, Tensor kept, Tensor lse, Tensor total_weight)",
     "cross_entropy_backward(Tensor grad_output, Tensor kept, Tensor target, Tensor? weight, "
     "Tensor? lse, Tensor total_weight, int ignore_index, str reduction, float label_smoothing) "

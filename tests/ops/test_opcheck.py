@@ -65,6 +65,12 @@ def nll_loss_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Cal
     yield "nll_loss_forward", forward
     _loss, total_weight = torch.ops.fastnn.nll_loss_forward(*forward)
     yield "nll_loss_backward", (grad, *sample.args, weight, total_weight, *options)
+    if grad.dtype.itemsize == 2 and weight is None:
+        yield "nll_loss_forward", (*forward, torch.float32)
+        yield (
+            "nll_loss_backward",
+            (grad.float(), *sample.args, weight, total_weight, *options),
+        )
 
 
 def cross_entropy_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Call]:
@@ -76,6 +82,12 @@ def cross_entropy_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterato
     _loss, kept, *saved = torch.ops.fastnn.cross_entropy_forward(*forward, True)
     for backward in ("cross_entropy_backward", "cross_entropy_backward_"):
         yield backward, (grad, kept, sample.args[1], weight, *saved, *options)
+    if kept.dtype.itemsize == 2 and weight is None:
+        yield "cross_entropy_forward", (*forward, True, torch.float32)
+        yield (
+            "cross_entropy_backward",
+            (grad.float(), kept, sample.args[1], weight, *saved, *options),
+        )
 
 
 def linear_cross_entropy_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Call]:

@@ -360,8 +360,8 @@ MUTANTS = [
         "cross_entropy with its gradient",
         "cross_entropy_kernels.cuh",
         "the sum of q without label smoothing's share",
-        "total = Forward::kIndices ? this->args.uniform * state.q : state.q;",
-        "total = Forward::kIndices ? A(0) : state.q;",
+        "if constexpr (Kind == TargetKind::SmoothedIndex) total = uniform_sum.value();\n    if",
+        "if",
         "cross_entropy",
     ),
     Mutant(

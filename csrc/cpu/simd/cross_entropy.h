@@ -132,14 +132,15 @@ RowTargets<accum<T>> row_targets(const TargetDistribution<T, Kind>& q, ints<accu
   }
 }
 
-// Writes g * sum(q) * softmax - g * q of the rows at `grad_input`, zeros where a row doesn't count.
-// (Not g times the difference, which would be rounded twice at the target.) g_softmax(step) is the
-// first term, g_softmax_at(element) that of one element of a long row.
-template <typename T, TargetKind Kind, typename Rows, typename Reader, typename Writer,
-          typename Steps, typename Elements>
+// Gives write(step, gradient) g * sum(q) * softmax - g * q of the rows, zeros where a row doesn't
+// count. (Not g times the difference, which would be rounded twice at the target.) g_softmax(step)
+// is the first term. Of one class of a long row it is g_softmax_at(class), and what is written
+// write_at(class, gradient).
+template <typename T, TargetKind Kind, typename Rows, typename Reader, typename Write,
+          typename WriteAt, typename Steps, typename Elements>
 void write_gradient(const TargetDistribution<T, Kind>& q, const RowTargets<accum<T>>& known,
-                    vec<accum<T>> g, const Rows& rows, Reader& probabilities, Writer& write,
-                    T* grad_input, Steps g_softmax, Elements g_softmax_at) {
+                    vec<accum<T>> g, const Rows& rows, Reader& probabilities, Write& write,
+                    WriteAt write_at, Steps g_softmax, Elements g_softmax_at) {
   using A = accum<T>;
   constexpr bool kIndices = Kind != TargetKind::Probabilities;
   // The target is one of a long row's many classes: it is written again, not tested at each step.
@@ -160,7 +161,7 @@ void write_gradient(const TargetDistribution<T, Kind>& q, const RowTargets<accum
     }
     write(step, gradient);
   });
-  if constexpr (kTargetApart) store_scalar(grad_input + t, gradient_at_target);
+  if constexpr (kTargetApart) write_at(t, gradient_at_target);
 }
 
 template <typename A>
@@ -199,14 +200,14 @@ void keep_gradient(const TargetDistribution<T, Kind>& q, ints<T> target, const R
   const vec<T> g = broadcast(scale);
   const vec<T> g_total_over_sum = g * known.total / sum;
   write_gradient<T>(
-      q, known, g, rows, probabilities, terms, grad,
-      [&](auto step) { return terms(step) * g_total_over_sum; },
-      [&](int64_t c) { return grad[c] * g_total_over_sum[0]; });
+      q, known, g, rows, probabilities, terms, [&](int64_t c, T value) { grad[c] = value; },
+      [&](auto step) { return rounded_product(terms(step), g_total_over_sum); },
+      [&](int64_t c) { return rounded_product(grad[c], g_total_over_sum[0]); });
 }
 
 template <typename T, TargetKind Kind, bool kGradient>
 int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                         const KeptRows<T>& kept, T* losses, LossSums& sums) {
+                         const KeptRows<T>& kept, accum<T>* losses, LossSums& sums) {
   using A = accum<T>;
   const TargetDistribution<T, Kind> q(args);
   Targets<T> targets(args);
@@ -222,7 +223,7 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
     }
     if (kept.max) {
       rows.store_per_row(kept.max + position, lse.max);
-      rows.store_per_row(kept.log_sum + position, lse.log_sum);
+      rows.store_per_row(kept.sum + position, lse.sum);
     }
     const auto [loss, weight] =
         row_losses(q, target, rows, args.logits + offset, x, probabilities, lse);
@@ -243,33 +244,39 @@ int64_t cross_entropy_of(const CrossEntropy<T>& args, int64_t begin, int64_t end
   return targets.first_bad();
 }
 
-// Reads a copy of the logits, and each row's log-sum-exp.
+// Reads a copy of the logits, and each row's log-sum-exp. The gradient as it would be kept in what
+// T is summed in, bit for bit, times grad_output.
 template <typename T, TargetKind Kind>
 int64_t gradient_from_logits(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                             const accum<T>* max, const accum<T>* log_sum, const T* grad_output,
+                             const accum<T>* max, const accum<T>* sum, const accum<T>* grad_output,
                              bool grad_per_row, double scale, T* grad_input) {
   using A = accum<T>;
   const TargetDistribution<T, Kind> q(args);
   Targets<T> targets(args);
-  const vec<A> one_grad = broadcast(begin < end ? load_scalar(grad_output) : A(0));
+  const vec<A> one_grad = broadcast(begin < end ? *grad_output : A(0));
+  const vec<A> g = broadcast(A(scale));
   for_each_row<A>(args.layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
     const T* const logits = args.logits + offset;
     auto x = rows.reader(logits);
     auto probabilities = q.reader(rows, offset);
-    auto write = rows.writer(grad_input + offset);
+    auto writer = rows.writer(grad_input + offset);
     ints<A> target = {};
     if constexpr (Kind != TargetKind::Probabilities) target = targets.of(rows, position);
     const RowTargets<A> known = row_targets<T>(q, target, rows, probabilities);
-    const LogSumExp<A> lse{.max = rows.per_row(max + position),
-                           .sum = {},
-                           .log_sum = rows.per_row(log_sum + position)};
-    const vec<A> g = (grad_per_row ? rows.per_row(grad_output + position) : one_grad) * A(scale);
-    const vec<A> g_total = g * known.total;
+    const vec<A> row_max = rows.per_row(max + position);
+    const vec<A> g_total_over_sum = g * known.total / rows.per_row(sum + position);
     const auto g_softmax = [&](vec<A> x_step) {
-      return g_total * exp_nonpositive<A>(lse.log_softmax(x_step));
+      return rounded_product(exp_nonpositive<A>(x_step - row_max), g_total_over_sum);
     };
+    vec<A> incoming = grad_per_row ? rows.per_row(grad_output + position) : one_grad;
+    // Zeros stay zeros in rows that don't count, whatever their factor.
+    if constexpr (Kind != TargetKind::Probabilities) incoming = target >= 0 ? incoming : vec<A>{};
+    const auto write = [&](auto step, vec<A> gradient) { writer(step, incoming * gradient); };
     write_gradient<T>(
-        q, known, g, rows, probabilities, write, grad_input + offset,
+        q, known, g, rows, probabilities, write,
+        [&](int64_t c, A gradient) {
+          store_scalar(grad_input + offset + c, incoming[0] * gradient);
+        },
         [&](auto step) { return g_softmax(x(step, 0)); },
         [&](int64_t c) { return g_softmax(broadcast(load_scalar(logits + c)))[0]; });
   });
@@ -316,7 +323,7 @@ int64_t dispatch_target_kind(const CrossEntropy<T>& args, F f) {
 
 template <typename T>
 FASTNN_KERNEL int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                                    const KeptRows<T>& kept, T* losses, LossSums& sums) {
+                                    const KeptRows<T>& kept, accum<T>* losses, LossSums& sums) {
   return dispatch_target_kind(args, [&]<TargetKind Kind>() {
     if constexpr (kKeepsGradient<T>) {
       if (kept.grad) return cross_entropy_of<T, Kind, true>(args, begin, end, kept, losses, sums);
@@ -327,16 +334,16 @@ FASTNN_KERNEL int64_t cross_entropy(const CrossEntropy<T>& args, int64_t begin, 
 
 template <typename T>
 FASTNN_KERNEL int64_t cross_entropy_backward(const CrossEntropy<T>& args, int64_t begin,
-                                             int64_t end, const accum<T>* max,
-                                             const accum<T>* log_sum, const T* grad_output,
-                                             bool grad_per_row, double scale, T* grad_input) {
+                                             int64_t end, const accum<T>* max, const accum<T>* sum,
+                                             const accum<T>* grad_output, bool grad_per_row,
+                                             double scale, T* grad_input) {
   if constexpr (kKeepsGradient<T>) {
     scale_gradient(args, begin, end, grad_output, grad_per_row, grad_input);
     return kNoBadTarget;
   } else {
     return dispatch_target_kind(args, [&]<TargetKind Kind>() {
-      return gradient_from_logits<T, Kind>(args, begin, end, max, log_sum, grad_output,
-                                           grad_per_row, scale, grad_input);
+      return gradient_from_logits<T, Kind>(args, begin, end, max, sum, grad_output, grad_per_row,
+                                           scale, grad_input);
     });
   }
 }

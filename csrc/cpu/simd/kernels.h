@@ -8,27 +8,27 @@
 namespace fastnn::simd {
 
 // The operands of cross entropy's kernels. Targets are class indices (`target`) or probabilities
-// in the logits' layout (`target_probs`); the other is null, and `weight` may be.
+// in the logits' layout (`target_probs`); the other is null, and `weight` may be. What there is of
+// a row or a class is in what T is summed in, as the losses and their gradients are.
 template <typename T>
 struct CrossEntropy {
   Layout layout;
   const T* logits;
   const int64_t* target;
   const T* target_probs;
-  const T* weight;
+  const accum<T>* weight;
   int64_t ignore_index;
   double label_smoothing;
 };
 
 // What the forward keeps for the backward, all null if no gradient is wanted: the gradient times
-// `scale` if T keeps that, else each row's log-sum-exp, as its maximum and the log of the sum of
-// exp(x - max).
+// `scale` if T keeps that, else each row's log-sum-exp, as its maximum and the sum of exp(x - max).
 template <typename T>
 struct KeptRows {
   T* grad;
   double scale;
   accum<T>* max;
-  accum<T>* log_sum;
+  accum<T>* sum;
 };
 
 // Sums over rows, in double for every storage type: a loss over many rows stays precise.
@@ -135,13 +135,14 @@ struct Kernels {
   // Both return the first position whose target is out of range, or kNoBadTarget. The forward
   // writes each row's loss, unless `losses` is null, and adds to `sums`.
   int64_t (*cross_entropy)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                           const KeptRows<T>& kept, T* losses, LossSums& sums);
-  // grad_output holds one value, or one per row; `scale` multiplies it. If T keeps the gradient,
-  // that is passed as the logits and only multiplied by grad_output: max, log_sum, scale and the
-  // targets' range are ignored. `grad_input` may alias the logits.
+                           const KeptRows<T>& kept, accum<T>* losses, LossSums& sums);
+  // grad_output holds one value, or one per row. If T keeps the gradient, that is passed as the
+  // logits and only multiplied by grad_output: max, sum, scale and the targets' range are ignored.
+  // Else it is computed first, as the forward would have kept it with that scale. `grad_input` may
+  // alias the logits.
   int64_t (*cross_entropy_backward)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
-                                    const accum<T>* max, const accum<T>* log_sum,
-                                    const T* grad_output, bool grad_per_row, double scale,
+                                    const accum<T>* max, const accum<T>* sum,
+                                    const accum<T>* grad_output, bool grad_per_row, double scale,
                                     T* grad_input);
 
   // Computes the block's wanted results for rows [begin, end), whose targets are in range or

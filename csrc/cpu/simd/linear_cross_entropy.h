@@ -49,7 +49,8 @@ struct BlockRows {
     const vec<A> of_z = A(2 * block.z_loss) * (lse.max + lse.log_sum);
     const vec<A> factor = g * (known.total + of_z) * over_sum;
     write_gradient<A>(
-        q, known, g, rows, probabilities, writer, block.gradient + offset,
+        q, known, g, rows, probabilities, writer,
+        [&](int64_t c, A gradient) { block.gradient[offset + c] = gradient; },
         [&](auto step) { return factor * term(step); },
         [&](int64_t c) { return factor[0] * term_at(block.gradient[offset + c]); });
   }

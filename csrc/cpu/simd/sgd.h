@@ -6,17 +6,6 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// a * b, rounded. Of two products in a sum the compiler makes one part of a fused multiply-add, in
-// each kernel another: steps would differ in their last bits.
-template <typename A>
-inline vec<A> rounded_product(A a, vec<A> b) {
-#if __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(a * b);
-#else
-  return a * b;
-#endif
-}
-
 // A step's numbers in the type that it is computed in.
 template <typename A>
 struct SGDFormula {

@@ -416,6 +416,17 @@ inline vec<A> power_of_two(ints<A> exponent) {
   return (vec<A>)((exponent + K::exponent_bias) << K::mantissa_bits);
 }
 
+// a * b, rounded. Of two products in a sum the compiler makes one part of a fused multiply-add, in
+// each kernel another: results that are to be the same would differ in their last bits.
+template <typename A, typename B>
+inline auto rounded_product(A a, B b) {
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(a * b);
+#else
+  return a * b;
+#endif
+}
+
 // 2^n * polynomial, or 0 where `is_zero` is set: letting such a product underflow would cost a
 // hundred cycles. AVX-512 has an instruction for it; elsewhere it takes two factors, 2^first and
 // the rest, since no single normal power of two reaches subnormal results or 2^128.

@@ -12,11 +12,12 @@ namespace fastnn::cuda {
 template <RowOperator Op>
 constexpr RowTraits row_traits() {
   const int inputs = std::max(Op::kReduceInputs, Op::kMapInputs);
-  return {.element_bytes = sizeof(typename Op::T),
+  return {.element_bytes = sizeof(PerRow<typename Op::T>),
           .state_bytes = Op::kReduceInputs > 0 ? int64_t{sizeof(typename Op::State)} : 0,
           .tensors = std::max(inputs, 1),
           .maps = Op::kMaps,
           .rereads = kRereads<Op>,
+          .has_threads_to_reread = kRereads<Op> || Op::kHasThreadsToReread,
           .sums = Op::kSums};
 }
 

@@ -41,6 +41,8 @@ struct RowDefaults {
   static constexpr bool kMaps = true;      // whether there is an output of the rows' layout
   static constexpr bool kCopies = false;   // whether the output is a copy of the first operand
   static constexpr bool kSums = false;     // whether rows add to a loss and a total weight
+  // Whether it has the threads that it would have if it read an operand twice.
+  static constexpr bool kHasThreadsToReread = false;
 
   // Whether the output is already right, which only the device may know.
   __device__ bool is_done() const {

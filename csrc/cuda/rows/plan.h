@@ -27,7 +27,8 @@ struct RowTraits {
   int tensors;          // operands of the input's layout that a tile holds
   bool maps;            // whether an output of that layout is written
   bool rereads;         // whether an operand is read twice, and worth keeping in shared memory
-  bool sums;            // whether each block leaves a partial sum, which one block adds up
+  bool has_threads_to_reread;  // whether it has the threads for that
+  bool sums;                   // whether each block leaves a partial sum, which one block adds up
   // The most shared memory per block that the GPU grants on request. No result depends on it.
   int64_t device_shared_bytes = 48 * 1024;
 };
@@ -157,7 +158,7 @@ inline int row_threads(int64_t classes, int64_t element_bytes) {
 }
 
 inline BlockPlan block(const Layout& layout, const RowTraits& traits) {
-  const bool alone = traits.rereads && traits.element_bytes < 8 &&
+  const bool alone = traits.has_threads_to_reread && traits.element_bytes < 8 &&
                      layout.classes * traits.element_bytes > kHalfOfSharedBytes;
   return {
       .blocks = blocks_for(layout.rows(), traits),

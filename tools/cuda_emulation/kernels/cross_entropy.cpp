@@ -58,7 +58,7 @@ struct Problem : TargetDistribution<Problem<T>> {
 template <typename T>
 struct Forward {
   Buffer<accum<T>> max;
-  Buffer<accum<T>> log_sum;
+  Buffer<accum<T>> sum;
   Buffer<T> losses;
   Buffer<T> loss;
   Buffer<accum<T>> total_weight;
@@ -86,7 +86,7 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
   const auto op = make(CrossEntropyForwardRows<T, Kind>{.args = problem.arguments(),
                                                         .losses = out.losses.data(),
                                                         .max = lse ? out.max.data() : nullptr,
-                                                        .log_sum = out.log_sum.data(),
+                                                        .sum = out.sum.data(),
                                                         .result = result});
   using Op = std::remove_const_t<decltype(op)>;
   const Plan plan = plan_of<Op>(layout, way);
@@ -98,7 +98,7 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
     FASTNN_LAUNCH((finish_loss_kernel<T>), 1, kFinishThreads, 0, nullptr, sums.data(),
                   rows == 0 ? 0 : summing_blocks(plan), result);
   }
-  if (lse) expect_same_in_every_order(out.log_sum);
+  if (lse) expect_same_in_every_order(out.sum);
   if (kKeeps) expect_same_in_every_order(out.kept);
   expect_same_in_every_order(out.losses);
   expect_same_in_every_order(out.loss);
@@ -122,7 +122,8 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out, bool lse) {
     }
     if (lse && layout.classes != 0) {
       expect_close<accum<T>>("max", row, out.max(row), exact.max, 0, 0);
-      expect_close<accum<T>>("log_sum", row, out.log_sum(row), exact.log_sum, roundings, farthest);
+      const double exp_sum = std::exp(exact.log_sum);
+      expect_close<accum<T>>("sum", row, out.sum(row), exp_sum, roundings, exp_sum * farthest);
     }
     expect_close<T>("losses", row, out.losses(row), loss, roundings, magnitude);
     sum += loss;
@@ -170,6 +171,24 @@ Buffer<T> incoming_grad(const Problem<T>& problem) {
   return grad;
 }
 
+template <typename T>
+struct UniformSumOf {
+  accum<T> unweighted;
+  Buffer<accum<T>> weighted{1};
+  bool is_weighted;
+
+  explicit UniformSumOf(const Problem<T>& problem)
+      : unweighted(accum<T>(problem.options.label_smoothing)),
+        is_weighted(problem.options.weighted) {
+    const int64_t classes = problem.layout.classes;
+    FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, 64, 0, nullptr, problem.weight.data(), classes,
+                  problem.options.label_smoothing / std::max<double>(classes, 1), weighted.data());
+  }
+  UniformSum<accum<T>> sum() const {
+    return {unweighted, is_weighted ? weighted.data() : nullptr};
+  }
+};
+
 // Runs over a copy of the logits, which the kernel overwrites or leaves alone.
 template <typename T, TargetKind Kind>
 void check_backward(const Problem<T>& problem, const Way& way, const Offsets& offsets,
@@ -179,18 +198,15 @@ void check_backward(const Problem<T>& problem, const Way& way, const Offsets& of
   const Options& options = problem.options;
   const bool per_row = options.per_row;
   const Buffer<T> grad = incoming_grad(problem);
-  Buffer<A> total_weight(1), weighted_uniform_sum(1);
+  Buffer<A> total_weight(1);
   total_weight[0] = 3;
-  FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, 64, 0, nullptr, problem.weight.data(),
-                layout.classes, options.label_smoothing / std::max<double>(layout.classes, 1),
-                weighted_uniform_sum.data());
+  const UniformSumOf<T> uniform(problem);
   using Op = CrossEntropyBackwardRows<T, Kind>;
   const Op op{.args = problem.arguments(),
               .max = saved.max.data(),
-              .log_sum = saved.log_sum.data(),
+              .sum = saved.sum.data(),
               .grad = {grad.data(), per_row, per_row ? nullptr : total_weight.data()},
-              .uniform_sum = A(options.label_smoothing),
-              .weighted_uniform_sum = options.weighted ? weighted_uniform_sum.data() : nullptr};
+              .uniform_sum = uniform.sum()};
   Buffer<T> grad_input = in_place ? saved.kept : Buffer<T>(elements(layout), offsets.output);
   const T* logits = in_place ? grad_input.data() : saved.kept.data();
   Tensors<T> tensors{{logits, nullptr}, grad_input.data()};
@@ -276,14 +292,15 @@ void cross_entropy(const Layout& layout, const Way& way, const Offsets& offsets,
     Buffer<A> divisor(1);
     divisor[0] = 3;
     const A* total_weight = options.per_row ? nullptr : divisor.data();
+    const UniformSumOf<T> uniform(problem);
     const auto saved = forward<T, Kind>(problem, way, offsets, false, [&](auto op) {
-      return CrossEntropyGradientRows<T, Kind>{op, A(0.5), total_weight};
+      return CrossEntropyGradientRows<T, Kind>{op, A(0.5), uniform.sum(), total_weight};
     });
     check_forward(problem, saved, false);
     check_gradient(problem, saved.kept, [&](int64_t) { return total_weight ? 0.5 / 3 : 0.5; });
     if (Kind != TargetKind::Probabilities && layout.rows() > 0 && alone.total_weight(0) > 0) {
       const auto weighed = forward<T, Kind>(problem, way, offsets, false, [&](auto op) {
-        return CrossEntropyGradientRows<T, Kind>{op, A(0.5), nullptr, layout.rows()};
+        return CrossEntropyGradientRows<T, Kind>{op, A(0.5), uniform.sum(), nullptr, layout.rows()};
       });
       check_gradient(problem, weighed.kept, [&](int64_t) { return 0.5 / alone.total_weight(0); });
     }
@@ -358,7 +375,7 @@ const Test bad("cross_entropy: target out of range", [] {
       run_rows(Op{.args = problem.arguments(),
                   .losses = nullptr,
                   .max = nullptr,
-                  .log_sum = nullptr,
+                  .sum = nullptr,
                   .result = {}},
                plan_of<Op>(layout, {"subwarp"}), layout,
                {{problem.logits.data(), nullptr}, nullptr}, sums);

@@ -74,15 +74,15 @@ void cross_entropy(const Problem& problem) {
       .args = args,
       .losses = losses.data(),
       .max = lse.data(),
-      .log_sum = lse.data() + kRows,
+      .sum = lse.data() + kRows,
       .result = result};
   problem.run(forward, nullptr, sums.data());
   for (int64_t row = 0; row < kRows; ++row) {
     expect((losses(row) > 0) == Problem::counts(row), "a loss of a target out of range is zero");
   }
   Buffer<float> kept(kRows * kClasses);
-  problem.run(without::CrossEntropyGradientRows<float, TargetKind::Index>{forward, 1, nullptr},
-              kept.data(), sums.data());
+  problem.run(without::CrossEntropyGradientRows<float, TargetKind::Index>{forward, 1}, kept.data(),
+              sums.data());
   problem.expect_zero_rows(kept);
   total[0] = 0;
   FASTNN_LAUNCH((without::sum_target_weights_kernel<float>), 1, 64, 0, nullptr, args, kRows,
@@ -90,15 +90,13 @@ void cross_entropy(const Problem& problem) {
   expect(total(0) == float(problem.weight(0) + problem.weight(4)),
          "a target out of range has no weight");
   one[0] = 1;
-  problem.run(
-      without::CrossEntropyBackwardRows<float, TargetKind::Index>{
-          .args = args,
-          .max = lse.data(),
-          .log_sum = lse.data() + kRows,
-          .grad = {one.data(), false, nullptr},
-          .uniform_sum = 0,
-          .weighted_uniform_sum = nullptr},
-      grad.data(), nullptr);
+  problem.run(without::CrossEntropyBackwardRows<float, TargetKind::Index>{.args = args,
+                                                                          .max = lse.data(),
+                                                                          .sum = lse.data() + kRows,
+                                                                          .grad = {one.data(),
+                                                                                   false, nullptr},
+                                                                          .uniform_sum = {}},
+              grad.data(), nullptr);
   problem.expect_zero_rows(grad);
 }
 
