@@ -212,19 +212,25 @@ LINEAR_RELU = Operator(
 # ---- log_softmax ---------------------------------------------------------------------------------
 
 
-def _log_softmax_fake(input: Tensor, dim: int) -> Tensor:
-    return input.new_empty(input.shape)
+def _log_softmax_fake(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return input.new_empty(input.shape, dtype=dtype)
 
 
-def _log_softmax_backward_fake(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
-    return output.new_empty(output.shape)
+def _log_softmax_backward_fake(
+    grad_output: Tensor, output: Tensor, dim: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return output.new_empty(output.shape, dtype=dtype)
+
+
+def _log_softmax_onnx(input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    return F.log_softmax(input, dim, dtype=dtype)
 
 
 LOG_SOFTMAX = Operator(
     name="log_softmax",
     module="LogSoftmax",
     stock=F.log_softmax,
-    onnx=F.log_softmax,
+    onnx=_log_softmax_onnx,
     fakes={
         "log_softmax": _log_softmax_fake,
         "log_softmax_backward": _log_softmax_backward_fake,

@@ -72,6 +72,10 @@ __all__ = [
 ]
 
 
+# What kernels sum in float32, and read as it is for a result of that dtype.
+_READ_NARROW = frozenset({torch.bfloat16, torch.float16})
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``input @ weight.T + bias``: :func:`torch.nn.functional.linear`.
 
@@ -212,7 +216,7 @@ def log_softmax(
         input: any shape, 0-d included.
         dim: the dimension whose slices are normalised; None (default) chooses as torch does, with
             its deprecation warning.
-        dtype: cast the input to it first (default: no cast).
+        dtype: of the output, as if the input were cast to it first (default: the input's own).
 
     Returns:
         A contiguous tensor of the input's shape.
@@ -243,13 +247,9 @@ def log_softmax(
             return call_torch(F.log_softmax, input, dim, _stacklevel + 2, dtype)
     if type(dim) is not int:
         dim = log_softmax_dim(input, dim, _stacklevel + 1)
-    if dtype is not None:
+    if dtype is not None and (dtype != torch.float32 or input.dtype not in _READ_NARROW):
         input = input.to(dtype)
-        if input.is_cuda and torch.is_autocast_enabled("cuda"):
-            # dtype= takes precedence over autocast, as in torch.
-            with torch.autocast("cuda", enabled=False):
-                return operators().log_softmax(input, dim)
-    return operators().log_softmax(input, dim)
+    return operators().log_softmax(input, dim, dtype)
 
 
 def nll_loss(

@@ -243,8 +243,11 @@ def _matrix_of_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def log_softmax(input: Tensor, dim: int) -> Tensor:
+def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """``x - max - log(sum(exp(x - max)))``; see :func:`fastnn.functional.log_softmax`.
+
+    Args:
+        dtype: of the output, as if the input were cast to it first (default: the input's).
 
     >>> import torch
     >>> from fastnn import reference
@@ -254,18 +257,22 @@ def log_softmax(input: Tensor, dim: int) -> Tensor:
     dim = operator.index(dim)  # torch 2.9 reduces over everything if it is a tensor
     if not input.is_floating_point():
         raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
-    x = input.to(_compute_dtype(input.dtype))
+    dtype = input.dtype if dtype is None else dtype
+    x = input.to(_compute_dtype(dtype))
     shift, sum_exp = _max_and_sum_exp(x, dim)
-    return (x - shift - sum_exp.log()).to(input.dtype).contiguous()
+    return (x - shift - sum_exp.log()).to(dtype).contiguous()
 
 
-def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+def log_softmax_backward(
+    grad_output: Tensor, output: Tensor, dim: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """``g - exp(output) * sum(g)``, the gradient of ``log_softmax``; see
     :func:`fastnn.functional.log_softmax`.
 
     Args:
         grad_output: the gradient ``g`` of the output.
         output: the forward's.
+        dtype: of the input (default: the output's).
 
     >>> import torch
     >>> from fastnn import reference
@@ -273,9 +280,10 @@ def log_softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tenso
     >>> reference.log_softmax_backward(torch.tensor([1.0, 0.0]), output, 0)
     tensor([ 0.5000, -0.5000])
     """
-    dtype = _compute_dtype(output.dtype)
-    grad = grad_output.to(dtype)
-    return (grad - output.to(dtype).exp() * grad.sum(dim, keepdim=True)).to(output.dtype)
+    sums = _compute_dtype(output.dtype)
+    grad = grad_output.to(sums)
+    grad_input = grad - output.to(sums).exp() * grad.sum(dim, keepdim=True)
+    return grad_input.to(output.dtype if dtype is None else dtype)
 
 
 def _max_and_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:

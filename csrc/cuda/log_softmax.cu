@@ -11,8 +11,11 @@
 namespace fastnn::cuda {
 namespace {
 
-at::Tensor log_softmax_cuda(const at::Tensor& input, int64_t dim) {
-  if (!can_fuse_log_softmax(input)) return log_softmax_composite(input, dim);
+// An output wider than the input is that of a copy.
+at::Tensor log_softmax_cuda(const at::Tensor& narrow, int64_t dim,
+                            std::optional<at::ScalarType> dtype) {
+  if (!can_fuse_log_softmax(narrow, dtype)) return log_softmax_composite(narrow, dim, dtype);
+  const at::Tensor input = dtype ? narrow.to(*dtype) : narrow;
   dim = at::maybe_wrap_dim(dim, input.dim());
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor x = input.contiguous();
@@ -29,14 +32,15 @@ at::Tensor log_softmax_cuda(const at::Tensor& input, int64_t dim) {
 }
 
 at::Tensor log_softmax_backward_cuda(const at::Tensor& grad_output, const at::Tensor& output,
-                                     int64_t dim) {
-  check_log_softmax_backward(grad_output, output);
+                                     int64_t dim, std::optional<at::ScalarType> dtype) {
+  check_log_softmax_backward(grad_output, output, dtype);
   dim = at::maybe_wrap_dim(dim, output.dim());
   const c10::cuda::CUDAGuard guard(output.device());
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor out = output.contiguous();
   const at::Tensor grad_input = at::empty(output.sizes(), output.options());
-  if (grad_input.numel() == 0) return grad_input;
+  const auto in_dtype = [&] { return dtype ? grad_input.to(*dtype) : grad_input; };
+  if (grad_input.numel() == 0) return in_dtype();
 
   const Layout layout = log_softmax_layout(out, dim);
   dispatch(out.scalar_type(), "log_softmax_backward", [&]<typename T>() {
@@ -44,7 +48,7 @@ at::Tensor log_softmax_backward_cuda(const at::Tensor& grad_output, const at::Te
     const Tensors<T> tensors{{const_data<T>(grad), const_data<T>(out)}, data<T>(grad_input)};
     run_rows(Op{}, plan_of<Op>(layout), layout, tensors, out.options());
   });
-  return grad_input;
+  return in_dtype();
 }
 
 }  // namespace

@@ -97,6 +97,17 @@ void register_common(torch::Library& m) {
   m.impl("cross_entropy", as_cross_entropy<loss_autocast<device, &cross_entropy>>);
 }
 
+// The dtype asked for outranks autocast's, as in torch.
+template <c10::DeviceType device>
+at::Tensor log_softmax_autocast(const at::Tensor& input, int64_t dim,
+                                std::optional<at::ScalarType> dtype) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
+  if (dtype) return fastnn::log_softmax(input, dim, dtype);
+  if (can_fuse_log_softmax(input, at::kFloat)) return fastnn::log_softmax(input, dim, at::kFloat);
+  return fastnn::log_softmax(at::autocast::cached_cast(at::kFloat, input, device), dim);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastnn, AutocastCPU, m) {
@@ -105,7 +116,7 @@ TORCH_LIBRARY_IMPL(fastnn, AutocastCPU, m) {
 
 TORCH_LIBRARY_IMPL(fastnn, AutocastCUDA, m) {
   register_common<c10::kCUDA>(m);
-  m.impl("log_softmax", kAutocast<CastPolicy::fp32, c10::kCUDA, &log_softmax>);
+  m.impl("log_softmax", log_softmax_autocast<c10::kCUDA>);
 }
 
 }  // namespace fastnn

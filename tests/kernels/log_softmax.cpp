@@ -3,14 +3,23 @@
 namespace fastnn::tests {
 namespace {
 
-template <typename T>
+// The output may be as wide as the sums.
+template <typename T, typename Out>
 void log_softmax(const Target& target, const Layout& layout, int64_t offset) {
   auto input = random_buffer<T>(elements(layout), offset);
   if (input.size() > 1) input[input.size() - 1] = from_double<T>(-INFINITY);
+  const auto& kernels = target.kernels<T>();
+  const auto kernel = [&] {
+    if constexpr (std::is_same_v<T, Out>) {
+      return kernels.log_softmax;
+    } else {
+      return kernels.wide_log_softmax;
+    }
+  }();
   const auto [output] = same_on_any_threads([&](int threads) {
-    Buffer<T> output(input.size(), offset);
+    Buffer<Out> output(input.size(), offset);
     parallel_for(threads, layout.rows(), [&](int64_t begin, int64_t end) {
-      target.kernels<T>().log_softmax(output.data(), input.data(), layout, begin, end);
+      kernel(output.data(), input.data(), layout, begin, end);
     });
     return std::tuple(output);
   });
@@ -24,15 +33,22 @@ void log_softmax(const Target& target, const Layout& layout, int64_t offset) {
   }
 }
 
-template <typename T>
+template <typename T, typename Out>
 void log_softmax_backward(const Target& target, const Layout& layout, int64_t offset) {
-  const auto grad = random_buffer<T>(elements(layout), offset);
-  const auto output = random_buffer<T>(elements(layout), offset, -8, 0);
+  const auto grad = random_buffer<Out>(elements(layout), offset);
+  const auto output = random_buffer<Out>(elements(layout), offset, -8, 0);
+  const auto& kernels = target.kernels<T>();
+  const auto kernel = [&] {
+    if constexpr (std::is_same_v<T, Out>) {
+      return kernels.log_softmax_backward;
+    } else {
+      return kernels.wide_log_softmax_backward;
+    }
+  }();
   const auto [grad_input] = same_on_any_threads([&](int threads) {
     Buffer<T> grad_input(grad.size(), offset);
     parallel_for(threads, layout.rows(), [&](int64_t begin, int64_t end) {
-      target.kernels<T>().log_softmax_backward(grad_input.data(), grad.data(), output.data(),
-                                               layout, begin, end);
+      kernel(grad_input.data(), grad.data(), output.data(), layout, begin, end);
     });
     return std::tuple(grad_input);
   });
@@ -56,8 +72,12 @@ const Test test("log_softmax", [](const Target& target) {
     for (const Layout& layout : layouts(target.lanes<T>())) {
       for (const int64_t offset : {0, 1}) {
         describe("%s %s offset=%d", kName<T>, to_string(layout).c_str(), int(offset));
-        log_softmax<T>(target, layout, offset);
-        log_softmax_backward<T>(target, layout, offset);
+        log_softmax<T, T>(target, layout, offset);
+        log_softmax_backward<T, T>(target, layout, offset);
+        if constexpr (!std::is_same_v<T, accum<T>>) {
+          log_softmax<T, accum<T>>(target, layout, offset);
+          log_softmax_backward<T, accum<T>>(target, layout, offset);
+        }
       }
     }
   });

@@ -244,6 +244,34 @@ def test_a_loss_of_narrow_logits_takes_the_memory_of_one_copy() -> None:
     assert gradient.nbytes <= allocated < 1.1 * gradient.nbytes
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_log_softmax_in_float32_of_narrow_logits_has_the_bits_of_a_copys(dtype, dim) -> None:
+    for shape in SHAPES.values():
+        logits = narrow_logits(shape, dtype)
+        actual = C.log_softmax(logits, dim, dtype=torch.float32)
+        expected = C.log_softmax(logits.float(), dim)
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, expected)
+        grad = Draws(2).normal(*shape)
+        assert torch.equal(
+            *torch.autograd.grad(actual, logits, grad, create_graph=True),
+            *torch.autograd.grad(expected, logits, grad, create_graph=True),
+        )
+        assert torch.equal(
+            *torch.autograd.grad(actual, logits, grad), *torch.autograd.grad(expected, logits, grad)
+        )
+
+
+@needs_extension
+@pytest.mark.cpu_only("a copy is made on CUDA")
+def test_log_softmax_in_float32_makes_no_copy_of_narrow_logits() -> None:
+    logits = narrow_logits((3, 50), torch.bfloat16)
+    with CountCasts(logits.shape) as casts:
+        C.log_softmax(logits, 1, dtype=torch.float32).sum().backward()
+    assert casts.count == 0
+
+
 @pytest.mark.parametrize("name", NARROW_LOSSES)
 def test_derivatives_of_narrow_losses_under_transforms_are_a_copys(name) -> None:
     dtype = torch.bfloat16

@@ -45,8 +45,9 @@ SCHEMAS = [
     "linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
     "linear_relu_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor output, "
     "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
-    "log_softmax(Tensor input, int dim) -> Tensor",
-    "log_softmax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor",
+    "log_softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor",
+    "log_softmax_backward(Tensor grad_output, Tensor output, int dim, ScalarType? dtype=None) "
+    "-> Tensor",
     "nll_loss(Tensor input, Tensor target, Tensor? weight=None, int ignore_index=-100, "
     "str reduction='mean', ScalarType? dtype=None) -> Tensor",
     "nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, "

@@ -56,7 +56,11 @@ def linear_relu_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[
 
 
 def log_softmax_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Call]:
-    yield "log_softmax_backward", (grad, output, sample.args[1])
+    dim = sample.args[1]
+    yield "log_softmax_backward", (grad, output, dim)
+    if grad.dtype.itemsize == 2:
+        yield "log_softmax", (*sample.args, torch.float32)
+        yield "log_softmax_backward", (grad.float(), output.float(), dim, grad.dtype)
 
 
 def nll_loss_calls(sample: Sample, output: Tensor, grad: Tensor) -> Iterator[Call]:

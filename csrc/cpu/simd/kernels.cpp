@@ -22,6 +22,8 @@ const Kernels<T>& kernels() {
       .wide_gemm = gemm<accum<T>, T>,
       .log_softmax = log_softmax<T>,
       .log_softmax_backward = log_softmax_backward<T>,
+      .wide_log_softmax = log_softmax<T, accum<T>>,
+      .wide_log_softmax_backward = log_softmax_backward<T, accum<T>>,
       .cross_entropy = cross_entropy<T>,
       .cross_entropy_backward = cross_entropy_backward<T>,
       .logit_block = logit_block<accum<T>>,

@@ -131,6 +131,11 @@ struct Kernels {
   void (*log_softmax)(T* output, const T* input, Layout layout, int64_t begin, int64_t end);
   void (*log_softmax_backward)(T* grad_input, const T* grad, const T* output, Layout layout,
                                int64_t begin, int64_t end);
+  // The same with an output as wide as the sums.
+  void (*wide_log_softmax)(accum<T>* output, const T* input, Layout layout, int64_t begin,
+                           int64_t end);
+  void (*wide_log_softmax_backward)(T* grad_input, const accum<T>* grad, const accum<T>* output,
+                                    Layout layout, int64_t begin, int64_t end);
 
   // Both return the first position whose target is out of range, or kNoBadTarget. The forward
   // writes each row's loss, unless `losses` is null, and adds to `sums`.

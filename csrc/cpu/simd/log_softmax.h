@@ -6,8 +6,8 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-template <typename T>
-FASTNN_KERNEL void log_softmax(T* output, const T* input, Layout layout, int64_t begin,
+template <typename T, typename Out = T>
+FASTNN_KERNEL void log_softmax(Out* output, const T* input, Layout layout, int64_t begin,
                                int64_t end) {
   using A = accum<T>;
   for_each_log_sum_exp(
@@ -18,8 +18,8 @@ FASTNN_KERNEL void log_softmax(T* output, const T* input, Layout layout, int64_t
       });
 }
 
-template <typename T>
-FASTNN_KERNEL void log_softmax_backward(T* grad_input, const T* grad, const T* output,
+template <typename T, typename Out = T>
+FASTNN_KERNEL void log_softmax_backward(T* grad_input, const Out* grad, const Out* output,
                                         Layout layout, int64_t begin, int64_t end) {
   using A = accum<T>;
   const auto backward = [&](auto rows, int64_t offset, int64_t) {
