@@ -108,8 +108,8 @@ def loss_reduction(size_average: bool | None, reduce: bool | None, reduction: st
 
 
 def check_label_smoothing(function: str, label_smoothing: float) -> None:
-    """Raises TypeError for anything but a number, and RuntimeError outside [0, 1]: torch's own
-    function, which serves some classes of tensors, takes negative numbers and NaN for 0."""
+    """Raises TypeError unless it is a number, RuntimeError outside [0, 1]: torch's own function,
+    which serves some tensor classes, treats negative numbers and NaN as 0."""
     _check_number(function, "label_smoothing", label_smoothing, float)
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(
@@ -118,7 +118,7 @@ def check_label_smoothing(function: str, label_smoothing: float) -> None:
 
 
 class LinearLossOptions(NamedTuple):
-    """The options of ``linear_cross_entropy`` for a loss, in the order of its operator."""
+    """The loss's options of ``linear_cross_entropy``, in its operator's order."""
 
     weight: Tensor | None = None
     reduction: str = "mean"
@@ -131,7 +131,7 @@ class LinearLossOptions(NamedTuple):
 
     @property
     def ignored(self) -> int:
-        """The target value of rows that count for nothing."""
+        """The target value of rows to ignore."""
         return -100 if self.ignore_index is None else self.ignore_index
 
 

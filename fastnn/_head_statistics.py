@@ -1,5 +1,5 @@
-"""What a classifier's last layer says of each row beside its loss: block by block, in torch's own
-operators, so that the logits of one block alone exist. The backward computes them once more."""
+"""Statistics of each row besides the loss of a classifier's last layer: computed in blocks, so that
+only one block's logits exist at a time. The backward recomputes them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastnn._extension import operators
 from fastnn._function import cast
 from fastnn._torch import in_forward_mode, running_transform
 
-# Elements of a block's logits, which stand in two or three places.
+# Logits per block; a block takes two or three times their memory.
 _ELEMENTS = 2**21
 
-# A class of this log-probability has none in float64 either.
+# The probability of such a class is 0 in float64, too.
 _LEAST_LOG_PROB = -1000.0
 
 
 class Head(NamedTuple):
-    """A classifier's last layer, its input ``(N, D)``, and what is done to its logits."""
+    """A classifier's last layer, its input ``(N, D)``, and the adjustments of its logits."""
 
     input: Tensor
     weight: Tensor
@@ -35,12 +35,12 @@ class Head(NamedTuple):
         return Head(input, weight, bias, self.softcap, self.logit_scale)
 
     def widened(self) -> Head:
-        """In what sums are carried in."""
+        """The same in the dtype of sums."""
         return self.cast(torch.promote_types(self.input.dtype, torch.float32))
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """The loss, and what was asked for of the rest; None where it wasn't."""
+    """The loss, and the statistics that were requested; None for the others."""
 
     loss: Tensor
     lse: Tensor | None = None
@@ -61,8 +61,8 @@ class LogProbs(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """A number for each row: the log-sum-exp of its logits, the log-probability of a class, the
-    entropy, the largest logit, and its class."""
+    """Numbers per row: the log-sum-exp of its logits, the log-probability of a class, the entropy,
+    the largest logit, and its class."""
 
     lse: Tensor
     logprobs: Tensor
@@ -72,7 +72,7 @@ class RowStatistics(NamedTuple):
 
 
 def check_returns(returns: Collection[str], linear_weight: Tensor, target: Tensor) -> None:
-    """Raises for statistics of rows that there aren't, or of what has none."""
+    """Raises for unknown statistics, and for a weight or targets that have none."""
     if isinstance(returns, str) or not set(returns) <= set(STATISTICS):
         raise ValueError(f"returns must be a tuple of {', '.join(STATISTICS)}, got {returns!r}")
     if linear_weight.dim() != 2:
@@ -87,12 +87,11 @@ def check_returns(returns: Collection[str], linear_weight: Tensor, target: Tenso
 def head_statistics(
     names: Collection[str], head: Head, target: Tensor, ignore_index: int
 ) -> dict[str, Tensor]:
-    """The statistics of those names, of the shape of the rows; ``accuracy`` is one number.
+    """The named statistics, in the shape of the rows; ``accuracy`` is a single number.
 
     Args:
-        head: with an input of any leading shape.
-        target: class indices of that shape; those of rows that count for nothing are
-            ``ignore_index``.
+        head: the last layer; its input may have any leading shape.
+        target: class indices of that shape; ``ignore_index`` in rows to ignore.
     """
     index = target.long().where(target != ignore_index, 0).reshape(-1)
     matrix = head._replace(input=head.input.reshape(-1, head.input.shape[-1]))
@@ -102,7 +101,7 @@ def head_statistics(
 def named_statistics(
     names: Collection[str], rows: RowStatistics, target: Tensor, ignore_index: int
 ) -> dict[str, Tensor]:
-    """Those of the names, of the shape of the target."""
+    """The named statistics, in the target's shape."""
     counts = target != ignore_index
     predictions = rows.predictions.reshape(target.shape)
     values = {
@@ -116,18 +115,18 @@ def named_statistics(
 
 
 def row_statistics(head: Head, index: Tensor) -> RowStatistics:
-    """What the head says of each row, and of the class that has each row's index."""
+    """The statistics of each row; ``logprobs`` is that of the class given by ``index``."""
     device = head.input.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return row_statistics(head.cast(torch.get_autocast_dtype(device)), index)
-    # A transform differentiates itself, and takes torch's operators alone.
+    # A transform differentiates by itself, and only supports torch's operators.
     is_plain = running_transform() is None and not in_forward_mode()
     return RowStatistics(*(_Statistics.apply if is_plain else _statistics_at_once)(index, *head))
 
 
 class _Statistics(torch.autograd.Function):
-    """:func:`_statistics_at_once`, block by block."""
+    """:func:`_statistics_at_once`, computed in blocks."""
 
     @staticmethod
     def forward(ctx: Any, index: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -156,8 +155,8 @@ class _Statistics(torch.autograd.Function):
         *tensors, index, lse, entropy = ctx.saved_tensors
         head = Head(*tensors, *ctx.adjustment)
         _, *wanted, _, _ = ctx.needs_input_grad
-        grads = grads[:3]  # the others have none
-        if torch.is_grad_enabled():  # these gradients are differentiated themselves
+        grads = grads[:3]  # the others have no gradient
+        if torch.is_grad_enabled():  # these gradients will be differentiated
             outputs = _statistics_at_once(index, *head)[:3]
             inputs = [each for each, wants in zip(tensors, wanted, strict=True) if wants]
             found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True))
@@ -186,8 +185,8 @@ class _Statistics(torch.autograd.Function):
 def _blocks(
     head: Head, *, with_slope: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | float]]:
-    """A few rows at a time: their numbers, their input, their logits, memory for as many numbers,
-    and the logits' derivative by what the layer gives. None of a layer without classes."""
+    """A block of rows at a time: the rows, their input, their logits, memory of the same size, and
+    the logits' derivative with respect to the layer's output. No blocks without classes."""
     with_slope = with_slope and head.softcap is not None
     count, classes = len(head.input), len(head.weight)
     size = max(1, _ELEMENTS // max(1, classes))
@@ -209,13 +208,13 @@ def _blocks(
 
 
 def _statistics_at_once(index: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """:class:`RowStatistics`, from all logits at once."""
+    """:class:`RowStatistics` from all logits at once."""
     head = Head(*arguments).widened()
     logits = F.linear(head.input, head.weight, head.bias) * head.logit_scale
     if head.softcap is not None:
         logits = torch.tanh(logits / head.softcap) * head.softcap
     log_probs = logits.log_softmax(-1)
     of_index = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    # 0 log 0 is 0; its derivative too.
+    # 0 log 0 is 0, and so is its derivative.
     entropy = -(log_probs.exp() * log_probs.clamp_min(_LEAST_LOG_PROB)).sum(-1)
     return logits.logsumexp(-1), of_index, entropy, *logits.detach().max(-1)

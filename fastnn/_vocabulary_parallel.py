@@ -1,6 +1,5 @@
-"""linear_cross_entropy where the weight's classes are split over processes: each has the logits of
-its own classes, block by block. They exchange a few numbers for each row, and the gradient of the
-input."""
+"""linear_cross_entropy with the weight's classes sharded over processes: each computes the logits
+of its classes, block by block. They exchange a few numbers per row, and the input's gradient."""
 
 from __future__ import annotations
 
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
 def is_split_by_classes(
     linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, options: LinearLossOptions
 ) -> bool:
-    """Whether this serves: weight and bias split by classes on a mesh of one dimension, and targets
-    without a gradient. Smoothing and probabilities take sums over all logits, which are products of
-    sums of the weight, but not if a cap comes between."""
+    """Whether this implementation applies: weight and bias sharded by classes over a mesh of one
+    dimension, and targets without a gradient. Smoothing and probabilities need sums over all
+    logits, which without a softcap are products with sums of the weight."""
     is_spread = target.is_floating_point() or options.label_smoothing != 0
     if linear_weight.dim() != 2 or target.requires_grad or (is_spread and options.softcap):
         return False
@@ -45,11 +44,10 @@ def is_split_by_classes(
 
 
 class _Distribution(NamedTuple):
-    """What the loss takes of each row's log-probabilities: ``at_class`` of one class's, and what
-    ``spread`` says of all."""
+    """Factors of each row's log-probabilities: ``at_class`` for one class, ``spread`` for all."""
 
     counts: Tensor  # (N)
-    classes: Tensor  # (N); 0 where a row counts for nothing
+    classes: Tensor  # (N); 0 in ignored rows
     at_class: Tensor  # (N)
     spread: Tensor | None  # (C) or (N, C)
 
@@ -62,11 +60,11 @@ def linear_cross_entropy(
     options: LinearLossOptions,
     returns: Collection[str],
 ) -> Any:
-    """:func:`fastnn.functional.linear_cross_entropy` of a weight that is split by classes.
+    """:func:`fastnn.functional.linear_cross_entropy` with a weight that is sharded by classes.
 
     Args:
-        input: whole in each process: a tensor, or a DTensor, whose loss is one too.
-        target: class indices or probabilities, likewise.
+        input: whole in each process: a tensor, or a DTensor, whose loss is a DTensor, too.
+        target: class indices or probabilities; whole in each process, a tensor or a DTensor.
     """
     mesh = cast("DTensor", linear_weight).device_mesh
     group, classes = mesh.get_group(), len(linear_weight)
@@ -103,7 +101,7 @@ def linear_cross_entropy(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be a DTensor."""
+    """The whole of a tensor that may be a DTensor."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
@@ -113,7 +111,7 @@ def _replicated(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _check(rows: Tensor, target: Tensor, classes: int, options: LinearLossOptions) -> None:
-    """Raises what the operator raises for arguments that this needs."""
+    """Raises the operator's errors for arguments that this implementation uses itself."""
     if options.reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{options.reduction} is not a valid value for reduction")
     if options.reduction == "none" and options.normalizer is not None:
@@ -149,17 +147,17 @@ def _distribution(
 def _joined(
     head: Head, q: _Distribution, first: int, group: ProcessGroup
 ) -> tuple[RowStatistics, Tensor]:
-    """The statistics of all classes, and the sum of their logits times ``q.spread``.
+    """The statistics over all classes, and the sum of all logits times ``q.spread``.
 
     Args:
-        head: with this process's classes, which begin at ``first``.
+        head: with this process's classes, starting at ``first``.
     """
     index = q.classes - first
     is_own = (index >= 0) & (index < len(head.weight))
     own = row_statistics(head, index.where(is_own, 0))
     spread = None if q.spread is None else q.spread[..., first : first + len(head.weight)]
     numbers = torch.stack([
-        own.lse.clamp_min(torch.finfo(own.lse.dtype).min / 2),  # a process may have no class
+        own.lse.clamp_min(torch.finfo(own.lse.dtype).min / 2),  # a process may have no classes
         (own.lse + own.logprobs).where(is_own, 0),
         (own.lse - own.entropy).where(own.lse.isfinite(), 0),
         torch.zeros_like(own.lse) if spread is None else _expected_logit(head, spread),
@@ -203,14 +201,14 @@ def _reduced(
 
 
 def _gathered(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """The processes' tensors in their order: the same bits in each."""
+    """The processes' tensors in rank order: every process gets the same bits."""
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)
 
 
 class _Gathered(torch.autograd.Function):
-    """:func:`_gathered` of what each process does the same with."""
+    """:func:`_gathered` for results that every process uses in the same way."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -224,7 +222,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Shared(torch.autograd.Function):
-    """What each process has whole and uses for its own part: its gradients are added up."""
+    """A tensor that each process has whole and uses for its own classes: gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -101,7 +101,7 @@ def _cpu_model() -> str:
 
 
 def _system() -> str:
-    """The distribution's name; ``platform`` only knows the kernel's."""
+    """The distribution's name, or else the operating system's."""
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
@@ -109,7 +109,7 @@ def _system() -> str:
 
 
 def _memory() -> str:
-    """The memory that is installed."""
+    """The amount of installed memory."""
     try:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -118,7 +118,7 @@ def _memory() -> str:
 
 
 def _huge_pages() -> str:
-    """Linux's choice for memory that asks for huge pages, as large results do."""
+    """Linux's setting of transparent huge pages, which large results ask for."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     try:
         return setting.read_text().partition("[")[2].partition("]")[0] or UNKNOWN
@@ -127,7 +127,7 @@ def _huge_pages() -> str:
 
 
 def _usable_processors() -> str:
-    """The processors that this process may use, and those of the machine where there are more."""
+    """How many processors this process may use, and how many there are if that is more."""
     count = str(os.cpu_count())
     if not hasattr(os, "sched_getaffinity"):
         return count
@@ -136,7 +136,7 @@ def _usable_processors() -> str:
 
 
 def _torch_libraries() -> str:
-    """What PyTorch multiplies and runs threads with."""
+    """The libraries that PyTorch uses for products and threads."""
     libraries = {
         "MKL": torch.backends.mkl.is_available(),
         "oneDNN": torch.backends.mkldnn.is_available(),
@@ -165,7 +165,7 @@ def _environment() -> str:
 
 
 def _own_cuda(build: dict[str, Any]) -> str:
-    """The toolkit and the compute capabilities that fastnn was built with and for."""
+    """The toolkit that fastnn was built with, and the compute capabilities it was built for."""
     if not build.get("cuda"):
         return "not built"
     return f"built with {build.get('cuda_toolkit')} for {build.get('cuda_architectures')}"

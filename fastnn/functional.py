@@ -72,7 +72,7 @@ __all__ = [
 ]
 
 
-# What kernels sum in float32, and read as it is for a result of that dtype.
+# Dtypes that the kernels read without a conversion for a float32 result.
 _READ_NARROW = frozenset({torch.bfloat16, torch.float16})
 
 

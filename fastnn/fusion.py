@@ -295,7 +295,7 @@ def _linear_entries(model: Module) -> Iterator[FusionEntry]:
 
 
 def _is_of_loss(model: Module, path: str) -> bool:
-    """Whether a module's Linear is a part of its loss, which has an entry itself."""
+    """Whether a Linear belongs to a LinearCrossEntropyLoss, which has its own entry."""
     owner = model.get_submodule(path.rpartition(".")[0])
     return isinstance(owner, nn._LinearCrossEntropyLoss) and path.endswith("linear")
 

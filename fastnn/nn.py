@@ -160,7 +160,7 @@ class MLP(torch.nn.Sequential):
 
 
 def _check_sizes(name: str, sizes: list[Any]) -> None:
-    """Raises TypeError for a size that is no integer."""
+    """Raises TypeError for a size that is not an integer."""
     for size in sizes:
         if not hasattr(type(size), "__index__"):
             raise TypeError(f"MLP(): argument '{name}' must be int, but got {size!r}")
@@ -411,7 +411,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         self.softcap, self.logit_scale, self.z_loss = softcap, logit_scale, z_loss
 
     def added_options(self) -> dict[str, float]:
-        """The options that torch's class has not, where they are set."""
+        """The options that are set, of those that torch's class lacks."""
         options = {name: getattr(self, name) for name in ("softcap", "logit_scale", "z_loss")}
         return {
             name: value

@@ -74,7 +74,7 @@ def test_rows_about_as_long_as_shared_memory(kibibytes, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("path", ["subwarp", "warp", "block", "split"])
 def test_narrow_losses_have_the_bits_of_a_copys(monkeypatch, path, dtype):
-    """Their kernels take the elements in the groups of float32's."""
+    """Their kernels group the elements as those of float32 do."""
     monkeypatch.setenv("FASTNN_CUDA_ROWS", path)
     for name in NARROW_LOSSES:
         for shape in ((67, 3), (7, 81), (5, 1000)):
@@ -135,7 +135,7 @@ def test_large_tiles_at_any_alignment(monkeypatch, past, transposed, dtype):
 
 
 def launches(kernel: str, call: Callable[[], object]) -> int:
-    """How often the call launches a kernel; where it is emulated, any."""
+    """How often a call launches the kernel; under emulation, how often it launches any."""
     if EMULATES_CUDA:
         before = torch.ops.fastnn_cuda_emulation.launches()
         call()
@@ -152,7 +152,7 @@ def launches(kernel: str, call: Callable[[], object]) -> int:
     "options", [{}, {"momentum": 0.5}, {"momentum": 0.5, "float32_momentum": True}], ids=str
 )
 def test_all_tensors_are_stepped_in_one_launch(options, tensors, dtype):
-    """More than a kernel's first 4 KiB of arguments hold, too. All results are exact."""
+    """Even with more tensors than fit 4 KiB of kernel arguments. All results are exact."""
     before = [torch.full((1 + i % 5,), i % 8).to(dtype) for i in range(tensors)]
     params = [torch.nn.Parameter(value.clone()) for value in before]
     for i, param in enumerate(params):

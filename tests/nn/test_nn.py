@@ -52,7 +52,7 @@ def test_is_an_instance_of_torchs(name):
     assert isinstance(ours, type(stock))
 
 
-# Options that torch's class has not.
+# Options that torch's class lacks.
 ADDED = {"LinearCrossEntropyLoss": {"softcap", "logit_scale", "z_loss"}}
 
 

@@ -235,7 +235,7 @@ def test_losses_of_narrow_logits_have_the_bits_of_a_copys(name, dtype) -> None:
 @needs_extension
 @pytest.mark.cpu_only("of the processor's memory")
 def test_a_loss_of_narrow_logits_takes_the_memory_of_one_copy() -> None:
-    """Its gradient takes that one's place; there were two of four bytes, and a gradient of two."""
+    """The gradient takes the place of the kept copy of the logits; no float32 copy is made."""
     logits = torch.randn(64, 4096, dtype=torch.bfloat16, requires_grad=True)
     loss = narrow_loss("cross_entropy", logits.shape, torch.bfloat16)
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -298,7 +298,7 @@ def test_derivatives_of_narrow_losses_under_transforms_are_a_copys(name) -> None
 
 @pytest.mark.parametrize("name", ["nll_loss", "cross_entropy"])
 def test_narrow_logits_may_be_overwritten_once_their_loss_is_there(name) -> None:
-    """As where autocast has made a copy."""
+    """As if autocast had made a copy."""
     shape, dtype, results = SHAPES["long"], torch.bfloat16, []
     for overwrites in (False, True):
         leaf = narrow_logits(shape, dtype)

@@ -410,7 +410,7 @@ class Refusing(Tensor):
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.5, math.nan])
 def test_bad_smoothing_of_tensors_that_torch_serves(smoothing):
-    """Torch's function takes a negative number, or NaN, for 0."""
+    """Torch's function treats a negative number or NaN as 0."""
     x, w, _ = (tensor.detach() for tensor in head(dtype=torch.float32))
     for call in (
         lambda x: linear_cross_entropy(x, w, targets(), label_smoothing=smoothing),

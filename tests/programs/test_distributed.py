@@ -1,4 +1,4 @@
-"""torch.distributed over fastnn: two gloo processes come to what one does on the whole batches."""
+"""torch.distributed with fastnn: two gloo processes match one process on whole batches."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def train_replicated(rank: int, head: str, options: dict[str, Any]) -> dict[str,
     ("head", "options"),
     [
         *((head, {}) for head in HEADS),
-        # The gradients are views into the memory that is communicated.
+        # Gradients are views of the memory that is communicated.
         ("cross_entropy", {"gradient_as_bucket_view": True}),
-        # The graph is walked for parameters that it doesn't reach: through our nodes.
+        # Traverses the graph, through our nodes, for parameters that it doesn't reach.
         ("cross_entropy", {"find_unused_parameters": True}),
         ("cross_entropy", {"static_graph": True}),
     ],
@@ -89,11 +89,11 @@ def train_replicated(rank: int, head: str, options: dict[str, Any]) -> dict[str,
 def test_distributed_data_parallel(tmp_path, head, options):
     first, second = processes.run_ranks(tmp_path, RANKS, train_replicated, head, options)
     assert_as_in_one_process(first, head)
-    torch.testing.assert_close(second, first, rtol=0, atol=0)  # the same gradients, the same bits
+    torch.testing.assert_close(second, first, rtol=0, atol=0)  # the same gradients
 
 
 class WithIdleLayer(nn.Module):
-    """The model, and a layer of ours that gets no gradient."""
+    """The model plus a layer of ours that gets no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_train_step_accumulates_over_distributed_data_parallel(tmp_path, options
 
 
 def train_with_sharded_state(rank: int, as_views: bool) -> dict[str, Any]:
-    # Here, as the import alone gives dozens of warnings of what torch itself has deprecated.
+    # Imported here, because the import gives dozens of warnings about torch's own deprecations.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = DistributedDataParallel(make_model())
@@ -196,10 +196,10 @@ def test_zero_redundancy_optimizer(tmp_path, as_views):
     ranks = processes.run_ranks(tmp_path, RANKS, train_with_sharded_state, as_views)
     model = make_model()
     optimizer = make_optimizer(model.parameters())
-    # No parameter's buffer is kept twice, and no rank keeps all.
+    # Each parameter's buffer is kept once, and no rank keeps all.
     assert sum(rank["buffers"] for rank in ranks) == len(list(model.parameters()))
     assert all(rank["buffers"] for rank in ranks)
-    # The state put together again is one that the optimizer itself takes.
+    # The optimizer itself can load the consolidated state.
     optimizer.load_state_dict(ranks[0]["optimizer"])
     for rank in ranks:
         model.load_state_dict(rank["parameters"])
@@ -238,7 +238,7 @@ def test_fully_shard(tmp_path, head, reshard_after_forward):
 
 
 def make_fused_model() -> nn.Sequential:
-    """The model as fuse makes it of PyTorch's own layers."""
+    """The same model of PyTorch's own layers, after fuse."""
     layers = fastnn.unfuse(make_model())
     flat = [
         one for layer in layers for one in (layer if isinstance(layer, nn.Sequential) else [layer])
@@ -272,11 +272,11 @@ def test_layers_of_a_fused_model_that_are_sharded(tmp_path, shard):
         torch.testing.assert_close(results, expected, rtol=0, atol=ATOL)
 
 
-# Shape, how the parameter is spread, how its gradient is; None where the first step has none.
+# Shape, placements of the parameter and of its gradient; None if the first step has no gradient.
 SPREADS = {
     "alike": [
-        ((5, 4), Shard(0), Shard(0)),  # in parts of 3 and 2 rows
-        ((1, 4), Shard(0), Shard(0)),  # the second rank has nothing
+        ((5, 4), Shard(0), Shard(0)),  # parts of 3 and 2 rows
+        ((1, 4), Shard(0), Shard(0)),  # nothing for the second rank
         ((5, 4), Shard(1), Shard(1)),
         ((5, 4), Replicate(), Replicate()),
         ((5, 4), Shard(0), None),
@@ -284,7 +284,7 @@ SPREADS = {
     "otherwise": [
         ((5, 4), Shard(0), Replicate()),
         ((5, 4), Shard(0), Shard(1)),
-        ((5, 4), Replicate(), Partial()),  # parts of one shape, but to be summed up
+        ((5, 4), Replicate(), Partial()),  # equal shapes, but the parts must be summed
     ],
 }
 FUSED_STEP = "fastnn.sgd_step_.default"
@@ -296,7 +296,7 @@ def make_whole_params(spreads: str) -> list[Tensor]:
 
 def spread(tensor: Tensor, placement: Placement) -> DTensor:
     mesh = init_device_mesh("cpu", (RANKS,))
-    if isinstance(placement, Partial):  # which torch 2.9's distribute_tensor refuses
+    if isinstance(placement, Partial):  # torch 2.9's distribute_tensor rejects it
         return DTensor.from_local(tensor / RANKS, mesh, [placement])
     return distribute_tensor(tensor, mesh, [placement])
 
@@ -328,7 +328,7 @@ def step_spread_params(
     versions = [param._version for param in params]
     with Recorder() as recorder:
         results = take_steps(params, fastnn.optim.SGD(params, **options), spreads)
-    # Or a backward through a parameter that has been stepped since would not raise.
+    # Otherwise a backward through a parameter stepped since would not raise.
     assert all(p._version > before for p, before in zip(params, versions, strict=True))
     return [result.full_tensor() for result in results], recorder.mutating
 
@@ -351,7 +351,7 @@ def test_each_process_steps_its_part(tmp_path, spreads, options):
     ranks = processes.run_ranks(tmp_path, RANKS, step_spread_params, spreads, options)
     for results, operators in ranks:
         torch.testing.assert_close(results, expected, rtol=0, atol=ATOL)
-        # By the fused operator alone; torch's own exchange what lies elsewhere.
+        # Only the fused operator runs; torch's own communicate what lies elsewhere.
         assert {operator == FUSED_STEP for operator in operators} == {spreads == "alike"}
 
 
@@ -360,7 +360,7 @@ def step_with_float32_momentum(
 ) -> tuple[list[Tensor], list[str]]:
     """A parameter and its buffer after some steps, and the operators that wrote to them."""
     param = nn.Parameter(place(torch.ones(5, 4, dtype=torch.bfloat16)))
-    # Powers of two: float32 has all bits of the results, in whichever vectors they are computed.
+    # Powers of two: float32 is exact, however the elements are distributed over vectors.
     optimizer = fastnn.optim.SGD(
         [param], lr=0.25, momentum=0.5, weight_decay=0.25, float32_momentum=True
     )
@@ -388,7 +388,7 @@ def test_each_process_has_float32_momentum_of_its_part(tmp_path):
 
 
 def step_along_narrow_gradients(rank: int) -> list[list[Tensor]]:
-    """By fastnn's and by torch's optimizer."""
+    """Steps of fastnn's and of torch's optimizer."""
     results = []
     for optimizer_class in (fastnn.optim.SGD, torch.optim.SGD):
         param = nn.Parameter(spread(torch.ones(5, 4), Shard(0)))
@@ -412,7 +412,7 @@ def test_gradients_of_another_dtype_take_torchs_way(tmp_path):
 
 
 def train_parallel_layers(rank: int) -> dict[str, Tensor]:
-    """Each rank computes some columns of each layer, and gets the others' for the next one."""
+    """Each rank computes some columns of each layer and gathers the others' for the next one."""
     mesh = init_device_mesh("cpu", (RANKS,))
     columns = ColwiseParallel(output_layouts=Replicate())
     model = parallelize_module(make_model(), mesh, {str(layer): columns for layer in range(3)})
@@ -429,7 +429,7 @@ def test_layers_split_by_columns(tmp_path):
 
 
 def calls() -> dict[str, RowCall]:
-    """One of each function, the same in every process."""
+    """One call of each function, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {op: CASES[op].rows(BATCH, SIZES[-1]) for op in OPS}
@@ -445,7 +445,7 @@ def value_and_gradients(op: str, call: RowCall) -> list[Tensor]:
 
 
 def distribute_rows(call: RowCall, mesh: DeviceMesh) -> RowCall:
-    """What has a part for each row is cut, weights are copied."""
+    """Shards arguments that have a part for each row, and replicates weights."""
 
     def copy(argument: Any) -> Any:
         is_tensor = isinstance(argument, Tensor)
@@ -501,7 +501,7 @@ def test_checkpoint_saved_by_two_ranks_goes_on_in_one_process(tmp_path, optimize
     model = make_model()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(torch.nan)  # all must come from the checkpoint, the options too
+            parameter.fill_(torch.nan)  # everything must come from the checkpoint, options included
     optimizer = optimizer_class(model.parameters(), lr=0.0, momentum=0.1)
     state = state_of(model, optimizer)
     checkpoint.load(state, checkpoint_id=path)
@@ -515,7 +515,7 @@ def test_checkpoint_saved_by_two_ranks_goes_on_in_one_process(tmp_path, optimize
     assert_as_in_one_process(outcome(model, optimizer))
 
 
-# In a process of its own: what is imported when is what it is about.
+# Runs in its own process, because it tests the order of imports.
 OPTIMIZER_IN_DDP = """
 import sys
 import torch
@@ -548,7 +548,7 @@ print("done")
 
 @pytest.mark.parametrize("table_first", [False, True])
 def test_ddp_steps_each_parameter_as_its_gradient_arrives(tmp_path, table_first):
-    """Whether PyTorch's table of such optimizers is imported before fastnn or, slowly, after it."""
+    """PyTorch's table of such optimizers may be imported before fastnn or, slowly, after it."""
     script = OPTIMIZER_IN_DDP.format(table_first=table_first, folder=tmp_path)
     command = [sys.executable, "-W", "ignore", "-c", script]
     process = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)

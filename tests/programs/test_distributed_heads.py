@@ -1,4 +1,4 @@
-"""linear_cross_entropy in two gloo processes, against one."""
+"""linear_cross_entropy in two gloo processes, compared with one."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ VOCABULARY = {
     "normalizer": {"normalizer": 3},
     "smoothing": {"label_smoothing": 0.2, "logit_scale": 0.5},
     "returns": {"softcap": 2.0, "returns": STATISTICS},
-    # Left to PyTorch: a sum of capped logits.
+    # PyTorch runs it: a sum of capped logits.
     "smoothing and a cap": {"label_smoothing": 0.2, "softcap": 2.0},
     "probabilities": {"label_smoothing": 0.2, "z_loss": 0.1},
 }
 
 
 def call_head(mesh: DeviceMesh, kind: str, name: str, classes: int) -> list[Tensor]:
-    """The results and the three gradients of a call, of whole tensors or of split ones."""
+    """The results and the three gradients of a call, with whole or split tensors."""
     torch.manual_seed(0)
     leaves = [torch.randn(ROWS, FEATURES), torch.randn(classes, FEATURES), torch.randn(classes)]
     leaves = [leaf.double() for leaf in leaves]
@@ -134,10 +134,10 @@ def split_by_rows(rank: int) -> list[dict[str, Tensor] | str]:
 
 
 def test_split_by_rows(tmp_path):
-    """The mean of the processes' means is that of all rows."""
+    """The mean of the processes' means is the mean of all rows."""
     expected = gradients(None, "one process", slice(None))
     for *results, error in processes.run_ranks(tmp_path, RANKS, split_by_rows):
         for result in results:
             torch.testing.assert_close(result, expected)
-        # Its weight looks like one that is split by classes, and each process has other rows.
+        # Its weight looks as if it were split by classes, and each process has other rows.
         assert "fully_shard the LinearCrossEntropyLoss" in error

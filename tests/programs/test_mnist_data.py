@@ -152,7 +152,7 @@ def _a_folder(folder: Path) -> None:
     path.mkdir()
 
 
-# How a set of files can be spoiled: which file is named, what was found, what is expected.
+# How a set of files can be spoiled: the file that is named, what was found, what is expected.
 SPOILED = [
     (_missing, TRAIN[0], "no such file", f"{TRAIN[0]}.gz"),
     (_empty, TRAIN[0], "found 0 bytes", "expected at least the 16 of the header"),

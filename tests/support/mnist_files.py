@@ -1,4 +1,4 @@
-"""Small files of MNIST's kind."""
+"""Writes small files in MNIST's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses under autocast of logits narrower than float32, which are read as they are."""
+"""Losses under autocast that read logits narrower than float32 without converting them first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 import fastnn
 from support.sample_inputs import Draws
 
-# Rows side by side, along their classes, with classes apart, and as channels_last has them.
+# Rows processed several at once, rows processed along the classes, strided classes, channels_last.
 SHAPES = {"short": (37, 9), "long": (7, 2100), "apart": (3, 11, 5, 2), "last": (3, 40, 5, 2)}
 NARROW_LOSSES = [
     "nll_loss",
@@ -35,7 +35,7 @@ def narrow_logits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def narrow_loss(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: str = "mean"
 ) -> Loss:
-    """One of NARROW_LOSSES, as a function of the logits."""
+    """One of NARROW_LOSSES as a function of the logits."""
     draw, (rows, classes, *others) = Draws(2), shape
     options: dict[str, object] = {"reduction": reduction}
     if "probabilities" in name:
@@ -57,7 +57,7 @@ def narrow_loss(
 
 
 def check_bits_of_a_copy(loss: Loss, logits: Tensor) -> None:
-    """Loss and gradient are those of the logits in float32, which autocast would make of them."""
+    """Compares loss and gradient with those of float32 logits, as autocast would make them."""
     copied = logits.detach().clone().requires_grad_()
     expected = loss(copied.float())
     with torch.no_grad():
@@ -68,7 +68,7 @@ def check_bits_of_a_copy(loss: Loss, logits: Tensor) -> None:
     for grad in _incoming_gradients(expected):
         (exact,) = torch.autograd.grad(expected, copied, grad, retain_graph=True)
         (kept,) = torch.autograd.grad(result, logits, grad, retain_graph=True)
-        # The graph goes, and the gradient may take the place of what was kept.
+        # The graph is freed, so the gradient may reuse the memory of what was kept.
         (actual,) = torch.autograd.grad(loss(logits), logits, grad)
         assert actual.dtype == logits.dtype
         assert torch.equal(actual, exact), grad
@@ -76,7 +76,7 @@ def check_bits_of_a_copy(loss: Loss, logits: Tensor) -> None:
 
 
 def _incoming_gradients(loss: Tensor) -> list[Tensor]:
-    """Of no scaling, a GradScaler's, a mean's over batches; or a different one for each row."""
+    """Gradients of 1, of a GradScaler, of a mean over batches; or a different one for each row."""
     if loss.dim():
         return [Draws(3).normal(*loss.shape)]
     return [loss.new_tensor(scale) for scale in (1.0, 2.0**16, -1 / 3)]
