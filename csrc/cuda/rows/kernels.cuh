@@ -113,8 +113,8 @@ __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const 
         raw[0][u] = load_first<kCache>(at.in[0] + c, cache ? cache + i : nullptr);
       if constexpr (kInputs > 1) raw[1][u] = load_vec(at.in[1] + c, are.in[1]);
     });
-    if (kCache == Cache::Store && cache) {
-      each([&](int u, unsigned i, int64_t) { cache[i] = raw[0][u]; });
+    if constexpr (kCache == Cache::Store) {
+      if (cache) each([&](int u, unsigned i, int64_t) { cache[i] = raw[0][u]; });
     }
     each([&](int u, unsigned, int64_t c) {
       if constexpr (kCopies) store_vec(at.out + c, are.out, raw[0][u]);
