@@ -6,11 +6,14 @@ block per row, or several.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fastnn
@@ -95,10 +98,29 @@ def test_products(monkeypatch, op, product, name, dtype):
     check_value_and_gradients(op, sample_input(op, dtype, name))
 
 
+@pytest.fixture
+def a_fused_relu_without_nan() -> Iterator[None]:
+    """Where the kernels are emulated, the library's product with a ReLU is as it is on a GPU."""
+    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel of ATen is replaced
+        if EMULATES_CUDA:
+            library.impl("_addmm_activation", addmm_and_clamp, "CPU")
+        yield
+
+
+def addmm_and_clamp(
+    bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1, use_gelu=False
+) -> Tensor:
+    product = torch.addmm(bias, a, b, beta=beta, alpha=alpha)
+    return torch.where(product > 0, product, 0)
+
+
 @every_dtype
 @pytest.mark.parametrize("product", ["library", "tiled"])
 @pytest.mark.parametrize(("rows", "depth", "cols"), [(33, 65, 31), (64, 64, 64), (512, 1000, 776)])
-def test_nan_and_infinity_pass_every_product(monkeypatch, product, rows, depth, cols, dtype):
+def test_nan_and_infinity_pass_every_product(
+    monkeypatch, a_fused_relu_without_nan, product, rows, depth, cols, dtype
+):
     """Sizes that are odd, and sizes of whole vectors: a library has different kernels for them.
 
     Their fused ReLUs differ: on an H200 those for odd sizes in 2-byte dtypes turn NaN into 0.
@@ -144,6 +166,29 @@ def launches(kernel: str, call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize()
     return sum(kernel in event.name for event in profiler.events())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "rows", "depth", "cols", "ours"),
+    [
+        (torch.float32, False, 3, 128, 5, 1),
+        (torch.float32, False, 3, 129, 5, 0),  # a long sum
+        (torch.float32, True, 3, 128, 5, 0),  # else a layer's rounding would depend on its batch
+        (torch.bfloat16, True, 3, 64, 5, 1),
+        (torch.bfloat16, False, 3, 65, 5, 0),
+        (torch.float64, False, 65, 64, 65, 1),
+        (torch.float64, False, 513, 64, 512, 0),  # much to multiply
+    ],
+)
+def test_which_products_are_ours(dtype, tf32, rows, depth, cols, ours):
+    input, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(cols, depth, dtype=dtype)
+    call = partial(fastnn.functional.linear_relu, input, weight)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        assert launches("fastnn::cuda::gemm_kernel", call) == ours
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @every_dtype
