@@ -60,6 +60,9 @@ MOST_INSTRUCTIONS = [
     (rf"{A_BLOCK_TO_A_ROW}CrossEntropyBackwardRows{TWO_BYTES}.*{CLASS_INDICES}", 13),
 ]
 ELEMENTS_OF_128_BITS = 8
+
+# The fewest 128-bit loads before a store: two vectors of each tensor.
+LOADS_AT_ONCE = [(r"sgd_step_kernel<.*, false, ", 4), (r"sgd_step_kernel<.*, true, ", 6)]
 WIDE_LOAD = r"LDG\.E\.(\w+\.)*128\b"
 WIDE_STORE = r"STG\.E\.(\w+\.)*128\b"
 
@@ -121,6 +124,16 @@ class Kernel:
         ]
         loads, instructions = max(sizes, default=(0, 0))
         return instructions / (loads * ELEMENTS_OF_128_BITS) if loads else math.inf
+
+    def loads_at_once(self) -> int:
+        """The most 128-bit loads with no store of as many between them."""
+        most = loads = 0
+        for text in self.instructions:
+            if re.match(WIDE_STORE, text):
+                loads = 0
+            loads += bool(re.match(WIDE_LOAD, text))
+            most = max(most, loads)
+        return most
 
 
 def is_around(outer: slice, inner: slice) -> bool:
@@ -190,6 +203,14 @@ def check_kernels(kernels: list[Kernel]) -> None:
         ]
         shown = ", ".join(f"{count:.1f}" for count in counts)
         print(f"{len(meant):3d} kernels {pattern} take {shown} instructions per element")
+    for pattern, fewest in LOADS_AT_ONCE:
+        meant = named(pattern, kernels, problems)
+        problems += [
+            f"{kernel.name} has {kernel.loads_at_once()} loads before a store, not {fewest}"
+            for kernel in meant
+            if kernel.loads_at_once() < fewest
+        ]
+        print(f"{len(meant):3d} kernels {pattern} with {fewest} loads or more before a store")
     if problems:
         sys.exit("\n".join(["cuda_build.py:", *problems]))
     print(f"{len(kernels)} kernels, none of which spills registers")

@@ -54,9 +54,25 @@ def test_too_many_instructions_are_a_problem(cuda_build, monkeypatch, capsys) ->
     monkeypatch.setattr(cuda_build, "WIDE_STORES", [])
     kernels = list(cuda_build.read_sass(SASS))
     monkeypatch.setattr(cuda_build, "MOST_INSTRUCTIONS", [("row", 1)])
+    monkeypatch.setattr(cuda_build, "LOADS_AT_ONCE", [])
     cuda_build.check_kernels(kernels)
     assert "1 kernels row take 0.4 instructions" in capsys.readouterr().out
     monkeypatch.setattr(cuda_build, "MOST_INSTRUCTIONS", [("row", 0.3), ("absent", 1)])
     with pytest.raises(SystemExit, match=r"row takes 0\.4 instructions") as error:
         cuda_build.check_kernels(kernels)
     assert "there is no kernel absent" in str(error.value)
+
+
+def test_loads_before_a_store(cuda_build) -> None:
+    row, none = cuda_build.read_sass(SASS)
+    assert (row.loads_at_once(), none.loads_at_once()) == (3, 0)
+    stored = SASS.replace("FADD R9, R9, R8", "STG.E.128 desc[UR4][R2.64], R4")
+    assert next(cuda_build.read_sass(stored)).loads_at_once() == 2
+
+
+def test_too_few_loads_before_a_store_are_a_problem(cuda_build, monkeypatch) -> None:
+    for gate in ("WIDE_LOADS", "WIDE_STORES", "MOST_INSTRUCTIONS"):
+        monkeypatch.setattr(cuda_build, gate, [])
+    monkeypatch.setattr(cuda_build, "LOADS_AT_ONCE", [("row", 4)])
+    with pytest.raises(SystemExit, match="row has 3 loads before a store, not 4"):
+        cuda_build.check_kernels(list(cuda_build.read_sass(SASS)))
