@@ -408,7 +408,10 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             label_smoothing=label_smoothing,
             options=options,
         )
-        self.softcap, self.logit_scale, self.z_loss = softcap, logit_scale, z_loss
+        added = {"softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss}
+        for name, value in added.items():
+            if value != getattr(self, name):  # a module without them has torch's attributes alone
+                setattr(self, name, value)
 
     def added_options(self) -> dict[str, float]:
         """The options that are set, of those that torch's class lacks."""

@@ -133,6 +133,10 @@ def split_by_rows(rank: int) -> list[dict[str, Tensor] | str]:
     return [*(gradients(mesh, kind, rows) for kind in kinds), error]
 
 
+@pytest.mark.capability(
+    "processes", "`DistributedDataParallel`", operators=["linear_cross_entropy"]
+)
+@pytest.mark.capability("processes", "FSDP2: `fully_shard`", operators=["linear_cross_entropy"])
 def test_split_by_rows(tmp_path):
     """The mean of the processes' means is the mean of all rows."""
     expected = gradients(None, "one process", slice(None))
