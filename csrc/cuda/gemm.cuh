@@ -118,27 +118,15 @@ class TileLoader {
   using A = accum<T>;
 
   __device__ TileLoader(const GemmOperand<T>& from, int64_t lines, int64_t first_line)
-      : lines_(int(min_of<int64_t>(lines - first_line, kLines))) {
+      : along_depth_(from.along_depth), lines_(int(min_of<int64_t>(lines - first_line, kLines))) {
+    constexpr int kPiecesToLine = kStep / kWidth, kPiecesToDepth = kLines / kWidth;
+    static_assert(kThreads % kPiecesToLine == 0 && kThreads % kPiecesToDepth == 0);
     const int thread = int(threadIdx.x);
-    if (from.along_depth) {
-      constexpr int kPiecesToLine = kStep / kWidth;
-      static_assert(kThreads % kPiecesToLine == 0);
-      line_ = thread / kPiecesToLine;
-      depth_ = thread % kPiecesToLine * kWidth;
-      next_line_ = kThreads / kPiecesToLine;
-      next_depth_ = 0;
-    } else {
-      constexpr int kPiecesToDepth = kLines / kWidth;
-      static_assert(kThreads % kPiecesToDepth == 0);
-      line_ = thread % kPiecesToDepth * kWidth;
-      depth_ = thread / kPiecesToDepth;
-      next_line_ = 0;
-      next_depth_ = kThreads / kPiecesToDepth;
-    }
+    line_ = along_depth_ ? thread / kPiecesToLine : thread % kPiecesToDepth * kWidth;
+    depth_ = along_depth_ ? thread % kPiecesToLine * kWidth : thread / kPiecesToDepth;
     from_ = from.data + (first_line + line_) * from.line_stride + depth_ * from.depth_stride;
-    next_piece_ = next_line_ * from.line_stride + next_depth_ * from.depth_stride;
+    next_piece_ = next_line() * from.line_stride + next_depth() * from.depth_stride;
     next_step_ = kStep * from.depth_stride;
-    pitch_in_piece_ = from.along_depth ? Tile<A, kLines>::kPitch : 1;
   }
 
   // Loads the next step's tile into registers, with `depths` left; beyond the operand's end it is
@@ -147,7 +135,7 @@ class TileLoader {
     const int end = int(min_of<int64_t>(depths, kStep));
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const bool inside = line_ + i * next_line_ < lines_ && depth_ + i * next_depth_ < end;
+      const bool inside = line_ + i * next_line() < lines_ && depth_ + i * next_depth() < end;
       staged_[i] = inside ? read<kWidth>(from_ + i * next_piece_) : Piece{};
     }
     from_ += next_step_;
@@ -157,14 +145,14 @@ class TileLoader {
   __device__ void store(Tile<A, kLines>& tile) const {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int line = line_ + i * next_line_, depth = depth_ + i * next_depth_;
+      const int line = line_ + i * next_line(), depth = depth_ + i * next_depth();
       // Some threads have one piece less than others.
       const bool in_tile =
           kPieces * kWidth * kThreads == kLines * kStep || (line < kLines && depth < kStep);
       if (!in_tile) return;
       A* to = tile.at(depth, line);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) to[j * pitch_in_piece_] = A(staged_[i].values[j]);
+      for (int j = 0; j < kWidth; ++j) to[j * pitch_in_piece()] = A(staged_[i].values[j]);
     }
   }
 
@@ -173,13 +161,24 @@ class TileLoader {
   static constexpr int kPieces = ceil_div(kLines * kStep, kWidth* kThreads);
   using Piece = Neighbours<T, kWidth>;
 
+  // From one of this thread's pieces to the next. Not kept: that would spill registers.
+  __device__ int next_line() const {
+    return along_depth_ ? kThreads * kWidth / kStep : 0;
+  }
+  __device__ int next_depth() const {
+    return along_depth_ ? 0 : kThreads * kWidth / kLines;
+  }
+  // Between neighbours in a piece, in shared memory.
+  __device__ int pitch_in_piece() const {
+    return along_depth_ ? Tile<A, kLines>::kPitch : 1;
+  }
+
   const T* from_;       // this thread's first piece of the next tile
   int64_t next_piece_;  // from one of this thread's pieces to the next, in memory
   int64_t next_step_;
-  int lines_;                   // the tile's number of lines
-  int line_, depth_;            // where this thread's first piece starts in the tile
-  int next_line_, next_depth_;  // from one piece to the next
-  int pitch_in_piece_;          // between neighbours in a piece, in shared memory
+  bool along_depth_;
+  int lines_;         // the tile's number of lines
+  int line_, depth_;  // where this thread's first piece starts in the tile
   Piece staged_[kPieces];
 };
 
