@@ -26,7 +26,7 @@ template <typename T>
 inline constexpr int kWarpBlocks = sizeof(T) == 8 ? 4 : 6;
 template <typename Op>
 inline constexpr int kSubwarpBlocks = sizeof(typename Op::T) == 8 ? 4
-                                      : Op::kVectors < 4          ? 8
+                                      : Op::kVectors < 4          ? 7
                                                                   : 0;
 
 // Operands of the rows' layout; unused ones are null.
