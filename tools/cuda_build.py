@@ -63,6 +63,8 @@ ELEMENTS_OF_128_BITS = 8
 
 # The fewest 128-bit loads before a store: two vectors of each tensor.
 LOADS_AT_ONCE = [(r"sgd_step_kernel<.*, false, ", 4), (r"sgd_step_kernel<.*, true, ", 6)]
+# Kernels whose vectors have four elements of two bytes, as many as float32's.
+FOUR_NARROW = r"<fastnn::cuda::Widened<"
 WIDE_LOAD = r"LDG\.E\.(\w+\.)*128\b"
 WIDE_STORE = r"STG\.E\.(\w+\.)*128\b"
 
@@ -190,7 +192,7 @@ def check_kernels(kernels: list[Kernel]) -> None:
             problems += [
                 f"{kernel.name} has no 128-bit {access}"
                 for kernel in meant
-                if not kernel.has(instruction)
+                if not kernel.has(instruction) and not re.search(FOUR_NARROW, kernel.name)
             ]
             print(f"{len(meant):3d} kernels {pattern} with 128-bit {access}")
     for pattern, most in MOST_INSTRUCTIONS:

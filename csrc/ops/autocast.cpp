@@ -3,6 +3,7 @@
 // on the CPU keeps the dtype that it gets. Where their kernels read narrow logits as they are, no
 // copy is made of them. linear_cross_entropy's product is cast down and its loss up.
 #include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "ops/checks.h"
@@ -72,7 +73,21 @@ bool are_read_narrow(const at::Tensor& logits, const at::Tensor& target) {
           target.scalar_type() == logits.scalar_type());
 }
 
-template <c10::DeviceType device, auto* loss>
+// Whether a copy in float32 costs less than what it spares: logits that a cache holds, for a loss
+// whose backward takes an exponential for each element once more, as that of narrow logits on a
+// CPU.
+bool is_copy_faster(const at::Tensor& logits) {
+  constexpr int64_t kElementsInCache = 1 << 20;
+  return logits.is_cpu() && at::GradMode::is_enabled() && logits.requires_grad() &&
+         !logits.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
+         logits.numel() <= kElementsInCache;
+}
+
+bool is_cross_entropy_read_narrow(const at::Tensor& logits, const at::Tensor& target) {
+  return are_read_narrow(logits, target) && !is_copy_faster(logits);
+}
+
+template <c10::DeviceType device, auto* loss, auto* is_read_narrow>
 at::Tensor loss_autocast(const at::Tensor& input, const at::Tensor& target,
                          const LossOptions& options) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
@@ -82,7 +97,7 @@ at::Tensor loss_autocast(const at::Tensor& input, const at::Tensor& target,
   };
   LossOptions wide = options;
   wide.weight = up(options.weight);
-  if (!are_read_narrow(input, target)) return loss(up(input), up(target), wide);
+  if (!is_read_narrow(input, target)) return loss(up(input), up(target), wide);
   wide.dtype = at::kFloat;
   return loss(input, target, wide);
 }
@@ -93,8 +108,10 @@ void register_common(torch::Library& m) {
   m.impl("linear_relu", kAutocast<CastPolicy::lower_precision_fp, device, &linear_relu>);
   m.impl("mlp", mlp_under_autocast<device>);
   m.impl("linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy_autocast<device>>);
-  m.impl("nll_loss", as_nll_loss<loss_autocast<device, &nll_loss>>);
-  m.impl("cross_entropy", as_cross_entropy<loss_autocast<device, &cross_entropy>>);
+  m.impl("nll_loss", as_nll_loss<loss_autocast<device, &nll_loss, &are_read_narrow>>);
+  constexpr auto* cross_entropy_autocast =
+      &loss_autocast<device, &cross_entropy, &is_cross_entropy_read_narrow>;
+  m.impl("cross_entropy", as_cross_entropy<cross_entropy_autocast>);
 }
 
 // The dtype asked for outranks autocast's, as in torch.

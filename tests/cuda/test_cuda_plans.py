@@ -21,8 +21,9 @@ from cuda_emulation.chosen import EMULATES_CUDA
 from support.narrow_losses import (
     NARROW_LOSSES,
     check_bits_of_a_copy,
+    loss_arguments,
+    loss_in_float32,
     narrow_logits,
-    narrow_loss,
 )
 from support.operators import LINEARS, check_value_and_gradients, every_dtype
 from support.sample_inputs import Sample, sample_input
@@ -81,12 +82,14 @@ def test_narrow_losses_have_the_bits_of_a_copys(monkeypatch, path, dtype):
     monkeypatch.setenv("FASTNN_CUDA_ROWS", path)
     for name in NARROW_LOSSES:
         for shape in ((67, 3), (7, 81), (5, 1000)):
-            check_bits_of_a_copy(narrow_loss(name, shape, dtype), narrow_logits(shape, dtype))
+            loss = loss_in_float32(name, loss_arguments(name, shape, dtype))
+            check_bits_of_a_copy(loss, narrow_logits(shape, dtype))
 
 
 def test_rows_that_float32_gives_a_block_of_all_threads():
     dtype, shape = torch.bfloat16, (2, 30000)
-    check_bits_of_a_copy(narrow_loss("cross_entropy", shape, dtype), narrow_logits(shape, dtype))
+    loss = loss_in_float32("cross_entropy", loss_arguments("cross_entropy", shape, dtype))
+    check_bits_of_a_copy(loss, narrow_logits(shape, dtype))
 
 
 @every_dtype

@@ -16,8 +16,10 @@ from support.narrow_losses import (
     NARROW_LOSSES,
     SHAPES,
     check_bits_of_a_copy,
+    loss_arguments,
+    loss_in_float32,
+    loss_under_autocast,
     narrow_logits,
-    narrow_loss,
 )
 from support.operators import LINEARS, ours
 from support.sample_inputs import Draws
@@ -218,26 +220,40 @@ def test_a_parameter_is_cast_once_in_a_region_with_the_cache(op, cache_enabled) 
 
 
 @needs_extension
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@low_precision
 @pytest.mark.parametrize("name", NARROW_LOSSES)
-@pytest.mark.capability("precision", "`torch.autocast`: losses make no copy of narrow logits")
-def test_losses_of_narrow_logits_have_the_bits_of_a_copys(name, dtype) -> None:
+def test_losses_of_narrow_logits_have_the_bits_of_a_copys(name, autocast_dtype) -> None:
     for shape in SHAPES.values():
         for reduction in ("mean", "sum", "none"):
-            logits = narrow_logits(shape, dtype)
-            loss = narrow_loss(name, shape, dtype, reduction)
-            with CountCasts(logits.shape) as casts:
-                loss(logits)
-            assert casts.count == 0
-            check_bits_of_a_copy(loss, logits)
+            arguments = loss_arguments(name, shape, autocast_dtype, reduction)
+            loss = loss_in_float32(name, arguments)
+            check_bits_of_a_copy(loss, narrow_logits(shape, autocast_dtype))
+
+
+# More elements than a CPU's cache holds.
+LARGE = (1100, 1000)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["nll_loss", "cross_entropy", "cross_entropy, probabilities"])
+@pytest.mark.capability("precision", "`torch.autocast`: losses make no copy of many narrow logits")
+def test_losses_under_autocast_make_no_copy_of_many_narrow_logits(name) -> None:
+    dtype = torch.bfloat16
+    loss = loss_under_autocast(name, loss_arguments(name, LARGE, dtype), dtype)
+    logits, copied = narrow_logits(LARGE, dtype), narrow_logits(LARGE, dtype)
+    with CountCasts(logits.shape) as casts:
+        loss(logits).backward()
+    assert casts.count == 0
+    loss(copied.float()).backward()
+    assert torch.equal(logits.grad, copied.grad)
 
 
 @needs_extension
 @pytest.mark.cpu_only("of the processor's memory")
-def test_a_loss_of_narrow_logits_takes_the_memory_of_one_copy() -> None:
+def test_a_loss_of_many_narrow_logits_takes_the_memory_of_one_copy() -> None:
     """The gradient takes the place of the kept copy of the logits; no float32 copy is made."""
-    logits = torch.randn(64, 4096, dtype=torch.bfloat16, requires_grad=True)
-    loss = narrow_loss("cross_entropy", logits.shape, torch.bfloat16)
+    logits, name = narrow_logits(LARGE, torch.bfloat16), "cross_entropy"
+    loss = loss_under_autocast(name, loss_arguments(name, LARGE, logits.dtype), logits.dtype)
     with torch.profiler.profile(profile_memory=True) as profile:
         (gradient,) = torch.autograd.grad(loss(logits), logits)
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
@@ -272,11 +288,12 @@ def test_log_softmax_in_float32_makes_no_copy_of_narrow_logits() -> None:
     assert casts.count == 0
 
 
+@needs_extension
 @pytest.mark.parametrize("name", NARROW_LOSSES)
 def test_derivatives_of_narrow_losses_under_transforms_are_a_copys(name) -> None:
     dtype = torch.bfloat16
     shape = SHAPES["apart"]
-    loss = narrow_loss(name, shape, dtype)
+    loss = loss_in_float32(name, loss_arguments(name, shape, dtype))
     direction = narrow_logits(shape, dtype).detach() + 1
 
     def second_derivative(loss, logits: torch.Tensor) -> torch.Tensor:
@@ -299,11 +316,11 @@ def test_derivatives_of_narrow_losses_under_transforms_are_a_copys(name) -> None
 @pytest.mark.parametrize("name", ["nll_loss", "cross_entropy"])
 def test_narrow_logits_may_be_overwritten_once_their_loss_is_there(name) -> None:
     """As if autocast had made a copy."""
-    shape, dtype, results = SHAPES["long"], torch.bfloat16, []
+    shape, dtype, results = LARGE, torch.bfloat16, []
     for overwrites in (False, True):
         leaf = narrow_logits(shape, dtype)
         logits = leaf + 0
-        loss = narrow_loss(name, shape, dtype)(logits)
+        loss = loss_under_autocast(name, loss_arguments(name, shape, dtype), dtype)(logits)
         if overwrites:
             with torch.no_grad():
                 logits.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,26 +33,43 @@ def narrow_logits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return logits.to(dtype, memory_format=layout).requires_grad_()
 
 
-def narrow_loss(
+def loss_arguments(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: str = "mean"
-) -> Loss:
-    """One of NARROW_LOSSES as a function of the logits."""
+) -> dict[str, Any]:
+    """The arguments of one of NARROW_LOSSES, except its logits."""
     draw, (rows, classes, *others) = Draws(2), shape
-    options: dict[str, object] = {"reduction": reduction}
+    arguments: dict[str, Any] = {"reduction": reduction}
     if "probabilities" in name:
-        target = draw.normal(rows, classes, *others).softmax(1).to(dtype)
+        arguments["target"] = draw.normal(rows, classes, *others).softmax(1).to(dtype)
     else:
-        target = draw.integers(0, classes, rows, *others)
-        options["ignore_index"] = int(target.flatten()[0])
+        arguments["target"] = draw.integers(0, classes, rows, *others)
+        arguments["ignore_index"] = int(arguments["target"].flatten()[0])
     if "weight" in name:
-        options["weight"] = draw.uniform(classes)
+        arguments["weight"] = draw.uniform(classes)
     if "smoothing" in name:
-        options["label_smoothing"] = 0.3
+        arguments["label_smoothing"] = 0.3
+    return arguments
+
+
+def loss_under_autocast(name: str, arguments: dict[str, Any], dtype: torch.dtype) -> Loss:
     function = getattr(fastnn.functional, name.split(",")[0])
 
     def loss(logits: Tensor) -> Tensor:
-        with torch.autocast(target.device.type, dtype):
-            return function(logits, target, **options)
+        with torch.autocast(logits.device.type, dtype):
+            return function(logits, **arguments)
+
+    return loss
+
+
+def loss_in_float32(name: str, arguments: dict[str, Any]) -> Loss:
+    """The operator, as autocast calls it where no copy is made, and with the copy."""
+    operator = getattr(torch.ops.fastnn, name.split(",")[0])
+
+    def loss(logits: Tensor) -> Tensor:
+        target = arguments["target"]
+        if target.is_floating_point():
+            target = target.to(logits.dtype)
+        return operator(logits, **{**arguments, "target": target}, dtype=torch.float32)
 
     return loss
 

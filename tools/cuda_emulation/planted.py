@@ -397,6 +397,22 @@ MUTANTS = [
         "cross_entropy",
     ),
     Mutant(
+        "cross_entropy with a wide loss",
+        "cross_entropy_kernels.cuh",
+        "the gradient isn't multiplied by the incoming one",
+        "out[j] *= row.incoming;",
+        "",
+        "cross_entropy",
+    ),
+    Mutant(
+        "cross_entropy with a wide loss",
+        "cross_entropy_kernels.cuh",
+        "the gradient isn't divided by the total weight",
+        "row.grad = grad.total_weight ? reciprocal(*grad.total_weight) : A(1);",
+        "row.grad = A(1);",
+        "cross_entropy",
+    ),
+    Mutant(
         "scaled gradient",
         "cross_entropy_kernels.cuh",
         "an ignored row takes its factor",

@@ -56,6 +56,8 @@ template <>
 inline constexpr const char* kName<BFloat16> = "bfloat16";
 template <>
 inline constexpr const char* kName<Half> = "float16";
+template <>
+inline constexpr const char* kName<Widened<BFloat16>> = "bfloat16 with a loss of float32";
 
 // ---- memory ----
 
@@ -135,6 +137,8 @@ template <>
 inline constexpr double kEpsilon<Half> = 1.0 / 1024;
 template <>
 inline constexpr double kEpsilon<BFloat16> = 1.0 / 128;
+template <>
+inline constexpr double kEpsilon<Widened<BFloat16>> = kEpsilon<BFloat16>;
 
 // Expects an element to be the value, after as many `roundings` in accum<T>, of magnitudes up to
 // `scale`, and one to T.
