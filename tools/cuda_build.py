@@ -171,7 +171,9 @@ names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswi
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 on_cpu = {name for name in names if has_kernel(name, "CPU")}
 on_cuda = {name for name in names if has_kernel(name, "CUDA")}
-assert on_cpu and on_cpu <= on_cuda, f"not registered for CUDA: {sorted(on_cpu - on_cuda)}"
+of_others = {"mlp_backward", "linear_cross_entropy_forward", "linear_cross_entropy_backward"}
+missing = on_cpu - on_cuda - {f"fastnn::{name}" for name in of_others}  # made of other operators
+assert on_cpu and not missing, f"not registered for CUDA: {sorted(missing)}"
 print(f"{len(on_cuda)} operators registered for CUDA")
 """
 
