@@ -1,8 +1,8 @@
-"""A jitted step in JAX of an MLP with SGD and momentum, in a process without torch.
+"""What JAX jits, in a process without torch: an MLP's step, and a head of many classes.
 
-Reads pickled requests from stdin and answers on stdout: ``("build", weights, lr, momentum)``,
-``("batch", images, labels)``, ``("losses", steps)`` and ``("time", steps)``, in seconds. The
-argument is the number of threads.
+Reads pickled requests from stdin and answers on stdout: ``("build", "Mlp", weights, lr, momentum)``
+or ``("build", "Head", gradients)``, then what the methods of these classes take, by their names:
+``("time", calls)`` gives seconds. The argument is the number of threads.
 """
 
 from __future__ import annotations
@@ -68,19 +68,56 @@ class Mlp:
         return (time.perf_counter_ns() - start) * 1e-9
 
 
+class Head:
+    """A linear layer and its cross entropy, and the gradients of both factors if wanted."""
+
+    def __init__(self, gradients: bool) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        self.asarray = jnp.asarray
+        self.wait = jax.block_until_ready
+
+        def loss_of(hidden, weight, target):
+            log_probs = jax.nn.log_softmax(hidden @ weight.T)
+            return -jnp.take_along_axis(log_probs, target[:, None], axis=1).mean()
+
+        self.jitted = jax.jit(jax.value_and_grad(loss_of, (0, 1)) if gradients else loss_of)
+
+    def batch(self, *arguments) -> None:
+        self.arguments = [self.asarray(argument) for argument in arguments]
+
+    def results(self) -> list:
+        """The loss, and the gradients if they are wanted."""
+        import jax
+        import numpy as np
+
+        return [np.array(result) for result in jax.tree.leaves(self.jitted(*self.arguments))]
+
+    def time(self, calls: int) -> float:
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            self.wait(self.jitted(*self.arguments))
+        return (time.perf_counter_ns() - start) * 1e-9
+
+
+PROGRAMS = {"Mlp": Mlp, "Head": Head}
+
+
 def main(threads: int) -> None:
     """Answers requests until stdin ends."""
     limit_threads(threads)
-    mlp = None
+    program = None
     while True:
         try:
             request, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         if request == "build":
-            mlp, answer = Mlp(*arguments), None
+            name, *rest = arguments
+            program, answer = PROGRAMS[name](*rest), None
         else:
-            answer = getattr(mlp, request)(*arguments)
+            answer = getattr(program, request)(*arguments)
         pickle.dump(answer, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 

@@ -6,6 +6,7 @@ from benchmarks.case import Case
 from benchmarks.cases import (
     cross_entropy,
     linear,
+    linear_cross_entropy,
     linear_relu,
     log_softmax,
     mlp,
@@ -16,7 +17,17 @@ from benchmarks.cases import (
 )
 from benchmarks.device import CPU, CUDA, Device
 
-_FILES = (linear_relu, linear, mlp, cross_entropy, log_softmax, nll_loss, sgd, train_step)
+_FILES = (
+    linear_relu,
+    linear,
+    mlp,
+    cross_entropy,
+    linear_cross_entropy,
+    log_softmax,
+    nll_loss,
+    sgd,
+    train_step,
+)
 
 
 def all_cases(device: Device = CPU) -> list[Case]:

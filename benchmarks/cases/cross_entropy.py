@@ -1,4 +1,4 @@
-"""Cross entropy, its options, and cross entropy after the linear layer of a large vocabulary."""
+"""Cross entropy and its options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from benchmarks.case import (
 from benchmarks.cases.classifiers import (
     DTYPES,
     MODES,
-    PEAK_BYTES_PER_ELEMENT,
     SHAPES,
     label,
     logits_and_targets,
@@ -37,15 +36,6 @@ from benchmarks.device import CUDA
 OPTIONS_SHAPE = (512, 1000)
 SMOOTHING = 0.1
 AUTOCAST_SHAPES = ((512, 1000), (2048, 32000))
-# Rows, features, vocabulary. Inductor's auto-chunker leaves the first whole: it takes the weight,
-# with as many elements as the logits, for part of what has to be chunked. The last is a language
-# model's, with logits many times as large as its weight.
-VOCABULARY_SHAPES = ((256, 256, 32000), (512, 256, 32000), (2048, 512, 32000))
-# Chunk sizes of torch's fusion: large chunks are fastest here, small ones save memory. Its default
-# options make chunks of 2 to 8 rows, which are several times slower.
-CHUNK_ROWS = (64, 256)
-# Numbers of chunks for inductor's auto-chunker: few are fastest, and 8 is the default.
-AUTO_CHUNKS = (2, 8)
 
 
 def cases() -> list[Case]:
@@ -53,8 +43,7 @@ def cases() -> list[Case]:
     smoothed = [_smoothed_case(*OPTIONS_SHAPE, mode) for mode in MODES]
     probabilities = [_probabilities_case(*OPTIONS_SHAPE, mode) for mode in MODES]
     autocast = [_autocast_case(*shape) for shape in AUTOCAST_SHAPES]
-    vocabulary = [_vocabulary_case(*shape, mode) for shape in VOCABULARY_SHAPES for mode in MODES]
-    return plain + smoothed + probabilities + autocast + vocabulary
+    return plain + smoothed + probabilities + autocast
 
 
 # Rows, classes, dtypes, priority on a GPU: batches of a language model's tokens; MNIST's batch and
@@ -266,126 +255,3 @@ def _pictures(generator: torch.Generator, dtype: torch.dtype, gradients: bool) -
     pictures, count, *size = SEGMENTATION
     logits = normal(generator, *SEGMENTATION, dtype=dtype).requires_grad_(gradients)
     return Inputs((logits, classes(generator, count, pictures, *size)))
-
-
-# ---- after a linear layer ------------------------------------------------------------------------
-
-
-def _vocabulary_case(rows: int, features: int, vocabulary: int, mode: str) -> Case:
-    gradients = mode == "forward_backward"
-    return Case(
-        op="linear + cross_entropy",
-        label=f"{rows}, {features}->{vocabulary}",
-        dtype=torch.float32,
-        mode=mode,
-        inputs=partial(
-            _features_weight_targets,
-            rows=rows,
-            features=features,
-            vocabulary=vocabulary,
-            gradients=gradients,
-        ),
-        contenders=partial(_vocabulary_contenders, gradients),
-        reference=Function("reference", _linear_then(F.cross_entropy)),
-        work=Work(flops=(3 if gradients else 1) * 2.0 * rows * features * vocabulary),
-        large=gradients,
-        peak_bytes=PEAK_BYTES_PER_ELEMENT * rows * vocabulary,
-    )
-
-
-def _features_weight_targets(
-    generator: torch.Generator, rows: int, features: int, vocabulary: int, gradients: bool
-) -> Inputs:
-    hidden = normal(generator, rows, features, dtype=torch.float32)
-    weight = normal(generator, vocabulary, features, dtype=torch.float32, scale=features**-0.5)
-    return Inputs(
-        (
-            hidden.requires_grad_(gradients),
-            weight.requires_grad_(gradients),
-            classes(generator, vocabulary, rows),
-        )
-    )
-
-
-def _linear_then(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def linear_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return loss(F.linear(hidden, weight), target)
-
-    return linear_loss
-
-
-def _vocabulary_contenders(gradients: bool) -> list[Contender]:
-    stock = _linear_then(F.cross_entropy)
-    contenders = [
-        Function("fastnn", fastnn.functional.linear_cross_entropy),
-        Function("F.linear, F.cross_entropy", stock),
-        Compiled("torch.compile", stock),
-    ]
-    if gradients:  # a forward alone gives the auto-chunker nothing to chunk
-        contenders += [
-            AutoChunked(
-                f"torch.compile, auto-chunker, {chunks} chunks", stock, chunks, same_algorithm=False
-            )
-            for chunks in AUTO_CHUNKS
-        ]
-    return contenders + (_linear_cross_entropies() if hasattr(F, "linear_cross_entropy") else [])
-
-
-def _linear_cross_entropies() -> list[Contender]:
-    """Torch's function for both, which without options just calls one operator after the other."""
-    name, make_options = "F.linear_cross_entropy", torch.nn.LinearCrossEntropyOptions
-    chunked = {"default options": make_options()} | {
-        f"{rows} rows": make_options(batch_chunk_size=rows) for rows in CHUNK_ROWS
-    }
-    return [
-        Function(f"{name}, unfused", F.linear_cross_entropy),
-        *(
-            Function(f"{name}, {label}", _chunked(options), same_algorithm=False)
-            for label, options in chunked.items()
-        ),
-    ]
-
-
-def _chunked(options: torch.nn.LinearCrossEntropyOptions) -> Callable[..., Tensor]:
-    """Torch's own chunked fusion of both; its forward already computes the gradients."""
-
-    def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return F.linear_cross_entropy(hidden, weight, target, options=options)
-
-    return linear_cross_entropy
-
-
-@dataclass
-class AutoChunked(Compiled):
-    """``torch.compile`` with inductor's auto-chunker: chunks of rows, each forward and backward.
-
-    Inductor silently compiles a graph that it can't chunk as a whole. That would be
-    ``torch.compile`` again under another name, so the contender is then unavailable.
-    """
-
-    chunks: int
-
-    def bind(self, inputs: Inputs) -> Callable[[], object]:
-        if self.is_ready:
-            return super().bind(inputs)
-        # Deferred: importing the compiler takes seconds.
-        from torch._functorch import config as autograd_config
-        from torch._inductor import config, metrics
-
-        if not hasattr(config, "auto_chunker"):
-            raise Unavailable("this torch's compiler has no auto-chunker")
-        options = {
-            "auto_chunker.enable": True,
-            "auto_chunker.num_chunk": self.chunks,
-            # The least ratio of product to factors: the default, 8, would need thousands of rows.
-            "auto_chunker.amplify_ratio_threshold": 1,
-        }
-        self.function = torch.compile(self.function, dynamic=False, options=options)
-        self.is_ready = True
-        call, before = super().bind(inputs), metrics.num_auto_chunking
-        # A graph from the cache would skip the pass that chunks and counts.
-        with autograd_config.patch(enable_autograd_cache=False):
-            call()
-        if metrics.num_auto_chunking == before:
-            raise Unavailable("the auto-chunker leaves this graph whole")
-        return call

@@ -16,7 +16,7 @@ from torch.optim.sgd import sgd
 
 import fastnn
 from benchmarks.case import Case, Contender, Inputs, Unavailable, Work, classes, normal
-from benchmarks.cases.jax_step import JaxStep
+from benchmarks.cases.jax_process import JaxProcess
 from benchmarks.cases.sgd import OPTIONS, optimizers
 from benchmarks.device import CPU
 
@@ -100,6 +100,23 @@ def _contenders(program: Program, make_step: MakeStep) -> list[Contender]:
             devices=(CPU.name,),
         ),
     ]
+
+
+@dataclass
+class JaxStep(JaxProcess):
+    """The MLP's training step, jitted as a whole."""
+
+    weights: Callable[[], list[Tensor]]
+    lr: float
+    momentum: float
+    checked_steps: int
+
+    def check(self, inputs: Inputs) -> list[Tensor]:
+        """The losses, which depend on the weights; the weights' layout is internal to JAX."""
+        weights = [weight.numpy() for weight in self.weights()]
+        self._start("Mlp", weights, self.lr, self.momentum)
+        self._send(inputs)
+        return [torch.tensor(loss) for loss in self._ask("losses", self.checked_steps)]
 
 
 def _compiled_steps(program: Program) -> list[Contender]:

@@ -11,7 +11,14 @@ import torch
 
 from benchmarks import verify, worker
 from benchmarks.case import Function, Inputs, Unavailable
-from benchmarks.cases import all_cases, cross_entropy, overhead, sgd, train_step
+from benchmarks.cases import (
+    all_cases,
+    cross_entropy,
+    linear_cross_entropy,
+    overhead,
+    sgd,
+    train_step,
+)
 from benchmarks.device import CPU, CUDA, Device
 
 pytestmark = pytest.mark.cpu_only("the benchmarks")
@@ -194,19 +201,21 @@ def test_a_step_that_the_compiler_can_not_trace_is_unavailable(monkeypatch):
 
 def small_vocabulary(rows: int, features: int) -> Inputs:
     """Logits of 2 MiB, of which inductor's auto-chunker needs 1."""
-    return cross_entropy._features_weight_targets(
+    return linear_cross_entropy._features_weight_targets(
         torch.Generator().manual_seed(0), rows, features, 2**19 // rows, gradients=True
     )
 
 
-def auto_chunked() -> cross_entropy.AutoChunked:
-    contenders = cross_entropy._vocabulary_contenders(gradients=True)
-    return next(one for one in contenders if isinstance(one, cross_entropy.AutoChunked))
+def auto_chunked() -> linear_cross_entropy.AutoChunked:
+    contenders = linear_cross_entropy._contenders(gradients=True)
+    return next(one for one in contenders if isinstance(one, linear_cross_entropy.AutoChunked))
 
 
 @needs_auto_chunker
 def test_auto_chunker_chunks_and_gives_the_references_numbers(fresh_dynamo):
-    stock = Function("reference", cross_entropy._linear_then(torch.nn.functional.cross_entropy))
+    stock = Function(
+        "reference", linear_cross_entropy._linear_then(torch.nn.functional.cross_entropy)
+    )
     inputs = small_vocabulary(64, 16)
     reference = list(verify._tensors(stock.check(inputs.double())))
     for _ in range(2):  # the compiler's cache knows the graph the second time
@@ -234,7 +243,7 @@ def test_auto_chunker_is_unavailable_where_inductor_has_none(monkeypatch):
 def test_linear_cross_entropy_is_named_for_what_it_runs():
     inputs = small_vocabulary(256, 16)
     names = ("unfused", "default options", "64 rows", "256 rows")
-    contenders = {one.name: one for one in cross_entropy._vocabulary_contenders(gradients=False)}
+    contenders = {one.name: one for one in linear_cross_entropy._contenders(gradients=False)}
     operators, products = {}, {}
     for name in names:
         contender = contenders[f"F.linear_cross_entropy, {name}"]

@@ -8,33 +8,22 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.case import Contender, Inputs, Unavailable
 from benchmarks.device import CPU, Timer
 from benchmarks.timing import Sampler
 
 
-@dataclass
-class JaxStep(Contender):
-    """The MLP's training step, jitted as a whole."""
+class JaxProcess(Contender):
+    """What is jitted in a process of JAX's own."""
 
-    weights: Callable[[], list[Tensor]]
-    lr: float
-    momentum: float
-    checked_steps: int
+    process: subprocess.Popen[bytes] | None = None
 
-    def __post_init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def check(self, inputs: Inputs) -> list[Tensor]:
-        """The losses, which depend on the weights; the weights' layout is internal to JAX."""
-        self._start()
-        self._send(inputs)
-        return [torch.tensor(loss) for loss in self._ask("losses", self.checked_steps)]
+    def bind(self, inputs: Inputs) -> Callable[[], object]:
+        raise Unavailable("its memory is another process's")
 
     def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
         self._send(inputs)
@@ -47,7 +36,8 @@ class JaxStep(Contender):
             self.process.stdout.close()
             self.process = None
 
-    def _start(self) -> None:
+    def _start(self, program: str, *arguments: object) -> None:
+        """Starts the program, a class of :mod:`benchmarks.jax_server`."""
         if importlib.util.find_spec("jax") is None:
             raise Unavailable("jax is not installed")
         self.process = subprocess.Popen(
@@ -56,13 +46,12 @@ class JaxStep(Contender):
             stdout=subprocess.PIPE,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )
-        weights = [weight.numpy() for weight in self.weights()]
-        self._ask("build", weights, self.lr, self.momentum)
+        self._ask("build", program, *arguments)
 
     def _send(self, inputs: Inputs) -> None:
-        self._ask("batch", *(arg.numpy() for arg in inputs.args))
+        self._ask("batch", *(arg.detach().numpy() for arg in inputs.args))
 
-    def _ask(self, *request: object) -> object:
+    def _ask(self, *request: object) -> Any:
         pickle.dump(request, self.process.stdin)
         self.process.stdin.flush()
         try:
