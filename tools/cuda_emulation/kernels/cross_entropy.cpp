@@ -154,7 +154,7 @@ void check_gradient(const Problem<T>& problem, const Buffer<T>& grad_input, Grad
       }
       const double x = problem.logits(i), q = problem.q(row, c);
       const double softmax = std::exp(lse.log_softmax(x));
-      expect_close<T>("grad_input", i, grad_input(i), g * (softmax * q_sum - q),
+      expect_close<T>("grad_input", i, static_cast<T>(grad_input(i)), g * (softmax * q_sum - q),
                       roundings_of_row(layout), std::abs(g) * (softmax * q_sum * lse.scale(x) + q));
     }
   }
@@ -241,7 +241,7 @@ void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offse
     const double g = problem.counts(row) ? grad(per_row ? row : 0) : 0;
     for (int64_t c = 0; c < problem.layout.classes; ++c) {
       const int64_t i = element(problem.layout, row, c);
-      expect_close<T>("scaled", i, grad_input(i), g * saved.kept(i), 0, 0);
+      expect_close<T>("scaled", i, static_cast<T>(grad_input(i)), g * saved.kept(i), 0, 0);
     }
   }
 }
