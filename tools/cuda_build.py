@@ -34,6 +34,8 @@ WIDE_LOADS = [
     rf"relu_backward_kernel<.*, {WIDTH}>",
     r"sgd_step_kernel<",
     r"(subwarp_rows|team_rows|split_reduce)_kernel<.*::CrossEntropyForwardRows<",
+    r"(subwarp_rows|team_rows|split_reduce)_kernel<.*::LogitLossRows<",
+    rf"{WHOLE_ROWS}LogitGradientRows<",
     rf"{WHOLE_ROWS}CrossEntropyBackwardRows<",
     rf"{WHOLE_ROWS}LogSoftmaxRows<",
     rf"{WHOLE_ROWS}LogSoftmaxBackwardRows<",
@@ -43,7 +45,8 @@ WIDE_STORES = [
     r"gemm_kernel<(float|double), ",  # four columns per store: those of two bytes take half of it
     rf"relu_backward_kernel<.*, {WIDTH}>",
     r"sgd_step_kernel<",
-    rf"{WHOLE_ROWS}CrossEntropyBackwardRows<",
+    rf"{WHOLE_ROWS}CrossEntropyBackwardRows<.*::CrossEntropyArgs<",
+    rf"{WHOLE_ROWS}LogitGradientRows<(float, float|double, double),",  # not of half the operands
     rf"{WHOLE_ROWS}LogSoftmaxRows<",
     rf"{WHOLE_ROWS}LogSoftmaxBackwardRows<",
     rf"{WHOLE_ROWS}NLLLossBackwardRows<",
@@ -53,7 +56,7 @@ WIDE_STORES = [
 # might compute for longer than they read: an H200 has time for 14.
 TWO_BYTES = r"<c10::(BFloat16|Half)\b"
 A_BLOCK_TO_A_ROW = r"team_rows_kernel<.*::"
-CLASS_INDICES = r"\(fastnn::cuda::TargetKind\)0>, false>"
+CLASS_INDICES = r"\(fastnn::cuda::TargetKind\)0(, \S+CrossEntropyArgs<\S+>)? ?>, false>"
 MOST_INSTRUCTIONS = [
     (rf"{A_BLOCK_TO_A_ROW}CrossEntropyForwardRows{TWO_BYTES}.*{CLASS_INDICES}", 10),
     (rf"{A_BLOCK_TO_A_ROW}CrossEntropyCopyingRows{TWO_BYTES}.*{CLASS_INDICES}", 10),

@@ -4,84 +4,20 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cuda/cross_entropy_kernels.cuh"
 #include "cuda/rows/run.cuh"
-#include "cuda/run_loss.cuh"
+#include "cuda/run_cross_entropy.cuh"
 
 namespace fastnn::cuda {
 namespace {
 
-struct Operands : CrossEntropyOperands {
-  using CrossEntropyOperands::CrossEntropyOperands;
-
-  double uniform() const {
-    return options.label_smoothing / static_cast<double>(std::max<int64_t>(layout.classes, 1));
-  }
-  template <typename T>
-  CrossEntropyArgs<T> as() const {
-    return {.logits = const_data<T>(logits),
-            .classes = layout.classes,
-            .inner = layout.inner,
-            .target = indices(),
-            .target_probs = target_probs<T>(),
-            .weight = const_data_or_null<PerRow<T>>(options.weight),
-            .ignore_index = options.ignore_index,
-            .keep = static_cast<accum<T>>(1 - options.label_smoothing),
-            .uniform = static_cast<accum<T>>(uniform())};
-  }
-};
-
-// The sum over classes of label smoothing's part of q.
-template <typename T>
-struct UniformSumMemory {
-  at::Tensor weighted;
-  accum<T> unweighted;
-
-  UniformSumMemory(const Operands& operands, const at::TensorOptions& options)
-      : unweighted(accum<T>(operands.options.label_smoothing)) {
-    if (operands.probabilities || unweighted == 0 || !operands.options.weight) return;
-    weighted = at::empty({}, options);
-    FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, kMaxRowThreads, 0,
-                  c10::cuda::getCurrentCUDAStream(),
-                  const_data<PerRow<T>>(*operands.options.weight), operands.layout.classes,
-                  operands.uniform(), data<accum<T>>(weighted));
-  }
-  UniformSum<accum<T>> sum() const {
-    return {unweighted, weighted.defined() ? const_data<accum<T>>(weighted) : nullptr};
-  }
-};
-
-// Calls f.template operator()<Kind>() with the kind of the targets.
-template <typename F>
-void with_kind(const Operands& operands, F f) {
-  if (operands.probabilities) return f.template operator()<TargetKind::Probabilities>();
-  if (operands.options.label_smoothing != 0)
-    return f.template operator()<TargetKind::SmoothedIndex>();
-  return f.template operator()<TargetKind::Index>();
-}
-
-// The most rows of which each block of the forward adds up the weights itself, and one block alone.
+// The most rows of which each block of the forward adds up the weights itself.
 constexpr int64_t kWeighedByEach = 1024;
-constexpr int64_t kWeighedByOne = 8192;
-
-// What 'mean' divides by, from the targets alone.
-template <typename T>
-void run_target_weights(const CrossEntropyArgs<T>& args, int64_t rows, const at::Tensor& total) {
-  const int64_t blocks = rows <= kWeighedByOne ? 1
-                                               : clamp(ceil_div<int64_t>(rows, 4 * kMaxRowThreads),
-                                                       1, kMaxSummingBlocks);
-  const BlockSums sums(blocks, total.options());
-  const LossResult<T> result{.loss = nullptr, .total_weight = data<accum<T>>(total), .mean = false};
-  FASTNN_LAUNCH((sum_target_weights_kernel<T>), static_cast<unsigned>(blocks), kMaxRowThreads, 0,
-                c10::cuda::getCurrentCUDAStream(), args, rows, sums.data(), result);
-  run_finish_loss(sums, /*empty=*/false, result);
-}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cuda(
     const at::Tensor& input, const at::Tensor& target, const LossOptions& options, bool keep) {
   check_cross_entropy(input, target, options);
   const c10::cuda::CUDAGuard guard(input.device());
-  const Operands operands(input, target, options);
+  const CrossEntropyCall operands(input, target, options);
   const auto in_accum = input.options().dtype(accumulate_dtype(input));
   const bool per_row = options.per_row();
   at::Tensor kept, lse;
@@ -138,8 +74,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
 
 // Reads a copy of the logits, which the gradient may replace.
 template <typename T, TargetKind Kind>
-void run_backward(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad,
-                  const at::Tensor& lse, const at::Tensor& total_weight) {
+void run_backward(const at::Tensor& grad_logits, const CrossEntropyCall& operands,
+                  const at::Tensor& grad, const at::Tensor& lse, const at::Tensor& total_weight) {
   using Op = CrossEntropyBackwardRows<T, Kind>;
   using A = accum<T>;
   const Layout& layout = operands.layout;
@@ -153,17 +89,14 @@ void run_backward(const at::Tensor& grad_logits, const Operands& operands, const
                .per_row = operands.options.per_row(),
                .total_weight = operands.options.is_mean() ? const_data<A>(total_weight) : nullptr},
       .uniform_sum = uniform.sum()};
-  Tensors<T> tensors{{op.args.logits, nullptr}, data<T>(grad_logits)};
-  if (operands.probabilities) {
-    tensors.in[0] = op.args.target_probs;
-    tensors.in[1] = op.args.logits;
-  }
-  run_rows(op, plan_of<Op>(layout), layout, tensors, grad_logits.options());
+  run_rows(op, plan_of<Op>(layout), layout,
+           backward_tensors(operands, op.args.logits, data<T>(grad_logits)), grad_logits.options());
 }
 
 // Scales the gradient that the forward kept, in place or not.
 template <typename T>
-void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at::Tensor& grad) {
+void run_scale(const at::Tensor& grad_logits, const CrossEntropyCall& operands,
+               const at::Tensor& grad) {
   using Op = ScaleGradientRows<T>;
   const T* kept = const_data<T>(operands.logits);
   const Op op{.target = operands.indices(),
@@ -178,7 +111,7 @@ void run_scale(const at::Tensor& grad_logits, const Operands& operands, const at
 
 // Writes the gradient, laid out as the operands' logits, which it may replace: these are what the
 // forward kept.
-void write_gradient(const at::Tensor& grad_logits, const Operands& operands,
+void write_gradient(const at::Tensor& grad_logits, const CrossEntropyCall& operands,
                     const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
                     const at::Tensor& total_weight) {
   const at::Tensor grad = grad_output.contiguous();
@@ -201,7 +134,7 @@ at::Tensor cross_entropy_backward_cuda(const at::Tensor& grad_output, const at::
                                        const at::Tensor& total_weight, const LossOptions& options) {
   check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
   const c10::cuda::CUDAGuard guard(kept.device());
-  const Operands operands(kept, target, options);
+  const CrossEntropyCall operands(kept, target, options);
   const at::Tensor grad_logits = at::empty(operands.logits.sizes(), kept.options());
   write_gradient(grad_logits, operands, grad_output, lse, total_weight);
   return operands.in_shape_of_input(grad_logits);
@@ -212,7 +145,7 @@ void cross_entropy_backward_cuda_(const at::Tensor& grad_output, const at::Tenso
                                   const at::Tensor& total_weight, const LossOptions& options) {
   check_cross_entropy_backward(grad_output, kept, target, lse, total_weight, options);
   const c10::cuda::CUDAGuard guard(kept.device());
-  const Operands operands(kept, target, options);
+  const CrossEntropyCall operands(kept, target, options);
   write_gradient(operands.logits, operands, grad_output, lse, total_weight);
   // Where the kernels don't take the strides, the operands are a copy.
   if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));

@@ -32,9 +32,13 @@ struct GradientRow {
 };
 
 // What both directions know. `weight` may be null; so is `target` or `target_probs`, the other one.
+// The operators over rows take other arguments too (linear_cross_entropy_kernels.cuh), which may
+// compute the logits from what is read, and have a z-loss.
 template <typename T>
 struct CrossEntropyArgs {
   using A = accum<T>;
+  using Out = T;  // the gradient's element
+  static constexpr bool kStrided = true, kHasZLoss = false;
 
   const T* logits;
   int64_t classes;
@@ -49,6 +53,14 @@ struct CrossEntropyArgs {
   __device__ int64_t element(int64_t row, int64_t c) const {
     if (inner == 1) return row * classes + c;
     return (row / inner * classes + c) * inner + row % inner;
+  }
+  __device__ A logit(A x) const {
+    return x;
+  }
+  template <int N>
+  __device__ void logits_of(const A (&x)[N], A (&y)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) y[j] = x[j];
   }
   __device__ int64_t checked(int64_t t) const {
     return checked_class(t, classes, ignore_index);
@@ -116,7 +128,7 @@ struct UniformSum {
 };
 
 // Operands: logits, probabilities.
-template <typename Storage, TargetKind Kind>
+template <typename Storage, TargetKind Kind, typename Args = CrossEntropyArgs<Storage>>
 struct CrossEntropyForwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
@@ -136,11 +148,11 @@ struct CrossEntropyForwardRows : RowDefaults {
     }
   };
   static constexpr int kReduceInputs = kIndices ? 1 : 2;
-  static constexpr bool kMaps = false, kSums = true;
+  static constexpr bool kMaps = false, kSums = true, kStrided = Args::kStrided;
   // The same with and without a gradient: sums of other groups of classes would round differently.
   static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
-  CrossEntropyArgs<T> args;
+  Args args;
   PerRow<T>* losses;  // may be null
   A* max;             // where a copy of the logits is kept, or null
   A* sum;             // likewise
@@ -152,8 +164,10 @@ struct CrossEntropyForwardRows : RowDefaults {
   template <int N>
   __device__ void reduce(State& state, const Row&, Classes c,
                          const A (&x)[kReduceInputs][N]) const {
+    A logits[N];
+    args.logits_of(x[0], logits);
     if constexpr (Kind == TargetKind::Index) {
-      state.add(x[0]);
+      state.add(logits);
     } else {
       A q[N];
       // With class indices q is in units of s / C: where it is 1 everywhere, its sum is exact.
@@ -162,7 +176,7 @@ struct CrossEntropyForwardRows : RowDefaults {
       } else {
         args.spread(c, x[1], q);
       }
-      state.add(x[0], q);
+      state.add(logits, q);
     }
   }
   __device__ void read_ahead(Row& row, int64_t position) const {
@@ -170,7 +184,7 @@ struct CrossEntropyForwardRows : RowDefaults {
     if constexpr (kIndices) {
       const int64_t t = args.checked(row.target);
       row.weight = t < 0 ? A(0) : class_weight_at(args.weight, t);
-      row.at_target = t < 0 ? A(0) : to_accum(args.logits[args.element(position, t)]);
+      row.at_target = t < 0 ? A(0) : logit_at(position, t);
     }
   }
   __device__ void finish(Row& row, const State& state, int64_t) const {
@@ -191,9 +205,12 @@ struct CrossEntropyForwardRows : RowDefaults {
       // A row that counts may weigh 0, and its logit be infinite: their product is NaN, as torch's.
       if (args.checked(row.target) >= 0) {
         loss -= args.keep * row.weight * ((row.at_target - row.max) - row.log_sum());
+        if constexpr (Args::kHasZLoss) loss += args.z_loss_of(row.max, row.log_sum());
       } else {
         loss = A(0);
       }
+    } else if constexpr (Args::kHasZLoss) {
+      loss += args.z_loss_of(row.max, row.log_sum());
     }
     if (max) {
       max[position] = row.max;
@@ -214,14 +231,19 @@ struct CrossEntropyForwardRows : RowDefaults {
     constexpr A kInfinity = std::numeric_limits<A>::infinity();
     return row.max < kInfinity && row.max + std::numeric_limits<A>::max() == kInfinity;
   }
+  __device__ A logit_at(int64_t position, int64_t c) const {
+    return args.logit(to_accum(args.logits[args.element(position, c)]));
+  }
   // By one thread: such rows are not for speed.
   __device__ A overflowing_loss(const Row& row, int64_t position) const {
     A loss = A(0);
     for (int64_t c = 0; c < args.classes; ++c) {
-      const int64_t i = args.element(position, c);
       A q[1] = {args.uniform * class_weight_at(args.weight, c)};
-      if constexpr (!kIndices) args.spread(Classes{c, 1}, {to_accum(args.target_probs[i])}, q);
-      loss -= q[0] * ((to_accum(args.logits[i]) - row.max) - row.log_sum());
+      if constexpr (!kIndices) {
+        const int64_t i = args.element(position, c);
+        args.spread(Classes{c, 1}, {to_accum(args.target_probs[i])}, q);
+      }
+      loss -= q[0] * ((logit_at(position, c) - row.max) - row.log_sum());
     }
     return loss;
   }
@@ -251,10 +273,11 @@ __device__ double target_weight_of(const CrossEntropyArgs<T>& args, int64_t bloc
 
 // The forward that also writes the gradient times `scale`, divided by the weight of all targets:
 // what is in memory, or what each block finds out for itself, of few rows.
-template <typename Storage, TargetKind Kind>
-struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
+template <typename Storage, TargetKind Kind, typename Args = CrossEntropyArgs<Storage>>
+struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind, Args> {
   using A = accum<Storage>;
-  using Forward = CrossEntropyForwardRows<Storage, Kind>;
+  using Out = typename Args::Out;
+  using Forward = CrossEntropyForwardRows<Storage, Kind, Args>;
   using State = typename Forward::State;
   struct Row : Forward::Row {
     GradientRow<A> gradient;
@@ -281,6 +304,7 @@ struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
     if constexpr (Kind == TargetKind::SmoothedIndex) total = uniform_sum.value();
     if constexpr (Kind == TargetKind::Probabilities) total = state.q;
     if constexpr (Forward::kIndices) total += this->args.set_target(row.gradient, row.target);
+    if constexpr (Args::kHasZLoss) total += this->args.z_loss_slope(row.max, row.log_sum());
     row.gradient.grad_times_total = scale * total;
   }
   __device__ bool skips(const Row& row) const {
@@ -293,19 +317,21 @@ struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind> {
 };
 
 // Operands: a copy of the logits; or probabilities, the copy (the former are summed first).
-template <typename Storage, TargetKind Kind>
+template <typename Storage, TargetKind Kind, typename Args = CrossEntropyArgs<Storage>>
 struct CrossEntropyBackwardRows : RowDefaults {
   using T = Storage;
   using A = accum<T>;
+  using Out = typename Args::Out;
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
   using State = std::conditional_t<kIndices, NoState, SumState<A>>;
   struct Row : GradientRow<A> {
     A incoming;  // of Widened, whose gradient is computed as the forward of float32 keeps it
   };
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
+  static constexpr bool kStrided = Args::kStrided;
   static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
-  CrossEntropyArgs<T> args;
+  Args args;
   const A* max;
   const A* sum;
   IncomingGrad<T> grad;
@@ -323,7 +349,7 @@ struct CrossEntropyBackwardRows : RowDefaults {
       A total = A(0);
       if constexpr (Kind == TargetKind::SmoothedIndex) total = uniform_sum.value();
       total += args.set_target(row, args.target[position]);
-      row.grad_times_total = row.grad * total;
+      row.grad_times_total = row.grad * with_z_loss(row, total);
     }
   }
   __device__ bool skips(const Row& row) const {
@@ -336,7 +362,7 @@ struct CrossEntropyBackwardRows : RowDefaults {
     state.add(q);
   }
   __device__ void finish(Row& row, const State& state, int64_t) const {
-    row.grad_times_total = row.grad * state.sum;
+    row.grad_times_total = row.grad * with_z_loss(row, state.sum);
   }
   template <int N>
   __device__ void map(const Row& row, Classes c, const A (&x)[kMapInputs][N], A (&out)[N]) const {
@@ -345,6 +371,12 @@ struct CrossEntropyBackwardRows : RowDefaults {
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] *= row.incoming;
     }
+  }
+
+ private:
+  __device__ A with_z_loss(const Row& row, A total) const {
+    if constexpr (Args::kHasZLoss) total += args.z_loss_slope(row.max, row.log_sum);
+    return total;
   }
 };
 

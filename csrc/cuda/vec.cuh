@@ -80,11 +80,11 @@ struct Peel {
   }
 };
 
-// Whether b is at a 16-byte boundary wherever a is, so that a's peel is b's. The answer is the same
-// for all rows that are equally far apart.
+// Whether b is at a vector's boundary wherever a is, so that a's peel is b's. The answer is the
+// same for all rows that are equally far apart.
 template <typename T, typename U>
 __device__ inline bool co_aligned(const T* a, const U* b) {
-  static_assert(sizeof(U) >= sizeof(T), "then a's vector is one or several of b's");
+  static_assert(kVecSize<U> <= kVecSize<T>, "then a's vector is one or several of b's");
   return elements_past_boundary(a) % kVecSize<U> == elements_past_boundary(b);
 }
 

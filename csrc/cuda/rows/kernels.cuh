@@ -30,16 +30,18 @@ inline constexpr int kSubwarpBlocks = sizeof(typename Op::T) == 8 ? 4
                                                                   : 0;
 
 // Operands of the rows' layout; unused ones are null.
-template <typename T>
+template <typename T, typename Out = T>
 struct Tensors {
   const T* in[2];
-  T* out;
+  Out* out;
 
   __device__ Tensors operator+(int64_t offset) const {
     return {{in[0] ? in[0] + offset : nullptr, in[1] ? in[1] + offset : nullptr},
             out ? out + offset : nullptr};
   }
 };
+template <typename Op>
+using TensorsOf = Tensors<typename Op::T, OutputOf<Op>>;
 
 // Each block's sums go to memory, where finish_loss_kernel adds them up, unless there is one block.
 template <typename Op>
@@ -68,11 +70,11 @@ struct Aligned {
   bool in[2];
   bool out;
 
-  template <int kInputs, typename T>
-  __device__ static Aligned of(const Tensors<T>& at) {
-    const T* lead = kInputs == 0 ? at.out : at.in[0];
-    return {{true, kInputs < 2 || co_aligned(lead, at.in[1])},
-            co_aligned(lead, static_cast<const T*>(at.out))};
+  template <int kInputs, typename T, typename Out>
+  __device__ static Aligned of(const Tensors<T, Out>& at) {
+    if constexpr (kInputs == 0) return {{true, true}, true};
+    return {{true, kInputs < 2 || co_aligned(at.in[0], at.in[1])},
+            co_aligned(at.in[0], static_cast<const Out*>(at.out))};
   }
   __device__ bool all() const {
     return in[1] && out;
@@ -91,9 +93,10 @@ __device__ Vec<T> load_first(const T* p, Vec<T>* cache) {
 
 // Calls f(classes, x, place) for all classes of a contiguous row, with the operands' elements
 // x[operand][j]; place(results) stores as many results. kCopies: also copies the first operand.
-template <int kInputs, int kVectors, Cache kCache, bool kCopies, typename T, typename F>
-__device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const Peel& peel,
-                               const Team& team, Vec<T>* cache, F f) {
+template <int kInputs, int kVectors, Cache kCache, bool kCopies, typename T, typename Out,
+          typename F>
+__device__ void for_each_class(const Tensors<T, Out>& at, int64_t first_class, const Peel& peel,
+                               const Team& team, std::type_identity_t<Vec<T>>* cache, F f) {
   using A = accum<T>;
   constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
   const Aligned aligned = Aligned::of<kInputs>(at);
@@ -122,7 +125,7 @@ __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const 
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) to_accum(raw[k][u], x[k]);
       f(Classes{first_class + c, 1}, x, [&](const A(&results)[kVecSize<T>]) {
-        store_vec(at.out + c, are.out, from_accum<T>(results));
+        store_vec(at.out + c, are.out, from_accum<Out>(results));
       });
     });
   };
@@ -153,7 +156,7 @@ __device__ void for_each_class(const Tensors<T>& at, int64_t first_class, const 
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) x[k][0] = to_accum(at.in[k][c]);
     if constexpr (kCopies) at.out[c] = at.in[0][c];
-    f(Classes{first_class + c, 1}, x, [&](const A(&results)[1]) { at.out[c] = T(results[0]); });
+    f(Classes{first_class + c, 1}, x, [&](const A(&results)[1]) { at.out[c] = Out(results[0]); });
   }
 }
 
@@ -168,7 +171,7 @@ struct PlaceZeros {
 
 // The state of the classes [first_class, first_class + n) that this thread reads, and a copy.
 template <typename Op, typename T>
-__device__ auto reduce_part(const Op& op, const typename Op::Row& row, const Tensors<T>& at,
+__device__ auto reduce_part(const Op& op, const typename Op::Row& row, const TensorsOf<Op>& at,
                             int64_t first_class, int64_t n, const Team& team, Vec<T>* cache) {
   auto state = Op::State::none();
   if constexpr (Op::kReduceInputs > 0) {
@@ -181,18 +184,20 @@ __device__ auto reduce_part(const Op& op, const typename Op::Row& row, const Ten
 }
 
 template <typename Op, typename T>
-__device__ void map_part(const Op& op, const typename Op::Row& row, const Tensors<T>& at,
+__device__ void map_part(const Op& op, const typename Op::Row& row, const TensorsOf<Op>& at,
                          int64_t first_class, int64_t n, const Team& team, Vec<T>* cache) {
   if constexpr (Op::kMaps) {
+    using Out = OutputOf<Op>;
+    const Out* out = at.out;
     if (op.skips(row)) {
-      const Peel peel = Peel::of(static_cast<const T*>(at.out), n);
-      for_each_class<0, Op::kVectors, Cache::None, false>(at, first_class, peel, team, cache,
-                                                          PlaceZeros());
+      const Tensors<Out> alone{{nullptr, nullptr}, at.out};
+      for_each_class<0, Op::kVectors, Cache::None, false>(alone, first_class, Peel::of(out, n),
+                                                          team, nullptr, PlaceZeros());
       return;
     }
-    const T* lead = Op::kMapInputs > 0 ? at.in[0] : at.out;
+    const Peel peel = Op::kMapInputs > 0 ? Peel::of(at.in[0], n) : Peel::of(out, n);
     for_each_class<Op::kMapInputs, Op::kVectors, Cache::Load, false>(
-        at, first_class, Peel::of(lead, n), team, cache,
+        at, first_class, peel, team, cache,
         [&]<typename A, int K, int N>(Classes classes, const A(&x)[K][N], const auto& place) {
           A results[N];
           op.map(row, classes, x, results);
@@ -206,8 +211,8 @@ __device__ void map_part(const Op& op, const typename Op::Row& row, const Tensor
 template <typename Op, bool kWarp>
 __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxTeamThreads<typename Op::T>,
                                   kWarp ? kWarpBlocks<typename Op::T> : 1)
-    team_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                     bool cached, LossSums* sums_of_block) {
+    team_rows_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, bool cached,
+                     LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, caches);
   if (op.is_done()) return;
@@ -222,7 +227,7 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxTeamThreads<typenam
 
   LossSums sums = LossSums::none();
   for (int64_t row = blockIdx.x * teams + team_index; row < rows; row += gridDim.x * teams) {
-    const Tensors<T> at = tensors + row * classes;
+    const TensorsOf<Op> at = tensors + row * classes;
     typename Op::Row known{};
     op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {
@@ -242,8 +247,8 @@ __global__ void __launch_bounds__(kWarp ? kWarpThreads : kMaxTeamThreads<typenam
 // Block b reduces slice b % slices of row b / slices and stores its state.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
-    split_reduce_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                        int64_t slices, int64_t slice_size, typename Op::State* states) {
+    split_reduce_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, int64_t slices,
+                        int64_t slice_size, typename Op::State* states) {
   const Team team{threadIdx.x, blockDim.x};
   for (int64_t i = blockIdx.x; i < rows * slices; i += gridDim.x) {
     const int64_t row = i / slices, first = i % slices * slice_size;
@@ -261,8 +266,8 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
 // An operator without an output has one warp per row instead.
 template <typename Op>
 __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>)
-    split_finish_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                        int64_t slices, int64_t slice_size, const typename Op::State* states,
+    split_finish_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, int64_t slices,
+                        int64_t slice_size, const typename Op::State* states,
                         LossSums* sums_of_block) {
   if (op.is_done()) return;
   op.start();
@@ -307,6 +312,11 @@ __device__ T* load_tile(const T* from, int64_t n, T* memory) {
   return tile;
 }
 
+template <typename T, typename Out>
+__device__ void store_tile(Out* to, int64_t n, const T* tile) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) to[i] = Out(tile[i]);
+}
+
 template <typename T>
 __device__ void store_tile(T* to, int64_t n, const T* tile) {
   const Peel peel = Peel::of(static_cast<const T*>(to), n);
@@ -349,8 +359,8 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
 // if there is none.
 template <typename Op>
 __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
-    subwarp_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                        int lanes, int64_t tile_rows, LossSums* sums_of_block) {
+    subwarp_rows_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, int lanes,
+                        int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
   FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
   if (op.is_done()) return;
@@ -366,7 +376,7 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
   for (int64_t first = blockIdx.x * tile_rows; first < rows; first += gridDim.x * tile_rows) {
     const int64_t count = min_of(rows - first, tile_rows);
     const int64_t n = count * classes;
-    const Tensors<T> at = tensors + first * classes;
+    const TensorsOf<Op> at = tensors + first * classes;
     T* tiles[2] = {nullptr, nullptr};
     if constexpr (kInputs == 0) tiles[0] = memory + elements_past_boundary(at.out);
 #pragma unroll
@@ -410,8 +420,8 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
 
 // Calls f(classes, x, place) for classes [begin, end) of a row whose classes are `inner` apart,
 // several at a time: their loads are in flight together.
-template <int kInputs, int kVectors, bool kCopies, typename T, typename F>
-__device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_t begin,
+template <int kInputs, int kVectors, bool kCopies, typename T, typename Out, typename F>
+__device__ void for_each_class_apart(const Tensors<T, Out>& at, int64_t inner, int64_t begin,
                                      int64_t end, F f) {
   using A = accum<T>;
   constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
@@ -429,7 +439,7 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
     }
     f(Classes{c, 1}, x, [&](const A(&results)[kCount]) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = T(results[j]);
+      for (int j = 0; j < kCount; ++j) at.out[(c + j) * inner] = Out(results[j]);
     });
   };
   int64_t c = begin;
@@ -441,9 +451,8 @@ __device__ void for_each_class_apart(const Tensors<T>& at, int64_t inner, int64_
 // neighbouring rows, whose elements of one class are neighbours (except where an inner run ends).
 template <typename Op>
 __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
-    strided_rows_kernel(Op op, Tensors<typename Op::T> tensors, int64_t rows, int64_t classes,
-                        int64_t inner, int slices, int64_t slice_size, LossSums* sums_of_block) {
-  using T = typename Op::T;
+    strided_rows_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, int64_t inner,
+                        int slices, int64_t slice_size, LossSums* sums_of_block) {
   using State = typename Op::State;
   FASTNN_DYNAMIC_SHARED(State, states);
   if (op.is_done()) return;
@@ -460,7 +469,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
        base += int64_t(gridDim.x) * rows_at_once) {
     const int64_t row = base + column;
     const bool active = row < rows;
-    const Tensors<T> at = tensors + (active ? row / inner * classes * inner + row % inner : 0);
+    const TensorsOf<Op> at = tensors + (active ? row / inner * classes * inner + row % inner : 0);
     typename Op::Row known{};
     if (active) op.begin(known, row);
     if constexpr (Op::kReduceInputs > 0) {

@@ -33,7 +33,7 @@ template <RowOperator Op>
 struct RowsLauncher {
   const Op& op;
   const Layout& layout;
-  const Tensors<typename Op::T>& tensors;
+  const TensorsOf<Op>& tensors;
   typename Op::State* states;
   LossSums* sums;
   cudaStream_t stream;
@@ -69,18 +69,19 @@ struct RowsLauncher {
                   states, sums);
   }
   void operator()(const StridedPlan& plan) const {
-    FASTNN_LAUNCH((strided_rows_kernel<Op>), unsigned(plan.blocks),
-                  unsigned(plan.rows_at_once * plan.slices), size_t(plan.shared_bytes), stream, op,
-                  tensors, layout.rows(), layout.classes, layout.inner, plan.slices,
-                  plan.slice_size, sums);
+    if constexpr (Op::kStrided) {
+      FASTNN_LAUNCH((strided_rows_kernel<Op>), unsigned(plan.blocks),
+                    unsigned(plan.rows_at_once * plan.slices), size_t(plan.shared_bytes), stream,
+                    op, tensors, layout.rows(), layout.classes, layout.inner, plan.slices,
+                    plan.slice_size, sums);
+    }
   }
 };
 
 // `states` has states_bytes bytes; `sums` has summing_blocks sums, or is null if there are none.
 template <RowOperator Op>
-void launch_rows(const Op& op, const Plan& plan, const Layout& layout,
-                 const Tensors<typename Op::T>& tensors, void* states, LossSums* sums,
-                 cudaStream_t stream) {
+void launch_rows(const Op& op, const Plan& plan, const Layout& layout, const TensorsOf<Op>& tensors,
+                 void* states, LossSums* sums, cudaStream_t stream) {
   using State = typename Op::State;
   static_assert(32 * (sizeof(State) + sizeof(LossSums)) <= kReductionBytes);
   if (layout.rows() == 0) return;

@@ -26,7 +26,8 @@ struct Classes {
 };
 
 // An operator adds:
-// - T, the operands' element;
+// - T, the operands' element, and Out, the output's, if that is narrower: a Widened, whose vectors
+//   have as many elements;
 // - Row, the data that all threads of a row have, such as its target and later its lse;
 // - if it reduces operands: State, a thread's reduction of the classes that it has read, and
 //   finish(row, state, position), which completes the Row with the state of all classes;
@@ -41,6 +42,7 @@ struct RowDefaults {
   static constexpr bool kMaps = true;      // whether there is an output of the rows' layout
   static constexpr bool kCopies = false;   // whether the output is a copy of the first operand
   static constexpr bool kSums = false;     // whether rows add to a loss and a total weight
+  static constexpr bool kStrided = true;   // whether a row's classes may be apart in memory
   // Whether it has the threads that it would have if it read an operand twice.
   static constexpr bool kHasThreadsToReread = false;
 
@@ -79,6 +81,18 @@ struct RowDefaults {
   __device__ void conclude(const LossSums&) const {
   }
 };
+
+template <typename Op>
+struct OutputElement {
+  using type = typename Op::T;
+};
+template <typename Op>
+  requires requires { typename Op::Out; }
+struct OutputElement<Op> {
+  using type = typename Op::Out;
+};
+template <typename Op>
+using OutputOf = typename OutputElement<Op>::type;
 
 template <typename State>
 concept RowState = requires(State state, const State other) {

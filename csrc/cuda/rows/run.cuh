@@ -29,9 +29,8 @@ inline std::optional<Path> forced_path() {
 // between the launches. `sums` has room for summing_blocks(plan) sums, or is null if the operator
 // has none.
 template <RowOperator Op>
-void run_rows(const Op& op, const Plan& plan, const Layout& layout,
-              const Tensors<typename Op::T>& tensors, const at::TensorOptions& options,
-              LossSums* sums = nullptr) {
+void run_rows(const Op& op, const Plan& plan, const Layout& layout, const TensorsOf<Op>& tensors,
+              const at::TensorOptions& options, LossSums* sums = nullptr) {
   const int64_t bytes = states_bytes<Op>(plan, layout.rows());
   const at::Tensor states = bytes > 0 ? at::empty({bytes}, options.dtype(at::kByte)) : at::Tensor();
   launch_rows(op, plan, layout, tensors, bytes > 0 ? states.data_ptr() : nullptr, sums,

@@ -139,6 +139,8 @@ template <>
 inline constexpr double kEpsilon<BFloat16> = 1.0 / 128;
 template <>
 inline constexpr double kEpsilon<Widened<BFloat16>> = kEpsilon<BFloat16>;
+template <>
+inline constexpr double kEpsilon<Widened<Half>> = kEpsilon<Half>;
 
 // Expects an element to be the value, after as many `roundings` in accum<T>, of magnitudes up to
 // `scale`, and one to T.

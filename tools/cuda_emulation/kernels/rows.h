@@ -84,8 +84,8 @@ Plan plan_of(const Layout& layout, const Way& way) {
 }
 
 template <typename Op>
-void run_rows(const Op& op, const Plan& plan, const Layout& layout,
-              const Tensors<typename Op::T>& tensors, LossSums* sums = nullptr) {
+void run_rows(const Op& op, const Plan& plan, const Layout& layout, const TensorsOf<Op>& tensors,
+              LossSums* sums = nullptr) {
   Buffer<char> states(states_bytes<Op>(plan, layout.rows()));
   launch_rows(op, plan, layout, tensors, states.data(), sums, nullptr);
 }
