@@ -37,7 +37,6 @@ from fastnn._arguments import (
     check_tensor,
     log_softmax_dim,
 )
-from fastnn._extension import extension
 from fastnn._function import (
     Loss,
     Operator,
@@ -459,8 +458,6 @@ class LinearCrossEntropy(Operator):
     @staticmethod
     def forward(*operands: Any) -> tuple[Tensor | None, ...]:
         operators = operators_for(*(each for each in operands[:5] if each is not None))
-        if extension is None or not extension.has_linear_cross_entropy(operands[0]):
-            operators = reference
         return operators.linear_cross_entropy_forward(*operands)
 
     @staticmethod

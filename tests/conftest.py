@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -75,8 +74,6 @@ def reason_to_leave_out(item: pytest.Item, device: str, large: bool) -> str | No
     if on_cuda_kernels:
         if marker := item.get_closest_marker("cpu_only"):
             return marker.args[0]
-        if re.search("linear_cross_entropy|LinearCrossEntropy", item.nodeid):
-            return "linear_cross_entropy, whose kernels are the CPU's"
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "reference" in callspec.params.get("implementation", ""):
             return "the reference, which has no kernels"

@@ -174,8 +174,7 @@ names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswi
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 on_cpu = {name for name in names if has_kernel(name, "CPU")}
 on_cuda = {name for name in names if has_kernel(name, "CUDA")}
-of_others = {"mlp_backward", "linear_cross_entropy_forward", "linear_cross_entropy_backward"}
-missing = on_cpu - on_cuda - {f"fastnn::{name}" for name in of_others}  # made of other operators
+missing = on_cpu - on_cuda - {"fastnn::mlp_backward"}  # made of other operators
 assert on_cpu and not missing, f"not registered for CUDA: {sorted(missing)}"
 print(f"{len(on_cuda)} operators registered for CUDA")
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from benchmarks.case import (
 )
 from benchmarks.cases.classifiers import MODES
 from benchmarks.cases.jax_process import JaxProcess
-from benchmarks.device import CPU
+from benchmarks.device import CPU, CUDA
 
 # Rows, features, vocabulary. Inductor's auto-chunker leaves the first whole: it takes the weight,
 # with as many elements as the logits, for part of what has to be chunked. The others are language
@@ -44,22 +44,38 @@ def cases() -> list[Case]:
     return [_case(*shape, mode) for shape in SHAPES for mode in MODES]
 
 
+# Rows, features, vocabulary, dtype, priority on a GPU: heads of language models; and one of few
+# features, whose products are short.
+CUDA_SIZES = (
+    (8192, 4096, 32000, torch.bfloat16, 1),
+    (4096, 2048, 128256, torch.bfloat16, 1),
+    (8192, 512, 32000, torch.float32, 2),
+)
+
+
 def cuda_cases() -> list[Case]:
-    return []
+    return [
+        replace(_case(*sizes, mode, dtype), priority=priority)
+        for *sizes, dtype, priority in CUDA_SIZES
+        for mode in MODES
+    ]
 
 
-def _case(rows: int, features: int, vocabulary: int, mode: str) -> Case:
+def _case(
+    rows: int, features: int, vocabulary: int, mode: str, dtype: torch.dtype = torch.float32
+) -> Case:
     gradients = mode == "forward_backward"
     return Case(
         op="linear + cross_entropy",
         label=f"{rows}, {features}->{vocabulary}",
-        dtype=torch.float32,
+        dtype=dtype,
         mode=mode,
         inputs=partial(
             _features_weight_targets,
             rows=rows,
             features=features,
             vocabulary=vocabulary,
+            dtype=dtype,
             gradients=gradients,
         ),
         contenders=partial(_contenders, gradients),
@@ -71,10 +87,15 @@ def _case(rows: int, features: int, vocabulary: int, mode: str) -> Case:
 
 
 def _features_weight_targets(
-    generator: torch.Generator, rows: int, features: int, vocabulary: int, gradients: bool
+    generator: torch.Generator,
+    rows: int,
+    features: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    gradients: bool,
 ) -> Inputs:
-    hidden = normal(generator, rows, features, dtype=torch.float32)
-    weight = normal(generator, vocabulary, features, dtype=torch.float32, scale=features**-0.5)
+    hidden = normal(generator, rows, features, dtype=dtype)
+    weight = normal(generator, vocabulary, features, dtype=dtype, scale=features**-0.5)
     return Inputs(
         (
             hidden.requires_grad_(gradients),
@@ -98,6 +119,14 @@ def _contenders(gradients: bool) -> list[Contender]:
         Function("F.linear, F.cross_entropy", stock),
         Compiled("torch.compile", stock),
         JaxHead("jax.jit", gradients, devices=(CPU.name,)),
+        *(
+            Function(name, peer, jit=True, same_algorithm=False, devices=(CUDA.name,))
+            for name, peer in (
+                ("Liger", _liger),
+                ("QuACK", _quack),
+                ("cut-cross-entropy", _cut_cross_entropy),
+            )
+        ),
     ]
     if gradients:  # a forward alone gives the auto-chunker nothing to chunk
         contenders += [
@@ -107,6 +136,30 @@ def _contenders(gradients: bool) -> list[Contender]:
             for chunks in AUTO_CHUNKS
         ]
     return contenders + (_linear_cross_entropies() if hasattr(F, "linear_cross_entropy") else [])
+
+
+def _liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        raise Unavailable("liger_kernel is not installed") from None
+    return liger_fused_linear_cross_entropy(hidden, weight, target)
+
+
+def _quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError:
+        raise Unavailable("quack is not installed") from None
+    return chunked_linear_cross_entropy(hidden, weight, target)
+
+
+def _cut_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        raise Unavailable("cut_cross_entropy is not installed") from None
+    return linear_cross_entropy(hidden, weight, target)
 
 
 def _linear_cross_entropies() -> list[Contender]:

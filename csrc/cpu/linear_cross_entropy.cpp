@@ -44,6 +44,8 @@ simd::LogitBlock<A> kernel_block(const LogitRows& block, const LinearLossOptions
 }
 
 struct Device {
+  static constexpr bool kAdjustsLogits = false, kLeavesOutIgnored = true;
+
   static at::ScalarType dtype(const at::Tensor& input) {
     return accumulate_dtype(input);
   }

@@ -80,18 +80,10 @@ at::Tensor shape_of_logits(const LinearHead& head, const LinearLossOptions& opti
       .expand_symint(logits_sizes(head));
 }
 
-bool has_linear_cross_entropy(const at::Tensor& input) {
-  // Not so where the tests' emulated kernels are those of the CPU.
-  static const bool has_cpu = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("fastnn::linear_cross_entropy_forward", "")
-                                  .hasKernelForDispatchKey(c10::DispatchKey::CPU);
-  return has_kernels(input) && (input.is_meta() || (has_cpu && input.is_cpu()));
-}
-
 bool can_fuse_linear_cross_entropy(const LinearHead& head, const at::Tensor& target,
                                    const LinearLossOptions& options) {
   const auto& [input, weight, bias] = head;
-  const bool fits = has_linear_cross_entropy(input) && (input.dim() == 1 || input.dim() == 2) &&
+  const bool fits = has_kernels(input) && (input.dim() == 1 || input.dim() == 2) &&
                     fits_input(head, weight) && weight.dim() == 2 &&
                     (!bias || (fits_input(head, *bias) && bias->dim() == 1));
   return fits && is_on_device_of(input, options.normalizer) &&

@@ -49,10 +49,6 @@ HeadGradients linear_cross_entropy_backward(const at::Tensor& grad_output, const
                                             const at::Tensor& target, const at::Tensor& lse,
                                             const LinearLossOptions& options, HeadMask wanted);
 
-// Whether there are kernels for such a tensor: on the CPU. (Those of the meta device know shapes
-// alone.)
-bool has_linear_cross_entropy(const at::Tensor& input);
-
 // Whether the fused kernels take these arguments; torch serves or refuses the rest.
 bool can_fuse_linear_cross_entropy(const LinearHead& head, const at::Tensor& target,
                                    const LinearLossOptions& options);

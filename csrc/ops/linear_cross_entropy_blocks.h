@@ -1,10 +1,14 @@
 // linear_cross_entropy block by block: a few rows of logits at a time, their losses, their
-// gradient, and its two products. The same for every device, whose part is `Device`:
-//   dtype(input)              what the logits of a block are, and the operands beside the weight
+// gradient, and its two products. The logits are in what the sums are carried in. The same for
+// every device, whose part is `Device`:
+//   kAdjustsLogits            whether `losses` and `gradient` scale and cap the products themselves
+//   kLeavesOutIgnored         whether counting_rows says which rows count; a device that would have
+//                             to be waited for multiplies the others as zeros
+//   dtype(input)              the products' operands, the gradient among them, beside the weight
 //   rows(n, classes)          how many rows a block has
 //   counting_rows(target, classes, ignore_index)    the numbers of the rows that aren't ignored;
-//   undefined if all count,
-//                             or if the device would have to be waited for
+//                             undefined if all count
+//   total_weight(target, options, classes)    of the rows that count, in float64 and 0-d
 //   product(out, a, b, bias, add)    out = a @ b (+ bias), or out + a @ b
 //   add_column_sums(sums, block)
 //   losses(block, options)    each row's loss and log-sum-exp; the gradient if it is wanted, which
@@ -18,6 +22,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
@@ -28,13 +33,14 @@ namespace fastnn {
 
 // Some rows of the logits, and their results.
 struct LogitRows {
-  at::Tensor logits;
+  at::Tensor logits;   // before they are scaled and capped, if the device does that
   at::Tensor target;   // class indices, or class probabilities in the logits' dtype
   at::Tensor losses;   // a number for each row, in what the sums are carried in
   at::Tensor max;      // likewise; undefined where no log-sum-exp is wanted
-  at::Tensor log_sum;  // likewise
+  at::Tensor log_sum;  // likewise, or its exponential: what the device's kernels keep
   at::Tensor grad;     // what multiplies the gradient, a number or one for each row; undefined
                        // where no gradient is wanted
+  at::ScalarType gradient_dtype;
 };
 
 template <typename Device>
@@ -48,8 +54,8 @@ class LinearCrossEntropyBlocks {
         weight_(head.weight),
         sums_dtype_(accumulate_dtype(head.input)),
         dtype_(Device::dtype(head.input)) {
-    if (head.bias) bias_ = head.bias->to(dtype_).contiguous();
-    if (options_.weight) options_.weight = options_.weight->to(dtype_).contiguous();
+    if (head.bias) bias_ = head.bias->to(sums_dtype_).contiguous();
+    if (options_.weight) options_.weight = options_.weight->to(sums_dtype_).contiguous();
     const at::Tensor logits = shape_of_logits(head, options);
     probabilities_ = has_class_probabilities(logits, target);
     per_row_sizes_ = per_row_sizes(logits);
@@ -58,8 +64,12 @@ class LinearCrossEntropyBlocks {
       target_ = target.reshape({rows_.size(0), classes()});
     } else {
       target_ = contiguous_indices(target).reshape({rows_.size(0)});
-      counting_ = Device::counting_rows(target_, classes(), options_.ignore_index);
-      if (counting_.defined()) target_ = target_.index_select(0, counting_);
+      if constexpr (Device::kLeavesOutIgnored) {
+        counting_ = Device::counting_rows(target_, classes(), options_.ignore_index);
+        if (counting_.defined()) target_ = target_.index_select(0, counting_);
+      } else {
+        ignored_ = target_ == options_.ignore_index;
+      }
     }
   }
 
@@ -67,7 +77,8 @@ class LinearCrossEntropyBlocks {
     if (options_.per_row()) wanted_ = {};  // the backward's
     const at::Tensor losses = numbers({rows()});
     const at::Tensor total = divisor();
-    const at::Tensor grad = options_.per_row() ? at::Tensor() : total.reciprocal().to(sums_dtype_);
+    at::Tensor grad;
+    if (wants_gradients()) grad = multiplier(total.reciprocal().to(sums_dtype_));
     const at::Tensor lse = options_.per_row() ? numbers({2, rows()}) : at::Tensor();
     make_gradients();
     for_each_block([&](LogitRows& block, int64_t begin, int64_t n) {
@@ -76,7 +87,7 @@ class LinearCrossEntropyBlocks {
         block.max = lse[0].narrow(0, begin, n);
         block.log_sum = lse[1].narrow(0, begin, n);
       }
-      if (wants_gradients()) block.grad = grad;
+      block.grad = grad;
       return Device::losses(block, options_);
     });
     if (options_.per_row()) {
@@ -89,7 +100,8 @@ class LinearCrossEntropyBlocks {
   }
 
   HeadGradients backward(const at::Tensor& grad_output, const at::Tensor& lse) {
-    const at::Tensor grad = compact(grad_output.reshape({rows_.size(0)}).to(sums_dtype_), 0);
+    const at::Tensor grad =
+        multiplier(compact(grad_output.reshape({rows_.size(0)}).to(sums_dtype_), 0));
     const at::Tensor parts = compact(lse.reshape({2, rows_.size(0)}), 1);
     make_gradients();
     for_each_block([&](LogitRows& block, int64_t begin, int64_t n) {
@@ -132,6 +144,20 @@ class LinearCrossEntropyBlocks {
     return total.masked_fill(total == 0, NAN);
   }
 
+  // What multiplies the rows' gradients, from that of the losses. float16 has no room for the
+  // gradient of a mean over many rows: there the largest in magnitude multiplies the sums instead.
+  at::Tensor multiplier(const at::Tensor& grad) {
+    at::Tensor multiplier = grad;
+    if (options_.logit_scale != 1) multiplier = multiplier * options_.logit_scale;
+    if (dtype_ != at::kHalf || multiplier.numel() == 0) return multiplier;
+    at::Tensor sizes = multiplier.abs();
+    if (ignored_.defined() && sizes.dim() == 1) sizes = sizes.masked_fill(ignored_, 0);
+    const at::Tensor largest = sizes.amax();
+    // Where it is infinite or NaN the rows that it belongs to shall say so, and no others.
+    factor_ = at::where((largest > 0).logical_and(largest < INFINITY), largest, 1);
+    return multiplier / factor_;
+  }
+
   // A number for each row that counts as one for each row, 0 for the others; and back.
   at::Tensor expanded(const at::Tensor& compact) const {
     if (!counting_.defined()) return compact;
@@ -160,6 +186,11 @@ class LinearCrossEntropyBlocks {
     if (wanted_[2]) grad_bias_ = at::zeros({classes()}, rows_.options().dtype(at::kDouble));
   }
   HeadGradients gradients() const {
+    if (factor_.defined()) {
+      for (const at::Tensor& sums : {grad_input_, grad_weight_, grad_bias_}) {
+        if (sums.defined()) sums.mul_(factor_);
+      }
+    }
     const at::Tensor grad_input =
         grad_input_.defined() && per_row_sizes_.empty() ? grad_input_.squeeze(0) : grad_input_;
     return {grad_input, grad_weight_, wanted_[2] ? grad_bias_.to(sums_dtype_) : at::Tensor()};
@@ -171,7 +202,7 @@ class LinearCrossEntropyBlocks {
   void for_each_block(F make) {
     if (rows() == 0) return;
     const int64_t most = std::min(rows(), Device::rows(rows(), classes()));
-    const at::Tensor logits = at::empty({most, classes()}, rows_.options().dtype(dtype_));
+    const at::Tensor logits = numbers({most, classes()});
     for (int64_t begin = 0; begin < rows(); begin += most) {
       const int64_t n = std::min(most, rows() - begin);
       const at::Tensor numbers = counting_.defined() ? counting_.narrow(0, begin, n) : at::Tensor();
@@ -180,13 +211,14 @@ class LinearCrossEntropyBlocks {
       LogitRows block;
       block.logits = logits.narrow(0, 0, n);
       block.target = target_.narrow(0, begin, n);
-      if (probabilities_) block.target = block.target.to(dtype_).contiguous();
+      if (probabilities_) block.target = block.target.to(sums_dtype_).contiguous();
+      block.gradient_dtype = dtype_;
       Device::product(block.logits, input, weight_.t(), bias_, /*add=*/false);
-      const at::Tensor slope = adjust(block.logits);
+      at::Tensor slope;
+      if constexpr (!Device::kAdjustsLogits) slope = adjust(block.logits);
       const at::Tensor gradient = make(block, begin, n);
       if (!wants_gradients()) continue;
       if (slope.defined()) gradient.mul_(slope);
-      if (options_.logit_scale != 1) gradient.mul_(options_.logit_scale);
       add_products(gradient, input, begin, numbers);
     }
   }
@@ -211,7 +243,12 @@ class LinearCrossEntropyBlocks {
       if (numbers_of_rows.defined()) grad_input_.index_copy_(0, numbers_of_rows, to);
     }
     if (wanted_[1]) {
-      Device::product(grad_weight_, gradient.t(), input, std::nullopt, /*add=*/begin != 0);
+      // The gradient of an ignored row is 0, but its input may be NaN.
+      const at::Tensor factors =
+          ignored_.defined()
+              ? at::where(ignored_.narrow(0, begin, n).unsqueeze(1), at::Scalar(0), input)
+              : input;
+      Device::product(grad_weight_, gradient.t(), factors, std::nullopt, /*add=*/begin != 0);
     }
     if (wanted_[2]) Device::add_column_sums(grad_bias_, gradient);
   }
@@ -223,6 +260,8 @@ class LinearCrossEntropyBlocks {
   std::optional<at::Tensor> bias_;
   at::Tensor target_;    // of the rows that count
   at::Tensor counting_;  // their numbers; undefined where all do
+  at::Tensor ignored_;   // whether a row is, where all are multiplied; undefined with probabilities
+  at::Tensor factor_;    // what multiplies the sums of gradients; undefined where nothing does
   at::ScalarType sums_dtype_;
   at::ScalarType dtype_;
   at::ScalarType loss_dtype_;

@@ -51,8 +51,6 @@ void define_functional(pybind11::module_& m) {
       operator_named("fastnn::linear_cross_entropy", as_linear_cross_entropy<linear_cross_entropy>),
       no_gil());
   m.def("has_kernels", &has_kernels, "Whether there are kernels for the tensor.");
-  m.def("has_linear_cross_entropy", &has_linear_cross_entropy,
-        "Whether there are kernels of linear_cross_entropy for the tensor.");
 }
 
 }  // namespace fastnn::python

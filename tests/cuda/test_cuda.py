@@ -232,6 +232,34 @@ def test_a_loss_in_a_graph_reads_its_inputs_at_each_replay(rows, classes):
         assert_same_bits(results, loss_and_gradient(logits, target))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_head_and_its_loss_in_a_graph(reduction, dtype):
+    """Of several blocks of rows; which are ignored is known to the device alone."""
+    rows, features, classes = 3000, 64, 1000
+    leaves = [
+        torch.zeros(size, features, device="cuda", dtype=dtype, requires_grad=True)
+        for size in (rows, classes)
+    ]
+    target = torch.zeros(rows, dtype=torch.int64, device="cuda")
+
+    def results() -> list[torch.Tensor]:
+        loss = functional.linear_cross_entropy(*leaves, target, ignore_index=1, reduction=reduction)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.ones_like(loss))]
+
+    captured(results)  # warms up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = results()
+    for _ in range(2):
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.normal_()
+            target.random_(5)
+        graph.replay()
+        assert_same_bits(replayed, results())
+
+
 def test_graphs_that_share_their_memory():
     """Each may reuse the other's temporary memory, since they are replayed in turn."""
     inputs = [torch.randn(64, size, device="cuda", requires_grad=True) for size in (5000, 300)]

@@ -44,6 +44,14 @@ ROWS = {
         "7x5_probs_mean_weighted_0.1",
         "7x33_probs",
     ],
+    "linear_cross_entropy": [
+        "9x8_to_81",
+        "7x15_to_9_none_weighted",
+        "7x15_to_9_smooth0.1_mean_bias_weighted",
+        "7x15_to_9_smooth0.1_none_bias_weighted",
+        "7x15_to_9_probs_mean_weighted",
+        "7x15_to_9_probs_none_weighted",
+    ],
 }
 PRODUCTS = ["1x9_to_7", "17x33_to_31", "65x63_to_65_no_bias", "weight_transposed", "all_active"]
 # Sizes of 0 and 1, which libraries treat specially, and odd ones, whose rows are unaligned.
@@ -90,6 +98,18 @@ def test_rows_that_float32_gives_a_block_of_all_threads():
     dtype, shape = torch.bfloat16, (2, 30000)
     loss = loss_in_float32("cross_entropy", loss_arguments("cross_entropy", shape, dtype))
     check_bits_of_a_copy(loss, narrow_logits(shape, dtype))
+
+
+@every_dtype
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_several_blocks_of_a_heads_rows(reduction, dtype):
+    """The first have 1152 each: more than 2048 rows are never one block."""
+    input, weight = torch.randn(2305, 3).to(dtype), torch.randn(5, 3).to(dtype)
+    target = torch.arange(2305) % 5
+    options = {"ignore_index": 2, "reduction": reduction}
+    check_value_and_gradients(
+        "linear_cross_entropy", Sample("blocks", (input, weight, target), options)
+    )
 
 
 @every_dtype

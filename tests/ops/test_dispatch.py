@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
-from cuda_emulation.chosen import EMULATES_CUDA
 from support.marks import needs_extension, of_functions
 from support.modes import CONTEXTS, FunctionRecorder
 from support.operator_cases import CASES, COMPILE_SAMPLES
@@ -156,8 +155,7 @@ class Recorded(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("device", "fused"),
     [
-        # The emulated kernels replace the CPU's, but don't cover every operator.
-        ("cpu", set(OPS) - ({"linear_cross_entropy"} if EMULATES_CUDA else set())),
+        ("cpu", set(OPS)),
         ("mps", set()),
         pytest.param(
             "xpu",

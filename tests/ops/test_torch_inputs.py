@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 import fastnn
 from support.operators import TORCH
+from support.oracles import logit_gradient_roundoff
 from support.sample_inputs import DTYPES, Draws
 
 # For each operator, the OpInfo that provides its samples.
@@ -73,7 +74,10 @@ def error_of(value: torch.Tensor, exact: torch.Tensor) -> float:
     return difference.masked_fill(same, 0).max().item() if value.numel() else 0.0
 
 
-def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
+def assert_agrees(
+    ours: list, theirs: list, exact: Callable[[], list], roundings: float = 1.01
+) -> None:
+    """With `roundings` of the largest value, where it is of a narrow dtype."""
     assert len(ours) == len(theirs)
     for i, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
         if expected is None:
@@ -86,7 +90,7 @@ def assert_agrees(ours: list, theirs: list, exact: Callable[[], list]) -> None:
         reference = exact()[i].detach()
         # One rounding of the largest value is always allowed.
         rounding = torch.finfo(expected.dtype).eps / 2 * reference[reference.isfinite()].abs().max()
-        allowed = max(error_of(expected.detach(), reference), 1.01 * rounding.item())
+        allowed = max(error_of(expected.detach(), reference), roundings * rounding.item())
         assert error_of(actual.detach(), reference) <= allowed
 
 
@@ -99,10 +103,17 @@ def test_op_agrees_on_torchs_samples(name, op, dtype, record_agreement) -> None:
     device = torch.get_default_device()
     samples = list(op.sample_inputs(device, dtype, requires_grad=True))
     assert samples
+    # Where the gradient of the logits is rounded for its products, so is each term of their sums.
+    # torch's rounds it on GPUs alone.
+    rounded_terms = name == "linear_cross_entropy" and logit_gradient_roundoff(dtype) > 0
+    roundings = 4 if rounded_terms else 1.01
     for sample in samples:
 
         def run(function, to=None, sample=sample):
-            return result_and_gradients(function, *copied(sample, to))
+            args, kwargs = copied(sample, to)
+            if to is not None:
+                kwargs.pop("options", None)  # how torch computes it in the narrow dtype
+            return result_and_gradients(function, args, kwargs)
 
         try:
             expected = run(theirs)
@@ -110,7 +121,9 @@ def test_op_agrees_on_torchs_samples(name, op, dtype, record_agreement) -> None:
             with pytest.raises(type(error)):
                 run(ours)
         else:
-            assert_agrees(run(ours), expected, lambda run=run: run(theirs, torch.float64))
+            assert_agrees(
+                run(ours), expected, lambda run=run: run(theirs, torch.float64), roundings
+            )
         record_agreement(name)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cuda_emulation.chosen import EMULATES_CUDA
 from support.sample_inputs import Sample
 
 # The arguments whose gradients the fused operators compute. (Class probabilities and class weights
@@ -201,6 +202,15 @@ def smallest_step(dtype: torch.dtype) -> float:
     return info.smallest_normal * info.eps
 
 
+def logit_gradient_roundoff(dtype: torch.dtype) -> float:
+    """How far the gradient of linear_cross_entropy's logits is rounded for its two products.
+
+    Tensor cores take operands of the input's dtype; the CPU multiplies in what sums are carried in.
+    """
+    on_cuda_kernels = EMULATES_CUDA or torch.get_default_device().type == "cuda"
+    return unit_roundoff(dtype) if on_cuda_kernels and dtype.itemsize == 2 else 0.0
+
+
 def _linear_errors(sample: Sample, grad_output: Tensor) -> tuple[Tensor, list[Tensor]]:
     input, weight, *bias = (arg.double().abs() for arg in sample.args)
     u = unit_roundoff(accumulation_dtype(sample.args[0].dtype))
@@ -331,6 +341,10 @@ def _linear_cross_entropy_errors(
     softmax = _log_softmax_parts(_rows_of_classes(logits), 1)[2].exp()
     scale = loss.scale_of_rows(grad_output).abs()
     exact = scale * (softmax * q_sum.unsqueeze(1) + loss.q)
+    if roundoff := logit_gradient_roundoff(input.dtype):
+        # Of float16 relative to the largest multiplier of a row, so that few are subnormal.
+        least = smallest_step(input.dtype) * (scale.amax() if scale.numel() else 0)
+        grad = grad + loss.like_input(roundoff * exact + least, logits)
     grad = grad + loss.like_input(
         scale * softmax * (q_sum * of_logits).unsqueeze(1) + 2 * u * exact, logits
     )

@@ -1,4 +1,6 @@
 // What the test-only extension has besides the product's own sources: see build.py.
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "cpu/capability.h"
@@ -36,7 +38,23 @@ int64_t launches() {
   return statistics().launches;
 }
 
+// The library's products that are wider than their factors, which torch has for CUDA alone.
+at::Tensor& wide_mm(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+                    at::Tensor& out) {
+  return at::mm_out(out, a.to(dtype), b.to(dtype));
+}
+at::Tensor& wide_addmm(const at::Tensor& addend, const at::Tensor& a, const at::Tensor& b,
+                       at::ScalarType dtype, const at::Scalar& beta, const at::Scalar& alpha,
+                       at::Tensor& out) {
+  return at::addmm_out(out, addend, a.to(dtype), b.to(dtype), beta, alpha);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(aten, CPU, m) {
+  m.impl("mm.dtype_out", wide_mm);
+  m.impl("addmm.dtype_out", wide_addmm);
+}
 
 TORCH_LIBRARY(fastnn_cuda_emulation, m) {
 #if defined(FASTNN_EMULATION_PTX)

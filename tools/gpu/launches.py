@@ -49,6 +49,7 @@ def main() -> None:
         launches.products()
         if options.library:
             launches.library_products()
+            launches.heads()
         launches.steps()
     if options.device == "cuda":
         torch.cuda.synchronize()
@@ -124,6 +125,27 @@ class Launches:
                 for linear in LINEARS:
                     self.backward(linear, leaves, (rows, cols))
                 self.backward(mlp, [*leaves, self.normal(5, cols)], (rows, 5))
+
+    def heads(self) -> None:
+        """A head and its loss, each path of its rows; the products are the library's."""
+        for path in ROW_PATHS:
+            with environment("FASTNN_CUDA_ROWS", path):
+                for rows, classes in ((3, 1), (7, 10), (2100, 33), (5, 1031)):
+                    self.head(rows, classes)
+
+    def head(self, rows: int, classes: int) -> None:
+        leaves = [self.normal(rows, 16), self.normal(classes, 16)]
+        bias, weight = self.normal(classes), self.normal(classes).abs_()
+        target = self.targets(classes, rows)
+        probabilities = self.normal(rows, classes).softmax(1)
+        head, options = functional.linear_cross_entropy, {"softcap": 5.0, "z_loss": 0.1}
+        self.backward(head, leaves, (), target, linear_bias=bias, weight=weight)
+        for reduction, shape in (("mean", ()), ("none", (rows,))):
+            self.backward(head, leaves, shape, target, reduction=reduction, **options)
+            self.backward(head, leaves, shape, target, reduction=reduction, label_smoothing=0.1)
+            self.backward(head, leaves, shape, probabilities, reduction=reduction)
+        with torch.no_grad():
+            head(*leaves, target)
 
     def backward(
         self, function, inputs: Sequence[Tensor], shape, *args, offset: int = 0, **kwargs

@@ -36,6 +36,14 @@ TF32_TOLERANCE = 2e-3
 
 # (rows, depth, columns): a small product and a large one.
 PRODUCTS = ((33, 65, 31), (512, 1000, 776))
+# Rows of a head, features, classes: one block, and several.
+HEADS = ((300, 65, 31), (5000, 64, 33000))
+HEAD_OPTIONS = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1},
+    "capped": {"softcap": 3.0},
+}
 LOGITS = ((64, 10), (4096, 257), (1000, 1000), (16, 50257), (4, 21, 64, 65))
 
 
@@ -77,6 +85,9 @@ class Smoke:
         for shape in LOGITS:
             for name, call in CALLS.items():
                 yield f"{name} {tuple(shape)}", lambda s=shape, c=call: self.rows(c, s, dtype)
+        for shape, (name, options) in product(HEADS, HEAD_OPTIONS.items()):
+            text = f"linear_cross_entropy {'x'.join(map(str, shape))} {name}"
+            yield text, lambda s=shape, o=options: self.head(s, o, dtype)
         for options in ({}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}):
             yield f"SGD {options}", lambda o=options: self.sgd(o, dtype)
             yield f"train_step {options}", lambda o=options: self.train_step(o, dtype)
@@ -176,6 +187,29 @@ class Smoke:
             dtype,
             TOLERANCES[dtype],
         )
+
+    def head(self, shape: tuple[int, int, int], options: dict, dtype: torch.dtype) -> str:
+        rows, features, classes = shape
+        leaves = [
+            self.normal(rows, features, dtype=dtype),
+            self.normal(classes, features, dtype=dtype) / features**0.5,
+        ]
+        (target,) = self.targets((rows, classes), dtype)
+        # Nothing of an ignored row is looked at.
+        leaves[0][target == -100] = float("nan")
+
+        def exact(_value: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+            ignored = (target == -100).unsqueeze(1)
+            logits = F.linear(input.masked_fill(ignored, 0), weight)
+            if cap := options.get("softcap"):
+                logits = cap * torch.tanh(logits / cap)
+            plain = {key: value for key, value in options.items() if key != "softcap"}
+            return F.cross_entropy(logits, target, **plain)
+
+        def ours(input: Tensor, weight: Tensor) -> Tensor:
+            return functional.linear_cross_entropy(input, weight, target, **options)
+
+        return self.against_float64(ours, exact, leaves, dtype, TOLERANCES[dtype])
 
     def targets(self, shape: tuple[int, ...], _dtype: torch.dtype) -> tuple[Tensor]:
         rows = (shape[0], *shape[2:])
