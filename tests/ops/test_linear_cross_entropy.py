@@ -102,6 +102,21 @@ def test_values_and_all_three_gradients(extra, reduction, smoothing, dtype):
 
 
 @every_reduction
+@pytest.mark.parametrize("ignore_index", [-100, IGNORED])
+def test_several_blocks(ignore_index, reduction):
+    """On the CPU a block has half of the rows, and 64 at least."""
+    rows = 300
+    tensors = x, w, b = head(rows)
+    options = {"reduction": reduction, "ignore_index": ignore_index}
+    loss = linear_cross_entropy(x, w, targets(rows), linear_bias=b, **options)
+    exact = composite(x, w, targets(rows), b, **options)
+    factor = on_device(torch.linspace(0.5, 2, loss.numel()).double()).reshape(loss.shape)
+    grads, exact_grads = (torch.autograd.grad(each, tensors, factor) for each in (loss, exact))
+    for actual, expected in zip((loss, *grads), (exact, *exact_grads), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@every_reduction
 @every_extra
 def test_derivatives_of_both_orders(extra, reduction):
     target, options = targets(), {"reduction": reduction, "ignore_index": IGNORED, **EXTRAS[extra]}
