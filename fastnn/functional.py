@@ -96,7 +96,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     >>> import torch, fastnn
     >>> x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
-    >>> torch.allclose(fastnn.functional.linear(x, w, b), x @ w.T + b)
+    >>> torch.allclose(fastnn.functional.linear(x, w, b), x @ w.T + b, atol=1e-6)
     True
     """
     if has_torch_function_variadic(input, weight, bias):
@@ -130,7 +130,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     >>> import torch, fastnn
     >>> x, w, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2)
-    >>> torch.allclose(fastnn.functional.linear_relu(x, w, b), torch.relu(x @ w.T + b))
+    >>> torch.allclose(fastnn.functional.linear_relu(x, w, b), torch.relu(x @ w.T + b), atol=1e-6)
     True
     """
     if has_torch_function_variadic(input, weight, bias):

@@ -63,8 +63,12 @@ OF_TRANSFORMER_LAYERS = {"_ff_block"}
 NAME_IN_A_STRING = r"_[a-z]\w*|torch(\.\w+)+"
 
 
+# Public, and underscored so that they can't be the name of a field.
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_replace"}
+
+
 def is_private(name: str) -> bool:
-    return re.fullmatch(r"_[A-Za-z]\w*", name) is not None
+    return re.fullmatch(r"_[A-Za-z]\w*", name) is not None and name not in OF_NAMED_TUPLES
 
 
 def attribute(node: ast.Attribute) -> str:

@@ -580,7 +580,7 @@ def test_settings_that_it_steps_aside_for():
     ("change", "reason"),
     [
         (lambda x, t: (x.requires_grad_(), t), "input requires a gradient"),
-        (lambda x, t: (x[:0], t[:0]), "no batch"),
+        (lambda x, t: (x[:0], t[:0]), "is not a batch"),
         (lambda x, t: (x[0], t[0]), "no matrix"),
         (lambda x, t: ([x], t), "no plain tensor"),
         (lambda x, t: (nn.Parameter(x, requires_grad=False), t), ""),
