@@ -114,7 +114,12 @@ struct AlongClasses {
   }
   template <typename F>
   vec<A> sum(F f) const {
-    return reduce_sum<A>(fold(vec<A>{}, vec_add<A>, f));
+    return reduce_sum<A>(sum_in_lanes(f));
+  }
+  // Each lane has the sum over some of the classes.
+  template <typename F>
+  vec<A> sum_in_lanes(F f) const {
+    return fold(vec<A>{}, vec_add<A>, f);
   }
 
  private:
@@ -336,20 +341,21 @@ struct LogSumExp {
   }
 };
 
-template <typename A, typename RowsT, typename Reader>
-vec<A> row_max(const RowsT& rows, Reader& x) {
-  return rows.max([&](auto step) { return x(step, -std::numeric_limits<A>::infinity()); });
+// What a row's maximum is of, at a step.
+template <typename A, typename Reader>
+auto logits(Reader& x) {
+  return [&x](auto step) { return x(step, -std::numeric_limits<A>::infinity()); };
 }
 
-// The sum of exp(x - max), each term of which goes to keep(step, term).
+// What its sum is of, exp(x - max), which goes to keep(step, term).
 template <typename A, typename RowsT, typename Reader, typename Keep>
-vec<A> row_sum_exp(const RowsT& rows, Reader& x, vec<A> max, Keep& keep) {
-  return rows.sum([&](auto step) {
+auto exp_terms(const RowsT& rows, Reader& x, vec<A> max, Keep& keep) {
+  return [&rows, &x, max, &keep](auto step) {
     const vec<A> from_max = rows.valid(step, x(step, 0) - max);
     const vec<A> term = rows.valid(step, exp_nonpositive<A>(from_max));
     keep(step, term);
     return term;
-  });
+  };
 }
 
 // Keeps no terms.
@@ -371,28 +377,39 @@ void for_each_log_sum_exp(const Layout& layout, int64_t begin, int64_t end, cons
     for_each_group<A>(layout, begin, end, [&](auto rows, int64_t offset, int64_t position) {
       auto x = rows.reader(input + offset);
       auto terms = keep(rows, offset);
-      const vec<A> max = row_max<A>(rows, x);
-      const vec<A> sum = row_sum_exp<A>(rows, x, max, terms);
+      const vec<A> max = rows.max(logits<A>(x));
+      const vec<A> sum = rows.sum(exp_terms<A>(rows, x, max, terms));
       f(rows, offset, position, x, terms, LogSumExp<A>{max, sum, log<A>(sum)});
     });
     return;
   }
-  // All sums of a few rows, then all their results: no row waits for another's reduction across
-  // lanes, and they share one logarithm. The rows are few enough to stay in the L1 cache.
+  // All sums of a few rows, then all their results: they share one logarithm, and few instructions
+  // reduce all sums across lanes. A row's maximum is taken before the last row's sum, which doesn't
+  // wait for its reduction. The rows are few enough to stay in the L1 cache.
   constexpr int64_t kElements = 4096;
   const int64_t block = std::clamp<int64_t>(kElements / classes, 1, kLanes<A>);
   const AlongClasses<A> row{classes};
   for (int64_t first = begin; first < end; first += block) {
     const int64_t last = std::min(first + block, end);
-    A max[kLanes<A>] = {}, sum[kLanes<A>] = {}, log_sum[kLanes<A>];
+    vec<A> lanes[kLanes<A>] = {};
+    A max[kLanes<A>], sum[kLanes<A>], log_sum[kLanes<A>];
+    const auto max_of = [&](int64_t position) {
+      auto x = row.reader(input + position * classes);
+      return row.max(logits<A>(x));
+    };
+    vec<A> next_max = max_of(first);
     for_each_row_alone<A>(classes, first, last, [&](auto, int64_t offset, int64_t position) {
       auto x = row.reader(input + offset);
       auto terms = keep(row, offset);
-      const vec<A> row_maximum = row_max<A>(row, x);
-      max[position - first] = row_maximum[0];
-      sum[position - first] = row_sum_exp<A>(row, x, row_maximum, terms)[0];
+      const int64_t i = position - first;
+      const vec<A> row_max = next_max;
+      if (position + 1 < last) next_max = max_of(position + 1);
+      max[i] = row_max[0];
+      lanes[i] = row.sum_in_lanes(exp_terms<A>(row, x, row_max, terms));
     });
-    store(log_sum, log<A>(load(sum)));
+    const vec<A> sums = reduce_each<A>(lanes, vec_add<A>);
+    store(sum, sums);
+    store(log_sum, log<A>(sums));
     for_each_row_alone<A>(classes, first, last, [&](auto, int64_t offset, int64_t position) {
       auto x = row.reader(input + offset);
       auto terms = keep(row, offset);

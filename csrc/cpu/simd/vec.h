@@ -104,15 +104,57 @@ inline bits32 zero_extend(bits16 bits) {
 #endif
 }
 
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+typedef uint16_t halves __attribute__((vector_size(kVectorBytes)));
+// Half i of a vector is f(i).
+template <typename F, size_t... I>
+inline halves halves_of(F f, std::index_sequence<I...>) {
+  return halves{uint16_t(f(I))...};
+}
+template <typename F>
+inline halves halves_of(F f) {
+  return halves_of(f, std::make_index_sequence<kVectorBytes / 2>());
+}
+#endif
+
+// The upper 16 bits of each lane, in one instruction where there is one.
+inline bits16 upper_halves(bits32 bits) {
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const __m512i places = (__m512i)halves_of([](int i) { return (2 * i + 1) % 32; });
+  const __m512i upper = _mm512_maskz_permutexvar_epi16(0xffffffff, places, (__m512i)bits);
+  bits16 first;  // not by a cast, for which GCC warns of an operand that it leaves undefined
+  std::memcpy(&first, &upper, sizeof(first));
+  return first;
+#else
+  return __builtin_convertvector(bits >> 16, bits16);
+#endif
+}
+
 inline vec<float> widen(bits16 bits, bfloat16) {
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  // Each to the upper half of a lane, in one instruction.
+  const __m512i places = (__m512i)halves_of([](int i) { return i / 2; });
+  return (vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places,
+                                                    _mm512_castsi256_si512((__m256i)bits));
+#else
   return (vec<float>)(zero_extend(bits) << 16);
+#endif
+}
+
+// `bits`, or the bits of a quiet NaN where `value` is NaN.
+inline bits32 quiet_where_nan(bits32 bits, vec<float> value) {
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  // The table's two digits, of quiet and signalling NaN: the value itself, quiet. All else: `bits`.
+  return (bits32)_mm512_fixupimm_ps((vec<float>)bits, value, _mm512_set1_epi32(0x22), 0);
+#else
+  return select((bits32)(value != value), (bits32)value | 0x400000, bits);
+#endif
 }
 
 inline bits16 narrow(vec<float> value, bfloat16) {
   const bits32 bits = (bits32)value;
   const bits32 rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
-  const bits32 is_nan = (bits32)(value != value);
-  return __builtin_convertvector(select(is_nan, bits | 0x400000, rounded) >> 16, bits16);
+  return upper_halves(quiet_where_nan(rounded, value));
 }
 
 inline vec<float> widen(bits16 half, float16) {
@@ -277,24 +319,39 @@ inline void store_scalar(T* to, accum<T> value) {
 
 // ---- arithmetic ----
 
-// a > b ? a : b, hence b if either is NaN. On x86 that is one instruction, which the compiler
-// doesn't find by itself.
+// a > b ? a : b and a < b ? a : b, hence b if either is NaN. On x86 each is one instruction, which
+// the compiler doesn't find by itself.
+#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#define FASTNN_VECTOR_OP(op, a, b)                                                   \
+  /* A full mask, as GCC warns of an undefined operand in its unmasked intrinsic. */ \
+  if constexpr (sizeof(A) == 4) return _mm512_maskz_##op##_ps(0xffff, a, b);         \
+  if constexpr (sizeof(A) == 8) return _mm512_maskz_##op##_pd(0xff, a, b);
+#elif FASTNN_VECTOR_BYTES == 32 && defined(__AVX2__)
+#define FASTNN_VECTOR_OP(op, a, b)                             \
+  if constexpr (sizeof(A) == 4) return _mm256_##op##_ps(a, b); \
+  if constexpr (sizeof(A) == 8) return _mm256_##op##_pd(a, b);
+#elif FASTNN_VECTOR_BYTES == 16 && defined(__SSE2__)
+#define FASTNN_VECTOR_OP(op, a, b)                          \
+  if constexpr (sizeof(A) == 4) return _mm_##op##_ps(a, b); \
+  if constexpr (sizeof(A) == 8) return _mm_##op##_pd(a, b);
+#endif
 template <typename A>
 inline vec<A> vec_max(vec<A> a, vec<A> b) {
-#if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  // A full mask, because GCC warns of an undefined operand in its unmasked intrinsic.
-  if constexpr (sizeof(A) == 4) return _mm512_maskz_max_ps(0xffff, a, b);
-  if constexpr (sizeof(A) == 8) return _mm512_maskz_max_pd(0xff, a, b);
-#elif FASTNN_VECTOR_BYTES == 32 && defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) return _mm256_max_ps(a, b);
-  if constexpr (sizeof(A) == 8) return _mm256_max_pd(a, b);
-#elif FASTNN_VECTOR_BYTES == 16 && defined(__SSE2__)
-  if constexpr (sizeof(A) == 4) return _mm_max_ps(a, b);
-  if constexpr (sizeof(A) == 8) return _mm_max_pd(a, b);
+#ifdef FASTNN_VECTOR_OP
+  FASTNN_VECTOR_OP(max, a, b)
 #else
   return a > b ? a : b;
 #endif
 }
+template <typename A>
+inline vec<A> vec_min(vec<A> a, vec<A> b) {
+#ifdef FASTNN_VECTOR_OP
+  FASTNN_VECTOR_OP(min, a, b)
+#else
+  return a < b ? a : b;
+#endif
+}
+#undef FASTNN_VECTOR_OP
 
 template <typename A>
 inline vec<A> vec_add(vec<A> a, vec<A> b) {
@@ -318,19 +375,24 @@ inline vec<A> shuffle(vec<A> a, vec<A> b, Index index) {
   return shuffle<A>(a, b, index, std::make_index_sequence<kLanes<A>>());
 }
 
+// Two vectors in blocks of Distance lanes: the first block of each pair, and the second.
+template <typename A, int Distance>
+constexpr auto kFirstBlocks =
+    [](int i) { return i & Distance ? int(kLanes<A>) + i - Distance : i; };
+template <typename A, int Distance>
+constexpr auto kSecondBlocks = [](int i) { return kFirstBlocks<A, Distance>(i) + Distance; };
+
 // Swaps the off-diagonal blocks of Distance x Distance elements, then those of half the size.
 template <typename A, int Distance = kLanes<A> / 2>
 inline void transpose(vec<A> (&rows)[kLanes<A>]) {
   constexpr int lanes = kLanes<A>;
-  constexpr auto low = [](int i) { return i & Distance ? lanes + i - Distance : i; };
-  constexpr auto high = [](int i) { return i & Distance ? lanes + i : i + Distance; };
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) {
     if (i & Distance) continue;
     const vec<A> a = rows[i];
     const vec<A> b = rows[i + Distance];
-    rows[i] = shuffle<A>(a, b, low);
-    rows[i + Distance] = shuffle<A>(a, b, high);
+    rows[i] = shuffle<A>(a, b, kFirstBlocks<A, Distance>);
+    rows[i + Distance] = shuffle<A>(a, b, kSecondBlocks<A, Distance>);
   }
   if constexpr (Distance > 1) transpose<A, Distance / 2>(rows);
 }
@@ -343,6 +405,22 @@ inline vec<A> reduce(vec<A> value, Combine combine) {
     return reduce<A, Distance / 2>(value, combine);
   } else {
     return value;
+  }
+}
+
+// The same of a vector's worth of vectors: that of vectors[i] in lane i, in fewer steps than one by
+// one.
+template <typename A, int Distance = kLanes<A> / 2, typename Combine>
+inline vec<A> reduce_each(vec<A> (&vectors)[kLanes<A>], Combine combine) {
+#pragma GCC unroll 8
+  for (int i = 0; i < Distance; ++i) {
+    vectors[i] = combine(shuffle<A>(vectors[i], vectors[i + Distance], kFirstBlocks<A, Distance>),
+                         shuffle<A>(vectors[i], vectors[i + Distance], kSecondBlocks<A, Distance>));
+  }
+  if constexpr (Distance > 1) {
+    return reduce_each<A, Distance / 2>(vectors, combine);
+  } else {
+    return vectors[0];
   }
 }
 
@@ -386,6 +464,19 @@ constexpr A inverse_factorial(int k) {
   return A(1) / factorial;
 }
 
+// The sum of r^(k - First) / k! for k from First to Last, in pairs of terms: they don't wait for
+// one another, as the steps of a single chain do.
+template <typename A, int First, int Last>
+inline vec<A> taylor_from(vec<A> r, vec<A> r2) {
+  static_assert((Last - First) % 2 == 1);
+  const vec<A> pair = inverse_factorial<A>(First) + r * inverse_factorial<A>(First + 1);
+  if constexpr (Last == First + 1) {
+    return pair;
+  } else {
+    return pair + r2 * taylor_from<A, First + 2, Last>(r, r2);
+  }
+}
+
 // exp(x) = 2^n * polynomial.
 template <typename A>
 struct ExpParts {
@@ -402,9 +493,8 @@ inline ExpParts<A> exp_parts(vec<A> x) {
   const vec<A> rounded = x * K::log2_e + K::rounder;
   const vec<A> n = rounded - K::rounder;
   const vec<A> r = (x - n * K::ln2_high) - n * K::ln2_low;
-  vec<A> polynomial = broadcast(inverse_factorial<A>(K::degree));
-#pragma GCC unroll 16
-  for (int k = K::degree - 1; k >= 0; --k) polynomial = polynomial * r + inverse_factorial<A>(k);
+  const vec<A> r2 = r * r;
+  const vec<A> polynomial = 1 + r * (1 + r * taylor_from<A, 2, K::degree>(r, r2));
   // The bits of `rounded` minus those of the rounder are the integer n.
   return {polynomial, n, (ints<A>)rounded - (ints<A>)broadcast(K::rounder)};
 }
@@ -427,23 +517,23 @@ inline auto rounded_product(A a, B b) {
 #endif
 }
 
-// 2^n * polynomial, or 0 where `is_zero` is set: letting such a product underflow would cost a
-// hundred cycles. AVX-512 has an instruction for it; elsewhere it takes two factors, 2^first and
+// 2^n * polynomial, or 0 where x is at most the lowest: letting such a product underflow would cost
+// a hundred cycles. AVX-512 has an instruction for it; elsewhere it takes two factors, 2^first and
 // the rest, since no single normal power of two reaches subnormal results or 2^128.
 template <typename A>
-inline vec<A> combine(const ExpParts<A>& exp, ints<A> is_zero, [[maybe_unused]] ints<A> first) {
+inline vec<A> combine(const ExpParts<A>& exp, vec<A> x, [[maybe_unused]] ints<A> first) {
+  const vec<A> lowest = broadcast(ExpConstants<A>::lowest), zero = {};
 #if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  const vec<A> zero = {};
   if constexpr (sizeof(A) == 4) {
-    const __mmask16 mask = _mm512_movepi32_mask((__m512i)is_zero);
-    return _mm512_mask_scalef_ps(zero, _knot_mask16(mask), exp.polynomial, exp.n);
+    const __mmask16 is_not_zero = _mm512_cmp_ps_mask(x, lowest, _CMP_NLE_UQ);
+    return _mm512_mask_scalef_ps(zero, is_not_zero, exp.polynomial, exp.n);
   } else {
-    const __mmask8 mask = _mm512_movepi64_mask((__m512i)is_zero);
-    return _mm512_mask_scalef_pd(zero, _knot_mask8(mask), exp.polynomial, exp.n);
+    const __mmask8 is_not_zero = _mm512_cmp_pd_mask(x, lowest, _CMP_NLE_UQ);
+    return _mm512_mask_scalef_pd(zero, is_not_zero, exp.polynomial, exp.n);
   }
 #else
   const vec<A> large = exp.polynomial * power_of_two<A>(first);
-  return (is_zero ? vec<A>{} : large) * power_of_two<A>(exp.exponent - first);
+  return (x <= lowest ? zero : large) * power_of_two<A>(exp.exponent - first);
 #endif
 }
 
@@ -453,17 +543,16 @@ inline vec<A> exp_nonpositive(vec<A> x) {
   using K = ExpConstants<A>;
   x = vec_max<A>(broadcast(K::lowest), x);  // so that the exponent fits an integer
   const ExpParts<A> parts = exp_parts<A>(x);
-  return combine<A>(parts, x <= K::lowest, parts.exponent + K::exponent_bias / 2);
+  return combine<A>(parts, x, parts.exponent + K::exponent_bias / 2);
 }
 
 // exp(x); NaN stays NaN.
 template <typename A>
 inline vec<A> exp(vec<A> x) {
   using K = ExpConstants<A>;
-  x = vec_max<A>(broadcast(K::lowest), x);
-  x = x > K::highest ? broadcast(K::highest) : x;
+  x = vec_min<A>(broadcast(K::highest), vec_max<A>(broadcast(K::lowest), x));
   const ExpParts<A> parts = exp_parts<A>(x);
-  return combine<A>(parts, x <= K::lowest, parts.exponent >> 1);
+  return combine<A>(parts, x, parts.exponent >> 1);
 }
 
 template <typename A>
