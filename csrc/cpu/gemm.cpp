@@ -3,6 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 
 #include <memory>
 #include <new>
@@ -125,7 +126,13 @@ void run_library(const simd::Gemm<T>& args, LibraryProduct product) {
   }
   // If the output is narrower than the sums, the library adds the bias before it rounds.
   const bool bias_in_gemm = bias && (!args.relu || accumulate_dtype(a) != a.scalar_type());
-  bias_in_gemm ? at::addmm_out(out, *bias, a, b) : at::mm_out(out, a, b);
+  if (bias_in_gemm) {
+    at::addmm_out(out, *bias, a, b);
+  } else if (args.depth == 1) {
+    at::mul_out(out, a, b);  // as fast as memory takes the output, which mm is not
+  } else {
+    at::mm_out(out, a, b);
+  }
   if (args.relu) {
     const T* bias_data = bias_in_gemm ? nullptr : args.bias;
     at::parallel_for(0, args.rows, grain(args.cols), [&](int64_t begin, int64_t end) {
