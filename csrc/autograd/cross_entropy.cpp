@@ -65,7 +65,7 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
   const at::Tensor derivative = softmax * total - q;
   const at::Tensor grad_rows = grad_per_row(grad, like, total_weight, options.reduction);
   if (probabilities) return (grad_rows * derivative).to(kept.scalar_type());
-  // A factor of zero too: the mean over no row is NaN, which a second derivative would multiply by.
+  // The factor too: the mean over no row is NaN, which a second derivative would multiply by.
   const at::Tensor factor =
       zero_ignored_rows(grad_rows.expand_as(kept), target, options.ignore_index);
   return zero_ignored_rows(factor * derivative, target, options.ignore_index)

@@ -23,7 +23,7 @@ at::Tensor nll_loss_backward_composite(const at::Tensor& grad, const at::Tensor&
   const at::Tensor grad_input = -q * grad_per_row(grad, wide, total_weight, options.reduction);
   const at::Tensor result =
       zero_ignored_rows(grad_input, target, options.ignore_index).to(input.scalar_type());
-  // As in torch a function of the input, although it doesn't depend on it: its gradient is zero.
+  // As in torch, the result is a function of the input, with a gradient of zero.
   return at::where(at::zeros_like(result, at::kBool), input, result);
 }
 

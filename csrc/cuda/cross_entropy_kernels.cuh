@@ -234,7 +234,7 @@ struct CrossEntropyForwardRows : RowDefaults {
   __device__ A logit_at(int64_t position, int64_t c) const {
     return args.logit(to_accum(args.logits[args.element(position, c)]));
   }
-  // By one thread: such rows are not for speed.
+  // By one thread: such rows need not be fast.
   __device__ A overflowing_loss(const Row& row, int64_t position) const {
     A loss = A(0);
     for (int64_t c = 0; c < args.classes; ++c) {
@@ -271,8 +271,8 @@ __device__ double target_weight_of(const CrossEntropyArgs<T>& args, int64_t bloc
   return reduce_block(state).sum;
 }
 
-// The forward that also writes the gradient times `scale`, divided by the weight of all targets:
-// what is in memory, or what each block finds out for itself, of few rows.
+// The forward that also writes the gradient times `scale`, divided by the weight of all targets,
+// which is in memory or, with few rows, summed by each block for itself.
 template <typename Storage, TargetKind Kind, typename Args = CrossEntropyArgs<Storage>>
 struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind, Args> {
   using A = accum<Storage>;
@@ -316,7 +316,7 @@ struct CrossEntropyGradientRows : CrossEntropyForwardRows<Storage, Kind, Args> {
   }
 };
 
-// Operands: a copy of the logits; or probabilities, the copy (the former are summed first).
+// Operands: a copy of the logits; or probabilities, which are summed first, and the copy.
 template <typename Storage, TargetKind Kind, typename Args = CrossEntropyArgs<Storage>>
 struct CrossEntropyBackwardRows : RowDefaults {
   using T = Storage;

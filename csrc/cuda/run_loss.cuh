@@ -19,7 +19,7 @@ void dispatch_loss(at::ScalarType dtype, at::ScalarType loss_dtype, std::string_
   f.template operator()<Widened<c10::Half>>();
 }
 
-// Partial sums of a loss: each block's, in its order.
+// The blocks' partial sums of a loss, in the order of the blocks.
 struct BlockSums {
   at::Tensor memory;
   int64_t blocks = 0;

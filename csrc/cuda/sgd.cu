@@ -24,8 +24,8 @@ void launch_steps(const std::vector<FlatTensors>& all, const SGDArgs& args, bool
   });
 }
 
-// Steps lists of one device and dtype, which the kernels run on. Whether the gradients' scale is 1
-// is known to the device only; where it is, they are written to and don't change.
+// Steps lists of one device and dtype. Only the device knows whether the gradients' scale is 1; if
+// it is, they count as written but don't change.
 void step_on_device(const TensorLists& lists, const SGDOptions& options,
                     const SGDScalars& scalars) {
   const c10::cuda::CUDAGuard guard(lists.params[0].device());

@@ -9,7 +9,7 @@
 namespace fastnn::cuda {
 
 constexpr int kSGDThreads = 256;
-// To a multiprocessor at the least: for more, ptxas would spill registers.
+// The least number per multiprocessor: for more, ptxas would spill registers.
 template <typename T>
 constexpr int kSGDBlocks = sizeof(T) == 4 ? 4 : 3;
 
@@ -23,7 +23,7 @@ constexpr int kSGDStride = kSGDThreads * kVecSize<T>;
 template <typename T>
 constexpr int64_t kSGDChunk = kSGDVectors * kSGDStride<T>;
 
-// What a launch takes beside its tensors.
+// The arguments of a launch besides its tensors.
 struct SGDArgs {
   SGDOptions options;
   DeviceScalar device_lr = {};   // in place of `options.lr`
@@ -89,7 +89,7 @@ struct SGDPointers {
   template <typename A>
   __device__ void step_element(const SGDStep<A, kMomentum>& step, int i) const {
     A x = A(param[i]), g = A(grad[i]);
-    // What a first buffer holds is nobody's, and may be NaN.
+    // On a first step the buffer is uninitialized, and may be NaN.
     A b = kMomentum && !step.is_first_step ? A(buffer[i]) : A(0);
     step(x, g, b);
     param[i] = T(x);

@@ -62,7 +62,7 @@ bool can_fuse_cross_entropy(const at::Tensor& input, const at::Tensor& target,
     return false;
   }
   if (!has_dtype_for(input, options)) return false;
-  // Probabilities or weights of another dtype promote the result's.
+  // Probabilities or weights of another dtype would promote the result's.
   return !has_class_probabilities(input, target) ||
          (target.scalar_type() == input.scalar_type() &&
           (!weight || weight->scalar_type() == options.dtype_of_loss(input)));
@@ -142,7 +142,7 @@ at::Tensor cross_entropy_default(const at::Tensor& input, const at::Tensor& targ
 LossOptions cross_entropy_options(const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                   std::string_view reduction, double label_smoothing,
                                   std::optional<at::ScalarType> dtype, std::string_view op) {
-  // NaN isn't between them either.
+  // NaN raises too.
   TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
               ": label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
   return {weight, ignore_index, parse_reduction(reduction), label_smoothing, dtype};

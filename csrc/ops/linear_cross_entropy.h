@@ -25,7 +25,7 @@ struct LinearLossOptions : LossOptions {
   double softcap = 0;  // logits become softcap * tanh(logits / softcap); 0 for none
   double logit_scale = 1;
   double z_loss = 0;
-  std::optional<at::Tensor> normalizer;  // what the sum is divided by, in the place of the count
+  std::optional<at::Tensor> normalizer;  // the divisor of the sum, instead of the count
 
   bool adjusts_logits() const {
     return softcap != 0 || logit_scale != 1;
@@ -49,7 +49,7 @@ HeadGradients linear_cross_entropy_backward(const at::Tensor& grad_output, const
                                             const at::Tensor& target, const at::Tensor& lse,
                                             const LinearLossOptions& options, HeadMask wanted);
 
-// Whether the fused kernels take these arguments; torch serves or refuses the rest.
+// Whether the fused kernels take these arguments; torch handles or rejects the rest.
 bool can_fuse_linear_cross_entropy(const LinearHead& head, const at::Tensor& target,
                                    const LinearLossOptions& options);
 

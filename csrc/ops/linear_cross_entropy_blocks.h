@@ -158,7 +158,7 @@ class LinearCrossEntropyBlocks {
     return multiplier / factor_;
   }
 
-  // A number for each row that counts as one for each row, 0 for the others; and back.
+  // Expand numbers of the rows that count to all rows, with 0 for the others; and back.
   at::Tensor expanded(const at::Tensor& compact) const {
     if (!counting_.defined()) return compact;
     return at::zeros({rows_.size(0)}, compact.options()).index_copy_(0, counting_, compact);
@@ -259,7 +259,7 @@ class LinearCrossEntropyBlocks {
   at::Tensor weight_;
   std::optional<at::Tensor> bias_;
   at::Tensor target_;    // of the rows that count
-  at::Tensor counting_;  // their numbers; undefined where all do
+  at::Tensor counting_;  // their indices; undefined if all count
   at::Tensor ignored_;   // whether a row is, where all are multiplied; undefined with probabilities
   at::Tensor factor_;    // what multiplies the sums of gradients; undefined where nothing does
   at::ScalarType sums_dtype_;

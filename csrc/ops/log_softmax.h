@@ -20,7 +20,7 @@ at::Tensor log_softmax_backward(const at::Tensor& grad_output, const at::Tensor&
 // it is summed in. Torch serves or refuses the rest.
 bool can_fuse_log_softmax(const at::Tensor& input, std::optional<at::ScalarType> dtype);
 
-// Torch's, with its own transforms and derivatives of any order.
+// torch's log_softmax, which supports torch's transforms and derivatives of any order.
 at::Tensor log_softmax_composite(const at::Tensor& input, int64_t dim,
                                  std::optional<at::ScalarType> dtype);
 

@@ -6,7 +6,7 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// A step's numbers in the type that it is computed in.
+// A step's numbers in the accumulation type.
 template <typename A>
 struct SGDFormula {
   A lr;
