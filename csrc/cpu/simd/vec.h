@@ -510,11 +510,14 @@ inline vec<A> power_of_two(ints<A> exponent) {
 // each kernel another: results that are to be the same would differ in their last bits.
 template <typename A, typename B>
 inline auto rounded_product(A a, B b) {
-#if __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(a * b);
-#else
-  return a * b;
+  auto product = a * b;
+  // The compiler can't see through it. __builtin_assoc_barrier would take vectors apart.
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
 #endif
+  return product;
 }
 
 // 2^n * polynomial, or 0 where x is at most the lowest: letting such a product underflow would cost
