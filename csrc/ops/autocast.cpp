@@ -26,43 +26,49 @@ constexpr auto* kAutocast =
     &at::autocast::WrapFunction<policy, device, std::remove_pointer_t<decltype(function)>,
                                 std::remove_pointer_t<decltype(function)>, function>::type::call;
 
-// WrapFunction can't cast lists.
+// The parts of WrapFunction, for functions that take lists or cast some tensors up, others down.
+template <c10::DeviceType device>
+struct BelowAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{
+      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device))};
+};
+
+template <c10::DeviceType device>
+auto down(const auto& tensor) {
+  return at::autocast::cached_cast(at::autocast::get_lower_precision_fp_from_device_type(device),
+                                   tensor, device);
+}
+
+template <c10::DeviceType device>
+auto up(const auto& tensor) {
+  return at::autocast::cached_cast(at::kFloat, tensor, device);
+}
+
+// Casts the lists.
 template <c10::DeviceType device>
 at::Tensor mlp_under_autocast(const at::Tensor& input, at::TensorList weights,
                               const OptionalTensors& biases, const Flags& relu) {
-  const c10::impl::ExcludeDispatchKeyGuard below_autocast(
-      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
-  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const at::Tensor& tensor) {
-    return at::autocast::cached_cast(dtype, tensor, device);
-  };
+  const BelowAutocast<device> below_autocast;
   std::vector<at::Tensor> cast_weights;
   OptionalTensors cast_biases;
-  for (const at::Tensor& weight : weights) cast_weights.push_back(cast(weight));
+  for (const at::Tensor& weight : weights) cast_weights.push_back(down<device>(weight));
   for (size_t i = 0; i < biases.size(); ++i) {
     const std::optional<at::Tensor> bias = biases.get(i);
-    cast_biases.push_back(bias ? std::optional(cast(*bias)) : std::nullopt);
+    cast_biases.push_back(bias ? std::optional(down<device>(*bias)) : std::nullopt);
   }
-  return mlp(cast(input), cast_weights, cast_biases, relu);
+  return mlp(down<device>(input), cast_weights, cast_biases, relu);
 }
 
 template <c10::DeviceType device>
 at::Tensor linear_cross_entropy_autocast(const LinearHead& head, const at::Tensor& target,
                                          const LinearLossOptions& options) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
-  const auto down = [](const auto& tensor) {
-    return at::autocast::cached_cast(at::autocast::get_lower_precision_fp_from_device_type(device),
-                                     tensor, device);
-  };
-  const auto up = [](const auto& tensor) {
-    return at::autocast::cached_cast(at::kFloat, tensor, device);
-  };
+  const BelowAutocast<device> below_autocast;
   LinearLossOptions casted = options;
-  casted.weight = up(options.weight);
+  casted.weight = up<device>(options.weight);
   if (!casted.dtype) casted.dtype = at::kFloat;
-  return linear_cross_entropy({down(head.input), down(head.weight), down(head.bias)}, up(target),
-                              casted);
+  return linear_cross_entropy(
+      {down<device>(head.input), down<device>(head.weight), down<device>(head.bias)},
+      up<device>(target), casted);
 }
 
 // Whether the kernels read the logits as they are: they would be narrower than float32, and so
@@ -73,9 +79,8 @@ bool are_read_narrow(const at::Tensor& logits, const at::Tensor& target) {
           target.scalar_type() == logits.scalar_type());
 }
 
-// Whether a copy in float32 costs less than what it spares: logits that a cache holds, for a loss
-// whose backward takes an exponential for each element once more, as that of narrow logits on a
-// CPU.
+// Whether a float32 copy costs less than it saves: on a CPU, the backward over narrow logits
+// computes each exponential again, which takes longer than a copy of logits that fit a cache.
 bool is_copy_faster(const at::Tensor& logits) {
   constexpr int64_t kElementsInCache = 1 << 20;
   return logits.is_cpu() && at::GradMode::is_enabled() && logits.requires_grad() &&
@@ -90,14 +95,10 @@ bool is_cross_entropy_read_narrow(const at::Tensor& logits, const at::Tensor& ta
 template <c10::DeviceType device, auto* loss, auto* is_read_narrow>
 at::Tensor loss_autocast(const at::Tensor& input, const at::Tensor& target,
                          const LossOptions& options) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
-  const auto up = [](const auto& tensor) {
-    return at::autocast::cached_cast(at::kFloat, tensor, device);
-  };
+  const BelowAutocast<device> below_autocast;
   LossOptions wide = options;
-  wide.weight = up(options.weight);
-  if (!is_read_narrow(input, target)) return loss(up(input), up(target), wide);
+  wide.weight = up<device>(options.weight);
+  if (!is_read_narrow(input, target)) return loss(up<device>(input), up<device>(target), wide);
   wide.dtype = at::kFloat;
   return loss(input, target, wide);
 }
@@ -118,11 +119,10 @@ void register_common(torch::Library& m) {
 template <c10::DeviceType device>
 at::Tensor log_softmax_autocast(const at::Tensor& input, int64_t dim,
                                 std::optional<at::ScalarType> dtype) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
+  const BelowAutocast<device> below_autocast;
   if (dtype) return fastnn::log_softmax(input, dim, dtype);
   if (can_fuse_log_softmax(input, at::kFloat)) return fastnn::log_softmax(input, dim, at::kFloat);
-  return fastnn::log_softmax(at::autocast::cached_cast(at::kFloat, input, device), dim);
+  return fastnn::log_softmax(up<device>(input), dim);
 }
 
 }  // namespace
