@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cpu/multi_tensor.h"
+#include "cpu/stepped_param.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -13,15 +14,12 @@ void step_run(const SteppedRun& run, const SGDOptions& options, double grad_scal
   const bool has_buffer = !of.state_dtypes.empty();
   const bool is_wide = has_buffer && of.state_dtypes[0] != of.dtype;
   dispatch(of.dtype, "sgd_step_", [&]<typename T>() {
-    const auto step = [&]<typename B>(auto kernel, std::type_identity<B>) {
-      kernel(run.param<T>(), run.grad<T>(), has_buffer ? run.state<B>(0) : nullptr, run.size,
-             options, grad_scale);
-    };
-    if (is_wide) {
-      step(kernels<T>().sgd_step_wide, std::type_identity<accum<T>>());
-    } else {
-      step(kernels<T>().sgd_step, std::type_identity<T>());
-    }
+    const simd::SteppedParam<T> stepped{
+        .param = run.param<T>(),
+        .momentum_buffer = has_buffer && !is_wide ? run.state<T>(0) : nullptr,
+        .wide_momentum_buffer = is_wide ? run.state<simd::accum<T>>(0) : nullptr,
+        .options = options};
+    step_range(stepped, run.grad<T>(), 0, run.size, grad_scale);
   });
 }
 
