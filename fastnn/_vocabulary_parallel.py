@@ -21,6 +21,7 @@ from fastnn._head_statistics import (
     row_statistics,
 )
 from fastnn._tensor_classes import mean_divisor
+from fastnn.reference._losses import check_reduction
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -112,10 +113,7 @@ def _replicated(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def _check(rows: Tensor, target: Tensor, classes: int, options: LinearLossOptions) -> None:
     """Raises the operator's errors for arguments that this implementation uses itself."""
-    if options.reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{options.reduction} is not a valid value for reduction")
-    if options.reduction == "none" and options.normalizer is not None:
-        raise ValueError("normalizer takes reduction='mean' or 'sum', but reduction is 'none'")
+    check_reduction(options.reduction, options.normalizer)
     is_index = not target.is_floating_point()
     check_rows_of_target(target, rows.shape[:-1], is_index)
     if is_index:

@@ -391,16 +391,8 @@ def linear_cross_entropy(
     tensor(0.1269)
     """
     of_loss = LinearLossOptions(
-        *(
-            weight,
-            reduction,
-            ignore_index,
-            label_smoothing,
-            softcap,
-            logit_scale,
-            z_loss,
-            normalizer,
-        )
+        *(weight, reduction, ignore_index, label_smoothing),
+        *(softcap, logit_scale, z_loss, normalizer),
     )
     head = input, linear_weight, target, linear_bias
     check_label_smoothing("linear_cross_entropy", label_smoothing)

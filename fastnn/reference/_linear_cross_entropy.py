@@ -11,6 +11,7 @@ from fastnn.reference._cross_entropy import cross_entropy_forward, distribution
 from fastnn.reference._dtypes import compute_dtype
 from fastnn.reference._log_softmax import log_softmax
 from fastnn.reference._losses import (
+    check_reduction,
     class_dim_of,
     counts_and_index,
     grad_per_row,
@@ -88,8 +89,7 @@ def linear_cross_entropy_forward(
             [-0.5000, -0.5000]])
     """
     _check_head(input, linear_weight, linear_bias)
-    if reduction == "none" and normalizer is not None:
-        raise ValueError("normalizer takes reduction='mean' or 'sum', but reduction is 'none'")
+    check_reduction(reduction, normalizer)
     loss_dtype = input.dtype if dtype is None else dtype
     logits, _ = _logits_and_slope(input, linear_weight, linear_bias, softcap, logit_scale)
     is_index = target.shape != logits.shape

@@ -20,9 +20,16 @@ def per_class(weight: Tensor, input: Tensor) -> Tensor:
     return weight.view(shape)
 
 
-def check_loss_arguments(input: Tensor, weight: Tensor | None, reduction: str) -> None:
+def check_reduction(reduction: str, normalizer: object = None) -> None:
+    """Raises ValueError for an unknown reduction, or one without a sum for the normalizer."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
+    if reduction == "none" and normalizer is not None:
+        raise ValueError("normalizer takes reduction='mean' or 'sum', but reduction is 'none'")
+
+
+def check_loss_arguments(input: Tensor, weight: Tensor | None, reduction: str) -> None:
+    check_reduction(reduction)
     if input.dim() < 1:
         raise ValueError("Expected 1 or more dimensions in input (got 0)")
     if not input.is_floating_point():
