@@ -109,7 +109,7 @@ struct Device {
     return ceil_div(ceil_div(rows, blocks), kUnit) * kUnit;
   }
 
-  // Of a row whose target is out of range the kernel's assert tells.
+  // The kernel asserts that targets are in range.
   static at::Tensor total_weight(const at::Tensor& target, const LinearLossOptions& options,
                                  int64_t classes) {
     const at::Tensor total = at::empty({}, target.options().dtype(at::kDouble));
@@ -128,7 +128,7 @@ struct Device {
     return total;
   }
 
-  // In float32 where the factors are narrower.
+  // Computes the product in float32 if the factors are narrower.
   static void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b,
                       const std::optional<at::Tensor>& bias, bool add) {
     const bool wide = a.scalar_type() != out.scalar_type();
@@ -181,8 +181,8 @@ struct Device {
   }
 };
 
-// ATen's operators would be cast once more: whoever called us has settled the dtype. Nor do those
-// with a result to write to know autograd.
+// Keeps autocast from casting the operands of ATen's operators, whose dtype is already decided, and
+// autograd from refusing those that write to a result.
 struct PlainOperators {
   c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
   BelowAutograd below_autograd;

@@ -235,7 +235,7 @@ def test_a_loss_in_a_graph_reads_its_inputs_at_each_replay(rows, classes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_head_and_its_loss_in_a_graph(reduction, dtype):
-    """Of several blocks of rows; which are ignored is known to the device alone."""
+    """There are several blocks of rows, and only the device knows which rows are ignored."""
     rows, features, classes = 3000, 64, 1000
     leaves = [
         torch.zeros(size, features, device="cuda", dtype=dtype, requires_grad=True)

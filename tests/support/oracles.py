@@ -342,7 +342,7 @@ def _linear_cross_entropy_errors(
     scale = loss.scale_of_rows(grad_output).abs()
     exact = scale * (softmax * q_sum.unsqueeze(1) + loss.q)
     if roundoff := logit_gradient_roundoff(input.dtype):
-        # Of float16 relative to the largest multiplier of a row, so that few are subnormal.
+        # In float16 it is relative to the largest multiplier of a row, so that few are subnormal.
         least = smallest_step(input.dtype) * (scale.amax() if scale.numel() else 0)
         grad = grad + loss.like_input(roundoff * exact + least, logits)
     grad = grad + loss.like_input(
