@@ -17,6 +17,8 @@ INTEGRATIONS_VENV ?= .venv-integrations
 LINTERS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
 PY := $(VENV)/bin/python
+# A process for each processor, up to 8, since each takes 2 GB; a file's tests stay in one.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 # Large downloads show how far they are, small ones only their names.
 PIP := $(PY) -m pip --disable-pip-version-check install
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -56,11 +58,11 @@ QUICK := $(addprefix ops/test_,operators.py gradients.py accuracy.py errors.py b
     $(addprefix programs/test_,training.py saving.py tools.py) \
     $(addprefix project/test_,torch_names.py package.py makefile.py)
 check: lint build ## the quick lane, for each commit: lint, types, the main tests: 3 minutes
-	$(PY) -m pytest $(QUICK:%=tests/%) $(ARGS)
+	$(PYTEST) $(QUICK:%=tests/%) $(ARGS)
 
 test: build ## run all tests, then again on emulated CUDA kernels (ARGS="-k cross_entropy")
 	@echo "Tests on the CPU's kernels; a dot is a test that has passed."
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 	$(MAKE) test-emulated
 	$(if $(HAS_GPU),$(PY) -m pytest --device cuda $(ARGS))
 
@@ -69,9 +71,9 @@ OR_NONE_CHOSEN := || [ $$? -eq 5 ]
 EMULATED := FASTNN_TEST_CUDA_EMULATION=1 CXX="$(CXX)"
 test-emulated: build ## run the tests on CUDA kernels that the CPU emulates
 	@echo "Tests on emulated CUDA kernels, in three orders of threads; compiling them takes minutes."
-	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PY) -m pytest $(ARGS) $(OR_NONE_CHOSEN)
-	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PY) -m pytest tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
-	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PY) -m pytest tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
+	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PYTEST) $(ARGS) $(OR_NONE_CHOSEN)
+	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PYTEST) --dist load tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
+	$(EMULATED) FASTNN_EMULATION_ORDER=shuffled $(PYTEST) --dist load tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
 
 # mypy reads the types of the installed torch.
 lint: $(VENV)/.lint ## check the style and the static types
