@@ -38,10 +38,10 @@ struct SavedAs<std::vector<at::Tensor>> {
 //   name                the name that profilers, anomaly mode and grad_fn show
 //   Tensors             the tensors to save, absent ones undefined: std::array, or std::vector if
 //                       their number varies
-//   kOutputs            which of them are the forward's result; the rest, if it is shorter, aren't
+//   kOutputs            which of them are the forward's result; false beyond its end
 //   give_history(tensors, grad_output, edges, options)
-//                       optional, for a backward that is differentiated itself: gives tensors that
-//                       the forward computed without a graph one that leads to the node's edges
+//                       optional, for a backward that is differentiated itself: links tensors that
+//                       the forward computed without a graph to the node's edges
 //   Options             std::tuple of the numbers to save
 //   backward(grad_output, tensors, options, needs_input_grad)
 //                       returns the gradients of the node's inputs; it owns the tensors, which may
@@ -70,7 +70,7 @@ class BackwardNode : public torch::autograd::Node {
   }
 
   // The engine calls this right before apply, on the same thread, unless it retains the graph. The
-  // saved tensors are then released before their last use, which may overwrite them.
+  // saved tensors are then released before their last use, so that it may overwrite them.
   void will_release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     releasing_thread_ = std::this_thread::get_id();
@@ -176,7 +176,7 @@ class BackwardNode : public torch::autograd::Node {
 
   typename SavedAs<typename Op::Tensors>::type saved_;
   typename Op::Options options_;
-  std::thread::id releasing_thread_;  // none: no release is announced
+  std::thread::id releasing_thread_;  // default-constructed if no release is pending
 };
 
 // Whether the gradient may overwrite `kept`: this is the only reference to its memory, and no mode
@@ -186,8 +186,8 @@ inline bool may_replace(const at::Tensor& kept, const at::Tensor& grad) {
          !at::isTensorSubclassLike(kept) && !at::isTensorSubclassLike(grad);
 }
 
-// Makes the node of a result that is computed from these inputs; call it before computing that, so
-// that nodes are numbered in the order of the calls.
+// Makes the node of a result of these inputs; call it before computing the result, so that nodes
+// are numbered in the order of the calls.
 template <typename Op, typename... Inputs>
 NodePointer<BackwardNode<Op>> make_backward_node(const Inputs&... inputs) {
   auto node = make_node<BackwardNode<Op>>();

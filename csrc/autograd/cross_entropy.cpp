@@ -31,17 +31,17 @@ struct SoftmaxBackward {
   }
 };
 
-// The softmax of the logits, from what the forward kept: the logits may have changed, or be gone.
+// The softmax of the logits, from what the forward kept: they may have been overwritten or freed.
 at::Tensor kept_softmax(const at::Tensor& kept, const at::Tensor& q, const at::Tensor& total,
                         const at::Tensor& total_weight, const LossOptions& options) {
   const at::NoGradGuard no_grad;
   if (!keeps_gradient(kept)) return at::softmax(kept, class_dim(kept), options.dtype);
   const at::Tensor softmax = ((options.is_mean() ? kept * total_weight : kept) + q) / total;
-  // Where q is 0, the gradient says nothing about the softmax and doesn't depend on it.
+  // Where q sums to 0, the gradient neither determines the softmax nor depends on it.
   return softmax.masked_fill(total == 0, 0);
 }
 
-// Makes it a function of the logits that the running node was made for, if autograd is recording.
+// If autograd is recording, makes the softmax a function of the running node's logits.
 void record_softmax(const at::Tensor& softmax) {
   if (!at::GradMode::is_enabled()) return;
   const auto node = make_node<BackwardNode<SoftmaxBackward>>();
@@ -49,8 +49,8 @@ void record_softmax(const at::Tensor& softmax) {
   record(node, softmax, {softmax}, {class_dim(softmax)});
 }
 
-// grad * (softmax * sum(q) - q): the kernel's formula, in operators that can be differentiated in a
-// node of ours.
+// grad * (softmax * sum(q) - q): the kernel's formula, in differentiable operators. In a node of
+// ours, the softmax must be linked to the logits.
 at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
                               const at::Tensor& target, const at::Tensor& total_weight,
                               const LossOptions& options, bool in_node) {
@@ -65,7 +65,7 @@ at::Tensor composite_backward(const at::Tensor& grad, const at::Tensor& kept,
   const at::Tensor derivative = softmax * total - q;
   const at::Tensor grad_rows = grad_per_row(grad, like, total_weight, options.reduction);
   if (probabilities) return (grad_rows * derivative).to(kept.scalar_type());
-  // The factor too: the mean over no row is NaN, which a second derivative would multiply by.
+  // Zero the factor too: a mean over no rows is NaN, and a second derivative multiplies by it.
   const at::Tensor factor =
       zero_ignored_rows(grad_rows.expand_as(kept), target, options.ignore_index);
   return zero_ignored_rows(factor * derivative, target, options.ignore_index)
@@ -119,8 +119,8 @@ at::Tensor cross_entropy_recorded(const at::Tensor& input, const at::Tensor& tar
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target,
                                   const LossOptions& options) {
-  // The fused backward only gives the logits' gradient: if probabilities or weights need one,
-  // torch's composite gives it.
+  // The fused backward only computes the logits' gradient: if probabilities or weights need one,
+  // torch's composite computes it.
   if (in_functorch() || has_tangent(input) || has_tangent(target) || has_tangent(options.weight) ||
       needs_grad(target) || needs_grad(options.weight) ||
       !can_fuse_cross_entropy(input, target, options)) {

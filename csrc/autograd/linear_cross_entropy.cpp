@@ -42,7 +42,7 @@ HeadGradients composite_gradients(const at::Tensor& grad_rows, const LinearHead&
   }
   at::Tensor derivative = at::softmax(logits, dim) * total - q, factor = grad_rows;
   if (!probabilities) {
-    // The factor too: the mean over no row is NaN, which a second derivative would multiply by.
+    // Zero the factor too: a mean over no rows is NaN, and a second derivative multiplies by it.
     factor = zero_ignored_rows(factor.expand_as(logits), target, options.ignore_index);
     derivative = zero_ignored_rows(derivative, target, options.ignore_index);
   }
@@ -170,8 +170,8 @@ at::Tensor linear_cross_entropy_recorded(const LinearHead& head, const at::Tenso
 
 at::Tensor linear_cross_entropy_autograd(const LinearHead& head, const at::Tensor& target,
                                          const LinearLossOptions& options) {
-  // The fused backward only gives the gradients of the linear layer: if anything else needs one,
-  // the composite gives it.
+  // The fused backward only computes the gradients of the linear layer: if anything else needs one,
+  // the composite computes it.
   const auto is_composites = [](const auto&... tensors) {
     return (... || (needs_grad(tensors) || has_tangent(tensors)));
   };

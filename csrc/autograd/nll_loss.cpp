@@ -27,7 +27,7 @@ at::Tensor nll_loss_backward_composite(const at::Tensor& grad, const at::Tensor&
   return at::where(at::zeros_like(result, at::kBool), input, result);
 }
 
-// Makes a tensor a function of the input of the node that runs now, of equal value.
+// The backward of an identity, which makes a tensor a function of the running node's input.
 struct InputBackward {
   static constexpr auto name = "NLLLossInputBackward";
   using Tensors = std::array<at::Tensor, 0>;
@@ -50,8 +50,8 @@ at::Tensor with_history(const at::Tensor& input) {
   return result;
 }
 
-// What the backward takes of the input is its shape. Where a copy would have been saved, that may
-// be overwritten: what is saved then takes no part in that.
+// The backward reads only the input's shape. Where torch would save a cast copy, the input may be
+// overwritten later, so what is saved has a version counter of its own.
 at::Tensor saved_input(const at::Tensor& input, const LossOptions& options) {
   return options.dtype_of_loss(input) == input.scalar_type() ? input : input.variable_data();
 }
@@ -93,7 +93,7 @@ at::Tensor nll_loss_recorded(const at::Tensor& input, const at::Tensor& target,
 
 at::Tensor nll_loss_autograd(const at::Tensor& input, const at::Tensor& target,
                              const LossOptions& options) {
-  // A weight that requires a gradient is refused by torch, in its own words.
+  // torch itself rejects a weight that requires a gradient.
   if (in_functorch() || has_tangent(input) || has_tangent(options.weight) ||
       needs_grad(options.weight) || !can_fuse_nll_loss(input, target, options)) {
     return nll_loss_composite(input, target, options);

@@ -18,7 +18,7 @@ NodePointer<Node> make_node() {
   return c10::make_intrusive<Node>();
 }
 
-// Another reference to a node that is referenced already.
+// Another reference to a node that already has an owner.
 inline NodePointer<torch::autograd::Node> pointer_to(torch::autograd::Node& node) {
   return NodePointer<torch::autograd::Node>::unsafe_reclaim_from_nonowning(&node);
 }
@@ -34,7 +34,7 @@ NodePointer<Node> make_node() {
   return NodePointer<Node>(new Node(), torch::autograd::deleteNode);
 }
 
-// Another reference to a node that is referenced already.
+// Another reference to a node that already has an owner.
 inline NodePointer<torch::autograd::Node> pointer_to(torch::autograd::Node& node) {
   return node.shared_from_this();
 }

@@ -1,4 +1,4 @@
-// When an operator's autograd kernel must step aside for its ATen composite.
+// When an operator's autograd kernel must fall back to its ATen composite.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -46,7 +46,7 @@ double total_weight_of(const simd::CrossEntropy<T>& args) {
   return sum_over_rows(args.layout.rows(), 1, add_weights).weight;
 }
 
-// As the forward returns it, for a gradient that the backward computes to have the same bits.
+// The divisor that the forward returns, so that the backward computes a gradient of the same bits.
 template <typename T>
 simd::accum<T> divisor_of_rows(const simd::CrossEntropy<T>& args, const LossOptions& options) {
   if (!options.is_mean()) return 1;

@@ -51,7 +51,7 @@ struct Device {
   }
 
   // Enough rows to make the traffic of the weight, which each block reads twice, and its gradient,
-  // which each block adds to, cost little next to the products; few enough for little memory.
+  // which each block adds to, cost little next to the products; few enough to use little memory.
   static int64_t rows(int64_t rows, int64_t classes) {
     constexpr int64_t kElements = 1 << 23, kUnit = 64;
     const int64_t fitting = kElements / std::max<int64_t>(classes, 1);

@@ -53,8 +53,8 @@ inline at::Tensor scalar_tensor(double value, at::ScalarType dtype) {
   return result;
 }
 
-// What there is of a row or a class as the kernels take it. A number without an operator's call,
-// which costs as much as a small loss.
+// Converts values per row or per class to the kernels' accumulation dtype; a single number without
+// an operator's call, which costs as much as a small loss.
 inline at::Tensor in_accumulate_dtype(const at::Tensor& tensor) {
   const at::ScalarType dtype = accumulate_dtype(tensor);
   if (tensor.scalar_type() == dtype) return tensor;

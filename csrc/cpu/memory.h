@@ -12,8 +12,8 @@ namespace fastnn::cpu {
 // would cost more than most kernels.
 at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Zeros that need not be written, for a tensor so large that its memory comes as zero pages from
-// the system anyway: only the pages written later cost anything. nullopt for smaller tensors.
+// Zeros for a tensor so large that its memory comes from the system as zero pages: nothing is
+// written, so only the pages written later cost anything. nullopt for smaller tensors.
 std::optional<at::Tensor> large_zeros(at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace fastnn::cpu

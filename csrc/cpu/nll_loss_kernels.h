@@ -1,7 +1,7 @@
 // nll_loss on raw pointers. One element of each row is read or written, and the loops wait for
-// memory: wider vectors would gain nothing, so that these are not among the kernels that are
-// compiled for each instruction set (simd/). T is PyTorch's storage type; what there is of a row or
-// a class is in what T is summed in.
+// memory: wider vectors would gain nothing, so these are not among the kernels that are compiled
+// for each instruction set (simd/). T is PyTorch's storage type; values per row or per class are in
+// its accumulation type.
 #pragma once
 
 #include <algorithm>

@@ -8,12 +8,12 @@
 namespace fastnn::cpu {
 namespace {
 
-// Elements of a run: those of a few tensors fit the L1 cache.
+// Elements of a run: the runs of a few tensors fit the L1 cache.
 constexpr int64_t kRun = 1024;
-// Rows of fewer elements are too short for a call of their own: several make a run.
+// Shorter rows aren't worth a call each: several make a run.
 constexpr int64_t kShortRow = 32;
-// If rows lie across those of another tensor, a run takes this many elements of each: both tensors'
-// cache lines are then used up while they are in the cache.
+// If one tensor's rows run across another's, a run takes this many elements of each row, so that
+// both tensors' cache lines are fully used while they are in the cache.
 constexpr int64_t kAcross = 64;
 
 // Part of a tensor's rows, with strides in bytes.
@@ -28,7 +28,7 @@ struct Rows {
   bool are_one_run() const {
     return col_stride == element_size && (rows == 1 || row_stride == cols * element_size);
   }
-  // The same with neighbours joined into wider elements.
+  // The same rows, with adjacent elements joined into wider ones.
   Rows in_fewest_elements() const {
     constexpr int64_t kWidest = 16;
     Rows of = *this;
@@ -41,10 +41,10 @@ struct Rows {
   }
 };
 
-// Elements copied at once, as their addresses don't depend on one another.
+// Elements copied in one iteration, as their addresses don't depend on one another.
 constexpr int64_t kAtOnce = 4;
 
-// One row or column of the rows, and its place in the run that they make.
+// One row or column of `Rows`, and its place in their run.
 struct Line {
   char* in_rows;
   int64_t rows_stride;
@@ -66,8 +66,8 @@ struct Line {
   }
 };
 
-// Calls copy(in_rows, in_run) for each element, along neighbours in memory unless they are few. Not
-// inlined: its loops need all registers.
+// Calls copy(in_rows, in_run) for each element, in memory order unless that makes the lines short.
+// Not inlined: its loops need all registers.
 template <int64_t kSize, typename Copy>
 [[gnu::noinline, gnu::flatten]] void for_each_element(const Rows& of, char* run, Copy copy) {
   const int64_t run_row_stride = of.cols * kSize;

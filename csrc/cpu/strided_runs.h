@@ -1,4 +1,4 @@
-// Iterates over tensors of one shape and any strides, in runs of a few elements of each in memory.
+// Iterates over tensors of one shape and any strides, in short runs of contiguous elements of each.
 #pragma once
 
 #include <ATen/TensorIterator.h>
@@ -8,8 +8,8 @@ namespace fastnn::cpu {
 
 class StridedRuns {
  public:
-  // Tensors to read and write, then those only to read, which may be copy-on-write. Pointers are
-  // taken here.
+  // `written` is read and written; `read` is only read, and may be copy-on-write. The constructor
+  // takes the data pointers.
   StridedRuns(at::TensorList written, at::TensorList read);
 
   // Calls f(runs, n) for elements [begin, end) in memory order: pointers to n elements of each

@@ -10,7 +10,7 @@
 namespace fastnn::cuda {
 namespace {
 
-// The most rows of which each block of the forward adds up the weights itself.
+// Up to this many rows, each block of the forward sums all rows' weights itself.
 constexpr int64_t kWeighedByEach = 1024;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward_cuda(
@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     const Tensors<T> tensors{{op.args.logits, op.args.target_probs},
                              keep ? data<T>(kept) : nullptr};
     run_rows(op, plan, layout, tensors, input.options(), sums.data());
-    // Torch's rule: over nothing, the mean of probabilities is NaN as that of class indices is.
+    // As in torch, the mean over no elements is NaN for probabilities as for class indices.
     run_finish_loss(sums, /*empty=*/input.numel() == 0, op.result);
   };
   dispatch_loss(input.scalar_type(), loss.scalar_type(), "cross_entropy", [&]<typename T>() {
@@ -72,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   return {loss, keep ? operands.in_shape_of_input(kept) : kept, lse, total_weight};
 }
 
-// Reads a copy of the logits, which the gradient may replace.
+// Computes the gradient from the forward's copy of the logits, which it may overwrite.
 template <typename T, TargetKind Kind>
 void run_backward(const at::Tensor& grad_logits, const CrossEntropyCall& operands,
                   const at::Tensor& grad, const at::Tensor& lse, const at::Tensor& total_weight) {
@@ -93,7 +93,7 @@ void run_backward(const at::Tensor& grad_logits, const CrossEntropyCall& operand
            backward_tensors(operands, op.args.logits, data<T>(grad_logits)), grad_logits.options());
 }
 
-// Scales the gradient that the forward kept, in place or not.
+// Scales the gradient that the forward kept, in place or into another tensor.
 template <typename T>
 void run_scale(const at::Tensor& grad_logits, const CrossEntropyCall& operands,
                const at::Tensor& grad) {
@@ -109,8 +109,8 @@ void run_scale(const at::Tensor& grad_logits, const CrossEntropyCall& operands,
            Tensors<T>{{kept, nullptr}, data<T>(grad_logits)}, grad_logits.options());
 }
 
-// Writes the gradient, laid out as the operands' logits, which it may replace: these are what the
-// forward kept.
+// Writes the gradient, laid out like the operands' logits: these are what the forward kept, and
+// both may share memory.
 void write_gradient(const at::Tensor& grad_logits, const CrossEntropyCall& operands,
                     const at::Tensor& grad_output, const std::optional<at::Tensor>& lse,
                     const at::Tensor& total_weight) {
@@ -147,7 +147,7 @@ void cross_entropy_backward_cuda_(const at::Tensor& grad_output, const at::Tenso
   const c10::cuda::CUDAGuard guard(kept.device());
   const CrossEntropyCall operands(kept, target, options);
   write_gradient(operands.logits, operands, grad_output, lse, total_weight);
-  // Where the kernels don't take the strides, the operands are a copy.
+  // If the kernels don't support the strides, the operands are a copy.
   if (!operands.logits.is_alias_of(kept)) kept.copy_(operands.in_shape_of_input(operands.logits));
 }
 

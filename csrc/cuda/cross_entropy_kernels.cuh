@@ -31,9 +31,9 @@ struct GradientRow {
   A at_target;         // the part of q there besides the spread part
 };
 
-// What both directions know. `weight` may be null; so is `target` or `target_probs`, the other one.
-// The operators over rows take other arguments too (linear_cross_entropy_kernels.cuh), which may
-// compute the logits from what is read, and have a z-loss.
+// The arguments of both directions. `weight` may be null; one of `target` and `target_probs` is.
+// The operators over rows also take other argument types (linear_cross_entropy_kernels.cuh), which
+// may compute the logits from what is read, and have a z-loss.
 template <typename T>
 struct CrossEntropyArgs {
   using A = accum<T>;
@@ -234,7 +234,7 @@ struct CrossEntropyForwardRows : RowDefaults {
   __device__ A logit_at(int64_t position, int64_t c) const {
     return args.logit(to_accum(args.logits[args.element(position, c)]));
   }
-  // By one thread: such rows need not be fast.
+  // Runs in one thread: such rows needn't be fast.
   __device__ A overflowing_loss(const Row& row, int64_t position) const {
     A loss = A(0);
     for (int64_t c = 0; c < args.classes; ++c) {
@@ -253,7 +253,7 @@ struct CrossEntropyForwardRows : RowDefaults {
 template <typename Storage, TargetKind Kind>
 struct CrossEntropyCopyingRows : CrossEntropyForwardRows<Storage, Kind> {
   static constexpr bool kCopies = true;
-  // Those of the forward that keeps the gradient of float32.
+  // Widened rows take the threads of float32's forward, which keeps the gradient.
   static constexpr bool kHasThreadsToReread = kIsWidened<Storage>;
 };
 
@@ -325,7 +325,7 @@ struct CrossEntropyBackwardRows : RowDefaults {
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
   using State = std::conditional_t<kIndices, NoState, SumState<A>>;
   struct Row : GradientRow<A> {
-    A incoming;  // of Widened, whose gradient is computed as the forward of float32 keeps it
+    A incoming;  // for Widened: applied last, as to the gradient that float32's forward keeps
   };
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
   static constexpr bool kStrided = Args::kStrided;

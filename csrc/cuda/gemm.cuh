@@ -161,7 +161,7 @@ class TileLoader {
   static constexpr int kPieces = ceil_div(kLines * kStep, kWidth* kThreads);
   using Piece = Neighbours<T, kWidth>;
 
-  // From one of this thread's pieces to the next. Not kept: that would spill registers.
+  // The lines between this thread's pieces. Recomputed, as storing it would spill registers.
   __device__ int next_line() const {
     return along_depth_ ? kThreads * kWidth / kStep : 0;
   }

@@ -1,5 +1,5 @@
 // linear_cross_entropy on CUDA devices: the library's products over blocks of rows, and
-// cross_entropy's kernels over the rows. Nothing waits for the device.
+// cross_entropy's kernels over the rows. The CPU never waits for the device.
 #include "ops/linear_cross_entropy.h"
 
 #include <ATen/ops/addmm.h>
@@ -24,7 +24,7 @@ void dispatch_sums(at::ScalarType dtype, F f) {
   dtype == at::kDouble ? f.template operator()<double>() : f.template operator()<float>();
 }
 
-// Calls f.template operator()<A, Element>() with that and the gradient's element.
+// Calls f.template operator()<A, Element>() with that type and the gradient's element type.
 template <typename F>
 void dispatch_gradient(at::ScalarType dtype, F f) {
   dispatch(dtype, "linear_cross_entropy", [&]<typename T>() {
@@ -100,7 +100,7 @@ struct Device {
   }
 
   // Enough for the products to fill the device, and for the weight's gradient, which each block
-  // reads and writes, to cost little beside them: docs/performance.md, "Bounds of the CUDA
+  // reads and writes, to cost little next to them: docs/performance.md, "Bounds of the CUDA
   // kernels".
   static int64_t rows(int64_t rows, int64_t classes) {
     constexpr int64_t kElements = 1 << 27, kFewest = 2048, kUnit = 128;
@@ -143,7 +143,7 @@ struct Device {
     }
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 11
     at::addmm_out(out, addend, a, b, out.scalar_type());
-#else  // there the addend is as narrow as the factors
+#else  // before 2.11 the addend must have the factors' dtype
     const at::Tensor product = at::mm(a, b, out.scalar_type());
     at::add_out(out, product, addend);
 #endif
@@ -159,7 +159,7 @@ struct Device {
       run_losses(call, block, options);
       return {};
     }
-    // Not in the logits' place: a thread may read that of the target after another has written.
+    // Not in place: a thread may read the target's logit after another thread has overwritten it.
     const at::Tensor gradient =
         at::empty(block.logits.sizes(), block.logits.options().dtype(block.gradient_dtype));
     run_losses_and_gradient(call, block, options, gradient);
@@ -182,7 +182,7 @@ struct Device {
 };
 
 // Keeps autocast from casting the operands of ATen's operators, whose dtype is already decided, and
-// autograd from refusing those that write to a result.
+// autograd from rejecting the out= variants.
 struct PlainOperators {
   c10::impl::ExcludeDispatchKeyGuard without_autocast{c10::autocast_dispatch_keyset};
   BelowAutograd below_autograd;

@@ -18,7 +18,7 @@ struct ReluBackwardArgs {
   T* grad_linear;      // the masked gradient; or null
   accum<T>* partials;  // each block row's sums of every column; or null
   T* grad_bias;        // the sums themselves, if there is one row of blocks; or null
-  // Rows r and r + phases reach 16-byte boundaries at the same columns. 1 if all do, or need not.
+  // Rows r and r + phases reach 16-byte boundaries at the same columns. 1 if that doesn't matter.
   int phases = 1;
 };
 

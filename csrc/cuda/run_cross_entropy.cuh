@@ -1,4 +1,4 @@
-// From tensors to what the kernels of cross_entropy take, for linear_cross_entropy's blocks too.
+// Converts tensors to arguments of cross_entropy's kernels, also for linear_cross_entropy's blocks.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -38,10 +38,10 @@ void with_kind(const CrossEntropyCall& call, F f) {
   return f.template operator()<TargetKind::Index>();
 }
 
-// The most rows of which one block adds up the weights.
+// Up to this many rows, one block sums the weights.
 inline constexpr int64_t kWeighedByOne = 8192;
 
-// What 'mean' divides by, from the targets alone.
+// Computes the divisor of 'mean' from the targets alone.
 template <typename T>
 void run_target_weights(const CrossEntropyArgs<T>& args, int64_t rows, const at::Tensor& total) {
   const int64_t blocks = rows <= kWeighedByOne ? 1
@@ -73,7 +73,7 @@ struct UniformSumMemory {
   }
 };
 
-// The operands of the backward's operator over rows: the logits, after the probabilities.
+// The tensors of the backward's rows: the probabilities, if any, then the logits.
 template <typename T, typename Out>
 Tensors<T, Out> backward_tensors(const CrossEntropyCall& call, const T* logits, Out* gradient) {
   if (!call.probabilities) return {{logits, nullptr}, gradient};

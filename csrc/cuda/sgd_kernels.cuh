@@ -101,7 +101,7 @@ struct SGDPointers {
     Vec<T> x, g;
     Vec<B> b[kBufferVecs];
   };
-  // Those at element i, a 16-byte boundary in all.
+  // Loads the vectors at element i, a 16-byte boundary in all tensors.
   template <typename A>
   __device__ Vectors load(const SGDStep<A, kMomentum>& step, int i) const {
     Vectors at{load_vec(param + i, /*aligned=*/true), load_vec(grad + i, /*aligned=*/true), {}};

@@ -15,8 +15,8 @@
 
 namespace fastnn::cuda {
 
-// Two bytes in memory, and float32 in all else: kernels plan, group and compute as they do with
-// that, so that results have the bits that a copy in float32 would give.
+// Two bytes in memory, but float32 otherwise: kernels plan, group and compute as for float32, so
+// that results have the same bits as those of a copy in float32.
 template <typename Narrow>
 struct Widened {
   Narrow value;
@@ -33,7 +33,7 @@ inline constexpr bool kIsWidened = false;
 template <typename Narrow>
 inline constexpr bool kIsWidened<Widened<Narrow>> = true;
 
-// What the losses, incoming gradients and class weights of such elements are stored in.
+// The storage type of the losses, incoming gradients and class weights of such elements.
 template <typename T>
 using PerRow = std::conditional_t<kIsWidened<T>, float, T>;
 

@@ -13,19 +13,19 @@
 
 namespace fastnn {
 
-// Calls through the dispatcher. `total_weight` is what 'mean' divides by. Where asked to keep what
-// the backward takes, the forward also returns
+// Calls through the dispatcher. `total_weight` is the divisor of 'mean'. With `keep`, the forward
+// also returns, for the backward,
 //   kept   the gradient of the reduced loss (without a reduction, of each row's loss), or a copy of
 //          the logits: see keeps_gradient
 //   lse    with such a copy, each row's log-sum-exp in two parts, its maximum (0) and the sum of
 //          exp(x - max) (1)
-// and is undefined otherwise. Nothing that happens to the logits later changes the gradient so.
-// cross_entropy_backward_ replaces `kept` by the gradient, which spares memory and, where it is
-// kept and the incoming gradient is 1, all work.
+// which are undefined otherwise. So later changes of the logits don't affect the gradient.
+// cross_entropy_backward_ overwrites `kept` with the gradient, which saves memory and, if `kept` is
+// the gradient and the incoming one is 1, all work.
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target,
                          const LossOptions& options);
-// Logits narrower than what they are summed in may have a loss of that dtype. Loss and gradient are
-// then, to the bit, those of a copy of the logits in it; class weights and grad_output are of it.
+// Logits narrower than the accumulation dtype may have a loss of that dtype. Loss and gradient are
+// then, to the bit, those of a copy of the logits in it; class weights and grad_output have it too.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
     const at::Tensor& input, const at::Tensor& target, const LossOptions& options, bool keep);
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& kept,

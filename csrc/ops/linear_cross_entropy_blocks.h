@@ -1,12 +1,12 @@
 // linear_cross_entropy block by block: a few rows of logits at a time, their losses, their
-// gradient, and its two products. The logits are in what the sums are carried in. The same for
-// every device, whose part is `Device`:
+// gradient, and its two products. The logits are in the accumulation dtype. The same for every
+// device, whose part is `Device`:
 //   kAdjustsLogits            whether `losses` and `gradient` scale and cap the products themselves
 //   kLeavesOutIgnored         whether counting_rows says which rows count; a device that would have
-//                             to be waited for multiplies the others as zeros
-//   dtype(input)              the products' operands, the gradient among them, beside the weight
+//                             to be synchronized multiplies the others as zeros
+//   dtype(input)              of the products' operands, gradients included, but not the weight
 //   rows(n, classes)          how many rows a block has
-//   counting_rows(target, classes, ignore_index)    the numbers of the rows that aren't ignored;
+//   counting_rows(target, classes, ignore_index)    the indices of the rows that aren't ignored;
 //                             undefined if all count
 //   total_weight(target, options, classes)    of the rows that count, in float64 and 0-d
 //   product(out, a, b, bias, add)    out = a @ b (+ bias), or out + a @ b
@@ -35,7 +35,7 @@ namespace fastnn {
 struct LogitRows {
   at::Tensor logits;   // before they are scaled and capped, if the device does that
   at::Tensor target;   // class indices, or class probabilities in the logits' dtype
-  at::Tensor losses;   // a number for each row, in what the sums are carried in
+  at::Tensor losses;   // a number for each row, in the accumulation dtype
   at::Tensor max;      // likewise; undefined where no log-sum-exp is wanted
   at::Tensor log_sum;  // likewise, or its exponential: what the device's kernels keep
   at::Tensor grad;     // what multiplies the gradient, a number or one for each row; undefined
@@ -74,7 +74,7 @@ class LinearCrossEntropyBlocks {
   }
 
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward() {
-    if (options_.per_row()) wanted_ = {};  // the backward's
+    if (options_.per_row()) wanted_ = {};  // the backward computes the gradients
     const at::Tensor losses = numbers({rows()});
     const at::Tensor total = divisor();
     at::Tensor grad;
@@ -144,8 +144,8 @@ class LinearCrossEntropyBlocks {
     return total.masked_fill(total == 0, NAN);
   }
 
-  // What multiplies the rows' gradients, from that of the losses. float16 has no room for the
-  // gradient of a mean over many rows: there the largest in magnitude multiplies the sums instead.
+  // The factors of the rows' gradients, from that of the losses. float16 lacks the range for a mean
+  // over many rows: there the largest factor in magnitude multiplies the sums instead.
   at::Tensor multiplier(const at::Tensor& grad) {
     at::Tensor multiplier = grad;
     if (options_.logit_scale != 1) multiplier = multiplier * options_.logit_scale;
@@ -153,7 +153,7 @@ class LinearCrossEntropyBlocks {
     at::Tensor sizes = multiplier.abs();
     if (ignored_.defined() && sizes.dim() == 1) sizes = sizes.masked_fill(ignored_, 0);
     const at::Tensor largest = sizes.amax();
-    // Where it is infinite or NaN the rows that it belongs to shall say so, and no others.
+    // If it is infinite or NaN, it must reach only the gradients of its own rows.
     factor_ = at::where((largest > 0).logical_and(largest < INFINITY), largest, 1);
     return multiplier / factor_;
   }

@@ -50,7 +50,7 @@ void check_mlp_lists(at::TensorList weights, const OptionalTensors& biases, cons
 void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
                const Flags& relu);
 
-// Raises unless the tensors that the wanted gradients need are there and match grad_output.
+// Raises unless the tensors that the wanted gradients need are present and match grad_output.
 void check_mlp_backward(const at::Tensor& grad_output, const OptionalTensors& inputs,
                         const OptionalTensors& weights, const std::optional<at::Tensor>& output,
                         const Flags& relu, const Flags& output_mask);

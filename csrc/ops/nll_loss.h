@@ -12,7 +12,7 @@
 namespace fastnn {
 
 // Calls through the dispatcher. `total_weight` is the sum of the weights of the rows kept, which
-// 'mean' divides by. Of narrow log-probabilities the loss may be as wide as it is summed: see
+// 'mean' divides by. The loss of narrow log-probabilities may have the accumulation dtype: see
 // cross_entropy.h.
 at::Tensor nll_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& options);
 std::tuple<at::Tensor, at::Tensor> nll_loss_forward(const at::Tensor& input,

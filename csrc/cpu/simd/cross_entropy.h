@@ -134,8 +134,8 @@ RowTargets<accum<T>> row_targets(const TargetDistribution<T, Kind>& q, ints<accu
 
 // Gives write(step, gradient) g * sum(q) * softmax - g * q of the rows, zeros where a row doesn't
 // count. (Not g times the difference, which would be rounded twice at the target.) g_softmax(step)
-// is the first term. Of one class of a long row it is g_softmax_at(class), and what is written
-// write_at(class, gradient).
+// is the first term. For one class of a long row, g_softmax_at(class) is the first term, and the
+// gradient goes to write_at(class, gradient).
 template <typename T, TargetKind Kind, typename Rows, typename Reader, typename Write,
           typename WriteAt, typename Steps, typename Elements>
 void write_gradient(const TargetDistribution<T, Kind>& q, const RowTargets<accum<T>>& known,

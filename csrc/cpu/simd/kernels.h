@@ -8,8 +8,8 @@
 namespace fastnn::simd {
 
 // The operands of cross entropy's kernels. Targets are class indices (`target`) or probabilities
-// in the logits' layout (`target_probs`); the other is null, and `weight` may be. What there is of
-// a row or a class is in what T is summed in, as the losses and their gradients are.
+// in the logits' layout (`target_probs`); the other is null, and `weight` may be. Values per row or
+// per class are in the accumulation type of T, as the losses and their gradients are.
 template <typename T>
 struct CrossEntropy {
   Layout layout;
@@ -143,8 +143,8 @@ struct Kernels {
                            const KeptRows<T>& kept, accum<T>* losses, LossSums& sums);
   // grad_output holds one value, or one per row. If T keeps the gradient, that is passed as the
   // logits and only multiplied by grad_output: max, sum, scale and the targets' range are ignored.
-  // Else it is computed first, as the forward would have kept it with that scale. `grad_input` may
-  // alias the logits.
+  // Otherwise it is first computed as the forward would have kept it with that scale. `grad_input`
+  // may alias the logits.
   int64_t (*cross_entropy_backward)(const CrossEntropy<T>& args, int64_t begin, int64_t end,
                                     const accum<T>* max, const accum<T>* sum,
                                     const accum<T>* grad_output, bool grad_per_row, double scale,

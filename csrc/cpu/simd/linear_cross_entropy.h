@@ -7,7 +7,7 @@
 
 namespace fastnn::simd::FASTNN_SIMD_TARGET {
 
-// Processes the rows of a block that are taken at once.
+// Processes rows of a block, one or several at once.
 template <typename A, TargetKind Kind>
 struct BlockRows {
   static constexpr bool kIndices = Kind != TargetKind::Probabilities;
@@ -37,7 +37,7 @@ struct BlockRows {
     rows.store_per_row(block.log_sum + position, lse.log_sum);
   }
 
-  // The terms are a softmax's up to the factor `over_sum`.
+  // `term` times `over_sum` is the softmax.
   template <typename Rows, typename Probabilities, typename Writer, typename Steps,
             typename Elements>
   void write(const Rows& rows, int64_t offset, int64_t position, ints<A> target,
@@ -56,7 +56,7 @@ struct BlockRows {
   }
 };
 
-// The loss alone, or with a gradient that reads all logits once more.
+// Computes the losses alone, or also a gradient, which reads all logits once more.
 template <typename A, TargetKind Kind>
 void block_of_losses(const LogitBlock<A>& block, int64_t begin, int64_t end) {
   const A* const logits = block.args.logits;
@@ -78,8 +78,8 @@ void block_of_losses(const LogitBlock<A>& block, int64_t begin, int64_t end) {
   for_each_log_sum_exp(block.args.layout, begin, end, logits, KeepNothing(), run);
 }
 
-// The gradient reads the terms of the sum of exp(x - max), which have replaced the logits by then:
-// hence the targets' logits are read first.
+// The gradient reads the terms of the sum of exp(x - max), which have replaced the logits by then,
+// so the targets' logits are read first.
 template <typename A>
 void block_of_gradients(const LogitBlock<A>& block, int64_t begin, int64_t end) {
   const int64_t classes = block.args.layout.classes;

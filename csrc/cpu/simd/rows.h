@@ -341,13 +341,13 @@ struct LogSumExp {
   }
 };
 
-// What a row's maximum is of, at a step.
+// The values whose maximum a row takes, by step.
 template <typename A, typename Reader>
 auto logits(Reader& x) {
   return [&x](auto step) { return x(step, -std::numeric_limits<A>::infinity()); };
 }
 
-// What its sum is of, exp(x - max), which goes to keep(step, term).
+// The terms exp(x - max) of its sum, by step; each is passed to keep(step, term).
 template <typename A, typename RowsT, typename Reader, typename Keep>
 auto exp_terms(const RowsT& rows, Reader& x, vec<A> max, Keep& keep) {
   return [&rows, &x, max, &keep](auto step) {

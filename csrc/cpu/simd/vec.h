@@ -319,7 +319,7 @@ inline void store_scalar(T* to, accum<T> value) {
 
 // ---- arithmetic ----
 
-// a > b ? a : b and a < b ? a : b, hence b if either is NaN. On x86 each is one instruction, which
+// a > b ? a : b and a < b ? a : b, so b if either is NaN. On x86 each is one instruction, which
 // the compiler doesn't find by itself.
 #if FASTNN_VECTOR_BYTES == 64 && defined(__AVX512F__)
 #define FASTNN_VECTOR_OP(op, a, b)                                                   \
@@ -506,8 +506,8 @@ inline vec<A> power_of_two(ints<A> exponent) {
   return (vec<A>)((exponent + K::exponent_bias) << K::mantissa_bits);
 }
 
-// a * b, rounded. Of two products in a sum the compiler makes one part of a fused multiply-add, in
-// each kernel another: results that are to be the same would differ in their last bits.
+// a * b, rounded. In a sum of two products the compiler fuses one with the addition, but not the
+// same one in every kernel: results that must be equal would differ in their last bits.
 template <typename A, typename B>
 inline auto rounded_product(A a, B b) {
   auto product = a * b;
