@@ -69,18 +69,18 @@ def mlp_layers(
         if activation not in ("relu", None):
             raise ValueError(f"mlp(): activations[{i}] must be 'relu' or None, not {activation!r}")
     if not weights:
-        raise ValueError("mlp(): expected weights of one layer or more, but got none")
+        raise ValueError("mlp(): expected weights for at least one layer, but got none")
     for name, values in (("biases", biases), ("activations", activations)):
         if len(values) != len(weights):
             raise ValueError(
-                f"mlp(): expected {name} for {len(weights)} layers, as there are weights, but got "
+                f"mlp(): expected {name} for {len(weights)} layers, one per weight, but got "
                 f"{len(values)}"
             )
     return weights, biases, [activation is not None for activation in activations]
 
 
 def log_softmax_dim(input: Tensor, dim: int | None, stacklevel: int) -> int:
-    """The dimension meant; raises TypeError for anything but a number."""
+    """The dimension to use; raises TypeError for anything but a number."""
     if dim is None:
         return softmax_dim("log_softmax", input.dim(), stacklevel)
     _check_number("log_softmax", "dim", dim, int)
@@ -99,7 +99,7 @@ def check_loss_arguments(
 
 
 def loss_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The reduction meant; raises ValueError for one that is not a string."""
+    """The reduction to use; raises ValueError for one that is not a string."""
     if size_average is not None or reduce is not None:
         return legacy_reduction(size_average, reduce)
     if type(reduction) is not str:

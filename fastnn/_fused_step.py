@@ -163,9 +163,9 @@ def _check_setting(program: Program) -> None:
         raise _CannotFuse("the step is being compiled or traced")
     _refuse(_containers.why_all_apart())
     if torch.is_anomaly_enabled():
-        raise _CannotFuse("autograd is looking for anomalies")
+        raise _CannotFuse("autograd checks for anomalies")
     if has_autocast("cpu"):
-        raise _CannotFuse("under autocast")
+        raise _CannotFuse("autocast is on")
     if _torch.in_forward_mode() or _torch.running_transform() is not None:
         raise _CannotFuse("the step is under a torch.func transform or forward-mode AD")
 
@@ -245,7 +245,7 @@ def _loss_options(loss_fn: Callable[..., Any], chain: _Chain) -> tuple[dict[str,
     if type(options["ignore_index"]) is not int or type(options["label_smoothing"]) is not float:
         raise _CannotFuse("an option of the loss has an unexpected type")
     if type(weight) not in PLAIN_OR_NONE or (weight is not None and weight.requires_grad):
-        raise _CannotFuse("the loss's weight is not a plain tensor without a gradient")
+        raise _CannotFuse("the loss's weight is not a plain tensor, or requires a gradient")
     return options, not chain.has_log_softmax
 
 

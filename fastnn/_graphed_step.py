@@ -33,7 +33,7 @@ from fastnn.optim._hooks import has_replaced_step
 # Calls that run as the ordinary loop before a capture: they create the optimizer's state and what
 # the libraries allocate at their first call.
 WARM_UP_CALLS = 3
-# Enough for a smaller last batch of an epoch and an occasional other one; more would hold memory.
+# Enough for a smaller last batch of an epoch and an occasional other one; more would cost memory.
 MOST_CAPTURES = 4
 
 Key: TypeAlias = tuple[Any, ...]
@@ -163,7 +163,7 @@ def why_not_captured(program: Program) -> str:
     if len({param.device for param in params}) > 1:
         return "parameters are on several GPUs"
     if torch.cuda.is_current_stream_capturing():
-        return "it is being captured already"
+        return "the stream is already being captured"
     if program.accumulate > 1:
         return "gradients are accumulated"
     reasons = (
@@ -219,7 +219,7 @@ def _why_not_modes() -> str:
         return "hooks on all modules"
     if _torch.has_modes():
         return "a torch function or dispatch mode is active"
-    return "autograd is looking for anomalies" if torch.is_anomaly_enabled() else ""
+    return "autograd checks for anomalies" if torch.is_anomaly_enabled() else ""
 
 
 def _is_named(value: Any, modules: tuple[str, ...]) -> bool:

@@ -47,11 +47,11 @@ bool can_fuse_mlp(const at::Tensor& input, at::TensorList weights, const Optiona
 }
 
 void check_mlp_lists(at::TensorList weights, const OptionalTensors& biases, const Flags& relu) {
-  TORCH_CHECK_VALUE(!weights.empty(), "mlp: expected weights of one layer or more, but got none");
+  TORCH_CHECK_VALUE(!weights.empty(), "mlp: expected weights for at least one layer, but got none");
   TORCH_CHECK_VALUE(biases.size() == weights.size(), "mlp: expected biases for ", weights.size(),
-                    " layers, as there are weights, but got ", biases.size());
+                    " layers, one per weight, but got ", biases.size());
   TORCH_CHECK_VALUE(relu.size() == weights.size(), "mlp: expected activations for ", weights.size(),
-                    " layers, as there are weights, but got ", relu.size());
+                    " layers, one per weight, but got ", relu.size());
 }
 
 void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
@@ -90,11 +90,12 @@ void check_mlp_backward(const at::Tensor& grad_output, const OptionalTensors& in
                         const OptionalTensors& weights, const std::optional<at::Tensor>& output,
                         const Flags& relu, const Flags& output_mask) {
   const size_t layers = weights.size();
-  TORCH_CHECK_VALUE(layers > 0, kBackward, ": expected weights of one layer or more, but got none");
-  TORCH_CHECK_VALUE(inputs.size() == layers, kBackward, ": expected inputs of ", layers,
-                    " layers, as there are weights, but got ", inputs.size());
+  TORCH_CHECK_VALUE(layers > 0, kBackward,
+                    ": expected weights for at least one layer, but got none");
+  TORCH_CHECK_VALUE(inputs.size() == layers, kBackward, ": expected inputs for ", layers,
+                    " layers, one per weight, but got ", inputs.size());
   TORCH_CHECK_VALUE(relu.size() == layers, kBackward, ": expected relu for ", layers,
-                    " layers, as there are weights, but got ", relu.size());
+                    " layers, one per weight, but got ", relu.size());
   TORCH_CHECK_VALUE(output_mask.size() == 1 + 2 * layers, kBackward,
                     ": expected output_mask to have ", 1 + 2 * layers,
                     " elements, for the input, the weights and the biases, but got ",

@@ -22,7 +22,7 @@ namespace py = pybind11;
 // Reads the optimizer's options and momentum buffers, and makes the buffers of a first step.
 class OptimizerState {
  public:
-  // If it `stores` gradients, it steps no parameter.
+  // If `stores`, gradients are stored and no parameter is stepped.
   OptimizerState(const py::dict& state, bool stores)
       : state_(state), reader_(state), stores_(stores) {
   }
@@ -160,7 +160,7 @@ std::variant<py::list, std::string_view> groups_of(const py::list& params,
     }
     const at::Tensor& param = THPVariable_Unpack(object.ptr());
     PyObject* const group = param.requires_grad() ? owners.find(object.ptr()) : Py_None;
-    if (group == nullptr) return "a parameter is none of the optimizer's";
+    if (group == nullptr) return "a parameter doesn't belong to the optimizer";
     groups.append(py::handle(group));
     tensors.push_back(param);
     const py::object buffer = reader.find(object.ptr(), momentum_buffer_key());
@@ -188,7 +188,7 @@ std::string_view why_not_batch(const at::Tensor& input, const at::Tensor& target
   return target.requires_grad() ? "the target requires a gradient" : "";
 }
 
-// The stored gradients, in the order of the parameters; None where there is none.
+// The stored gradients, in the order of the parameters; None for those without one.
 py::list gradients_of(const std::vector<cpu::StepLayer>& layers) {
   py::list grads;
   const auto add = [&](const at::Tensor& grad) {

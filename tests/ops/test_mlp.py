@@ -168,7 +168,7 @@ ACTIVATIONS = [
     ["relu", None, None],
     [None, "relu", None],
 ]
-# For three layers with biases: the input, the weights, the biases.
+# Flags of the input, the weights and the biases of three layers.
 WANTED = list(itertools.product((False, True), repeat=7))[1:]
 by_activations = pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
 
@@ -219,7 +219,7 @@ def test_it_keeps_what_torch_keeps(implementation, wanted, activations):
 )
 def test_after_a_change_in_place(implementation, wanted, activations, changed, create_graph):
     """As in torch, tensors that no gradient depends on may change before the backward, and changes
-    of the others are noticed."""
+    to the others are detected."""
     results = []
     for function in (fastnn.functional.mlp, chains.stock):
         chain = make((3, 4, 5, 2), (3,), activations=activations).as_leaves(wanted)
@@ -259,7 +259,7 @@ def test_an_output_changed_in_place(implementation):
 
 @by_activations
 def test_parameters_that_inference_made(implementation, activations):
-    """Autograd can't keep them: only the last layer's bias trains, as in torch."""
+    """Autograd can't save them: only the last layer's bias trains, as in torch."""
     with torch.inference_mode():
         frozen = make((3, 4, 5, 2), (3,), activations=activations)
     bias = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -349,7 +349,7 @@ GOOD = {
     "activations": lambda: ["relu", None],
 }
 
-# A bad argument replaces a good one; then the error, and its message.
+# The argument to replace and its bad value; the error, and patterns that its message matches.
 BAD_CALLS: dict[str, tuple[str, Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "input is a list": ("input", lambda: [1.0], TypeError, ("input", "must be Tensor", "list")),
     "input is None": ("input", lambda: None, TypeError, ("input", "must be Tensor", "NoneType")),
@@ -371,7 +371,7 @@ BAD_CALLS: dict[str, tuple[str, Callable[[], Any], type[Exception], tuple[str, .
         TypeError,
         (r"biases\[1\]", "must be Tensor", "str"),
     ),
-    "no layers": ("weights", lambda: [], ValueError, ("weights of one layer or more", "none")),
+    "no layers": ("weights", lambda: [], ValueError, ("weights for at least one layer", "none")),
     "a bias too few": ("biases", lambda: [floats(4)], ValueError, ("biases", "2 layers", "got 1")),
     "a bias too many": (
         "biases",
@@ -464,7 +464,7 @@ GOOD_BACKWARD = {
     "output_mask": lambda: [True] * 5,
 }
 BAD_BACKWARDS: dict[str, tuple[str, Callable[[], Any], type[Exception], str]] = {
-    "no layers": ("weights", lambda: [], ValueError, "weights of one layer"),
+    "no layers": ("weights", lambda: [], ValueError, "weights for at least one layer"),
     "an input too few": ("inputs", lambda: [floats(2, 3)], ValueError, "inputs"),
     "a flag too few": ("relu", lambda: [True], ValueError, r"\brelu\b"),
     "a mask too short": ("output_mask", lambda: [True] * 4, ValueError, "output_mask"),
@@ -544,7 +544,7 @@ def test_bad_arguments_of_the_backward(bad):
 @needs_extension
 @pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=5)), ids=str)
 def test_the_backward_takes_no_more_than_it_needs(mask):
-    """Without the tensors that no wanted gradient needs; the reference gives the same."""
+    """Tensors that no wanted gradient needs may be missing; the reference gives the same."""
     arguments = {key: make_good() for key, make_good in GOOD_BACKWARD.items()}
     whole = torch.ops.fastnn.mlp_backward(**arguments)
     first = 0 if mask[0] else next((i for i in (0, 1) if mask[1 + i] or mask[3 + i]), 2)

@@ -544,7 +544,7 @@ ASIDE: dict[str, tuple[Callable[[Training], Any], str]] = {
     "a ReLU first": (exchanged(0, nn.ReLU), "before the first Linear"),
     "not the optimizer's": (
         lambda t: setattr(t, "optimizer", fastnn.optim.SGD(t.model[0].parameters(), lr=0.1)),
-        "none of the optimizer's",
+        "doesn't belong to the optimizer",
     ),
 }
 
