@@ -1,4 +1,4 @@
-"""What the ways to run a training step share: the program, the loop, and undoing a failed call."""
+"""Shared by the ways to run a training step: the program, the loop, and undoing a failed call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Program:
 
     Args:
         model, loss_fn, optimizer, accumulate, clip_grad_norm: as for :func:`fastnn.train_step`.
-        accumulated: batches whose gradients wait for an update (default 0).
+        accumulated: number of batches whose gradients await an update (default 0).
         stepped: the size of the optimizer's state after the last update (default: no update yet).
     """
 
@@ -250,7 +250,7 @@ class Before:
 
 
 def _written_by(module: Module) -> list[Any]:
-    """What a module's forward writes: buffers, and an Embedding's weight that it renormalises."""
+    """What a module's forward writes: buffers, and an Embedding's weight if it renormalises it."""
     written: list[Any] = []
     if buffers := _torch.buffers(module):
         # The buffers of a scripted module are not in a dict.
@@ -299,7 +299,7 @@ def _exchange(owner: list[Any], items: list[Restore]) -> list[Any]:
 
 
 def _may_fail_halfway(program: Program) -> bool:
-    """Whether the next step creates state, is followed by hooks, or runs code that isn't known."""
+    """Whether the next step creates state, is followed by hooks, or runs unknown code."""
     optimizer = program.optimizer
     return (
         program.stepped != _size_of_state(program)

@@ -154,7 +154,7 @@ def mlp(
     r"""Linear layers in a row, each optionally followed by a ReLU, as one operator: a multilayer
     perceptron.
 
-    Autograd has a single node for all of them. Its backward only computes the gradients that are
+    Autograd records a single node for all. Its backward only computes the gradients that are
     needed, and passes the gradient from one layer's product, with the ReLU's mask applied, directly
     to the next. It saves what torch saves: a layer's input if its weight requires a gradient, its
     weight if anything before it does. If the backward itself is differentiated, the layers' outputs
@@ -342,8 +342,8 @@ def linear_cross_entropy(
     computed in blocks of rows; each block is replaced by its gradient, from which two products
     follow. If a mean or a sum requires a gradient, the forward computes those of input, weight and
     bias, and the backward only scales them. Without a reduction it saves each row's log-sum-exp,
-    and the backward recomputes the blocks. On the CPU ignored rows are not multiplied. Derivatives
-    of higher orders, and transforms, use all the logits at once.
+    and the backward recomputes the blocks. On the CPU ignored rows take no part in the products.
+    Derivatives of higher orders, and transforms, store all the logits.
 
     The z-loss is from Chowdhery et al., "PaLM" (2022), the softcap from Gemma 2 (2024).
 
@@ -359,7 +359,7 @@ def linear_cross_entropy(
         reduction: ``'none'``, ``'mean'`` (default) or ``'sum'``, as in :func:`cross_entropy`.
         ignore_index: target value of rows to ignore (default None: -100); for class indices only.
         label_smoothing: in [0, 1] (default 0).
-        options: torch's choice of chunks (default None); ignored, as none is needed.
+        options: torch's choice of chunks (default None); ignored, since fastnn chooses its own.
         softcap: a positive cap on the logits; None (default) for no cap.
         logit_scale: factor of the logits: the reciprocal of a temperature (default 1).
         z_loss: factor of the squared log-sum-exp (default 0).
@@ -443,7 +443,7 @@ def linear_logprobs(
         logit_scale: factor of the logits: the reciprocal of a temperature (default 1).
         softcap: a positive cap on the logits; None (default) for no cap.
         ignore_index: target value of rows to ignore, which get 0 (default None: -100).
-        entropy: return the entropy of each row's distribution, too, which is also differentiable
+        entropy: also return the entropy of each row's distribution, which is differentiable too
             (default ``False``). Both are then computed by torch's operators.
 
     Returns:
@@ -483,7 +483,7 @@ def _call_with_matrices(
     linear_bias: Tensor | None,
     options: LinearLossOptions,
 ) -> Tensor:
-    """Calls the operator of ``linear_cross_entropy``, which takes a matrix or a row of logits."""
+    """Calls the operator of ``linear_cross_entropy``, which takes a matrix or a single row."""
     classes, *positions = check_linear_cross_entropy_shapes(input, linear_weight, linear_bias)
     rows = tuple(input.shape[:-1])
     is_index = target.shape != (*rows, classes, *positions)
@@ -532,7 +532,7 @@ def _call_with_matrices(
 
 
 def _under_autocast(device: torch.device) -> bool:
-    """Whether losses must be wide."""
+    """Whether autocast is on, which keeps losses in the wide dtype."""
     return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 

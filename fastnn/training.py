@@ -26,7 +26,7 @@ class StepReport:
 
     Args:
         way: ``"fused"``, ``"CUDA graph"`` or ``"ordinary"``.
-        reasons: why it doesn't run in the faster ways: the name of each, with the reason.
+        reasons: maps the name of each faster way to why the step doesn't run in it.
 
     >>> import torch, fastnn
     >>> model = torch.nn.Linear(2, 2)
@@ -49,8 +49,8 @@ class StepReport:
 class TrainStep:
     """A training step that is called with each batch; made by :func:`train_step`.
 
-    ``copy.deepcopy`` and ``pickle`` include its model and optimizer, so the copies belong together
-    as these do. A copy starts with nothing accumulated, since copied parameters have no gradients.
+    ``copy.deepcopy`` and ``pickle`` include its model and optimizer, so a copy trains its own
+    model. It starts with nothing accumulated, since copied parameters have no gradients.
 
     Args:
         program: the arguments of ``train_step``.
@@ -119,7 +119,7 @@ class TrainStep:
         return way.run(program, batch)
 
     def report(self) -> StepReport:
-        """Says how calls run as things are now, with batches like the last one.
+        """Says how calls would run now, with batches like the last one.
 
         Returns:
             A :class:`StepReport`. Before the first call it omits reasons that depend on the batch.
@@ -171,7 +171,7 @@ def train_step(
 ) -> TrainStep:
     """Makes a training step: forward, loss, backward and update as one call.
 
-    The numbers are those of the loop
+    It computes what this loop computes:
 
     .. code-block:: python
 
@@ -181,9 +181,9 @@ def train_step(
         torch.nn.utils.clip_grad_norm_(params, clip_grad_norm)  # if given; the optimizer's
         optimizer.step()
 
-    and so is the state it leaves in the optimizer: the loop can take over at any time, and hand
-    back again. The optimizer's options are read at each call, so schedulers work as usual. After an
-    update the gradients are None. :meth:`TrainStep.report` says how the step runs.
+    It leaves the same state in the optimizer, so you can switch between the two at any time. The
+    optimizer's options are read at each call, so schedulers work as usual. After an update the
+    gradients are None. :meth:`TrainStep.report` says how the step runs.
 
     Args:
         model: the module to train.

@@ -67,7 +67,7 @@ def cross_entropy_forward(
 
     Returns:
         The loss; for the backward a copy of the input and each row's log-sum-exp in two parts (the
-        maximum, and the sum of ``exp(x - max)``), or None twice; the total weight. A kernel that
+        maximum, and the sum of ``exp(x - max)``), or two Nones; the total weight. A kernel that
         sums in the input's own dtype returns the loss's gradient instead of the copy, and None.
 
     >>> import torch
@@ -148,7 +148,7 @@ def distribution(
     if target.shape == input.shape:
         q = _smooth(widened(target, dtype), weight, label_smoothing)
         return q, torch.ones((), dtype=torch.bool, device=input.device)
-    # The forward has looked at the weight's dtype, which is the loss's.
+    # The forward has checked that the weight has the loss's dtype.
     loss_dtype = None if weight is None else weight.dtype
     counts, index = counts_and_index(input, target, weight, ignore_index, loss_dtype)
     q = _smooth(is_class_of_row(input, counts, index).to(dtype), weight, label_smoothing)

@@ -78,7 +78,6 @@ def linear_cross_entropy_forward(
     Returns:
         The loss; the gradients, each None if it is not wanted; and each row's log-sum-exp in two
         parts. Without a reduction there is a log-sum-exp and no gradients, otherwise the reverse.
-        each row's log-sum-exp instead, in two parts.
 
     >>> import torch
     >>> from fastnn import reference

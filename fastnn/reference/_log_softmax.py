@@ -21,7 +21,7 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
     >>> reference.log_softmax(torch.zeros(2), 0).exp()
     tensor([0.5000, 0.5000])
     """
-    dim = operator.index(dim)  # torch 2.9 reduces over everything if it is a tensor
+    dim = operator.index(dim)  # torch 2.9 reduces over all dimensions if it is a tensor
     if not input.is_floating_point():
         raise NotImplementedError(f'"log_softmax" not implemented for {input.dtype}')
     dtype = input.dtype if dtype is None else dtype
@@ -54,7 +54,7 @@ def log_softmax_backward(
 
 
 def max_and_sum_exp(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The maximum along a dimension, by index, and ``sum(exp(x - max))``."""
+    """The maximum along a dimension, and ``sum(exp(x - max))``."""
     # The maximum cancels in the formula and needs no gradient; amax() over nothing raises.
     shift = x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)
     return shift, (x - shift).exp().sum(dim, keepdim=True)

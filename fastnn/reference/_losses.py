@@ -1,4 +1,4 @@
-"""What the losses share: the checks of their arguments, rows that count, the reductions."""
+"""Shared by the losses: the checks of their arguments, rows that count, the reductions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def per_class(weight: Tensor, input: Tensor) -> Tensor:
 
 
 def check_reduction(reduction: str, normalizer: object = None) -> None:
-    """Raises ValueError for an unknown reduction, or one without a sum for the normalizer."""
+    """Raises ValueError for an unknown reduction, or a normalizer without a sum to divide."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if reduction == "none" and normalizer is not None:
@@ -112,7 +112,7 @@ def grad_per_row(
 
 
 def nan_for_zero(total_weight: Tensor) -> Tensor:
-    """NaN for a mean over nothing: the label-smoothing share of its sum needn't be zero."""
+    """Makes a mean over nothing NaN: the label-smoothing share of its sum needn't be zero."""
     return total_weight.where(total_weight != 0, torch.nan)
 
 

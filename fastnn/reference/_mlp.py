@@ -66,8 +66,8 @@ def mlp_backward(
 
     Args:
         grad_output: the gradient of the output.
-        inputs: each layer's input; None if neither the gradient of its weight is wanted nor the
-            mask of the ReLU before it.
+        inputs: each layer's input; None if neither the gradient of its weight nor the mask of the
+            ReLU before it is needed.
         weights: each layer's weight; None if the gradient goes no further.
         output: the last layer's output; None if no ReLU follows it.
         relu: whether each layer has a ReLU after it.
