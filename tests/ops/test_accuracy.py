@@ -52,8 +52,8 @@ def error_ratios(ours: Callable, torchs: Callable, inputs: list[Tensor]) -> list
 
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# Nearly equal logits, typical ones, and rows that are almost one-hot. Not equal ones, which would
-# all have the same error.
+# Nearly equal logits, typical ones, and rows that are almost one-hot. Equal logits would all have
+# the same error.
 scales = pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 # Rows processed several at once, rows processed along the classes, and both with a tail.
 row_lengths = pytest.mark.parametrize("classes", [10, 33, 1000])
@@ -112,7 +112,7 @@ def test_cross_entropys_gradient_of_the_mean(scale, classes, label_smoothing):
     assert ours <= ALLOWED * torchs
 
 
-# Tiled and library products, one and several blocks of depth, sizes that fill no tile.
+# Tiled and library products, one and several blocks of depth, sizes that leave partial tiles.
 @dtypes
 @pytest.mark.parametrize("shape", [(64, 784, 128), (256, 128, 64), (129, 257, 65), (99, 2000, 57)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
@@ -174,7 +174,7 @@ SPECIAL_ROWS = {
     "all minus infinity": [-INF, -INF, -INF],
     "nan": [1.0, NAN, 2.0],
     "denormals": [1e-40, -1e-42, 1e-45],
-    "tiny probability": [0.0, -95.0, -103.0],  # exp() of it is a denormal
+    "tiny probability": [0.0, -95.0, -103.0],  # its exp() is a denormal
     "zero probability": [0.0, -110.0, -200.0],
     "huge": [3e38, -3e38, 1e38],
 }

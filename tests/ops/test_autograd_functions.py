@@ -1,5 +1,5 @@
-"""The classes of fastnn.autograd: only what is specific to them. As an ``implementation`` they also
-go through the tests of values, gradients, transforms, modes and errors."""
+"""What is specific to the classes of fastnn.autograd. As an ``implementation``, they also run
+through the tests of values, gradients, transforms, modes and errors."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_nll_losss_second_derivative_is_zero_rather_than_missing():
     assert torch.equal(second, torch.zeros_like(input))
 
 
-# --- derivatives of what is not the input ---------------------------------------------------------
+# --- derivatives with respect to targets and weights ----------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -29,7 +29,7 @@ from support.sample_inputs import OPS, Sample, sample_input
 
 
 def test_the_extension_is_built():
-    """The extension's tests are skipped if it is missing, which must not pass for success."""
+    """The extension's tests are skipped if it is missing, which must not count as success."""
     wanted = os.environ.get("FASTNN_TEST_FALLBACK", "0") == "0"
     assert fastnn.is_available() == wanted, (
         "fastnn's extension isn't loaded: build it, or set FASTNN_TEST_FALLBACK=1 to test the "
@@ -161,7 +161,7 @@ class Recorded(TorchDispatchMode):
             "xpu",
             set(),
             marks=pytest.mark.not_on_a_gpu(
-                "where there is one, torch starts a fake tensor's device"
+                "torch initializes a fake tensor's device, if there is one"
             ),
         ),
     ],
@@ -187,7 +187,7 @@ LAYOUT_KEYS = ("SparseCPU", "SparseCsrCPU", "MkldnnCPU", "QuantizedCPU", "Nested
 @pytest.mark.parametrize("key", [*DEVICE_KEYS, *LAYOUT_KEYS])
 @pytest.mark.parametrize("op", OPS)
 def test_every_device_and_layout_has_a_kernel_without_autograd(op, key):
-    """In inference mode a call skips autograd and goes straight to it."""
+    """In inference mode a call skips autograd and goes straight to this kernel."""
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fastnn::{op}", key)
 
 
@@ -237,7 +237,7 @@ def test_layouts_without_kernels_get_pytorchs_operators(op, layout, context):
         assert_same_outcome(op, tuple(arguments), context, **sample.kwargs)
 
 
-# The arguments that are nested, by position.
+# Which arguments are nested, by position.
 NESTED_CASES = [
     *[(op, (i,)) for op in LINEARS for i in range(3)],
     ("log_softmax", (0,)),
@@ -290,7 +290,7 @@ def to_meta(value: object) -> object:
 
 
 class Subclass(Tensor):
-    """Records the functions that it is passed to, and forwards them, which is the default."""
+    """Records the functions that are called with it, and runs them as Tensor does."""
 
     called: list[Callable]
 
@@ -351,7 +351,7 @@ def run_python(code: str, path: Path) -> Any:
         cwd=path,  # python -c searches there first
         capture_output=True,
         text=True,
-        timeout=120,  # bounds a hang; it is no speed requirement
+        timeout=120,  # bounds a hang; not a speed requirement
         check=False,
     )
     assert result.returncode == 0, result.stderr

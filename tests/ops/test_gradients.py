@@ -58,7 +58,7 @@ def assert_derivatives(
 ) -> None:
     """First and second derivatives, backward, forward, batched, and forward over backward.
 
-    For the reference only the first ones: it consists of torch's operators.
+    Only the first ones for the reference, which consists of torch's operators.
     """
     if implementation == "reference":
         gradcheck(function, inputs)
@@ -82,7 +82,7 @@ SOME_WANTED = list(itertools.product((False, True), repeat=3))[1:]
 @pytest.mark.parametrize("op", LINEARS)
 @pytest.mark.capability("autograd", "`gradcheck`, `gradgradcheck`")
 def test_linear(implementation, op, shape, wanted):
-    """Tests every subset of the arguments that want a gradient."""
+    """Each non-empty subset of the arguments requires gradients."""
     inputs = linear_arguments(shape, 4, bias=True)
     for tensor, wants in zip(inputs, wanted, strict=True):
         tensor.requires_grad_(wants)
@@ -96,7 +96,7 @@ def test_linear_without_bias(implementation, op, shape, wanted):
     inputs = linear_arguments(shape, 4, bias=False)
     for tensor, wants in zip(inputs, wanted, strict=False):
         tensor.requires_grad_(wants)
-    # Without a batch torch's own linear fails at vmap over jvp, and with it all that use it.
+    # Without a batch torch's own linear fails under vmap over jvp, and so does all that uses it.
     assert_derivatives(implementation, ours(op), inputs, batched_forward=len(shape) > 1)
 
 
@@ -155,7 +155,7 @@ def test_cross_entropy(implementation, kind, label_smoothing, shape, reduction, 
     ],
 )
 def test_create_graph_changes_no_gradient(implementation, op, name):
-    """The differentiable backward is another code path; its gradients must be the oracle's."""
+    """The differentiable backward is another code path; its gradients must match the oracle's."""
     sample = sample_input(op, torch.float32, name)
     leaves = leaves_of(op, sample)
     output = ours(op)(*leaves, *sample.args[len(leaves) :], **sample.kwargs)
@@ -192,12 +192,12 @@ def test_ignored_rows_drop_nan_with_and_without_create_graph(implementation, op,
     assert gradient[::2].isfinite().all()
 
 
-# --- what the fused backward doesn't give, torch's composite does ---------------------------------
+# --- gradients that only torch's composite computes -----------------------------------------------
 
 
 def assert_as_torch(op: str, inputs: tuple[Tensor, ...], options: dict) -> None:
     """Compares values, gradients and second derivatives for all inputs that want any; in float64
-    both run the same operators, but for the order of a sum: 1e-12 is thousands of roundings."""
+    both run the same operators, except for the order of a sum: 1e-12 is thousands of roundings."""
     __tracebackhide__ = True
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
     results = []
@@ -307,7 +307,7 @@ def bytes_kept(function: Function, *inputs: Tensor) -> int:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_blocks_keep_no_more_memory_than_torchs(implementation, frozen):
-    """Blocks as in an adapter's training: frozen, with a trained input."""
+    """Adapter training has such blocks: frozen, with an input that requires a gradient."""
     blocks = [(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(6)]
     model = nn.Sequential(*itertools.chain(*blocks)).requires_grad_(not frozen)
     input = torch.randn(64, 8, requires_grad=True)
@@ -397,7 +397,7 @@ def loss_of_logits(logits: Tensor, kind: str, reduction: str) -> tuple[Tensor, T
     ],
 )
 def test_logits_may_change_after_the_loss(implementation, overwrite, kind, reduction, dtype):
-    """Allowed as with torch, which keeps its log-softmax, however the logits are changed."""
+    """As in torch, which saves the log-softmax, the logits may be changed in any way."""
     leaf = normal(4, 3).to(dtype).requires_grad_()
     loss, grad_output = loss_of_logits(leaf, kind, reduction)
     (expected_grad,) = torch.autograd.grad(loss, leaf, grad_output)
@@ -408,8 +408,8 @@ def test_logits_may_change_after_the_loss(implementation, overwrite, kind, reduc
             overwrite(logits)
         (grad,) = torch.autograd.grad(loss, leaf, grad_output, create_graph=create_graph)
         if create_graph:
-            # Another code path, which rounds at other points, several times in a narrow dtype;
-            # values are of order one.
+            # This code path rounds at other points, several times in a narrow dtype; values are of
+            # order one.
             atol = 16 * torch.finfo(dtype).eps
             torch.testing.assert_close(grad.detach(), expected_grad, rtol=0, atol=atol)
         else:
@@ -436,7 +436,7 @@ def test_second_derivatives_after_a_change_of_the_logits(implementation):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("kind", TARGETS)
 def test_a_graph_that_is_kept_gives_the_same_gradient_again(implementation, kind, reduction, dtype):
-    """Holds whatever happens to the first gradient; the last backward may free the graph."""
+    """Even after the caller overwrites the earlier ones; the last backward may free the graph."""
     logits = normal(4, 3).to(dtype).requires_grad_()
     loss, grad_output = loss_of_logits(logits, kind, reduction)
     (first,) = torch.autograd.grad(loss, logits, grad_output, retain_graph=True)
@@ -488,7 +488,7 @@ def test_backwards_of_several_threads_over_one_graph(implementation, dtype):
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_keeps_no_more_memory_than_torchs(dtype):
-    """It keeps no logits alive either: the layer before it doesn't keep them."""
+    """It doesn't keep the logits alive either, which the layer before it doesn't save."""
     leaf = torch.randn(64, 100, dtype=dtype).requires_grad_()
     target = torch.arange(64)
     functions = (fastnn.functional.cross_entropy, F.cross_entropy)
@@ -507,7 +507,7 @@ def test_cross_entropy_keeps_no_more_memory_than_torchs(dtype):
 
 @needs_extension
 def test_a_gradient_of_one_is_handed_over():
-    """No pass over memory: the kept tensor comes back, with values that a pass would change."""
+    """The kept tensor is returned without a pass over memory, which would change its values."""
     logits, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
     _, kept, lse, total = torch.ops.fastnn.cross_entropy_forward(
         logits, target, None, 1, "mean", 0.0, keep=True
@@ -526,7 +526,7 @@ def test_a_gradient_of_one_is_handed_over():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_a_scaled_loss_over_many_rows_keeps_its_gradients(implementation, dtype, classes):
-    """With torch.amp.GradScaler's scale: only divided by 4096, most would underflow in float16."""
+    """With GradScaler's scale: divided by 4096 before it, most would underflow in float16."""
     rows = 4096
     logits = (torch.randn(rows, classes) * 3).to(dtype)
     sample = Sample("scaled", (logits, torch.randint(classes, (rows,))))
@@ -539,7 +539,7 @@ def test_a_scaled_loss_over_many_rows_keeps_its_gradients(implementation, dtype,
 
 
 def test_a_loss_may_be_scaled_in_place(implementation):
-    """No node has saved it."""
+    """No node saves the loss."""
     x = normal(4, 3).requires_grad_()
     target = torch.tensor([0, 2, 1, 1])
     for op in ("nll_loss", "cross_entropy"):
@@ -562,7 +562,7 @@ def test_away_from_kink_helper_drops_the_doubtful_only():
 @needs_extension
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)], ids=str)
 def test_nll_losss_second_derivative_is_zero_rather_than_missing(shape):
-    """As in torch, the gradient counts as a function of the input."""
+    """As in torch, the gradient is a function of the input."""
     input = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     target = torch.ones(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.int64)
     loss = fastnn.functional.nll_loss(input, target)

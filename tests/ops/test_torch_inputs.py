@@ -77,7 +77,7 @@ def error_of(value: torch.Tensor, exact: torch.Tensor) -> float:
 def assert_agrees(
     ours: list, theirs: list, exact: Callable[[], list], roundings: float = 1.01
 ) -> None:
-    """With `roundings` of the largest value, where it is of a narrow dtype."""
+    """Allows `roundings` of the largest value where dtypes are narrow."""
     assert len(ours) == len(theirs)
     for i, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
         if expected is None:

@@ -10,8 +10,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _torch_steps_parameter_by_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does by default on the CPU. On a GPU its default is foreach, which modifies gradients
-    (with Nesterov) and treats parameters that share memory as several."""
+    """This is torch's default on the CPU. On a GPU it is foreach, which modifies gradients (with
+    Nesterov) and treats parameters that share memory as several."""
     module = importlib.import_module("torch.optim.sgd")  # torch.optim hides it
     monkeypatch.setattr(module, "_default_to_fused_or_foreach", lambda *_, **__: (False, False))
 

@@ -20,7 +20,7 @@ BUILT_FOR_CUDA = fastnn.is_available() and torch._C._dispatch_has_kernel_for_dis
 # torch 2.9 rejects such a gradient when it is assigned, whatever the test allows.
 needs_grad_dtype = pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"),
-    reason="in this torch a gradient is of its parameter's dtype",
+    reason="in this torch a gradient must have its parameter's dtype",
 )
 
 # For what requires a GPU; the report says how many were left out without one.

@@ -205,7 +205,7 @@ def smallest_step(dtype: torch.dtype) -> float:
 def logit_gradient_roundoff(dtype: torch.dtype) -> float:
     """How far the gradient of linear_cross_entropy's logits is rounded for its two products.
 
-    Tensor cores take operands of the input's dtype; the CPU multiplies in what sums are carried in.
+    Tensor cores take operands of the input's dtype; the CPU multiplies in the accumulation dtype.
     """
     on_cuda_kernels = EMULATES_CUDA or torch.get_default_device().type == "cuda"
     return unit_roundoff(dtype) if on_cuda_kernels and dtype.itemsize == 2 else 0.0

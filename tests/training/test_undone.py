@@ -344,7 +344,7 @@ def test_weights_that_the_forward_scales(kind):
 
 
 def test_gradients_of_an_ordinary_backward_come_back():
-    """Those of the optimizer's parameters, which a call drops, and those that it adds to."""
+    """Both those of the optimizer's parameters, which a call drops, and those that it adds to."""
     training = make()
     training.optimizer = torch.optim.SGD(training.model[4].parameters(), lr=0.1)
     training.loss_fn(training.model(batch(0)[0]), batch(0)[1]).backward()

@@ -208,7 +208,7 @@ def test_onnx_runs_a_loss(tmp_path, name):
 @onnx_packages
 @capability("export", "`torch.onnx.export` of a program of `torch.export`")
 @pytest.mark.xfail(
-    reason="It is of fastnn's operators already: give `torch.onnx.export` the model itself.",
+    reason="It has fastnn's operators already: give `torch.onnx.export` the model itself.",
     raises=torch.onnx.errors.OnnxExporterError,
 )
 @needs_extension
