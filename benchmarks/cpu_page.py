@@ -1,4 +1,4 @@
-"""The page of the documentation that shows the results of a CPU."""
+"""The documentation's page with a CPU's results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ INSTRUCTION_SETS = {"default": "the generic kernels", "avx2": "AVX2", "avx512": 
 
 METHOD = """\
 The contenders of a case take turns on fresh random data, and each time is the median over its
-calls. Their results were compared with float64's before. "Ratio" is the best peer's time, or peak
+calls. Their results are checked against float64 first. "Ratio" is the best peer's time, or peak
 memory, divided by fastnn's: above 1 fastnn is ahead. "Limit" is the share that fastnn reaches of
 the best large float32 matrix product, or of a copy of as many bytes, in the same run.
 
 A share can exceed 100 %, since the limit is a plain copy: SGD in float32 counts 20 bytes per
-element but writes to what it has read, and a copy of up to 256 MiB has more memory to go through.
-The zeros of a large `nll_loss` gradient are counted and never written: see [](limits.md)."""
+element but writes where it has read, and a copy of as many bytes (256 MiB at most) spans more
+memory. The zeros of a large `nll_loss` gradient are counted but never written: [](limits.md)."""
 
 
 def instruction_set(document: dict) -> str:

@@ -19,7 +19,7 @@ from benchmarks.gpu_timing import GpuClock, KernelTimer
 from benchmarks.timing import Plan
 from fastnn import _extension
 
-#: Repeats a call a given number of times and returns the seconds that took.
+#: Repeats a call a given number of times and returns the seconds it took.
 Timer = Callable[[Callable[[], object], int], float]
 
 MIB = 2**20
@@ -102,7 +102,7 @@ class Device:
         return timing.involuntary_switches()
 
     def available_bytes(self) -> float:
-        """The available memory; infinite if the system doesn't tell."""
+        """The available memory; infinite if the system doesn't say."""
         return machine.available_bytes()
 
     def measures_memory(self) -> bool:
@@ -110,7 +110,7 @@ class Device:
         return resident.supported()
 
     def peak_growth(self, call: Callable[[], object]) -> int:
-        """The peak memory in use during the call, in bytes above that before it."""
+        """The peak memory in use during the call, in bytes above the level before it."""
         return resident.peak_growth(call)
 
 
@@ -127,11 +127,11 @@ class Cuda(Device):
     """
 
     name = "cuda"
-    # float32 as torch multiplies it by default: without TF32, like its contenders.
+    # float32 is multiplied without TF32, torch's default, as in the contenders.
     gemm_sizes = dict.fromkeys((torch.float32, torch.bfloat16), (8192,))
     tf32_gemm_sizes = (8192,)
     copy_bytes = (*Device.copy_bytes, 4096 * MIB)
-    # Each sample is a single call: events have no overhead that several calls would have to hide.
+    # Each sample is a single call: events have no overhead that more calls would have to amortize.
     full_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=30, long_call=0.0)
     quick_plan = Plan(seconds=0.0, sample_seconds=0.0, min_rounds=7, long_call=0.0)
     isolates_memory = False  # torch's allocator counts what each call allocates

@@ -14,7 +14,7 @@ import torch
 from benchmarks.case import Work, tf32
 from benchmarks.device import Device
 
-# Upper bound on repetitions: on a GPU each one waits for a sleep of a millisecond.
+# Upper bound on repetitions: on a GPU each one waits for a sleep of about a millisecond.
 MOST_TIMES = 1000
 
 
@@ -22,14 +22,14 @@ def measure_limits(seconds: float, device: Device) -> dict:
     """The device's rates at the current thread count: flops, bytes and launches per second.
 
     Args:
-        seconds: how long to try each.
+        seconds: how long to measure each rate.
         device: the device to measure.
     """
     sgemm, bfloat16 = (
         _best_gemm_rate(device.gemm_sizes[dtype], dtype, seconds, device)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    # bfloat16 can be converted to float32, and must be without instructions of its own.
+    # bfloat16 can be multiplied in float32, and must be where it has no instructions of its own.
     limits = {
         "gemm": {"float32": sgemm, "bfloat16": max(sgemm, bfloat16)},
         "copy": {str(size): _copy_rate(size, seconds, device) for size in device.copy_bytes},
@@ -80,7 +80,7 @@ def _copy_rate(moved: int, seconds: float, device: Device) -> float:
 
 
 def _shortest(call: Callable[[], object], seconds: float, device: Device) -> float:
-    """The shortest time of the calls, after a first one that touches the memory."""
+    """The shortest time of a call, after a first one that touches the memory."""
     timer = device.timer()
     call()
     times: list[float] = []

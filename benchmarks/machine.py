@@ -29,7 +29,7 @@ def machine_facts() -> dict[str, str]:
 
 
 def available_bytes() -> float:
-    """The memory available without swapping; infinite if the system doesn't tell."""
+    """The memory available without swapping; infinite if the system doesn't say."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

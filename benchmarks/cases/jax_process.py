@@ -1,4 +1,4 @@
-"""JAX as a contender: its process is asked for samples, so it takes turns like the others."""
+"""JAX as a contender: its process is asked for each sample, so it takes turns like the others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from benchmarks.timing import Sampler
 
 
 class JaxProcess(Contender):
-    """What is jitted in a process of JAX's own."""
+    """A function that JAX compiles and runs in its own process."""
 
     process: subprocess.Popen[bytes] | None = None
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:
-        raise Unavailable("its memory is another process's")
+        raise Unavailable("its memory belongs to another process")
 
     def sampler(self, inputs: Inputs, timer: Timer = CPU.time_calls) -> Sampler:
         self._send(inputs)
@@ -57,4 +57,4 @@ class JaxProcess(Contender):
         try:
             return pickle.load(self.process.stdout)
         except EOFError:
-            raise RuntimeError("jax's process has ended") from None
+            raise RuntimeError("the JAX process has exited") from None

@@ -29,7 +29,7 @@ def cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    """Few: the product is the library's there, and the cases of linear_relu cover our part."""
+    """Only a few: the library computes the product, and linear_relu's cases cover our part."""
     return [
         replace(_case(shape, dtype, mode), priority=3, compiles=False)
         for shape in CUDA_SHAPES

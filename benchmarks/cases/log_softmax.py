@@ -28,7 +28,7 @@ def cuda_cases() -> list[Case]:
 
 def _case(rows: int, columns: int, dtype: torch.dtype, mode: str) -> Case:
     gradients = mode == "forward_backward"
-    # Forward: reads input, writes output. Backward: reads output and its gradient, writes one.
+    # Forward: reads input, writes output. Backward: reads output and its gradient, writes input's.
     passes = 5 if gradients else 2
     return Case(
         op="log_softmax",

@@ -1,4 +1,4 @@
-"""The overhead of a call: everything with eight elements, where arithmetic takes no time."""
+"""The overhead of a call: on eight elements, arithmetic takes next to no time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.cases.sgd import (
 
 SIZE = 8
 
-#: A call with the modules whose parameters it takes.
+#: A function and the modules whose parameters it uses.
 Layer = tuple[Callable[..., Tensor], tuple[nn.Module, ...]]
 
 
@@ -59,7 +59,7 @@ def _row_and_target(generator: torch.Generator) -> Inputs:
 
 
 def _linear() -> nn.Linear:
-    """The same layer at each call."""
+    """Makes the same layer at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Linear(SIZE, SIZE)
@@ -160,7 +160,7 @@ def _backward_case(
 
 @dataclass
 class Call(Contender):
-    """The forward only, whether or not autograd records it."""
+    """Only the forward, whether or not autograd records it."""
 
     function: Callable[..., Tensor]
     modules: tuple[nn.Module, ...]
@@ -173,7 +173,7 @@ class Call(Contender):
 
 @dataclass
 class Backward(Call):
-    """The backward only, repeatedly over one graph."""
+    """Only the backward, repeatedly over one graph."""
 
     def bind(self, inputs: Inputs) -> Callable[[], object]:
         output = super().bind(inputs)()

@@ -155,7 +155,7 @@ def _strided_case(label: str, view: Callable[[Tensor], Tensor]) -> Case:
 
 
 def _strided_contenders() -> list[Contender]:
-    """Without torch's fused implementation, which is wrong where strides differ."""
+    """Leaves out torch's fused implementation, which is wrong where strides differ."""
     return [one for one in step_contenders() if one.name != "SGD fused"]
 
 
