@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# For every GPU since Turing, as far as the toolkit knows them: one that is not named runs the code
-# of its generation's nearest below; a newer generation compiles the last one's PTX when it first
-# loads it.
+# These serve every GPU since Turing: one that isn't listed runs the code of the nearest lower
+# capability of its generation; a newer generation compiles the last one's PTX when it first loads
+# it. Those that the toolkit doesn't know are left out.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 EXAMPLE = f"{';'.join(ARCHITECTURES)}+PTX"
 
@@ -25,7 +25,7 @@ FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"]
 
 
 class NotBuildable(Exception):
-    """Why there can be no CUDA part: one sentence that says what to do."""
+    """Why the CUDA part can't be built: one sentence that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find(torch_version: str, torch_cuda: str | None, environment: Mapping[str, s
 
 
 def _architectures(nvcc: Path, environment: Mapping[str, str]) -> str:
-    """Those to build for, as torch takes them: separated by one semicolon each."""
+    """The architectures to build for, in torch's format: separated by semicolons."""
     known = re.findall(r"compute_(\d+)(\d)\b", _output(nvcc, "--list-gpu-arch"))
     named = environment.get("TORCH_CUDA_ARCH_LIST")
     if named is None:

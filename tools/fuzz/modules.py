@@ -1,4 +1,4 @@
-"""Programs that build a model, change it and run it, before ``fuse`` and after it."""
+"""Programs that build a model, change it and run it, before and after ``fuse``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYERS = [
     "shared",
     "activation",
 ]
-# These round even small integers. Their eps keeps them from dividing by small deviations, which
+# These round even on small integers. Their eps keeps them from dividing by small deviations, which
 # would amplify earlier rounding errors.
 INEXACT_LAYERS = [
     "nn.BatchNorm1d(4, eps=1)",
@@ -34,7 +34,7 @@ INEXACT_LAYERS = [
     "nn.LogSoftmax(dim=-1)",
 ]
 ROWS = ["nn.Sequential({})"] * 3 + ["named({})", "Chain({})", "Residual({})", "Loop({})"]
-# What a forward does with its parts: two Sequentials, lists of pairs, a dict of Sequentials, and
+# Statements of a forward. Its parts are two Sequentials, lists of pairs, a dict of Sequentials, and
 # two layers that other parts contain too.
 FORWARD = [
     "x = self.first(x)",
@@ -127,7 +127,7 @@ RUNS = [
     "see('second', torch.autograd.grad(first, [*model.parameters()], ramp(x), allow_unused=True))",
     "look_at(see, model)",
 ]
-# Hooks would keep these transforms' internal values.
+# Not in a program with hooks, which would keep these transforms' internal values.
 TRANSFORMS = [
     "see('vmap', torch.func.vmap(model, randomness='same')(torch.stack([x, x * 2]).detach()))",
     "see('jvp', torch.func.jvp(model, (x.detach(),), (ramp(x),)))",
@@ -156,7 +156,7 @@ def programs(draw: st.DrawFn) -> Program:
     is_exact = dtype != "float64"
     classes, model = draw(models(LAYERS + INEXACT_LAYERS * (not is_exact)))
     changes = CHANGES + INEXACT_CHANGES * (not is_exact)
-    # The compiler takes longer than ten other programs.
+    # Compiling takes longer than ten other programs.
     special = draw(st.sampled_from([HOOKS, TRANSFORMS] * 20 + [COMPILE]))
     step = st.sampled_from([changes, RUNS, special]).flatmap(st.sampled_from)
     before, after = st.lists(step, max_size=3), st.lists(step, min_size=1, max_size=6)

@@ -1,10 +1,10 @@
-"""Launches every CUDA kernel of fastnn on each of its paths, for compute-sanitizer to watch.
+"""Launches every CUDA kernel of fastnn on each of its paths, for compute-sanitizer to check.
 
     compute-sanitizer --tool memcheck python tools/gpu/launches.py
 
 Sizes are small and odd, so that vectors, tiles and slices have partial ends. Results are tested
 elsewhere. ``--no-library`` leaves out cuBLAS: its kernels make racecheck fail, and their results
-count as unwritten where initcheck watches only ours. For the same reason the inputs come from the
+count as unwritten when initcheck watches only ours. For the same reason the inputs come from the
 host, and so do the gradients that a backward starts from.
 """
 
@@ -37,7 +37,7 @@ def mlp(input: Tensor, weight: Tensor, bias: Tensor, last: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Launch every CUDA kernel on each of its paths.")
-    parser.add_argument("--device", default="cuda", help="cpu: a rehearsal")
+    parser.add_argument("--device", default="cuda", help="cpu: a dry run")
     parser.add_argument("--no-library", dest="library", action="store_false")
     options = parser.parse_args()
     check_kernels(options.device)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def check_kernels(device: str) -> None:
-    """Ends this program if other kernels than ours would run."""
+    """Exits if kernels other than ours would run."""
     if device == "cuda" and not (fastnn.is_available() and build_info().get("cuda")):
         sys.exit("fastnn is built without its CUDA part here, so there is nothing to check.")
 
@@ -78,12 +78,12 @@ class Launches:
         return torch.randint(classes, shape, generator=self.generator).to(self.device)
 
     def rows(self) -> None:
-        """Contiguous rows: each path, with sizes on both sides of what it is meant for."""
+        """Contiguous rows: each path, with sizes on both sides of those it is meant for."""
         for path in ROW_PATHS:
             with environment("FASTNN_CUDA_ROWS", path):
                 for rows, classes, offset in ((1, 1, 0), (7, 10, 1), (33, 257, 0), (5, 1031, 3)):
                     self.losses((rows, classes), offset)
-        # About as long as the shared memory that a block has; the launchers choose the path.
+        # Rows that just fit a block's shared memory, or just don't; the launchers choose the path.
         for kibibytes in (46, 49):
             self.losses((2, kibibytes * 1024 // self.dtype.itemsize), 0)
 
@@ -105,7 +105,7 @@ class Launches:
         self.backward(functional.cross_entropy, [logits], (), probabilities, weight=weight)
 
     def products(self) -> None:
-        """Our product; then the mask and the bias gradient, with inputs without features."""
+        """Our GEMM; then the mask and the bias gradient, with inputs that have no features."""
         with environment("FASTNN_CUDA_GEMM", "tiled"), torch.no_grad():
             for rows, depth, cols in PRODUCTS:
                 args = self.normal(rows, depth), self.normal(cols, depth), self.normal(cols)
@@ -127,7 +127,7 @@ class Launches:
                 self.backward(mlp, [*leaves, self.normal(5, cols)], (rows, 5))
 
     def heads(self) -> None:
-        """A head and its loss, each path of its rows; the products are the library's."""
+        """A head and its loss, on each path of its rows; the library computes the products."""
         for path in ROW_PATHS:
             with environment("FASTNN_CUDA_ROWS", path):
                 for rows, classes in ((3, 1), (7, 10), (2100, 33), (5, 1031)):
@@ -150,13 +150,13 @@ class Launches:
     def backward(
         self, function, inputs: Sequence[Tensor], shape, *args, offset: int = 0, **kwargs
     ) -> None:
-        """Calls the function and takes its inputs' gradients from an incoming one of the shape."""
+        """Calls the function and computes its inputs' gradients from a random incoming one."""
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         output = function(*leaves, *args, **kwargs)
         torch.autograd.grad(output, leaves, self.normal(*shape, offset=offset))
 
     def steps(self) -> None:
-        """SGD over few tensors and many, at several alignments and lengths."""
+        """SGD over few and many tensors, at several alignments and lengths."""
         for sizes in ((7, 100_003), range(1, 120)):
             self.steps_of([self.normal(size, offset=size % 3) for size in sizes])
 

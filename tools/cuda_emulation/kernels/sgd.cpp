@@ -45,7 +45,7 @@ const Case kCases[] = {
      .scalars_are_double = true},
 };
 
-// A number in memory, as the kernel finds it on the device.
+// A scalar in memory, as the kernel reads it on the device.
 struct ScalarMemory {
   float as_float;
   double as_double;
@@ -75,14 +75,14 @@ void step(std::vector<Item<T, B>>& items, const Case& c) {
                      found.get(c.scalars_are_double)};
   if (c.options.momentum != 0) {
     launch<true, kBytes>(items, args);
-  } else if constexpr (std::is_same_v<T, B>) {  // without momentum there is no other kernel
+  } else if constexpr (std::is_same_v<T, B>) {  // the only kernel without momentum
     launch<false, kBytes>(items, args);
   }
 }
 
 template <typename T, typename B>
 void check(const Item<T, B>& before, const Item<T, B>& after, const Case& c) {
-  constexpr double kRoundings = 8;  // operations on the way to any of the results
+  constexpr double kRoundings = 8;  // the most operations behind any result
   const SGDOptions& o = c.options;
   const double scale = std::isnan(c.grad_scale) ? 1 : c.grad_scale;
   const double lr = std::isnan(c.device_lr) ? o.lr : c.device_lr;
@@ -120,7 +120,7 @@ void run(std::vector<Item<T, B>>& items, const Case& c) {
   for (size_t i = 0; i < items.size(); ++i) check(before[i], items[i], c);
 }
 
-// As many tensors as a launch holds, and more. One without elements takes no place.
+// As many tensors as a launch holds, and more. An empty tensor takes no place.
 template <int kBytes, typename T, typename B>
 void run_launches() {
   constexpr int full = TensorBatch<SGDPointers<T, B, true>, kBytes>::kCapacity;
@@ -150,7 +150,7 @@ void run_cases() {
     }
     run(items, c);
   }
-  // Around the end of a block's elements.
+  // Sizes around a block's number of elements.
   for (const int64_t n : {chunk - 1, chunk, chunk + 1, 2 * chunk + 3}) {
     std::vector<Item<T, B>> items;
     items.emplace_back(n, 0, 0, 0);
