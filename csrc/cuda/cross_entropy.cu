@@ -38,16 +38,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
     // As in torch, the mean over no elements is NaN for probabilities as for class indices.
     run_finish_loss(sums, /*empty=*/input.numel() == 0, op.result);
   };
-  dispatch_loss(input.scalar_type(), loss.scalar_type(), "cross_entropy", [&]<typename T>() {
+  dispatch_widened(input.scalar_type(), loss.scalar_type(), "cross_entropy", [&]<typename T>() {
     with_kind(operands, [&]<TargetKind Kind>() {
       using A = accum<T>;
       A* max = lse.defined() ? data<A>(lse) : nullptr;
       const CrossEntropyForwardRows<T, Kind> forward{
           .args = operands.as<T>(),
-          .losses = per_row ? data<PerRow<T>>(loss) : nullptr,
+          .losses = per_row ? data<Wide<T>>(loss) : nullptr,
           .max = max,
           .sum = max ? max + layout.rows() : nullptr,
-          .result = {.loss = per_row ? nullptr : data<PerRow<T>>(loss),
+          .result = {.loss = per_row ? nullptr : data<Wide<T>>(loss),
                      .total_weight = data<A>(total_weight),
                      .mean = options.is_mean()}};
       if (!keep) {
@@ -85,7 +85,7 @@ void run_backward(const at::Tensor& grad_logits, const CrossEntropyCall& operand
       .args = operands.as<T>(),
       .max = max,
       .sum = max + layout.rows(),
-      .grad = {.grad = const_data<PerRow<T>>(grad),
+      .grad = {.grad = const_data<Wide<T>>(grad),
                .per_row = operands.options.per_row(),
                .total_weight = operands.options.is_mean() ? const_data<A>(total_weight) : nullptr},
       .uniform_sum = uniform.sum()};
@@ -116,7 +116,7 @@ void write_gradient(const at::Tensor& grad_logits, const CrossEntropyCall& opera
                     const at::Tensor& total_weight) {
   const at::Tensor grad = grad_output.contiguous();
   const auto op = "cross_entropy_backward";
-  dispatch_loss(grad_logits.scalar_type(), grad.scalar_type(), op, [&]<typename T>() {
+  dispatch_widened(grad_logits.scalar_type(), grad.scalar_type(), op, [&]<typename T>() {
     if constexpr (kKeepsGradient<T>) {
       run_scale<T>(grad_logits, operands, grad);
     } else {

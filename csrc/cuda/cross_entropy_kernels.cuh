@@ -45,7 +45,7 @@ struct CrossEntropyArgs {
   int64_t inner;
   const int64_t* target;
   const T* target_probs;
-  const PerRow<T>* weight;
+  const Wide<T>* weight;
   int64_t ignore_index;
   A keep;     // 1 - s
   A uniform;  // s / C
@@ -153,9 +153,9 @@ struct CrossEntropyForwardRows : RowDefaults {
   static constexpr int kVectors = kVectorsBesideWeights<Kind>;
 
   Args args;
-  PerRow<T>* losses;  // may be null
-  A* max;             // where a copy of the logits is kept, or null
-  A* sum;             // likewise
+  Wide<T>* losses;  // may be null
+  A* max;           // where a copy of the logits is kept, or null
+  A* sum;           // likewise
   LossResult<T> result;
 
   __device__ void begin(Row& row, int64_t position) const {
@@ -216,7 +216,7 @@ struct CrossEntropyForwardRows : RowDefaults {
       max[position] = row.max;
       sum[position] = row.sum;
     }
-    if (losses) losses[position] = PerRow<T>(loss);
+    if (losses) losses[position] = Wide<T>(loss);
     sums.loss += loss;
     sums.weight += row.weight;
   }
@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 // block.
 template <typename T>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    sum_class_weights_kernel(const PerRow<T>* weight, int64_t classes, double factor,
+    sum_class_weights_kernel(const Wide<T>* weight, int64_t classes, double factor,
                              accum<T>* result) {
   SumState<double> state = SumState<double>::none();
   for (int64_t c = threadIdx.x; c < classes; c += blockDim.x) {

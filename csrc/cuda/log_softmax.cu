@@ -11,21 +11,20 @@
 namespace fastnn::cuda {
 namespace {
 
-// An output wider than the input is that of a copy.
-at::Tensor log_softmax_cuda(const at::Tensor& narrow, int64_t dim,
+at::Tensor log_softmax_cuda(const at::Tensor& input, int64_t dim,
                             std::optional<at::ScalarType> dtype) {
-  if (!can_fuse_log_softmax(narrow, dtype)) return log_softmax_composite(narrow, dim, dtype);
-  const at::Tensor input = dtype ? narrow.to(*dtype) : narrow;
+  if (!can_fuse_log_softmax(input, dtype)) return log_softmax_composite(input, dim, dtype);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor x = input.contiguous();
-  const at::Tensor output = at::empty(input.sizes(), input.options());
+  const at::Tensor output =
+      at::empty(input.sizes(), input.options().dtype(dtype.value_or(input.scalar_type())));
   if (output.numel() == 0) return output;
 
   const Layout layout = log_softmax_layout(x, dim);
-  dispatch(x.scalar_type(), "log_softmax", [&]<typename T>() {
+  dispatch_widened(x.scalar_type(), output.scalar_type(), "log_softmax", [&]<typename T>() {
     using Op = LogSoftmaxRows<T>;
-    const Tensors<T> tensors{{const_data<T>(x), nullptr}, data<T>(output)};
+    const TensorsOf<Op> tensors{{const_data<T>(x), nullptr}, data<Wide<T>>(output)};
     run_rows(Op{}, plan_of<Op>(layout), layout, tensors, x.options());
   });
   return output;
@@ -38,17 +37,19 @@ at::Tensor log_softmax_backward_cuda(const at::Tensor& grad_output, const at::Te
   const c10::cuda::CUDAGuard guard(output.device());
   const at::Tensor grad = grad_output.contiguous();
   const at::Tensor out = output.contiguous();
-  const at::Tensor grad_input = at::empty(output.sizes(), output.options());
-  const auto in_dtype = [&] { return dtype ? grad_input.to(*dtype) : grad_input; };
-  if (grad_input.numel() == 0) return in_dtype();
+  const at::Tensor grad_input =
+      at::empty(output.sizes(), output.options().dtype(dtype.value_or(output.scalar_type())));
+  if (grad_input.numel() == 0) return grad_input;
 
   const Layout layout = log_softmax_layout(out, dim);
-  dispatch(out.scalar_type(), "log_softmax_backward", [&]<typename T>() {
+  const auto op = "log_softmax_backward";
+  dispatch_widened(grad_input.scalar_type(), out.scalar_type(), op, [&]<typename T>() {
     using Op = LogSoftmaxBackwardRows<T>;
-    const Tensors<T> tensors{{const_data<T>(grad), const_data<T>(out)}, data<T>(grad_input)};
+    const TensorsOf<Op> tensors{{const_data<Wide<T>>(grad), const_data<Wide<T>>(out)},
+                                data<T>(grad_input)};
     run_rows(Op{}, plan_of<Op>(layout), layout, tensors, out.options());
   });
-  return in_dtype();
+  return grad_input;
 }
 
 }  // namespace

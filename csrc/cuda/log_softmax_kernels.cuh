@@ -9,6 +9,7 @@ namespace fastnn::cuda {
 template <typename Storage>
 struct LogSoftmaxRows : RowDefaults {
   using T = Storage;
+  using Out = Wide<T>;
   using A = accum<T>;
   using State = SoftmaxState<T>;
   struct Row {
@@ -31,7 +32,8 @@ struct LogSoftmaxRows : RowDefaults {
 // Operands: grad, output. A row's threads share only its sum.
 template <typename Storage>
 struct LogSoftmaxBackwardRows : RowDefaults {
-  using T = Storage;
+  using T = Wide<Storage>;
+  using Out = Storage;
   using A = accum<T>;
   using State = SumState<A>;
   using Row = State;

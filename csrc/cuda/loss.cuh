@@ -37,7 +37,7 @@ template <typename T>
 struct IncomingGrad {
   using A = accum<T>;
 
-  const PerRow<T>* grad;
+  const Wide<T>* grad;
   bool per_row;
   const A* total_weight;
 
@@ -53,7 +53,7 @@ struct IncomingGrad {
 // smoothing's share of the loss did not vanish with the weights.
 template <typename T>
 struct LossResult {
-  PerRow<T>* loss;
+  Wide<T>* loss;
   accum<T>* total_weight;
   bool mean;
 
@@ -64,7 +64,7 @@ struct LossResult {
     if (mean) {
       value = sums.weight == 0 ? std::numeric_limits<double>::quiet_NaN() : value / sums.weight;
     }
-    *loss = PerRow<T>(accum<T>(value));
+    *loss = Wide<T>(accum<T>(value));
   }
 };
 

@@ -27,16 +27,16 @@ std::tuple<at::Tensor, at::Tensor> nll_loss_forward_cuda(const at::Tensor& input
   const int64_t blocks =
       clamp(ceil_div<int64_t>(indices.numel(), kNLLThreads * kNLLUnroll), 0, kMaxSummingBlocks);
   const BlockSums sums(blocks, input.options());
-  dispatch_loss(input.scalar_type(), loss.scalar_type(), "nll_loss", [&]<typename T>() {
+  dispatch_widened(input.scalar_type(), loss.scalar_type(), "nll_loss", [&]<typename T>() {
     const NLLLossArgs<T> args{.log_probs = const_data<T>(rows),
                               .strides = row_strides(rows),
                               .target = const_data<int64_t>(indices),
                               .rows = indices.numel(),
                               .classes = input.size(class_dim(input)),
                               .ignore_index = options.ignore_index,
-                              .weight = const_data_or_null<PerRow<T>>(class_weight),
-                              .losses = per_row ? data<PerRow<T>>(loss) : nullptr,
-                              .result = {.loss = per_row ? nullptr : data<PerRow<T>>(loss),
+                              .weight = const_data_or_null<Wide<T>>(class_weight),
+                              .losses = per_row ? data<Wide<T>>(loss) : nullptr,
+                              .result = {.loss = per_row ? nullptr : data<Wide<T>>(loss),
                                          .total_weight = data<accum<T>>(total_weight),
                                          .mean = options.is_mean()}};
     if (blocks > 0) {
@@ -60,14 +60,14 @@ at::Tensor nll_loss_backward_cuda(const at::Tensor& grad_output, const at::Tenso
 
   const Layout layout = layout_around(input.sizes(), class_dim(input));
   const auto name = "nll_loss_backward";
-  dispatch_loss(input.scalar_type(), grad.scalar_type(), name, [&]<typename T>() {
+  dispatch_widened(input.scalar_type(), grad.scalar_type(), name, [&]<typename T>() {
     using Op = NLLLossBackwardRows<T>;
     const Op op{
         .target = const_data<int64_t>(indices),
         .classes = layout.classes,
         .ignore_index = options.ignore_index,
-        .weight = const_data_or_null<PerRow<T>>(class_weight),
-        .grad = {.grad = const_data<PerRow<T>>(grad),
+        .weight = const_data_or_null<Wide<T>>(class_weight),
+        .grad = {.grad = const_data<Wide<T>>(grad),
                  .per_row = options.per_row(),
                  .total_weight = options.is_mean() ? const_data<accum<T>>(total_weight) : nullptr}};
     run_rows(op, plan_of<Op>(layout), layout, {{nullptr, nullptr}, data<T>(grad_input)},

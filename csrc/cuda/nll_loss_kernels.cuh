@@ -17,8 +17,8 @@ struct NLLLossArgs {
   int64_t rows;
   int64_t classes;
   int64_t ignore_index;
-  const PerRow<T>* weight;
-  PerRow<T>* losses;
+  const Wide<T>* weight;
+  Wide<T>* losses;
   LossResult<T> result;
 };
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kNLLThreads)
       const int64_t row = base + u * kNLLThreads + threadIdx.x;
       const A weight = t[u] < 0 ? A(0) : class_weight_at(args.weight, t[u]);
       const A loss = t[u] < 0 ? A(0) : -weight * log_p[u];
-      if (args.losses && row < args.rows) args.losses[row] = PerRow<T>(loss);
+      if (args.losses && row < args.rows) args.losses[row] = Wide<T>(loss);
       sums.loss += loss;
       sums.weight += weight;
     }
@@ -79,7 +79,7 @@ struct NLLLossBackwardRows : RowDefaults {
   const int64_t* target;
   int64_t classes;
   int64_t ignore_index;
-  const PerRow<T>* weight;
+  const Wide<T>* weight;
   IncomingGrad<T> grad;
 
   __device__ void begin(Row& row, int64_t position) const {

@@ -23,7 +23,7 @@ struct CrossEntropyCall : CrossEntropyOperands {
             .inner = layout.inner,
             .target = indices(),
             .target_probs = target_probs<T>(),
-            .weight = const_data_or_null<PerRow<T>>(options.weight),
+            .weight = const_data_or_null<Wide<T>>(options.weight),
             .ignore_index = options.ignore_index,
             .keep = static_cast<accum<T>>(1 - options.label_smoothing),
             .uniform = static_cast<accum<T>>(uniform())};
@@ -65,7 +65,7 @@ struct UniformSumMemory {
     if (call.probabilities || unweighted == 0 || !call.options.weight) return;
     weighted = at::empty({}, options);
     FASTNN_LAUNCH((sum_class_weights_kernel<T>), 1, kMaxRowThreads, 0,
-                  c10::cuda::getCurrentCUDAStream(), const_data<PerRow<T>>(*call.options.weight),
+                  c10::cuda::getCurrentCUDAStream(), const_data<Wide<T>>(*call.options.weight),
                   call.layout.classes, call.uniform(), data<accum<T>>(weighted));
   }
   UniformSum<accum<T>> sum() const {

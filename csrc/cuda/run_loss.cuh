@@ -10,15 +10,6 @@
 
 namespace fastnn::cuda {
 
-// Calls f.template operator()<T>() with the storage type of a loss's operands: Widened where they
-// are narrower than the loss.
-template <typename F>
-void dispatch_loss(at::ScalarType dtype, at::ScalarType loss_dtype, std::string_view op, F f) {
-  if (dtype == loss_dtype) return dispatch(dtype, op, f);
-  if (dtype == at::kBFloat16) return f.template operator()<Widened<c10::BFloat16>>();
-  f.template operator()<Widened<c10::Half>>();
-}
-
 // The blocks' partial sums of a loss, in the order of the blocks.
 struct BlockSums {
   at::Tensor memory;

@@ -33,14 +33,15 @@ inline constexpr bool kIsWidened = false;
 template <typename Narrow>
 inline constexpr bool kIsWidened<Widened<Narrow>> = true;
 
-// The storage type of the losses, incoming gradients and class weights of such elements.
+// The storage type of the losses, log-probabilities, incoming gradients and class weights of such
+// elements.
 template <typename T>
-using PerRow = std::conditional_t<kIsWidened<T>, float, T>;
+using Wide = std::conditional_t<kIsWidened<T>, float, T>;
 
 // The bytes that a thread loads or stores in one instruction, at an address that is a multiple.
 inline constexpr int kVecBytes = 16;
 template <typename T>
-inline constexpr int kVecSize = kVecBytes / int(sizeof(PerRow<T>));
+inline constexpr int kVecSize = kVecBytes / int(sizeof(Wide<T>));
 
 template <typename T>
 struct alignas(kVecSize<T> * sizeof(T)) Vec {
@@ -148,6 +149,17 @@ __device__ inline Vec<T> from_accum(const accum<T> (&values)[kVecSize<T>]) {
 #pragma unroll
   for (int i = 0; i < kVecSize<T>; ++i) vec.values[i] = T(values[i]);
   return vec;
+}
+
+template <typename To, typename T>
+__device__ inline Vec<To> converted(const Vec<T>& vec) {
+  if constexpr (std::is_same_v<To, T>) {
+    return vec;
+  } else {
+    accum<T> values[kVecSize<T>];
+    to_accum(vec, values);
+    return from_accum<To>(values);
+  }
 }
 
 }  // namespace fastnn::cuda

@@ -590,6 +590,14 @@ MUTANTS = [
         "linear_cross_entropy",
     ),
     Mutant(
+        "subwarp_rows_kernel",
+        "rows/kernels.cuh",
+        "wide results in a tile of narrow operands",
+        "(sizeof(OutputOf<Op>) > sizeof(typename Op::T))",
+        "false",
+        "log_softmax",
+    ),
+    Mutant(
         "store_tile",
         "rows/kernels.cuh",
         "the last element of a tile that is narrowed isn't stored",

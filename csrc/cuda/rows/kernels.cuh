@@ -295,19 +295,24 @@ __global__ void __launch_bounds__(kMaxSplitThreads, kSplitBlocks<typename Op::T>
 
 // ---- several rows per warp ----
 
+// What results replace operands in.
+template <typename Op>
+using TileOf = std::conditional_t<(sizeof(OutputOf<Op>) > sizeof(typename Op::T)), OutputOf<Op>,
+                                  typename Op::T>;
+
 // A tile is a run of whole rows in shared memory, as far past a 16-byte boundary as it is in global
 // memory. Global memory is read and written in vectors whatever the rows' alignment, except for the
 // few elements at the tile's ends.
-template <typename T>
-__device__ T* load_tile(const T* from, int64_t n, T* memory) {
+template <typename T, typename Tile>
+__device__ Tile* load_tile(const T* from, int64_t n, Tile* memory) {
   const Peel peel = Peel::of(from, n);
-  T* tile = memory + elements_past_boundary(from);
+  Tile* tile = memory + elements_past_boundary(from);
   for (int64_t v = threadIdx.x; v < peel.vecs; v += blockDim.x) {
     const int64_t i = peel.vec(v);
-    *reinterpret_cast<Vec<T>*>(tile + i) = *reinterpret_cast<const Vec<T>*>(from + i);
+    *reinterpret_cast<Vec<Tile>*>(tile + i) = converted<Tile>(load_vec(from + i, /*aligned=*/true));
   }
   for (int64_t s = threadIdx.x; s < peel.singles(); s += blockDim.x) {
-    tile[peel.single(s)] = from[peel.single(s)];
+    tile[peel.single(s)] = Tile(from[peel.single(s)]);
   }
   return tile;
 }
@@ -362,11 +367,12 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
     subwarp_rows_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, int lanes,
                         int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
-  FASTNN_DYNAMIC_SHARED(Vec<T>, shared);
+  using Tile = TileOf<Op>;
+  FASTNN_DYNAMIC_SHARED(Vec<Tile>, shared);
   if (op.is_done()) return;
   op.start();
   constexpr int kInputs = Op::kMapInputs > Op::kReduceInputs ? Op::kMapInputs : Op::kReduceInputs;
-  T* const memory = reinterpret_cast<T*>(shared);
+  Tile* const memory = reinterpret_cast<Tile*>(shared);
   const int64_t tile_stride =
       (ceil_div<int64_t>(tile_rows * classes, kVecSize<T>) + 1) * kVecSize<T>;
   const int lane = int(threadIdx.x) & (lanes - 1);
@@ -377,14 +383,14 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
     const int64_t count = min_of(rows - first, tile_rows);
     const int64_t n = count * classes;
     const TensorsOf<Op> at = tensors + first * classes;
-    T* tiles[2] = {nullptr, nullptr};
+    Tile* tiles[2] = {nullptr, nullptr};
     if constexpr (kInputs == 0) tiles[0] = memory + elements_past_boundary(at.out);
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) tiles[k] = load_tile(at.in[k], n, memory + k * tile_stride);
     __syncthreads();  // rows are read by other threads than those that loaded them
 
     for (int64_t r = team; r < count; r += teams) {
-      T* const row[2] = {tiles[0] + r * classes, tiles[1] + (kInputs > 1 ? r * classes : 0)};
+      Tile* const row[2] = {tiles[0] + r * classes, tiles[1] + (kInputs > 1 ? r * classes : 0)};
       typename Op::Row known{};
       op.begin(known, first + r);
       if constexpr (Op::kReduceInputs > 0) {

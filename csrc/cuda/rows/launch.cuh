@@ -12,7 +12,7 @@ namespace fastnn::cuda {
 template <RowOperator Op>
 constexpr RowTraits row_traits() {
   const int inputs = std::max(Op::kReduceInputs, Op::kMapInputs);
-  return {.element_bytes = sizeof(PerRow<typename Op::T>),
+  return {.element_bytes = sizeof(Wide<typename Op::T>),
           .state_bytes = Op::kReduceInputs > 0 ? int64_t{sizeof(typename Op::State)} : 0,
           .tensors = std::max(inputs, 1),
           .maps = Op::kMaps,

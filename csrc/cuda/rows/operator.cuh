@@ -26,8 +26,8 @@ struct Classes {
 };
 
 // An operator adds:
-// - T, the operands' element, and Out, the output's, if that is narrower: a Widened, whose vectors
-//   have as many elements;
+// - T, the operands' element, and Out, the output's, if that is another. One of the two is then a
+//   Widened and the other float32, so that vectors of both have as many elements;
 // - Row, the data that all threads of a row have, such as its target and later its lse;
 // - if it reduces operands: State, a thread's reduction of the classes that it has read, and
 //   finish(row, state, position), which completes the Row with the state of all classes;

@@ -58,7 +58,7 @@ struct SumState {
 template <typename T>
 __device__ accum<T> exp_for(accum<T> x, accum<T> y = 0) {
   constexpr float kLog2E = 1.44269504f;
-  if constexpr (sizeof(PerRow<T>) == 2) {
+  if constexpr (sizeof(Wide<T>) == 2) {
     return FASTNN_EXP2(x * kLog2E - y * kLog2E);
   } else {
     return std::exp(x - y);

@@ -23,7 +23,7 @@ struct Problem : TargetDistribution<Problem<T>> {
   Buffer<T> logits;
   Buffer<int64_t> target;
   Buffer<T> target_probs;
-  Buffer<PerRow<T>> weight;
+  Buffer<Wide<T>> weight;
 
   Problem(const Layout& layout, const Options& options, const Offsets& offsets)
       : layout(layout),
@@ -31,7 +31,7 @@ struct Problem : TargetDistribution<Problem<T>> {
         logits(random_buffer<T>(elements(layout), offsets.first, -20, 20)),
         target(layout.rows()),
         target_probs(random_buffer<T>(elements(layout), offsets.second, 0, 1)),
-        weight(random_buffer<PerRow<T>>(layout.classes, 1, 0.25, 2)) {
+        weight(random_buffer<Wide<T>>(layout.classes, 1, 0.25, 2)) {
     if (options.masked) mask_some(logits, layout);
     for (int64_t row = 0; row < layout.rows(); ++row) {
       target[row] = layout.classes == 0 ? kIgnored : random_index(layout.classes);
@@ -59,8 +59,8 @@ template <typename T>
 struct Forward {
   Buffer<accum<T>> max;
   Buffer<accum<T>> sum;
-  Buffer<PerRow<T>> losses;
-  Buffer<PerRow<T>> loss;
+  Buffer<Wide<T>> losses;
+  Buffer<Wide<T>> loss;
   Buffer<accum<T>> total_weight;
   Buffer<T> kept;
 };
@@ -78,9 +78,9 @@ Forward<T> forward(const Problem<T>& problem, const Way& way, const Offsets& off
                    Make make) {
   const Layout& layout = problem.layout;
   const int64_t rows = layout.rows();
-  Forward<T> out{Buffer<accum<T>>(rows),  Buffer<accum<T>>(rows),
-                 Buffer<PerRow<T>>(rows), Buffer<PerRow<T>>(1),
-                 Buffer<accum<T>>(1),     Buffer<T>(elements(layout), offsets.output)};
+  Forward<T> out{Buffer<accum<T>>(rows), Buffer<accum<T>>(rows),
+                 Buffer<Wide<T>>(rows),  Buffer<Wide<T>>(1),
+                 Buffer<accum<T>>(1),    Buffer<T>(elements(layout), offsets.output)};
   const bool mean = problem.options.weighted;
   const LossResult<T> result{out.loss.data(), out.total_weight.data(), mean};
   const auto op = make(CrossEntropyForwardRows<T, Kind>{.args = problem.arguments(),
@@ -125,7 +125,7 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out, bool lse) {
       const double exp_sum = std::exp(exact.log_sum);
       expect_close<accum<T>>("sum", row, out.sum(row), exp_sum, roundings, exp_sum * farthest);
     }
-    expect_close<PerRow<T>>("losses", row, out.losses(row), loss, roundings, magnitude);
+    expect_close<Wide<T>>("losses", row, out.losses(row), loss, roundings, magnitude);
     sum += loss;
     sum_magnitude += magnitude;
     weight += problem.row_weight(row);
@@ -133,8 +133,8 @@ void check_forward(const Problem<T>& problem, const Forward<T>& out, bool lse) {
   const bool mean = problem.options.weighted;
   const double divisor = mean ? weight : 1;
   expect_sum<accum<T>>("total_weight", out.total_weight[0], weight, layout.rows(), weight);
-  expect_close<PerRow<T>>("loss", 0, out.loss(0), mean && weight == 0 ? NAN : sum / divisor,
-                          roundings + static_cast<double>(layout.rows()), sum_magnitude / divisor);
+  expect_close<Wide<T>>("loss", 0, out.loss(0), mean && weight == 0 ? NAN : sum / divisor,
+                        roundings + static_cast<double>(layout.rows()), sum_magnitude / divisor);
 }
 
 // That the gradient is grad(row) * (sum(q) * softmax - q), and zero in the rows ignored.
@@ -161,12 +161,12 @@ void check_gradient(const Problem<T>& problem, const Buffer<T>& grad_input, Grad
 }
 
 template <typename T>
-Buffer<PerRow<T>> incoming_grad(const Problem<T>& problem) {
+Buffer<Wide<T>> incoming_grad(const Problem<T>& problem) {
   const int64_t rows = problem.layout.rows();
   const bool per_row = problem.options.per_row;
-  auto grad = random_buffer<PerRow<T>>(per_row ? rows : 1, 1);
+  auto grad = random_buffer<Wide<T>>(per_row ? rows : 1, 1);
   for (int64_t row = 0; per_row && row < rows; ++row) {
-    if (!problem.counts(row)) grad[row] = static_cast<PerRow<T>>(NAN);  // leaves no trace
+    if (!problem.counts(row)) grad[row] = static_cast<Wide<T>>(NAN);  // leaves no trace
   }
   return grad;
 }
@@ -197,7 +197,7 @@ void check_backward(const Problem<T>& problem, const Way& way, const Offsets& of
   const Layout& layout = problem.layout;
   const Options& options = problem.options;
   const bool per_row = options.per_row;
-  const Buffer<PerRow<T>> grad = incoming_grad(problem);
+  const Buffer<Wide<T>> grad = incoming_grad(problem);
   Buffer<A> total_weight(1);
   total_weight[0] = 3;
   const UniformSumOf<T> uniform(problem);
@@ -225,7 +225,7 @@ template <typename T>
 void check_scale(const Problem<T>& problem, const Way& way, const Offsets& offsets,
                  const Forward<T>& saved, bool in_place) {
   const bool per_row = problem.options.per_row;
-  const Buffer<PerRow<T>> grad = incoming_grad(problem);
+  const Buffer<Wide<T>> grad = incoming_grad(problem);
   Buffer<T> grad_input =
       in_place ? saved.kept : Buffer<T>(elements(problem.layout), offsets.output);
   using Op = ScaleGradientRows<T>;

@@ -57,7 +57,7 @@ inline constexpr const char* kName<BFloat16> = "bfloat16";
 template <>
 inline constexpr const char* kName<Half> = "float16";
 template <>
-inline constexpr const char* kName<Widened<BFloat16>> = "bfloat16 with a loss of float32";
+inline constexpr const char* kName<Widened<BFloat16>> = "bfloat16 beside float32";
 
 // ---- memory ----
 

@@ -13,23 +13,23 @@ void log_softmax(const Layout& layout, const Way& way, const Offsets& offsets, d
   if (masked) mask_some(input, layout);
   using Op = LogSoftmaxRows<T>;
   const Plan plan = plan_of<Op>(layout, way);
-  Buffer<T> output(input.size(), offsets.output);
+  Buffer<Wide<T>> output(input.size(), offsets.output);
   run_rows(Op{}, plan, layout, {{input.data(), nullptr}, output.data()});
   expect_same_in_every_order(output);
   for (int64_t row = 0; row < layout.rows(); ++row) {
     const LogSumExp lse = log_sum_exp(input, layout, row);
     for (int64_t c = 0; c < layout.classes; ++c) {
       const int64_t i = element(layout, row, c);
-      expect_close<T>("output", i, output(i), lse.log_softmax(input(i)), roundings_of_row(layout),
-                      lse.scale(input(i)));
+      expect_close<Wide<T>>("output", i, output(i), lse.log_softmax(input(i)),
+                            roundings_of_row(layout), lse.scale(input(i)));
     }
   }
 }
 
 template <typename T>
 void log_softmax_backward(const Layout& layout, const Way& way, const Offsets& offsets) {
-  const auto grad = random_buffer<T>(elements(layout), offsets.first);
-  const auto output = random_buffer<T>(elements(layout), offsets.second, -8, 0);
+  const auto grad = random_buffer<Wide<T>>(elements(layout), offsets.first);
+  const auto output = random_buffer<Wide<T>>(elements(layout), offsets.second, -8, 0);
   using Op = LogSoftmaxBackwardRows<T>;
   const Plan plan = plan_of<Op>(layout, way);
   Buffer<T> grad_input(grad.size(), offsets.output);
@@ -51,7 +51,7 @@ void log_softmax_backward(const Layout& layout, const Way& way, const Offsets& o
 }
 
 const Test test("log_softmax", [] {
-  for_each_dtype([&]<typename T>() {
+  const auto test_dtype = []<typename T>() {
     for (const Layout& layout : layouts()) {
       for (const Way& way : ways(layout)) {
         const Offsets at = one_of(offsets<T>());
@@ -62,7 +62,9 @@ const Test test("log_softmax", [] {
         log_softmax_backward<T>(layout, way, at);
       }
     }
-  });
+  };
+  for_each_dtype(test_dtype);
+  test_dtype.template operator()<Widened<BFloat16>>();
 });
 
 // Rows that fit into shared memory on request; that would fit only without what the reductions
