@@ -46,7 +46,7 @@ const char* capability() {
 
 bool multiplies_bfloat16() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
+  return chosen() == Capability::Avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

@@ -52,9 +52,14 @@ struct Line {
   int64_t run_stride;
   int64_t size;
 
-  // Calls copy(in_rows, in_run) for each element.
-  template <typename Copy>
+  // Calls copy(in_rows, in_run) for each element of kSize bytes.
+  template <int64_t kSize, typename Copy>
   void for_each(Copy copy) const {
+    if (rows_stride == 2 * kSize && run_stride == kSize) {
+      // With constant strides the compiler copies several at once.
+      for (int64_t i = 0; i < size; ++i) copy(in_rows + i * 2 * kSize, in_run + i * kSize);
+      return;
+    }
     int64_t i = 0;
     for (; i + kAtOnce <= size; i += kAtOnce) {
       char* const from = in_rows + i * rows_stride;
@@ -74,11 +79,11 @@ template <int64_t kSize, typename Copy>
   const bool by_cols = of.rows > 1 && (of.cols < kAtOnce || of.row_stride < of.col_stride);
   for (int64_t r = 0; !by_cols && r < of.rows; ++r) {
     Line{of.data + r * of.row_stride, of.col_stride, run + r * run_row_stride, kSize, of.cols}
-        .for_each(copy);
+        .template for_each<kSize>(copy);
   }
   for (int64_t c = 0; by_cols && c < of.cols; ++c) {
     Line{of.data + c * of.col_stride, of.row_stride, run + c * kSize, run_row_stride, of.rows}
-        .for_each(copy);
+        .template for_each<kSize>(copy);
   }
 }
 
