@@ -62,6 +62,11 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value if value.dtype == torch.float64 else value.to(dtype)
 
 
+def under_autocast(device: str) -> bool:
+    """Whether autocast is on for a device type; on others than these our operators ignore it."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 class _WithItsOwnApply(FunctionMeta):
     """Dynamo recognises a Function by its metaclass, skips its ``apply`` and refuses a ``jvp``. It
     reads a Function with this metaclass like any other class."""
@@ -86,7 +91,7 @@ class Operator(Function, metaclass=_WithItsOwnApply):
     def record(cls, *args: Any) -> Any:
         """Calls ``forward`` through autograd, with the arguments cast as autocast would."""
         device = args[0].device.type
-        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        if not under_autocast(device):
             return super().apply(*args)
         dtype = cls.autocast_dtype(device)
         with torch.autocast(device, enabled=False):

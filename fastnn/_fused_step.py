@@ -23,7 +23,8 @@ from torch.nn import (
 
 from fastnn import _containers, _torch, functional, nn
 from fastnn._extension import extension
-from fastnn._step import Batch, Program, has_autocast, note_scheduled_step, note_update, update
+from fastnn._function import under_autocast
+from fastnn._step import Batch, Program, note_scheduled_step, note_update, update
 from fastnn._tensor_classes import PLAIN, PLAIN_OR_NONE
 from fastnn.optim import SGD
 from fastnn.optim._hooks import has_replaced_step
@@ -164,7 +165,7 @@ def _check_setting(program: Program) -> None:
     _refuse(_containers.why_all_apart())
     if torch.is_anomaly_enabled():
         raise _CannotFuse("autograd checks for anomalies")
-    if has_autocast("cpu"):
+    if under_autocast("cpu"):
         raise _CannotFuse("autocast is on")
     if _torch.in_forward_mode() or _torch.running_transform() is not None:
         raise _CannotFuse("the step is under a torch.func transform or forward-mode AD")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnn._extension import operators
-from fastnn._function import cast
+from fastnn._function import cast, under_autocast
 from fastnn._torch import in_forward_mode, running_transform
 
 # Logits per block; a block takes two or three times their memory.
@@ -117,7 +117,7 @@ def named_statistics(
 def row_statistics(head: Head, index: Tensor) -> RowStatistics:
     """The statistics of each row; ``logprobs`` is that of the class given by ``index``."""
     device = head.input.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+    if under_autocast(device):
         with torch.autocast(device, enabled=False):
             return row_statistics(head.cast(torch.get_autocast_dtype(device)), index)
     # A transform differentiates by itself, and only supports torch's operators.

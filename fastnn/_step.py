@@ -128,13 +128,13 @@ def _without_autocast(program: Program) -> AbstractContextManager[Any]:
     """Turns autocast off for the backward, as a hand-written loop does: its operators keep their
     dtypes, and no cached cast of a parameter outlives the parameter's update."""
     device = program.device_type
-    if not has_autocast(device):
+    if not _has_autocast(device):
         return nullcontext()
     torch.clear_autocast_cache()
     return torch.autocast(device, enabled=False)
 
 
-def has_autocast(device: str) -> bool:
+def _has_autocast(device: str) -> bool:
     """Whether autocast is on for a device type."""
     try:
         return torch.is_autocast_enabled(device)

@@ -45,6 +45,7 @@ from fastnn._function import (
     check_weight,
     may_be_differentiated,
     operators_for,
+    under_autocast,
 )
 from fastnn._torch import in_forward_mode
 
@@ -439,7 +440,7 @@ class LinearCrossEntropy(Operator):
         input, linear_weight, target, linear_bias, weight = tensors
         device = input.device.type
         dtype = None
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        if under_autocast(device):
             low, dtype = torch.get_autocast_dtype(device), torch.float32
             input, linear_weight, linear_bias = (
                 cast(each, low) for each in (input, linear_weight, linear_bias)

@@ -43,6 +43,7 @@ from fastnn._arguments import (
     mlp_layers,
 )
 from fastnn._extension import is_tracing, operators
+from fastnn._function import under_autocast
 from fastnn._head_statistics import (
     Head,
     LinearCrossEntropyOutput,
@@ -523,17 +524,12 @@ def _call_with_matrices(
             result = torch.stack(losses, 1).reshape(*rows, *positions)
         else:
             result = torch.stack(losses).sum()
-        return result if _under_autocast(input.device) else result.to(input.dtype)
+        return result if under_autocast(input.device.type) else result.to(input.dtype)
     if len(rows) <= 1:
         return loss(input, linear_weight, target, linear_bias)
     targets = target.flatten() if is_index else target.flatten(0, -2)
     losses_of_rows = loss(input.flatten(0, -2), linear_weight, targets, linear_bias)
     return losses_of_rows.reshape(rows) if reduction == "none" else losses_of_rows
-
-
-def _under_autocast(device: torch.device) -> bool:
-    """Whether autocast is on, which keeps losses in the wide dtype."""
-    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 
 def _heads(

@@ -28,6 +28,9 @@ from support.marks import BUILT_FOR_CUDA
 from support.operators import FUNCTIONS
 from support.sample_inputs import SEED
 
+# For xdist's workers, which import this too.
+os.environ["FASTNN_TEST_SEED"] = str(SEED)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
