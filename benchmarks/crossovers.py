@@ -4,8 +4,8 @@
 
 For each product of a layer (its output, and the gradients of its input and weight) this prints
 PyTorch's time over that of fastnn's own kernels, for rows x features -> features. The rules in
-csrc/cpu/gemm.cpp and csrc/cpu/simd/ come from such tables, one for each instruction set (chosen by
-FASTNN_CPU_CAPABILITY), because the library's kernels differ, too.
+csrc/cpu/gemm.cpp come from such tables, one for each instruction set, because the library's kernels
+differ, too: benchmarks/results/crossovers.txt has them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from benchmarks.case import Function, Inputs, normal
 from benchmarks.cases.linear_relu import PARTS
+from benchmarks.machine import machine_facts
+from benchmarks.table import threads_text
 from benchmarks.timing import QUICK, measure
 
 ROWS = (1, 2, 4, 8, 16, 64, 512, 4096)
@@ -74,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     os.environ["FASTNN_CPU_GEMM"] = "tiled"  # read at the first product
-    print(f"{options.dtype}, {options.threads} threads: PyTorch's time / that of our kernels")
+    machine = machine_facts()
+    print("{cpu}, torch {torch}, {date}".format(**machine))
+    print(f"{options.dtype}, {threads_text(options.threads)}: PyTorch's time / that of our kernels")
     with torch.no_grad():
         for name, functions in PRODUCTS.items():
             print(f"\n{name:20}" + "".join(f"{ins:>6}->{outs:<5}" for ins, outs in FEATURES))

@@ -49,6 +49,16 @@ class Device:
         """How long to measure each of the device's limits."""
         return plan.seconds / 4
 
+    def products(self, left: Tensor, right: Tensor) -> list[Callable[[], object]]:
+        """The libraries' products of two square matrices; oneDNN's has packed the right one."""
+        out = torch.empty_like(left)
+        products: list[Callable[[], object]] = [lambda: torch.mm(left, right, out=out)]
+        if left.is_cpu and _has_onednn(left.dtype):
+            packed = torch.ops.mkldnn._reorder_linear_weight(right, len(left))
+            multiply = torch.ops.mkldnn._linear_pointwise
+            products.append(lambda: multiply(left, packed, None, "none", [], ""))
+        return products
+
     def complaint(self) -> str | None:
         """Why nothing can be measured here, in one sentence; None if it can."""
         return None
@@ -112,6 +122,12 @@ class Device:
     def peak_growth(self, call: Callable[[], object]) -> int:
         """The peak memory in use during the call, in bytes above the level before it."""
         return resident.peak_growth(call)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _gpu_memory(size: int) -> Tensor:

@@ -69,8 +69,8 @@ def _best_gemm_rate(
 
 def _gemm_rate(size: int, dtype: torch.dtype, seconds: float, device: Device) -> float:
     left, right = torch.randn(2, size, size, device=device.name).to(dtype)
-    product = torch.empty_like(left)
-    return 2 * size**3 / _shortest(lambda: torch.mm(left, right, out=product), seconds, device)
+    products = device.products(left, right)
+    return 2 * size**3 / min(_shortest(product, seconds, device) for product in products)
 
 
 def _copy_rate(moved: int, seconds: float, device: Device) -> float:

@@ -15,8 +15,9 @@ from fastnn import env
 def machine_facts() -> dict[str, str]:
     """Processor, system and versions, as recorded with the results."""
     facts = env.collect()
+    limit = os.environ.get("FASTNN_CPU_CAPABILITY")
     return {
-        "cpu": facts["cpu"],
+        "cpu": facts["cpu"] + (f" limited to {limit.upper()}" if limit else ""),
         "processors": str(os.cpu_count()),
         "os": f"{facts['system']}, {platform.machine()}",
         "python": platform.python_version(),

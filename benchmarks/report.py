@@ -10,14 +10,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.cpu_page import cpu_page
-from benchmarks.overview import draw_picture, section
+from benchmarks.overview import Link, draw_picture, section
 from benchmarks.page import page as gpu_page
 from benchmarks.plots import MissingMatplotlib, draw
 from benchmarks.results import SCHEMA, gpu
+from benchmarks.sections import head_section, step_section
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 RESULTS = Path("benchmarks/results")
@@ -28,9 +29,8 @@ PAGES = {
     "avx512": "docs/performance_avx512.md",
     "h200": "docs/performance_cuda.md",
 }
-# The runs in the small table, and the pages that contain it between the markers.
+# The runs in the small table.
 OVERVIEW = ("avx2", "avx512")
-WITH_OVERVIEW = ("README.md", "docs/performance.md")
 
 
 class ReportError(Exception):
@@ -90,7 +90,7 @@ def refresh(root: Path) -> None:
         root: the repository.
     """
     documents = {name: read_document(root / RESULTS / f"{name}.json") for name in PAGES}
-    texts = {root / name: overview(root, root / name, documents) for name in WITH_OVERVIEW}
+    texts = {root / name: with_section(root, name, documents) for name in SECTIONS}
     draw_picture([documents[name] for name in OVERVIEW], root / PICTURE)
     for path, text in texts.items():
         path.write_text(text)
@@ -98,17 +98,34 @@ def refresh(root: Path) -> None:
         write_page(documents[name], root / target, root / RESULTS, name)
 
 
-def overview(root: Path, path: Path, documents: dict[str, dict]) -> str:
-    """A page's text with its small table brought up to date."""
+def with_section(root: Path, name: str, documents: dict[str, dict]) -> str:
+    """A page's text with its section brought up to date."""
+    path = root / name
     if not path.is_file():
         raise ReportError(f"{path} is not a file")
-    text = section(
-        {name: documents[name] for name in OVERVIEW},
-        PAGES,
-        PICTURE.as_posix(),
-        lambda target: relative(root / target, path.parent),
-    )
+    text = SECTIONS[name](documents, lambda target: relative(root / target, path.parent))
     return replace_section(path.read_text(), text, path)
+
+
+def _overview(documents: dict[str, dict], link: Link) -> str:
+    return section({name: documents[name] for name in OVERVIEW}, PAGES, PICTURE.as_posix(), link)
+
+
+def _steps(documents: dict[str, dict], link: Link) -> str:
+    return step_section(documents["avx512"])
+
+
+def _heads(documents: dict[str, dict], link: Link) -> str:
+    return head_section(documents["avx512"])
+
+
+# The pages with a section between the markers, and what writes it.
+SECTIONS: dict[str, Callable[[dict[str, dict], Link], str]] = {
+    "README.md": _overview,
+    "docs/performance.md": _overview,
+    "docs/train_step.md": _steps,
+    "docs/linear_cross_entropy.md": _heads,
+}
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -16,6 +16,9 @@ from benchmarks.case import Contender, Inputs, Unavailable
 from benchmarks.device import CPU, Timer
 from benchmarks.timing import Sampler
 
+# With --xla_cpu_max_isa=AVX2 its products still run above the peak rate of AVX2.
+UNLIMITED = "its products can't be limited to an instruction set"
+
 
 class JaxProcess(Contender):
     """A function that JAX compiles and runs in its own process."""
@@ -40,6 +43,8 @@ class JaxProcess(Contender):
         """Starts the program, a class of :mod:`benchmarks.jax_server`."""
         if importlib.util.find_spec("jax") is None:
             raise Unavailable("jax is not installed")
+        if os.environ.get("FASTNN_CPU_CAPABILITY"):
+            raise Unavailable(UNLIMITED)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.jax_server", str(torch.get_num_threads())],
             stdin=subprocess.PIPE,

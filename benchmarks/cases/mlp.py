@@ -95,7 +95,7 @@ def _check_inputs(generator: torch.Generator, **arguments) -> Inputs:
 def _contenders() -> list[Contender]:
     return [
         Function("fastnn", _mlp),
-        Function("fastnn, layer by layer", _layers),
+        Function("fastnn layer by layer", _layers),
         Function("torch", _eager),
         Compiled("torch.compile", _eager),
     ]

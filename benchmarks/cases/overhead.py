@@ -88,8 +88,12 @@ def _stock_model() -> nn.Sequential:
 
 
 def _fused_models() -> dict[str, Layer]:
-    modules = nn.Sequential(_linear_relu(), _linear_relu(), _linear())
-    return _of_models(fastnn=fastnn.fuse(_stock_model()), modules=modules, torch=_stock_model())
+    models = {
+        "fastnn": fastnn.fuse(_stock_model()),
+        "fastnn modules": nn.Sequential(_linear_relu(), _linear_relu(), _linear()),
+        "torch": _stock_model(),
+    }
+    return {name: (model, (model,)) for name, model in models.items()}
 
 
 def _compiled_models() -> dict[str, Layer]:
@@ -100,10 +104,6 @@ def _compiled_models() -> dict[str, Layer]:
         "eager": (torch.compile(stock, backend="eager"), (stock,)),
         "torch": (stock, (stock,)),
     }
-
-
-def _of_models(**models: nn.Module) -> dict[str, Layer]:
-    return {name: (model, (model,)) for name, model in models.items()}
 
 
 def _reference_model(input: Tensor) -> Tensor:

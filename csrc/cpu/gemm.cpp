@@ -18,8 +18,8 @@
 namespace fastnn::cpu {
 namespace {
 
-// Whether the library's product is faster than ours, as `python -m benchmarks.crossovers` measures
-// it; `packs` says whether ours packs its operands.
+// Whether the library's product is faster than ours, as benchmarks/results/crossovers.txt has it
+// for each instruction set; `packs` says whether ours packs its operands.
 //
 // The library's instructions that multiply bfloat16 beat our float32, but a call costs more than a
 // small product.

@@ -148,15 +148,35 @@ RELU = make_result(
 )
 
 
+STEPS = [
+    make_result({"fastnn": 2e-4, "torch": 4e-4, "jax.jit": 1e-4}, op=op, label=label, mode="step")
+    for op in ("MLP step", "train_step")
+    for label in ("CrossEntropyLoss", "batch of 256", "784-512-256-10")
+]
+HEAD = make_result(
+    {
+        "fastnn": 0.125,
+        "F.linear, F.cross_entropy": 0.5,
+        "torch.compile": 0.375,
+        "torch.compile, auto-chunker, 2 chunks": 0.5,
+        "torch.compile, auto-chunker, 8 chunks": 0.25,
+        "F.linear_cross_entropy, 64 rows": 0.1875,
+    },
+    op="linear + cross_entropy",
+    label="8, 2->9",
+    mode="forward_backward",
+)
+
+
 def repository_with(root: Path, text: str = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"):
     """A repository whose pages have this text, and whose runs are small."""
     for name in ("docs", *map(str, [report.RESULTS])):
         (root / name).mkdir(parents=True)
-    for name in report.WITH_OVERVIEW:
+    for name in report.SECTIONS:
         (root / name).write_text(text)
     runs = {
         "avx2": make_document(RELU, STEP),
-        "avx512": make_document(RELU),
+        "avx512": make_document(RELU, HEAD, *STEPS),
         "h200": gpu_document(WON),
     }
     runs["avx512"]["machine"] |= {"capability": "avx512", "date": "2026-01-03"}
@@ -168,20 +188,26 @@ def test_report_writes_every_page_and_what_is_between_the_markers(tmp_path: Path
     repository_with(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert report.main([]) == 0
-    files = [*report.WITH_OVERVIEW, *report.PAGES.values()]
+    files = [*report.SECTIONS, *report.PAGES.values()]
     once = [Path(name).read_text() for name in files]
-    readme, docs = once[:2]
+    readme, docs, steps, heads = once[:4]
     for text in (readme, docs):
         assert text.startswith(f"before\n{report.BEGIN}\n![Dots: ")
         assert text.endswith(f"{report.END}\nafter\n") and "old" not in text
         assert "| linear_relu | 2.00x | 2.00x | 2.00x (2.00x) | 2.00x (2.00x) |" in text
-        assert "| MLP step | 3.00x |  | 0.50x (0.50x) |  |" in text
-        assert "most often `jax.jit` (1)." in text
+        assert "| MLP step | 3.00x | 2.00x | 0.50x (0.50x) | 0.50x (0.50x) |" in text
+        assert "most often `jax.jit` (7)." in text
         assert "A Processor, 1 thread, torch 2.13.0 (AVX2 on 2026-01-02, AVX-512" in text
     assert "[1 of 2 cases with AVX2](docs/performance_avx2.md#where" in readme
     assert "[1 of 2 cases with AVX2](performance_avx2.md#where" in docs
     assert "](benchmarks/results/overview.png)" in readme
     assert "](../benchmarks/results/overview.png)" in docs
+    for model in ("CrossEntropyLoss, 64", "CrossEntropyLoss, 256"):
+        assert (
+            f"| 784-128-64-10, {model} | 1 | 200 us | 2.00x | 0.50x (jax.jit) | 200 us |" in steps
+        )
+    assert "| 784-512-256-10, CrossEntropyLoss, 64 | 1 | 200 us | 2.00x |" in steps
+    assert "| 8, 2->9 | fwd+bwd | 1 | 125 ms | 4.00x | 3.00x | 2.00x | 1.50x |  |" in heads
     assert report.PICTURE.read_bytes().startswith(b"\x89PNG")
     assert report.main([]) == 0
     assert [Path(name).read_text() for name in files] == once
@@ -193,7 +219,7 @@ def test_report_refuses_a_page_without_markers(tmp_path: Path, text: str, monkey
     monkeypatch.chdir(tmp_path)
     assert report.main([]) == 2
     assert "README.md needs one" in capsys.readouterr().err
-    assert [(tmp_path / name).read_text() for name in report.WITH_OVERVIEW] == [text] * 2
+    assert {(tmp_path / name).read_text() for name in report.SECTIONS} == {text}
     assert not report.PICTURE.exists()
 
 
@@ -236,16 +262,14 @@ def test_the_pages_show_the_saved_results(name):
     assert (REPOSITORY / report.PAGES[name]).read_text() == report.page(document, figures)
 
 
-@pytest.mark.parametrize("name", report.WITH_OVERVIEW)
-def test_the_small_table_shows_the_saved_results(name):
-    path = REPOSITORY / name
+@pytest.mark.parametrize("name", report.SECTIONS)
+def test_the_tables_of_the_pages_show_the_saved_results(name):
     runs = {
         run: report.read_document(REPOSITORY / report.RESULTS / f"{run}.json")
         for run in report.OVERVIEW
     }
-    assert path.read_text() == report.overview(REPOSITORY, path, runs), (
-        "python -m benchmarks.report"
-    )
+    text = report.with_section(REPOSITORY, name, runs)
+    assert (REPOSITORY / name).read_text() == text, "python -m benchmarks.report"
 
 
 def test_every_contender_of_the_small_table_is_in_a_saved_run():
