@@ -44,7 +44,7 @@ void log_softmax_backward(const Layout& layout, const Way& way, const Offsets& o
     for (int64_t c = 0; c < layout.classes; ++c) {
       const int64_t i = element(layout, row, c);
       const double softmax = std::exp(output(i));
-      expect_close<T>("grad_input", i, grad_input(i), grad(i) - softmax * sum,
+      expect_close<T>("grad_input", i, static_cast<T>(grad_input(i)), grad(i) - softmax * sum,
                       roundings_of_row(layout), std::abs(grad(i)) + softmax * magnitude);
     }
   }
