@@ -20,7 +20,8 @@ the best large float32 matrix product, or of a copy of as many bytes, in the sam
 
 A share can exceed 100 %, since the limit is a plain copy: SGD in float32 counts 20 bytes per
 element but writes where it has read, and a copy of as many bytes (256 MiB at most) spans more
-memory. The zeros of a large `nll_loss` gradient are counted but never written: [](limits.md)."""
+memory. The zeros of a large `nll_loss` gradient are counted but never written:
+[Limits](limits.md)."""
 
 
 def instruction_set(document: dict) -> str:

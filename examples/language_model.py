@@ -70,7 +70,7 @@ def train(head: str, classes: int, batch: int, steps: int) -> tuple[list[float],
     """The losses, and the seconds per step."""
     torch.manual_seed(0)
     trunk, loss_of = Trunk(classes), HEADS[head](classes)
-    optimizer = fastnn.optim.SGD([*trunk.parameters(), *loss_of.parameters()], lr=0.5)
+    optimizer = fastnn.optim.SGD([*trunk.parameters(), *loss_of.parameters()], lr=0.1)
     windows = words(classes).unfold(0, CONTEXT + 1, 1)
     losses, start = [], 0.0
     for step in range(steps + 1):

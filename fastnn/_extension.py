@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastnn import _operators, reference
 from fastnn._torch import tracing_state
 
 REINSTALL = "reinstall it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+HIDDEN = "this source folder hides the installed fastnn: start Python in another folder"
 
 _BUILD_INFO_FILE = Path(__file__).with_name("_build_info.json")
 
@@ -32,11 +33,17 @@ def build_info() -> dict[str, Any]:
     return json.loads(_BUILD_INFO_FILE.read_text())
 
 
+def _hides_another() -> bool:
+    """Whether Python was started in a source folder although a built fastnn is installed."""
+    installed = (str(one.locate_file("fastnn")) for one in metadata.distributions(name="fastnn"))
+    return any(Path(folder, _BUILD_INFO_FILE.name).exists() for folder in installed)
+
+
 def _load() -> tuple[Any, str]:
     """The extension module and "", or None and the reason in one sentence."""
     info = build_info()
     if not info:
-        return None, f"its extension is not built ({REINSTALL})"
+        return None, f"its extension is not built ({HIDDEN if _hides_another() else REINSTALL})"
     # Checked before the import, which would fail with an undefined symbol.
     if info["torch"] != torch.__version__:
         return None, (

@@ -103,6 +103,8 @@ class FusedStep:
             return "the input is no matrix"
         if target.is_floating_point() and not self._plan.takes_probabilities:
             return "the target is not class indices"
+        if target.is_floating_point() and target.dtype != input.dtype:
+            return "the target has another dtype than the input"
         return _MLPStep.why_not_batch(input, target, chain.params[0])
 
     def run(self, program: Program, batch: Batch) -> Tensor:

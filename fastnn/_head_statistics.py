@@ -81,7 +81,7 @@ def check_returns(returns: Collection[str], linear_weight: Tensor, target: Tenso
             f"got {linear_weight.dim()}"
         )
     if target.is_floating_point():
-        raise ValueError("each row's log-probability is one of class indices, not probabilities")
+        raise ValueError("what returns names needs class indices as target, got probabilities")
 
 
 def head_statistics(

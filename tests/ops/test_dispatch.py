@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
+from fastnn import _extension
 from support.marks import needs_extension, of_functions
 from support.modes import CONTEXTS, FunctionRecorder
 from support.operator_cases import CASES, COMPILE_SAMPLES
@@ -407,7 +408,7 @@ def assert_trains_on_the_reference(code: str, path: Path, cause: str) -> None:
     assert not available
     assert len(messages) == 1
     assert re.search(cause, messages[0])
-    assert "pip install" in messages[0]  # what the user can do
+    assert re.search("pip install|in another folder", messages[0])  # what the user can do
     # Three steps of float32: the same operations, except for the order of a few sums.
     assert losses == pytest.approx(torch_losses, rel=1e-5)
     assert losses[2] < losses[0]
@@ -426,6 +427,18 @@ def test_an_extension_that_was_not_built_gives_one_warning_and_the_reference(tmp
     built = shutil.ignore_patterns("_C*", "_build_info.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "fastnn", ignore=built)
     assert_trains_on_the_reference(IMPORT_AND_TRAIN, tmp_path, "extension is not built")
+
+
+@pytest.mark.cpu_only("the extension as it is installed")
+def test_a_source_folder_that_hides_a_built_package_says_so(tmp_path, monkeypatch):
+    built = tmp_path / "site" / "fastnn"
+    (built.parent / "fastnn-1.dist-info").mkdir(parents=True)
+    (built.parent / "fastnn-1.dist-info" / "METADATA").write_text("Name: fastnn\nVersion: 1\n")
+    monkeypatch.setattr(sys, "path", [str(built.parent)])
+    assert not _extension._hides_another()
+    built.mkdir()
+    (built / "_build_info.json").write_text("{}")
+    assert _extension._hides_another()
 
 
 OPENMP_RUNTIMES = """

@@ -33,8 +33,8 @@ def test_table_of_all_backends():
     assert len({len(line) for line in lines[:5]}) == 1  # the columns line up
     assert lines[-3:] == [
         "",
-        "fastnn: PyTorch takes 2.00 times as long; the epoch losses differ by at most 2.5e-01",
-        "train_step: PyTorch takes 2.50 times as long; the epoch losses differ by at most 1.2e-01",
+        "fastnn: 2.00 times as fast as PyTorch; the epoch losses differ by at most 2.5e-01",
+        "train_step: 2.50 times as fast as PyTorch; the epoch losses differ by at most 1.2e-01",
     ]
 
 

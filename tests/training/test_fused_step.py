@@ -583,6 +583,7 @@ def test_settings_that_it_steps_aside_for():
         (lambda x, t: (x[:0], t[:0]), "is not a batch"),
         (lambda x, t: (x[0], t[0]), "no matrix"),
         (lambda x, t: ([x], t), "no plain tensor"),
+        (lambda x, t: (x, nn.functional.one_hot(t, CLASSES).double()), "another dtype"),
         (lambda x, t: (nn.Parameter(x, requires_grad=False), t), ""),
     ],
 )
