@@ -244,7 +244,7 @@ def progress_bar(total: int) -> Bar:
     try:
         from tqdm import tqdm
     except ImportError:
-        print("No progress bar: 'pip install tqdm' brings it.", file=sys.stderr)
+        print("No progress bar: 'pip install tqdm' adds it.", file=sys.stderr)
         return Bar()
     # disable=None: only where stderr is a terminal.
     return tqdm(total=total, unit="batch", disable=None)
@@ -411,7 +411,7 @@ def run_demo(options: Options) -> list[Run]:
         if draw(runs, options.plot):
             print(f"Plot: {options.plot}")
         else:
-            print("No plot: 'pip install matplotlib' brings it.", file=sys.stderr)
+            print("No plot: 'pip install matplotlib' adds it.", file=sys.stderr)
     return runs
 
 

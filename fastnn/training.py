@@ -246,7 +246,7 @@ def _checked_count(accumulate: Any) -> int:
     except TypeError:
         count = 0
     if isinstance(accumulate, bool) or count < 1:
-        raise ValueError(f"accumulate: expected an integer from 1, got {accumulate!r}")
+        raise ValueError(f"accumulate: expected a positive integer, got {accumulate!r}")
     return count
 
 

@@ -288,8 +288,8 @@ def test_torch_backend_runs_on_torch_alone(tmp_path, monkeypatch, capsys):
     output, errors = capsys.readouterr()
     assert "total" in output
     assert errors.splitlines() == [
-        "No progress bar: 'pip install tqdm' brings it.",
-        "No plot: 'pip install matplotlib' brings it.",
+        "No progress bar: 'pip install tqdm' adds it.",
+        "No plot: 'pip install matplotlib' adds it.",
     ]
     assert not (tmp_path / "mnist.png").exists()
 

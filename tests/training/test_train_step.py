@@ -490,7 +490,7 @@ BAD = [
         "optimizer: .* got NeedsClosure",
     ),
     *(
-        ({"accumulate": value}, ValueError, "accumulate: expected an integer from 1, got ")
+        ({"accumulate": value}, ValueError, "accumulate: expected a positive integer, got ")
         for value in (0, -1, 1.5, "2", None, True)
     ),
     *(
