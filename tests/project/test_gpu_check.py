@@ -89,7 +89,7 @@ def test_a_step_that_hangs_is_stopped_and_what_it_says_then_is_kept(tmp_path):
         "import time\ntry:\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('so far: 3 of 5')"
     )
-    results = run(tmp_path, Step("slow", python(hangs), 2, 0), Step("next", python(""), 30, 1))
+    results = run(tmp_path, Step("slow", python(hangs), 6, 0), Step("next", python(""), 30, 1))
     assert results["slow"]["status"] == "out of time"
     assert "so far: 3 of 5" in results["slow"]["tail"]
     assert results["next"]["status"] == "passed"
