@@ -55,7 +55,7 @@ def section(documents: dict[str, dict], pages: dict[str, str], picture: str, lin
             f"{runs}.",
             _table(list(documents.values())),
             _peers(documents, pages, link),
-            _machines(list(documents.values())),
+            machines(list(documents.values())),
         ]
     )
 
@@ -128,7 +128,7 @@ def _peers(documents: dict[str, dict], pages: dict[str, str], link: Link) -> str
     return f"A peer is ahead in {' and in '.join(counts)}{most}."
 
 
-def _machines(documents: Sequence[dict]) -> str:
+def machines(documents: Sequence[dict]) -> str:
     """The machine of each run; runs on the same machine share a line."""
     machines: dict[str, list[str]] = {}
     for document in documents:

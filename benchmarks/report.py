@@ -111,20 +111,12 @@ def _overview(documents: dict[str, dict], link: Link) -> str:
     return section({name: documents[name] for name in OVERVIEW}, PAGES, PICTURE.as_posix(), link)
 
 
-def _steps(documents: dict[str, dict], link: Link) -> str:
-    return step_section(documents["avx512"])
-
-
-def _heads(documents: dict[str, dict], link: Link) -> str:
-    return head_section(documents["avx512"])
-
-
 # The pages with a section between the markers, and what writes it.
 SECTIONS: dict[str, Callable[[dict[str, dict], Link], str]] = {
     "README.md": _overview,
     "docs/performance.md": _overview,
-    "docs/train_step.md": _steps,
-    "docs/linear_cross_entropy.md": _heads,
+    "docs/train_step.md": lambda documents, link: step_section(documents["avx512"]),
+    "docs/linear_cross_entropy.md": lambda documents, link: head_section(documents["avx512"]),
 }
 
 

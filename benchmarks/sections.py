@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.case import OURS
-from benchmarks.overview import instruction_set
-from benchmarks.results import MIB, best_ratio
-from benchmarks.table import MODE_NAMES, markdown_table, ratio_text
+from benchmarks.overview import machines
+from benchmarks.results import best_ratio
+from benchmarks.table import MODE_NAMES, amount, markdown_table, ratio_text
 
 STEP_HEADER = ("model, batch", "threads", "loop, fused model", "torch", "fastest peer")
 HEAD_HEADER = ("rows, features->classes", "", "threads", OURS)
@@ -30,7 +30,7 @@ def step_section(document: dict) -> str:
         if (label, threads) in steps
     ]
     header = [*STEP_HEADER, "`train_step`", *STEP_HEADER[3:]]
-    return "\n\n".join([markdown_table(header, rows, 1), _where(document)])
+    return "\n\n".join([markdown_table(header, rows, 1), machines([document])])
 
 
 def head_section(document: dict) -> str:
@@ -42,13 +42,13 @@ def head_section(document: dict) -> str:
             one["label"],
             MODE_NAMES[one["mode"]],
             str(one["threads"]),
-            _amount(one),
+            _ours(one),
             *(_best_of(one, peer) for peer in HEADS),
         ]
         for one in sorted(of_heads, key=lambda one: order.index(one["label"]))
     ]
     header = [*HEAD_HEADER, *(f"`{peer}`" for peer in HEADS)]
-    return "\n\n".join([markdown_table(header, rows, 2), _where(document)])
+    return "\n\n".join([markdown_table(header, rows, 2), machines([document])])
 
 
 def _by_case(document: dict, op: str) -> dict[tuple[str, int], dict]:
@@ -64,14 +64,12 @@ def _model(label: str) -> str:
 
 
 def _step_cells(result: dict) -> Sequence[str]:
-    microseconds = result["contenders"][OURS]["median"] * 1e6
     peer = f"{ratio_text(best_ratio(result))}x ({result['best'].split(',')[0]})"
-    return f"{microseconds:.0f} us", f"{ratio_text(result['ratios']['torch'])}x", peer
+    return _ours(result), f"{ratio_text(result['ratios']['torch'])}x", peer
 
 
-def _amount(result: dict) -> str:
-    median = result["contenders"][OURS]["median"]
-    return f"{median / MIB:.0f} MiB" if result["mode"] == "memory" else f"{median * 1e3:.0f} ms"
+def _ours(result: dict) -> str:
+    return amount(result["contenders"][OURS]["median"], result["unit"])
 
 
 def _best_of(result: dict, peer: str) -> str:
@@ -83,11 +81,3 @@ def _best_of(result: dict, peer: str) -> str:
 def _peer_of(contender: str) -> str | None:
     starts = [peer for peer in HEADS if f"{contender}, ".startswith(f"{peer}, ")]
     return max(starts, key=len, default=None)
-
-
-def _where(document: dict) -> str:
-    facts = document["machine"]
-    return (
-        f"Measured on {facts['cpu']} with {instruction_set(document)}, torch {facts['torch']}, "
-        f"{facts['date']}: medians, all contenders in turns."
-    )

@@ -204,10 +204,11 @@ def test_report_writes_every_page_and_what_is_between_the_markers(tmp_path: Path
     assert "](../benchmarks/results/overview.png)" in docs
     for model in ("CrossEntropyLoss, 64", "CrossEntropyLoss, 256"):
         assert (
-            f"| 784-128-64-10, {model} | 1 | 200 us | 2.00x | 0.50x (jax.jit) | 200 us |" in steps
+            f"| 784-128-64-10, {model} | 1 | 200.0 us | 2.00x | 0.50x (jax.jit) | 200.0 us |"
+            in steps
         )
-    assert "| 784-512-256-10, CrossEntropyLoss, 64 | 1 | 200 us | 2.00x |" in steps
-    assert "| 8, 2->9 | fwd+bwd | 1 | 125 ms | 4.00x | 3.00x | 2.00x | 1.50x |  |" in heads
+    assert "| 784-512-256-10, CrossEntropyLoss, 64 | 1 | 200.0 us | 2.00x |" in steps
+    assert "| 8, 2->9 | fwd+bwd | 1 | 125.00 ms | 4.00x | 3.00x | 2.00x | 1.50x |  |" in heads
     assert report.PICTURE.read_bytes().startswith(b"\x89PNG")
     assert report.main([]) == 0
     assert [Path(name).read_text() for name in files] == once
