@@ -198,22 +198,26 @@ template <typename T, typename A>
 T rcp_rn(A a) {
   return 1 / get<T>(a);
 }
-// Only the upper half of a double's bits, as in hardware: a start for Newton's method. Denormal
-// numbers count as zero.
+// What .ftz makes of a denormal number: zero.
+template <typename T>
+T flushed(T value) {
+  return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(T{0}, value) : value;
+}
+// Only the upper half of a double's bits, as in hardware: a start for Newton's method.
 template <typename T, typename A>
 T rcp_approx_ftz(A a) {
-  static_assert(std::is_same_v<T, f64>);
   constexpr u64 kUpperHalf = 0xFFFFFFFF00000000;
-  const f64 value = get<f64>(a);
-  const f64 result =
-      std::fpclassify(value) == FP_SUBNORMAL ? 1 / std::copysign(0., value) : 1 / value;
-  return std::bit_cast<f64>(std::bit_cast<u64>(result) & kUpperHalf);
+  const T result = flushed(1 / flushed(get<T>(a)));
+  if constexpr (std::is_same_v<T, f32>) {
+    return result;
+  } else {
+    return std::bit_cast<f64>(std::bit_cast<u64>(result) & kUpperHalf);
+  }
 }
 template <typename T, typename A>
 T ex2_approx_ftz(A a) {
   static_assert(std::is_same_v<T, f32>);
-  const f32 result = std::exp2(get<f32>(a));
-  return result < std::numeric_limits<f32>::min() ? 0 : result;
+  return flushed(std::exp2(get<f32>(a)));
 }
 
 template <typename T, typename A>
@@ -223,6 +227,10 @@ T neg(A a) {
 template <typename T, typename A>
 T abs(A a) {
   return std::abs(get<T>(a));
+}
+template <typename T, typename A, typename B>
+T copysign(A sign, B value) {
+  return std::copysign(get<T>(value), get<T>(sign));
 }
 // Return the number if the other operand is NaN.
 template <typename T, typename A, typename B>
@@ -282,6 +290,7 @@ FASTNN_PTX_COMPARISON(lt, a < b)
 FASTNN_PTX_COMPARISON(le, a <= b)
 FASTNN_PTX_COMPARISON(gt, a > b)
 FASTNN_PTX_COMPARISON(ge, a >= b)
+FASTNN_PTX_COMPARISON(ltu, !(a >= b))
 FASTNN_PTX_COMPARISON(neu, !(a == b))
 FASTNN_PTX_COMPARISON(gtu, !(a <= b))
 FASTNN_PTX_COMPARISON(geu, !(a < b))
@@ -309,6 +318,11 @@ To cvt_rn(A a) {
   } else {
     return static_cast<To>(get<From>(a));
   }
+}
+template <typename To, typename From, typename A>
+To cvt_rni(A a) {
+  static_assert(std::is_same_v<To, f32> && std::is_same_v<From, f32>);
+  return std::nearbyint(get<f32>(a));  // the even one of two
 }
 template <typename To, typename From, typename A>
 To cvt_sat(A a) {

@@ -274,6 +274,7 @@ void expect_comparisons(float a, float b) {
                           {"setp.neu.f32", nan || a != b},
                           {"setp.gtu.f32", nan || a > b},
                           {"setp.geu.f32", nan || a >= b},
+                          {"setp.ltu.f32", nan || a < b},
                       });
 }
 
@@ -332,7 +333,7 @@ void test_floats() {
 }
 
 void test_rounding() {
-  Tensor<float> out(6);
+  Tensor<float> out(9);
   const auto launch = [&](float a, float b, float c) {
     FASTNN_LAUNCH(rounded, dim3(1), dim3(1), 0, nullptr, out.data(), Floats{a, b, c});
   };
@@ -364,6 +365,19 @@ void test_rounding() {
   expect_equal(out[5], 1, "float16 to even, down");
   launch(1 + power(-10) + power(-11), 0, 0);
   expect_equal(out[5], 1 + power(-9), "float16 to even, up");
+
+  launch(-4, 3, 0);
+  expect_equal(out[6], -0.25, "rcp.approx.ftz.f32");
+  expect_equal(out[7], -3, "copysign.f32");
+  launch(-power(127), -0.f, 0);
+  expect(out[6] == 0 && std::signbit(out[6]), "rcp.approx.ftz.f32, whose result is denormal");
+  expect(std::signbit(out[7]), "copysign.f32 of zero");
+  launch(-power(-127), 0, 0);
+  expect_equal(out[6], -std::numeric_limits<float>::infinity(), "rcp.approx.ftz.f32 of a denormal");
+  for (const auto& [a, whole] : {std::pair(2.5f, 2.f), {3.5f, 4.f}, {-2.75f, -3.f}}) {
+    launch(a, 0, 0);
+    expect_equal(out[8], whole, "cvt.rni");
+  }
 }
 
 void test_doubles() {
