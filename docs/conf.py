@@ -13,6 +13,7 @@ version = release = fastnn.__version__
 
 extensions = [
     "myst_parser",
+    "linked_names",
     "notebook_page",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",

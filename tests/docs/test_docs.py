@@ -23,6 +23,12 @@ def read(path: str) -> str:
     return (REPOSITORY / path).read_text()
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_has_roles(page):
+    """GitHub shows them as text; docs/linked_names.py links plain code instead."""
+    assert not re.findall(r"\{\w+\}`.*", page.read_text())
+
+
 # --- what the messages mean -----------------------------------------------------------------------
 
 
