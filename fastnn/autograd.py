@@ -47,6 +47,7 @@ from fastnn._function import (
     operators_for,
     under_autocast,
 )
+from fastnn._head_loss import head_loss
 from fastnn._torch import in_forward_mode
 
 __all__ = [
@@ -429,7 +430,7 @@ class LinearCrossEntropy(Operator):
         if is_partial or cls.steps_aside(*head, weight):
             return cls._stands_for(*head[:3], linear_bias=linear_bias, **of_loss._asdict())
         check_linear_cross_entropy_arguments(*head, of_loss)
-        return functional._call_with_matrices(cls._call, *head, of_loss)
+        return head_loss(cls._call, *head, of_loss)
 
     @classmethod
     def _call(cls, *operands: Any) -> Tensor:

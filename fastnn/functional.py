@@ -19,8 +19,7 @@ An argument that is not a tensor raises ``TypeError``, one of an unsupported dty
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from math import prod
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +33,14 @@ from fastnn._arguments import (
     check_label_smoothing,
     check_linear_arguments,
     check_linear_cross_entropy_arguments,
-    check_linear_cross_entropy_shapes,
     check_loss_arguments,
-    check_rows_of_target,
     check_tensor,
     log_softmax_dim,
     loss_reduction,
     mlp_layers,
 )
 from fastnn._extension import is_tracing, operators
-from fastnn._function import under_autocast
+from fastnn._head_loss import head_loss
 from fastnn._head_statistics import (
     Head,
     LinearCrossEntropyOutput,
@@ -56,7 +53,6 @@ from fastnn._tensor_classes import (
     PLAIN_OR_NONE,
     ask_classes,
     call_torch,
-    mean_divisor,
     need_torch,
 )
 from fastnn._vocabulary_parallel import is_split_by_classes
@@ -410,7 +406,7 @@ def linear_cross_entropy(
             return _vocabulary_parallel.linear_cross_entropy(*head, of_loss, returns)
         keywords = of_loss._asdict() | {"linear_bias": linear_bias, "returns": returns}
         return call_torch(_tensor_classes.linear_cross_entropy, *head[:3], **keywords)
-    loss = _call_with_matrices(operators().linear_cross_entropy, *head, of_loss)
+    loss = head_loss(operators().linear_cross_entropy, *head, of_loss)
     if not returns:
         return loss
     check_returns(returns, linear_weight, target)
@@ -473,74 +469,7 @@ def linear_logprobs(
         wide = torch.promote_types(input.dtype, torch.float32)
         return operators().linear_cross_entropy(*operands, wide)
 
-    return -_call_with_matrices(losses, input, linear_weight, target, linear_bias, options)
-
-
-def _call_with_matrices(
-    operator: Callable[..., Tensor],
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    options: LinearLossOptions,
-) -> Tensor:
-    """Calls the operator of ``linear_cross_entropy``, which takes a matrix or a single row."""
-    classes, *positions = check_linear_cross_entropy_shapes(input, linear_weight, linear_bias)
-    rows = tuple(input.shape[:-1])
-    is_index = target.shape != (*rows, classes, *positions)
-    if not is_index and options.ignore_index is not None:
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
-    weight, reduction, normalizer = options.weight, options.reduction, options.normalizer
-    if positions:
-        check_rows_of_target(target, (*rows, *positions), is_index)
-        if normalizer is None and reduction == "mean":
-            ignored = options.ignored if is_index else None
-            normalizer = mean_divisor(target, weight, ignored, prod((*rows, *positions)))
-    elif len(rows) > 1:
-        check_rows_of_target(target, rows, is_index)
-    if normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = input.new_full((), normalizer, dtype=torch.float64)
-    options = options._replace(ignore_index=options.ignored, normalizer=normalizer)
-
-    def loss(input: Tensor, linear: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
-        return operator(input, linear, target, bias, *options, None)
-
-    if positions:
-        # The input's gradients at all positions are added in the wide dtype, to be rounded once.
-        wide = torch.promote_types(input.dtype, torch.float32)
-        options = options._replace(weight=None if weight is None else weight.to(wide))
-        heads = _heads(linear_weight, target, linear_bias, is_index)
-        widened = input.to(wide)
-        losses = [
-            loss(
-                widened,
-                w.to(wide),
-                t if is_index else t.to(wide),
-                None if b is None else b.to(wide),
-            )
-            for w, t, b in heads
-        ]
-        if reduction == "none":
-            result = torch.stack(losses, 1).reshape(*rows, *positions)
-        else:
-            result = torch.stack(losses).sum()
-        return result if under_autocast(input.device.type) else result.to(input.dtype)
-    if len(rows) <= 1:
-        return loss(input, linear_weight, target, linear_bias)
-    targets = target.flatten() if is_index else target.flatten(0, -2)
-    losses_of_rows = loss(input.flatten(0, -2), linear_weight, targets, linear_bias)
-    return losses_of_rows.reshape(rows) if reduction == "none" else losses_of_rows
-
-
-def _heads(
-    linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, is_index: bool
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Weight, target and bias of the classifier at each of the positions ``(d1, ..., dK)``."""
-    weights = linear_weight.flatten(1, -2).unbind(1)
-    targets = target.flatten(1 if is_index else 2).unbind(-1)
-    if linear_bias is None:
-        return [(*pair, None) for pair in zip(weights, targets, strict=True)]
-    return list(zip(weights, targets, linear_bias.flatten(1).unbind(1), strict=True))
+    return -head_loss(losses, input, linear_weight, target, linear_bias, options)
 
 
 def cross_entropy(
