@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import tempfile
+from collections.abc import Mapping
 
 import torch
 
@@ -15,7 +17,7 @@ from fastnn import env
 def machine_facts() -> dict[str, str]:
     """Processor, system and versions, as recorded with the results."""
     facts = env.collect()
-    limit = os.environ.get("FASTNN_CPU_CAPABILITY")
+    limit = instruction_set_limit()
     return {
         "cpu": facts["cpu"] + (f" limited to {limit.upper()}" if limit else ""),
         "processors": str(os.cpu_count()),
@@ -27,6 +29,19 @@ def machine_facts() -> dict[str, str]:
         "capability of torch": facts["instruction set of torch"],
         "date": datetime.date.today().isoformat(),
     }
+
+
+def instruction_set_limit() -> str:
+    """What the environment limits the CPU kernels to; empty if nothing."""
+    return os.environ.get("FASTNN_CPU_CAPABILITY", "")
+
+
+def compiler_cache() -> Mapping[str, str]:
+    """Each limit's own cache: inductor's key of its code lacks the instruction set."""
+    limit, variable = instruction_set_limit(), "TORCHINDUCTOR_CACHE_DIR"
+    if not limit or variable in os.environ:
+        return {}
+    return {variable: f"{tempfile.gettempdir()}/torchinductor_fastnn_{limit}"}
 
 
 def available_bytes() -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.device import DEVICES
+from benchmarks.machine import compiler_cache
 from benchmarks.progress import Bar
 from benchmarks.results import SCHEMA, complete, key
 from benchmarks.table import threads_text
@@ -133,7 +134,10 @@ def worker_events(request: Request, end: float) -> Iterator[dict]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count} | device.environment,
+        env=os.environ
+        | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+        | device.environment
+        | compiler_cache(),
     )
     seconds = max(0.0, end - time.monotonic())
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), process.kill)

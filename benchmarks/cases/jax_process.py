@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.case import Contender, Inputs, Unavailable
 from benchmarks.device import CPU, Timer
+from benchmarks.machine import instruction_set_limit
 from benchmarks.timing import Sampler
 
 # With --xla_cpu_max_isa=AVX2 its products still run above the peak rate of AVX2.
@@ -43,7 +44,7 @@ class JaxProcess(Contender):
         """Starts the program, a class of :mod:`benchmarks.jax_server`."""
         if importlib.util.find_spec("jax") is None:
             raise Unavailable("jax is not installed")
-        if os.environ.get("FASTNN_CPU_CAPABILITY"):
+        if instruction_set_limit():
             raise Unavailable(UNLIMITED)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.jax_server", str(torch.get_num_threads())],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import run, worker
+from benchmarks import machine, run, worker
 from support.benchmark_fakes import LIMITS, FakeGpu, make_result, raiser
 
 pytestmark = pytest.mark.cpu_only("the benchmarks")
@@ -21,6 +21,16 @@ def test_run_records_the_facts_of_the_device(monkeypatch):
     options = cli.parse_options(["--threads", "1", "--filter", "overhead"])
     assert "gpu" not in cli.run(options, []).machine
     assert cli.run(replace(options, device=FakeGpu().device()), []).machine["gpu"] == "A GPU"
+
+
+def test_inductor_has_a_cache_for_each_limited_instruction_set(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.delenv("FASTNN_CPU_CAPABILITY", raising=False)
+    assert machine.compiler_cache() == {}
+    monkeypatch.setenv("FASTNN_CPU_CAPABILITY", "avx2")
+    assert machine.compiler_cache()["TORCHINDUCTOR_CACHE_DIR"].endswith("avx2")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    assert machine.compiler_cache() == {}
 
 
 def run_workers(workers: list, monkeypatch, **changes) -> tuple[run.Run, list[worker.Request]]:
