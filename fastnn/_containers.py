@@ -206,6 +206,9 @@ def run_row(self: Sequential, input: Any) -> Any:
     return _run_chain(chain, activations, input) if chain else input
 
 
+run_row.__qualname__ = Sequential.forward.__qualname__  # which Python's errors show
+
+
 def _run_chain(chain: list[Linear], activations: list[str | None], input: Tensor) -> Tensor:
     parameters = [_torch.parameters(linear) for linear in chain]
     weights, biases = [own["weight"] for own in parameters], [own["bias"] for own in parameters]

@@ -59,6 +59,8 @@ class TrainStep:
     >>> model = torch.nn.Linear(8, 3)
     >>> optimizer = fastnn.optim.SGD(model.parameters(), lr=0.1)
     >>> step = fastnn.train_step(model, fastnn.nn.CrossEntropyLoss(), optimizer, accumulate=2)
+    >>> step
+    TrainStep(Linear, CrossEntropyLoss, SGD, accumulate=2, clip_grad_norm=None)
     >>> for _ in range(3):
     ...     loss = step(torch.randn(4, 8), torch.tensor([0, 2, 1, 1]))
     >>> step.flush()  # the third batch
@@ -80,6 +82,13 @@ class TrainStep:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._begin(state["program"])
+
+    def __repr__(self) -> str:
+        program = self._program
+        loss_fn = getattr(program.loss_fn, "__name__", type(program.loss_fn).__name__)
+        parts = f"{type(program.model).__name__}, {loss_fn}, {type(program.optimizer).__name__}"
+        options = f"accumulate={program.accumulate}, clip_grad_norm={program.clip_grad_norm}"
+        return f"TrainStep({parts}, {options})"
 
     def __call__(self, input: Any, target: Any) -> Tensor:
         """Trains on a batch.

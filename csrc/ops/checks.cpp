@@ -134,8 +134,8 @@ at::Tensor as_long(const at::Tensor& target) {
 
 void raise_bad_target(int64_t target, int64_t classes, int64_t ignore_index) {
   TORCH_CHECK_INDEX(false, "Target ", target, " is out of bounds: input has ", classes,
-                    " classes, so that a target must be in [0, ", classes,
-                    ") or equal ignore_index (", ignore_index, ").");
+                    " classes, so a target must be in [0, ", classes, ") or equal ignore_index (",
+                    ignore_index, ").");
 }
 
 }  // namespace fastnn

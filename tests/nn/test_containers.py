@@ -112,6 +112,15 @@ def test_a_container_with_a_replaced_forward():
     assert (fused(input_of(fused)) < 0).any()
 
 
+def test_a_call_with_two_inputs_raises_as_in_pytorch():
+    stock, x = nn.Sequential(*pair()), torch.ones(2, 6)
+    with pytest.raises(TypeError) as expected:
+        stock(x, x)
+    with pytest.raises(TypeError) as raised:
+        fastnn.fuse(stock)(x, x)
+    assert str(raised.value) == str(expected.value)
+
+
 def test_shared_layers():
     linear, relu = nn.Linear(5, 5), nn.ReLU()
     stock = nn.Sequential(linear, relu, linear, nn.Tanh(), linear, relu)
