@@ -77,6 +77,8 @@ PTX_TESTS = [
     "tests/ops/test_operators.py",
     "tests/ops/test_gradients.py",
     "tests/ops/test_accuracy.py",
+    "tests/ops/test_autocast.py",
+    "tests/ops/test_linear_cross_entropy.py",
     "tests/optim",
     "tests/programs/test_training.py",
     "tests/cuda/test_cuda_emulation.py",

@@ -50,13 +50,15 @@ struct Device {
     return accumulate_dtype(input);
   }
 
-  // Enough rows to make the traffic of the weight, which each block reads twice, and its gradient,
-  // which each block adds to, cost little next to the products; few enough to use little memory.
-  static int64_t rows(int64_t rows, int64_t classes) {
-    constexpr int64_t kElements = 1 << 23, kUnit = 64;
-    const int64_t fitting = kElements / std::max<int64_t>(classes, 1);
+  // Each block reads the weight twice and adds to its gradient: with as many rows as features, that
+  // traffic is no more than the logits'. But blocks shouldn't be so small that starting threads
+  // costs, nor much larger than a cache.
+  static int64_t rows(int64_t rows, int64_t classes, int64_t features) {
+    constexpr int64_t kFewest = 1 << 21, kMost = 1 << 23, kUnit = 64;
+    const int64_t across = std::max<int64_t>(classes, 1);
+    const int64_t wanted = std::clamp(features, kFewest / across, kMost / across);
     const int64_t half = ceil_div<int64_t>(rows, 2);
-    return std::max(ceil_div(std::min(fitting, half), kUnit), int64_t{1}) * kUnit;
+    return std::max(ceil_div(std::min(wanted, half), kUnit), int64_t{1}) * kUnit;
   }
 
   static at::Tensor counting_rows(const at::Tensor& target, int64_t classes, int64_t ignore_index) {

@@ -102,7 +102,7 @@ struct Device {
   // Enough for the products to fill the device, and for the weight's gradient, which each block
   // reads and writes, to cost little next to them: docs/performance.md, "Bounds of the CUDA
   // kernels".
-  static int64_t rows(int64_t rows, int64_t classes) {
+  static int64_t rows(int64_t rows, int64_t classes, int64_t /*features*/) {
     constexpr int64_t kElements = 1 << 27, kFewest = 2048, kUnit = 128;
     const int64_t fitting = std::max(kElements / std::max<int64_t>(classes, 1), kFewest);
     const int64_t blocks = std::max<int64_t>(ceil_div(rows, fitting), rows > kFewest ? 2 : 1);

@@ -28,15 +28,21 @@ struct Widened {
     return value;
   }
 };
-template <typename T>
-inline constexpr bool kIsWidened = false;
-template <typename Narrow>
-inline constexpr bool kIsWidened<Widened<Narrow>> = true;
 
 // The storage type of the losses, log-probabilities, incoming gradients and class weights of such
-// elements.
+// elements. A class, not a condition: compilers mangle a condition in a kernel's name differently.
 template <typename T>
-using Wide = std::conditional_t<kIsWidened<T>, float, T>;
+struct WideOf {
+  using type = T;
+};
+template <typename Narrow>
+struct WideOf<Widened<Narrow>> {
+  using type = float;
+};
+template <typename T>
+using Wide = typename WideOf<T>::type;
+template <typename T>
+inline constexpr bool kIsWidened = !std::is_same_v<T, Wide<T>>;
 
 // The bytes that a thread loads or stores in one instruction, at an address that is a multiple.
 inline constexpr int kVecBytes = 16;

@@ -5,7 +5,7 @@
 //   kLeavesOutIgnored         whether counting_rows says which rows count; a device that would have
 //                             to be synchronized multiplies the others as zeros
 //   dtype(input)              of the products' operands, gradients included, but not the weight
-//   rows(n, classes)          how many rows a block has
+//   rows(n, classes, features)    how many rows a block has
 //   counting_rows(target, classes, ignore_index)    the indices of the rows that aren't ignored;
 //                             undefined if all count
 //   total_weight(target, options, classes)    of the rows that count, in float64 and 0-d
@@ -201,7 +201,7 @@ class LinearCrossEntropyBlocks {
   template <typename F>
   void for_each_block(F make) {
     if (rows() == 0) return;
-    const int64_t most = std::min(rows(), Device::rows(rows(), classes()));
+    const int64_t most = std::min(rows(), Device::rows(rows(), classes(), features()));
     const at::Tensor logits = numbers({most, classes()});
     for (int64_t begin = 0; begin < rows(); begin += most) {
       const int64_t n = std::min(most, rows() - begin);

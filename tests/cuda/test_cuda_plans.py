@@ -94,6 +94,15 @@ def test_narrow_losses_have_the_bits_of_a_copys(monkeypatch, path, dtype):
             check_bits_of_a_copy(loss, narrow_logits(shape, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", ["subwarp", "warp", "block", "split"])
+def test_narrow_log_softmaxes_have_the_bits_of_a_copys(monkeypatch, path, dtype):
+    monkeypatch.setenv("FASTNN_CUDA_ROWS", path)
+    log_softmax = partial(fastnn.functional.log_softmax, dim=1, dtype=torch.float32)
+    for shape in ((67, 3), (7, 81), (5, 1000)):
+        check_bits_of_a_copy(log_softmax, narrow_logits(shape, dtype))
+
+
 def test_rows_that_float32_gives_a_block_of_all_threads():
     dtype, shape = torch.bfloat16, (2, 30000)
     loss = loss_in_float32("cross_entropy", loss_arguments("cross_entropy", shape, dtype))
