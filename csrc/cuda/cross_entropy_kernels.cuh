@@ -16,9 +16,11 @@ namespace fastnn::cuda {
 
 enum class TargetKind { Index, SmoothedIndex, Probabilities };
 
-// Vectors that a thread has in flight: four and class weights would spill registers.
-template <TargetKind Kind>
-inline constexpr int kVectorsBesideWeights = Kind == TargetKind::SmoothedIndex ? 2 : 4;
+// Vectors that a thread has in flight: more would spill registers beside class weights or a
+// softcap.
+template <TargetKind Kind, typename Args>
+inline constexpr int kVectorsOf =
+    (Kind == TargetKind::SmoothedIndex ? 2 : 4) / (Args::kHasSoftcap ? 2 : 1);
 
 // What a row's gradient needs.
 template <typename A>
@@ -38,7 +40,7 @@ template <typename T>
 struct CrossEntropyArgs {
   using A = accum<T>;
   using Out = T;  // the gradient's element
-  static constexpr bool kStrided = true, kHasZLoss = false;
+  static constexpr bool kStrided = true, kHasSoftcap = false, kHasZLoss = false;
 
   const T* logits;
   int64_t classes;
@@ -150,7 +152,7 @@ struct CrossEntropyForwardRows : RowDefaults {
   static constexpr int kReduceInputs = kIndices ? 1 : 2;
   static constexpr bool kMaps = false, kSums = true, kStrided = Args::kStrided;
   // The same with and without a gradient: sums of other groups of classes would round differently.
-  static constexpr int kVectors = kVectorsBesideWeights<Kind>;
+  static constexpr int kVectors = kVectorsOf<Kind, Args>;
 
   Args args;
   Wide<T>* losses;  // may be null
@@ -329,7 +331,7 @@ struct CrossEntropyBackwardRows : RowDefaults {
   };
   static constexpr int kReduceInputs = kIndices ? 0 : 1, kMapInputs = kIndices ? 1 : 2;
   static constexpr bool kStrided = Args::kStrided;
-  static constexpr int kVectors = kVectorsBesideWeights<Kind>;
+  static constexpr int kVectors = kVectorsOf<Kind, Args>;
 
   Args args;
   const A* max;

@@ -13,7 +13,7 @@ template <typename Storage, typename Element>
 struct LogitArgs : CrossEntropyArgs<Storage> {
   using A = accum<Storage>;
   using Out = Element;
-  static constexpr bool kStrided = false, kHasZLoss = true;
+  static constexpr bool kStrided = false, kHasSoftcap = true, kHasZLoss = true;
 
   A scale;
   A softcap;  // 0: none

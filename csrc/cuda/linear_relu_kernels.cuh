@@ -40,8 +40,11 @@ __global__ void __launch_bounds__(kReluThreads) relu_backward_kernel(ReluBackwar
   // The row's vectors start at the boundary before it, so the first and the last may be partial.
   const int before = kWidth == 1 ? 0 : elements_past_boundary(grad + phase * args.cols);
   const int64_t col = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth - before;
-  const bool whole = col >= 0 && col + kWidth <= args.cols;
-  const auto inside = [&](int j) { return col + j >= 0 && col + j < args.cols; };
+  // Its columns are those of the vector's elements [begin, end).
+  const int begin = col < 0 ? int(-col) : 0;
+  const int end = int(min_of<int64_t>(args.cols - col, kWidth));
+  const bool whole = begin == 0 && end == kWidth;
+  const auto inside = [&](int j) { return j >= begin && j < end; };
 
   A sums[kWidth] = {};
   const auto mask = [&](T grad_value, T output_value, int j) {

@@ -683,8 +683,8 @@ MUTANTS = [
         "relu_backward_kernel",
         "linear_relu_kernels.cuh",
         "a vector that sticks out at the end of the row",
-        "const bool whole = col >= 0 && col + kWidth <= args.cols;",
-        "const bool whole = col >= 0 && col < args.cols;",
+        "const bool whole = begin == 0 && end == kWidth;",
+        "const bool whole = begin == 0 && end > 0;",
         "linear_relu",
     ),
     Mutant(

@@ -13,7 +13,7 @@
 namespace fastnn::cuda {
 
 // Blocks per multiprocessor that the kernels leave registers for: 64 to 80 per thread, or 128 for
-// float64. By itself the compiler takes fewer, and spills some (except where this is 0).
+// float64. By itself the compiler takes fewer, and spills some.
 template <typename T>
 inline constexpr int kRowBlocks = sizeof(T) == 8 ? 1 : 2;
 // The most threads of a block per row: for four bytes and less they take all the registers that two
@@ -24,10 +24,8 @@ template <typename T>
 inline constexpr int kSplitBlocks = sizeof(T) == 8 ? 2 : 3;
 template <typename T>
 inline constexpr int kWarpBlocks = sizeof(T) == 8 ? 4 : 6;
-template <typename Op>
-inline constexpr int kSubwarpBlocks = sizeof(typename Op::T) == 8 ? 4
-                                      : Op::kVectors < 4          ? 7
-                                                                  : 0;
+template <typename T>
+inline constexpr int kSubwarpBlocks = sizeof(T) == 8 ? 4 : 6;
 
 // Operands of the rows' layout; unused ones are null.
 template <typename T, typename Out = T>
@@ -363,7 +361,7 @@ __device__ void for_each_class_in_tile(T* const (&row)[2], int64_t classes, int 
 // 2^k lanes per row. Dynamic shared memory holds `tile_rows` rows of each operand, or of the output
 // if there is none.
 template <typename Op>
-__global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<Op>)
+__global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T>)
     subwarp_rows_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, int lanes,
                         int64_t tile_rows, LossSums* sums_of_block) {
   using T = typename Op::T;
