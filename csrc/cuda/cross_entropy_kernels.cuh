@@ -100,11 +100,14 @@ struct CrossEntropyArgs {
     } else if constexpr (Kind == TargetKind::Probabilities) {
       spread(c, p, q);
     }
-    // Not grad * (total * softmax - q), which would be rounded twice.
+    // Not grad * (total * softmax - q), which would be rounded twice. std::fma, as the compiler
+    // would choose in each kernel anew which of the two products it rounds.
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      out[j] = row.grad_times_total * exp_for<T>(x[j] - row.max, row.log_sum);
-      if constexpr (Kind != TargetKind::Index) out[j] -= row.grad * q[j];
+      const A softmax = exp_for<T>(x[j] - row.max, row.log_sum);
+      out[j] = Kind == TargetKind::Index
+                   ? row.grad_times_total * softmax
+                   : std::fma(row.grad_times_total, softmax, -row.grad * q[j]);
     }
     if constexpr (Kind != TargetKind::Probabilities) {
       if (!c.may_hold(row.target, N)) [[likely]]
@@ -112,7 +115,7 @@ struct CrossEntropyArgs {
       const int distance = int(row.target - c.first);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        if (j * int(c.step) == distance) out[j] -= row.grad * row.at_target;
+        if (j * int(c.step) == distance) out[j] = std::fma(-row.grad, row.at_target, out[j]);
       }
     }
   }

@@ -65,6 +65,15 @@ __device__ accum<T> exp_for(accum<T> x, accum<T> y = 0) {
   }
 }
 
+// Rounded, never fused with an addition: the sum of two such products is the same in either order,
+// so lanes that merge their states both ways get the same bits.
+__device__ inline float rounded_product(float a, float b) {
+  return __fmul_rn(a, b);
+}
+__device__ inline double rounded_product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+
 // The maximum so far and the sum of exp(x - max), in one pass ("online softmax"), over elements of
 // T. A NaN goes to the sum, as does the NaN of inf - inf.
 template <typename T>
@@ -87,7 +96,7 @@ struct SoftmaxState {
   }
   __device__ void merge(const SoftmaxState& other) {
     const A m = std::fmax(max, other.max);
-    sum = sum * factor(max, m) + other.sum * factor(other.max, m);
+    sum = rounded_product(sum, factor(max, m)) + rounded_product(other.sum, factor(other.max, m));
     max = m;
   }
   template <typename F>
@@ -146,7 +155,7 @@ struct SpreadState {
 #pragma unroll
     for (int j = 1; j < N; ++j) {
       q_part += q_at[j];
-      q_x_part += q_at[j] * (x[j] - from);
+      q_x_part = std::fma(q_at[j], x[j] - from, q_x_part);
     }
     q += q_part;
     q_x += q_x_part;

@@ -73,6 +73,13 @@ enum cudaDeviceAttr {
 };
 
 // Errors of a launch are thrown by the launch itself.
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}
+
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }

@@ -135,6 +135,10 @@ T add_rn(A a, B b) {
   return add<T>(a, b);
 }
 template <typename T, typename A, typename B>
+T mul_rn(A a, B b) {
+  return mul<T>(a, b);
+}
+template <typename T, typename A, typename B>
 T mul_lo(A a, B b) {
   return static_cast<T>(get<T>(a) * get<T>(b));
 }
