@@ -86,7 +86,7 @@ struct CrossEntropyArgs {
   __device__ void spread(Classes c, const A (&p)[N], A (&q)[N]) const {
     weights(c, q);
 #pragma unroll
-    for (int j = 0; j < N; ++j) q[j] *= uniform + keep * p[j];
+    for (int j = 0; j < N; ++j) q[j] = rounded_product(q[j], std::fma(keep, p[j], uniform));
   }
   // The gradient at logits x; p holds the target's probabilities where it has them.
   template <TargetKind Kind, int N>
@@ -96,12 +96,12 @@ struct CrossEntropyArgs {
     if constexpr (Kind == TargetKind::SmoothedIndex) {
       weights(c, q);
 #pragma unroll
-      for (int j = 0; j < N; ++j) q[j] *= uniform;
+      for (int j = 0; j < N; ++j) q[j] = rounded_product(q[j], uniform);
     } else if constexpr (Kind == TargetKind::Probabilities) {
       spread(c, p, q);
     }
-    // Not grad * (total * softmax - q), which would be rounded twice. std::fma, as the compiler
-    // would choose in each kernel anew which of the two products it rounds.
+    // Not grad * (total * softmax - q), which would be rounded twice. Which products are rounded is
+    // said here, as the compiler would choose in each kernel anew.
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const A softmax = exp_for<T>(x[j] - row.max, row.log_sum);
@@ -115,7 +115,7 @@ struct CrossEntropyArgs {
       const int distance = int(row.target - c.first);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        if (j * int(c.step) == distance) out[j] = std::fma(-row.grad, row.at_target, out[j]);
+        if (j * int(c.step) == distance) out[j] -= rounded_product(row.grad, row.at_target);
       }
     }
   }
