@@ -63,6 +63,11 @@ class Device:
         """Why nothing can be measured here, in one sentence; None if it can."""
         return None
 
+    def worker_environment(self, threads: int) -> dict[str, str]:
+        """The variables of a process that compiles or measures with so many threads."""
+        count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        return {**os.environ, **count, **self.environment, **machine.compiler_cache()}
+
     def default_threads(self) -> tuple[int, ...]:
         """One thread, and as many as this process may use."""
         affinity = getattr(os, "sched_getaffinity", None)

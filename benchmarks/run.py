@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import threading
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.device import DEVICES
-from benchmarks.machine import compiler_cache
 from benchmarks.progress import Bar
 from benchmarks.results import SCHEMA, complete, key
 from benchmarks.table import threads_text
@@ -127,17 +125,13 @@ def write_json(path: Path, document: dict) -> None:
 
 def worker_events(request: Request, end: float) -> Iterator[dict]:
     """Starts a worker and yields its events; kills it at the end."""
-    count, device = str(request.threads), DEVICES[request.device]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ
-        | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
-        | device.environment
-        | compiler_cache(),
+        env=DEVICES[request.device].worker_environment(request.threads),
     )
     seconds = max(0.0, end - time.monotonic())
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), process.kill)

@@ -30,7 +30,7 @@ def warm(device: Device, keys: list[str], limit: float | None) -> int:
     count = max(1, min(MOST_PROCESSES, os.cpu_count() or 1, len(wanted)))
     end = None if limit is None else time.monotonic() + limit
     # One thread each, as there are many processes already.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | device.environment
+    environment = device.worker_environment(threads=1)
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.warm", device.name, *wanted[first::count]],

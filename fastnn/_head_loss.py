@@ -44,9 +44,8 @@ def head_loss(
         normalizer = input.new_full((), normalizer, dtype=torch.float64)
     options = options._replace(ignore_index=options.ignored, normalizer=normalizer)
     if positions:
-        return _loss_at_positions(
-            operator, input, linear_weight, target, linear_bias, options, is_index
-        )
+        head = input, linear_weight, target, linear_bias
+        return _loss_at_positions(operator, head, options, is_index)
     if len(rows) <= 1:
         return operator(input, linear_weight, target, linear_bias, *options, None)
     targets = target.flatten() if is_index else target.flatten(0, -2)
@@ -56,14 +55,12 @@ def head_loss(
 
 def _loss_at_positions(
     operator: Callable[..., Tensor],
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
+    head: tuple[Tensor, Tensor, Tensor, Tensor | None],
     options: LinearLossOptions,
     is_index: bool,
 ) -> Tensor:
     """The loss of a classifier for each of the positions ``(d1, ..., dK)``."""
+    input, linear_weight, target, linear_bias = head
     # The input's gradients at all positions are added in the wide dtype, to be rounded once.
     dtype = torch.promote_types(input.dtype, torch.float32)
     if options.weight is not None:

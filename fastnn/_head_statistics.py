@@ -14,8 +14,9 @@ from fastnn._extension import operators
 from fastnn._function import cast, under_autocast
 from fastnn._torch import in_forward_mode, running_transform
 
-# Logits per block; a block takes two or three times their memory.
-_ELEMENTS = 2**21
+# Logits per block, which takes two or three times their memory: more with more features, as each
+# block reads the weight.
+_FEWEST, _MOST = 2**19, 2**21
 
 # The probability of such a class is 0 in float64, too.
 _LEAST_LOG_PROB = -1000.0
@@ -189,7 +190,8 @@ def _blocks(
     the logits' derivative with respect to the layer's output. No blocks without classes."""
     with_slope = with_slope and head.softcap is not None
     count, classes = len(head.input), len(head.weight)
-    size = max(1, _ELEMENTS // max(1, classes))
+    across = max(1, classes)
+    size = max(1, _FEWEST // across, min(head.weight.shape[1], _MOST // across))
     memory = head.input.new_empty(2 if with_slope else 1, min(size, count), classes)
     for begin in range(0, count if classes else 0, size):
         rows = slice(begin, begin + size)

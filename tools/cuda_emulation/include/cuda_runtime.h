@@ -58,6 +58,14 @@ inline dim3 blockDim{};
 inline dim3 gridDim{};
 constexpr int warpSize = fastnn::cuda_emulation::kWarpSize;
 
+// Nothing is fused here (-ffp-contract=off).
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}
+
 // --- host functions
 
 #define CUDART_VERSION 13000
@@ -73,13 +81,6 @@ enum cudaDeviceAttr {
 };
 
 // Errors of a launch are thrown by the launch itself.
-inline float __fmul_rn(float a, float b) {
-  return a * b;
-}
-inline double __dmul_rn(double a, double b) {
-  return a * b;
-}
-
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
