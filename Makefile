@@ -102,7 +102,7 @@ emulate: build ## run the CPU kernels on emulated processors: no AVX, AVX-512, A
 	CXX="$(CXX)" $(PY) tests/kernels/run.py emulate
 
 # In its own environment. ARGS go to pytest.
-cuda-check: ## build the CUDA part with nvcc and run its PTX, without a GPU: 30 minutes
+cuda-check: ## build the CUDA part with nvcc and run its PTX, without a GPU: 45 minutes
 	$(MAKE) VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)" $(CUDA_VENV)/.cuda_tools
 	$(CUDA_VENV)/bin/python tools/cuda_build.py $(ARGS)
 

@@ -11,13 +11,17 @@
 
 namespace fastnn::cuda {
 
-// The class index t, or -1 where its row doesn't count: ignored, or out of range. The assert
-// reports the latter (as torch's); nothing is read or written at it even where asserts are off.
+// The class index t, or -1 where its row is ignored. Out of range, the assert (as torch's) ends the
+// kernel, or the trap where asserts are off. Behind the trap no register is in use: the call, which
+// the compiler expects to return, would make kernels spill some.
 __device__ inline int64_t checked_class(int64_t t, int64_t classes, int64_t ignore_index) {
   if (t == ignore_index) return -1;
   const bool target_in_range = t >= 0 && t < classes;
-  CUDA_KERNEL_ASSERT(target_in_range && "Target is out of bounds");
-  return target_in_range ? t : -1;
+  if (!target_in_range) {
+    CUDA_KERNEL_ASSERT(target_in_range && "Target is out of bounds");
+    __trap();
+  }
+  return t;
 }
 
 template <typename W>

@@ -1,4 +1,4 @@
-"""What tools/cuda_build.py reads from a disassembly."""
+"""What tools/cuda_build.py reads from a library's kernels."""
 
 from __future__ import annotations
 
@@ -29,6 +29,33 @@ SASS = """
         /*00b0*/                   EXIT ;
         Function : none
         /*0000*/                   EXIT ;
+"""
+
+
+USAGES = """
+Fatbin elf code:
+================
+arch = sm_75
+code version = [1,7]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function row:
+  REG:64 STACK:8 SHARED:0 LOCAL:0 CONSTANT[0]:544 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function none:
+  REG:64 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:544 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,7]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function row:
+  REG:64 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:544 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 
@@ -76,3 +103,14 @@ def test_too_few_loads_before_a_store_are_a_problem(cuda_build, monkeypatch) -> 
     monkeypatch.setattr(cuda_build, "LOADS_AT_ONCE", [("row", 4)])
     with pytest.raises(SystemExit, match="row has 3 loads before a store, not 4"):
         cuda_build.check_kernels(list(cuda_build.read_sass(SASS)))
+
+
+def test_spills_are_a_problem(cuda_build, capsys) -> None:
+    with pytest.raises(SystemExit, match="row spills registers for sm_75: its stack has 8 bytes"):
+        cuda_build.check_spills(list(cuda_build.read_resource_usages(USAGES)))
+    cuda_build.check_spills(
+        list(cuda_build.read_resource_usages(USAGES.replace("STACK:8", "STACK:0")))
+    )
+    assert "  2 kernels for sm_75\n  1 kernels for sm_80" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no kernel"):
+        cuda_build.check_spills([])

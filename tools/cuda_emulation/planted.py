@@ -260,12 +260,20 @@ MUTANTS = [
     ),
     # --- losses
     Mutant(
-        "class_of_row",
+        "checked_class",
         "loss.cuh",
         "the number of classes for a class",
         "t >= 0 && t < classes;",
         "t >= 0 && t <= classes;",
         "cross_entropy",
+    ),
+    Mutant(
+        "checked_class",
+        "loss.cuh",
+        "no trap behind the assert",
+        "    __trap();\n",
+        "",
+        "without_asserts",
     ),
     Mutant(
         "cross_entropy",

@@ -52,6 +52,11 @@
     }                                                                             \
   } while (false)
 
+[[noreturn]] inline void __trap(
+    const fastnn::cuda_emulation::Site& site = fastnn::cuda_emulation::Site::current()) {
+  fastnn::cuda_emulation::fail("trap", site);
+}
+
 inline uint3 threadIdx{};
 inline uint3 blockIdx{};
 inline dim3 blockDim{};

@@ -238,6 +238,8 @@ def instruction(text: str) -> str:
         return "return;"
     if name == "call" and rest.startswith("__assertfail"):
         return "assertion_failed(here(), param0);"
+    if name == "trap":
+        return 'fail("trap", here());'
     if name == "st_param":  # of such a call
         return store_of_argument(*operands)
     if name == "bar_sync":

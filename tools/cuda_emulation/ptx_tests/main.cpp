@@ -80,6 +80,8 @@ __global__ void load_param(uint64_t, SixFloats) {
 }
 __global__ void barrier_1() {
 }
+__global__ void traps() {
+}
 __global__ void of_another_size(uint64_t) {
 }
 __global__ void of_another_count(unsigned) {
@@ -551,6 +553,7 @@ void test_faults() {
                {"the PTX has no kernel not_translated"});
   expect_fault([] { FASTNN_LAUNCH(barrier_1, dim3(1), dim3(1), 0, nullptr); },
                {"a barrier other than 0"});
+  expect_fault([] { FASTNN_LAUNCH(traps, dim3(1), dim3(1), 0, nullptr); }, {"trap"});
   Tensor<int64_t> out(11);
   expect_fault([&] { FASTNN_LAUNCH(integers, dim3(1), dim3(33), 0, nullptr, out.data(), 1, 1); },
                {"33 threads are more than integers is compiled for"});

@@ -253,6 +253,10 @@ __global__ void assert_small(int limit) {
   CUDA_KERNEL_ASSERT(i < limit && "too large");
 }
 
+__global__ void trap_in_thread(int i) {
+  if (int(threadIdx.x) == i) __trap();
+}
+
 template <int kBytes>
 __global__ void use_shared_bytes(char* out) {
   FASTNN_SHARED(char, bytes, [kBytes]);
@@ -285,6 +289,8 @@ void test_faults() {
   expect_fault([] { FASTNN_LAUNCH(assert_small, 3, 32, 0, nullptr, 70); },
                {"device-side assert triggered: i < limit && \"too large\"", "block (2, 0, 0)",
                 "thread (6, 0, 0)"});
+  expect_fault([] { FASTNN_LAUNCH(trap_in_thread, 1, 32, 0, nullptr, 6); },
+               {"trap", "main.cpp:", "thread (6, 0, 0)"});
   // The next launch is as if nothing had happened.
   expect(sums_in_shared_memory<true>()[0] == 4656, "a launch after a fault");
 }
