@@ -63,9 +63,11 @@ class BackwardNode : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    // Before anything that may throw: a later call may retain the graph.
+    const bool releases = std::exchange(releasing_thread_, {}) == std::this_thread::get_id();
     auto tensors = unpack_saved();
     give_history(tensors, grads[0]);
-    if (std::exchange(releasing_thread_, {}) == std::this_thread::get_id()) reset_saved();
+    if (releases) reset_saved();
     return backward(grads[0], std::move(tensors), options_, needs_input_grad());
   }
 

@@ -469,6 +469,32 @@ def test_what_saved_tensor_hooks_hold_is_left_alone(implementation, dtype, facto
     assert all(map(torch.equal, held, before))
 
 
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_relu", "log_softmax", "nll_loss"])
+def test_a_backward_that_failed_leaves_the_graph_as_it_was(implementation, op):
+    """A hook may fail where it loads a saved tensor, and later succeed."""
+    calls = {
+        "log_softmax": lambda x: fastnn.functional.log_softmax(x, 1).sum(),
+        "nll_loss": lambda x: fastnn.functional.nll_loss(x, torch.tensor([0, 1])),
+        "cross_entropy": lambda x: fastnn.functional.cross_entropy(x, torch.tensor([0, 1])),
+        "linear_relu": lambda x: fastnn.functional.linear_relu(x, x.new_ones(2, 3)).sum(),
+    }
+    fails = True
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if fails:
+            raise MemoryError
+        return tensor
+
+    input = normal(2, 3).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        result = calls[op](input)
+    with pytest.raises(MemoryError):
+        result.backward()
+    fails = False
+    result.backward(retain_graph=True)
+    result.backward()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backwards_of_several_threads_over_one_graph(implementation, dtype):
     logits = normal(64, 33).to(dtype).requires_grad_()
