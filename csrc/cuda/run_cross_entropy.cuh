@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "cuda/cross_entropy_kernels.cuh"
+#include "cuda/rows/run.cuh"
 #include "cuda/run_loss.cuh"
 #include "ops/cross_entropy.h"
 
@@ -11,7 +12,12 @@ namespace fastnn::cuda {
 
 // The operands and options of a call, as arguments of the kernels.
 struct CrossEntropyCall : CrossEntropyOperands {
-  using CrossEntropyOperands::CrossEntropyOperands;
+  CrossEntropyCall(const at::Tensor& input, const at::Tensor& target, const LossOptions& options)
+      : CrossEntropyOperands(input, target, options) {
+    if (options.dtype_of_loss(input) == input.scalar_type()) return;
+    logits = from_vector_boundary(logits);
+    if (probabilities) this->target = from_vector_boundary(this->target);
+  }
 
   double uniform() const {
     return options.label_smoothing / static_cast<double>(std::max<int64_t>(layout.classes, 1));

@@ -230,6 +230,24 @@ def test_losses_of_narrow_logits_have_the_bits_of_a_copys(name, autocast_dtype) 
             check_bits_of_a_copy(loss, narrow_logits(shape, autocast_dtype))
 
 
+def logits_at_an_odd_address(dtype: torch.dtype) -> torch.Tensor:
+    rows, classes = 7, 301
+    numbers = narrow_logits((rows * classes + 1,), dtype).detach()
+    return numbers[1:].view(rows, classes).requires_grad_()
+
+
+@needs_extension
+@low_precision
+@pytest.mark.parametrize("name", NARROW_LOSSES)
+def test_losses_of_narrow_logits_at_an_odd_address_have_the_bits_of_a_copys(
+    name, autocast_dtype
+) -> None:
+    """The copy's vectors start at other classes."""
+    logits = logits_at_an_odd_address(autocast_dtype)
+    loss = loss_in_float32(name, loss_arguments(name, tuple(logits.shape), autocast_dtype))
+    check_bits_of_a_copy(loss, logits)
+
+
 # More elements than a CPU's cache holds.
 LARGE = (1100, 1000)
 
@@ -277,6 +295,13 @@ def test_log_softmax_in_float32_of_narrow_logits_has_the_bits_of_a_copys(dtype, 
         assert torch.equal(
             *torch.autograd.grad(actual, logits, grad), *torch.autograd.grad(expected, logits, grad)
         )
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_log_softmax_in_float32_at_an_odd_address_has_the_bits_of_a_copys(dtype) -> None:
+    logits = logits_at_an_odd_address(dtype)
+    actual = C.log_softmax(logits, 1, dtype=torch.float32)
+    assert torch.equal(actual, C.log_softmax(logits.float(), 1))
 
 
 @needs_extension

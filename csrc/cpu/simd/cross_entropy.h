@@ -46,18 +46,18 @@ class TargetDistribution {
   vec<A> spread(const RowsT& rows, Reader& probabilities, Step step) const {
     vec<A> q = broadcast(uniform_);
     if constexpr (Kind == TargetKind::Probabilities) q += keep_ * probabilities(step, 0);
-    if (args_.weight) q *= rows.per_class(args_.weight, step);
+    if (args_.weight) q = rounded_product(q, rows.per_class(args_.weight, step));
     return rows.valid(step, q);
   }
 
   // The part of q at the target only, for the class in each lane.
   template <typename Rows>
   vec<A> at_target(const Rows& rows, ints<A> target) const {
-    return keep_ * class_weight(rows, target);
+    return rounded_product(broadcast(keep_), class_weight(rows, target));
   }
   // The spread part at a class, for class indices.
   A uniform(int64_t c) const {
-    return args_.weight ? uniform_ * load_scalar(args_.weight + c) : uniform_;
+    return args_.weight ? rounded_product(uniform_, load_scalar(args_.weight + c)) : uniform_;
   }
   // The sum over classes of a class index's spread part.
   A uniform_sum() const {
@@ -146,16 +146,19 @@ void write_gradient(const TargetDistribution<T, Kind>& q, const RowTargets<accum
   // The target is one of a long row's many classes: it is written again, not tested at each step.
   constexpr bool kTargetApart = kIndices && !Rows::kLanesAreRows;
   const int64_t t = known.target[0];
+  const vec<A> g_at_target = rounded_product(g, known.at_target);
   A gradient_at_target = 0;
   if constexpr (kTargetApart) {
     if (t < 0) return rows.for_each_step([&](auto step) { write(step, vec<A>{}); });
-    gradient_at_target = g_softmax_at(t) - g[0] * (known.at_target[0] + q.uniform(t));
+    gradient_at_target =
+        g_softmax_at(t) - rounded_product(A(g[0]), known.at_target[0] + q.uniform(t));
   }
   rows.for_each_step([&](auto step) {
     vec<A> gradient = g_softmax(step);
-    if constexpr (Kind != TargetKind::Index) gradient -= g * q.spread(rows, probabilities, step);
+    if constexpr (Kind != TargetKind::Index) {
+      gradient -= rounded_product(g, q.spread(rows, probabilities, step));
+    }
     if constexpr (kIndices && !kTargetApart) {
-      const vec<A> g_at_target = g * known.at_target;
       gradient -= known.target == static_cast<lane_int<A>>(step.c) ? g_at_target : vec<A>{};
       gradient = known.target >= 0 ? gradient : vec<A>{};
     }

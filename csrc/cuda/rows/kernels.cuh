@@ -2,6 +2,7 @@
 // What bounds them: docs/performance.md, "Bounds of the CUDA kernels".
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda/integers.cuh"
@@ -422,14 +423,19 @@ __global__ void __launch_bounds__(kSubwarpThreads, kSubwarpBlocks<typename Op::T
 
 // ---- rows whose classes aren't contiguous ----
 
-// Calls f(classes, x, place) for classes [begin, end) of a row whose classes are `inner` apart,
-// several at a time: their loads are in flight together.
-template <int kInputs, int kVectors, bool kCopies, typename T, typename Out, typename F>
+// Classes that a thread takes at a time, so that their loads are in flight together: equal
+// registers per dtype. The same in both passes, as a sum over other groups of classes would round
+// differently.
+template <typename Op>
+inline constexpr int kClassesAtOnce = 8 * Op::kVectors / int(sizeof(accum<typename Op::T>)) /
+                                      std::max({1, Op::kReduceInputs, Op::kMapInputs});
+
+// Calls f(classes, x, place) for classes [begin, end) of a row whose classes are `inner` apart.
+template <int kInputs, int kUnroll, bool kCopies, typename T, typename Out, typename F>
 __device__ void for_each_class_apart(const Tensors<T, Out>& at, int64_t inner, int64_t begin,
                                      int64_t end, F f) {
   using A = accum<T>;
   constexpr int kOperands = kInputs == 0 ? 1 : kInputs;
-  constexpr int kUnroll = 8 * kVectors / int(sizeof(A)) / kOperands;  // equal registers per dtype
   const auto several = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t c) {
     A x[kOperands][kCount];
 #pragma unroll
@@ -458,6 +464,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     strided_rows_kernel(Op op, TensorsOf<Op> tensors, int64_t rows, int64_t classes, int64_t inner,
                         int slices, int64_t slice_size, LossSums* sums_of_block) {
   using State = typename Op::State;
+  constexpr int kUnroll = kClassesAtOnce<Op>;
   FASTNN_DYNAMIC_SHARED(State, states);
   if (op.is_done()) return;
   op.start();
@@ -479,7 +486,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     if constexpr (Op::kReduceInputs > 0) {
       State state = State::none();
       if (active) {
-        for_each_class_apart<Op::kReduceInputs, Op::kVectors, Op::kCopies>(
+        for_each_class_apart<Op::kReduceInputs, kUnroll, Op::kCopies>(
             at, inner, begin, end,
             [&](Classes c, const auto& x, const auto&) { op.reduce(state, known, c, x); });
         if (slice == 0) op.read_ahead(known, row);
@@ -498,10 +505,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, kRowBlocks<typename Op::T>)
     if (slice == 0) op.report(known, row, sums);
     if constexpr (Op::kMaps) {
       if (op.skips(known)) {
-        for_each_class_apart<0, Op::kVectors, false>(at, inner, begin, end, PlaceZeros());
+        for_each_class_apart<0, kUnroll, false>(at, inner, begin, end, PlaceZeros());
         continue;
       }
-      for_each_class_apart<Op::kMapInputs, Op::kVectors, false>(
+      for_each_class_apart<Op::kMapInputs, kUnroll, false>(
           at, inner, begin, end,
           [&]<typename A, int K, int N>(Classes c, const A(&x)[K][N], const auto& place) {
             A results[N];

@@ -1,6 +1,7 @@
 // Launches an operator over the rows of tensors, with the memory that the launches share.
 #pragma once
 
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 
 #include <cstdlib>
@@ -35,6 +36,14 @@ void run_rows(const Op& op, const Plan& plan, const Layout& layout, const Tensor
   const at::Tensor states = bytes > 0 ? at::empty({bytes}, options.dtype(at::kByte)) : at::Tensor();
   launch_rows(op, plan, layout, tensors, bytes > 0 ? states.data_ptr() : nullptr, sums,
               c10::cuda::getCurrentCUDAStream());
+}
+
+// An operand whose results must have the bits of a wider copy's, which starts at a vector's
+// boundary: rows that don't are summed in other groups of classes. A copy of the same dtype if it
+// doesn't.
+inline at::Tensor from_vector_boundary(const at::Tensor& operand) {
+  const auto address = reinterpret_cast<uintptr_t>(operand.const_data_ptr());
+  return address % sizeof(uint4) == 0 ? operand : operand.clone();
 }
 
 inline int64_t device_shared_bytes() {
