@@ -147,6 +147,7 @@ struct CrossEntropyForwardRows : RowDefaults {
     A max;
     A sum;  // of exp(x - max)
     A spread_loss;
+    bool overflows;  // the spread loss must be computed class by class
 
     __device__ A log_sum() const {
       return std::log(sum);
@@ -199,13 +200,14 @@ struct CrossEntropyForwardRows : RowDefaults {
       row.sum = state.softmax.sum;
       // Without classes the sum is 0 and its log -inf.
       if (args.classes != 0) row.spread_loss = unit * (state.q * row.log_sum() - state.q_x);
+      row.overflows = std::isinf(state.q) || differences_overflow(row.max);
     } else {
       row.max = state.max;
       row.sum = state.sum;
     }
   }
   __device__ void report(const Row& row, int64_t position, LossSums& sums) const {
-    A loss = kHasSpread && overflows(row) ? overflowing_loss(row, position) : row.spread_loss;
+    A loss = row.overflows ? overflowing_loss(row, position) : row.spread_loss;
     if constexpr (kIndices) {
       // A row that counts may weigh 0, and its logit be infinite: their product is NaN, as torch's.
       if (args.checked(row.target) >= 0) {
@@ -232,9 +234,9 @@ struct CrossEntropyForwardRows : RowDefaults {
  private:
   // Whether the difference of two logits may overflow. In a state, where x is relative to an
   // earlier maximum, it might not; torch's and the CPU's losses are infinite or NaN there.
-  __device__ static bool overflows(const Row& row) {
+  __device__ static bool differences_overflow(A max) {
     constexpr A kInfinity = std::numeric_limits<A>::infinity();
-    return row.max < kInfinity && row.max + std::numeric_limits<A>::max() == kInfinity;
+    return max < kInfinity && max + std::numeric_limits<A>::max() == kInfinity;
   }
   __device__ A logit_at(int64_t position, int64_t c) const {
     return args.logit(to_accum(args.logits[args.element(position, c)]));

@@ -338,6 +338,30 @@ def test_special_values_in_cross_entropy(
 
 
 @every_dtype
+@pytest.mark.parametrize("classes", SPECIAL_CLASSES)
+@pytest.mark.parametrize("infinite", ["weight", "probability"])
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_infinite_shares_of_a_class_in_cross_entropy(
+    implementation, layout, infinite, classes, dtype
+):
+    """A loss of infinite terms of one sign is infinite."""
+    logits = torch.randn(4, classes).to(dtype)
+    targets = torch.rand(4, classes).to(dtype)
+    kwargs = {"reduction": "none", "label_smoothing": 0.1}
+    if infinite == "weight":
+        kwargs["weight"] = torch.ones(classes, dtype=dtype)
+        kwargs["weight"][2] = INF
+    else:
+        targets[1, 2] = INF
+    if layout == "strided":
+        logits, targets = (values.t().unsqueeze(0).contiguous() for values in (logits, targets))
+    assert_specials_are_torch_s("cross_entropy", Sample("infinite", (logits, targets), kwargs))
+    if infinite == "weight":
+        indices = torch.zeros(logits.select(1, 0).shape, dtype=torch.long)
+        assert_specials_are_torch_s("cross_entropy", Sample("infinite", (logits, indices), kwargs))
+
+
+@every_dtype
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("target", [1, 3])
 def test_special_values_in_nll_loss(implementation, target, weighted, dtype):
