@@ -277,6 +277,7 @@ def nll_loss(
     Raises:
         TypeError: an argument is not a tensor.
         IndexError: a target is out of range; the message names it and the number of classes.
+            On a GPU a device-side assert reports it, as PyTorch's does.
         ValueError: the batch sizes differ, or the reduction is unknown.
         RuntimeError: other shapes, dtypes or devices don't match.
 
@@ -376,6 +377,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument is not a tensor.
         IndexError: a target is out of range; the message names it and the number of classes.
+            On a GPU a device-side assert reports it, as PyTorch's does.
         ValueError: the batch sizes differ, the reduction is unknown, ``softcap`` isn't positive,
             ``normalizer`` is combined with ``reduction='none'``, or ``returns`` has an unknown
             name.
@@ -510,6 +512,7 @@ def cross_entropy(
     Raises:
         TypeError: an argument is not a tensor.
         IndexError: a target is out of range; the message names it and the number of classes.
+            On a GPU a device-side assert reports it, as PyTorch's does.
         ValueError: the batch sizes differ, or the reduction is unknown.
         RuntimeError: other shapes, dtypes or devices don't match, ``label_smoothing`` is outside
             [0, 1], or ``ignore_index`` >= 0 is combined with class probabilities.
