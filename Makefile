@@ -57,10 +57,10 @@ QUICK := $(addprefix ops/test_,operators.py gradients.py accuracy.py errors.py b
     nn optim training transforms/test_transforms.py docs/test_docs.py \
     $(addprefix programs/test_,training.py saving.py tools.py) \
     $(addprefix project/test_,torch_names.py package.py makefile.py)
-check: lint build ## the quick lane, for each commit: lint, types, the main tests: 3 minutes
+check: lint $(VENV)/.test_tools ## the quick lane, for each commit: lint, types, the main tests: 3 minutes
 	$(PYTEST) $(QUICK:%=tests/%) $(ARGS)
 
-test: build ## run all tests, then again on emulated CUDA kernels (ARGS="-k cross_entropy")
+test: $(VENV)/.test_tools ## run all tests, then again on emulated CUDA kernels (ARGS="-k cross_entropy")
 	@echo "Tests on the CPU's kernels; a dot is a test that has passed."
 	$(PYTEST) $(ARGS)
 	$(MAKE) test-emulated
@@ -69,7 +69,7 @@ test: build ## run all tests, then again on emulated CUDA kernels (ARGS="-k cros
 # All tests run with the threads in one order, and the operators' tests in two other orders.
 OR_NONE_CHOSEN := || [ $$? -eq 5 ]
 EMULATED := FASTNN_TEST_CUDA_EMULATION=1 CXX="$(CXX)"
-test-emulated: build ## run the tests on CUDA kernels that the CPU emulates
+test-emulated: $(VENV)/.test_tools ## run the tests on CUDA kernels that the CPU emulates
 	@echo "Tests on emulated CUDA kernels, in three orders of threads; compiling them takes minutes."
 	$(EMULATED) FASTNN_EMULATION_ORDER=forward $(PYTEST) $(ARGS) $(OR_NONE_CHOSEN)
 	$(EMULATED) FASTNN_EMULATION_ORDER=reverse $(PYTEST) --dist load tests/ops/test_operators.py $(ARGS) $(OR_NONE_CHOSEN)
@@ -106,11 +106,11 @@ cuda-check: ## build the CUDA part with nvcc and run its PTX, without a GPU: 45 
 	$(MAKE) VENV=$(CUDA_VENV) TORCH="$(CUDA_TORCH)" $(CUDA_VENV)/.cuda_tools
 	$(CUDA_VENV)/bin/python tools/cuda_build.py $(ARGS)
 
-fuzz: build ## run random programs with fastnn and with PyTorch, and compare (ARGS="--minutes 5")
+fuzz: $(VENV)/.test_tools ## run random programs with fastnn and with PyTorch, and compare (ARGS="--minutes 5")
 	PYTHONPATH=tests:tools $(PY) -m fuzz $(ARGS)
 
 # -x: a failed test keeps its tensors, which leaves the next one no memory.
-test-large: build ## test tensors of more than 2^31 elements: hours, 24 GiB of memory
+test-large: $(VENV)/.test_tools ## test tensors of more than 2^31 elements: hours, 24 GiB of memory
 	$(PY) -m pytest --large -x tests/ops/test_large.py $(ARGS)
 	$(EMULATED) $(PY) -m pytest --large -x tests/ops/test_large.py $(ARGS)
 
@@ -136,7 +136,7 @@ clean: ## remove the environment and everything that was built
 
 ##@ For releases
 
-capabilities: build ## write docs/capabilities.md from the tests that it names
+capabilities: $(VENV)/.test_tools ## write docs/capabilities.md from the tests that it names
 	mkdir -p docs
 	$(PY) -m pytest -m capability --capabilities=docs/capabilities.md
 
@@ -163,8 +163,8 @@ $(VENV)/.torch: | $(PY)
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(wildcard build_support/*.py) $(CXX_FILES)
 	@echo "Building fastnn (about three minutes on two cores) ..."
 	$(PY) -W ignore setup.py --quiet build_ext --inplace
-	@echo "Installing fastnn, and what its tests and its demo need ..."
-	$(PIP) --no-build-isolation --editable ".[test]"
+	@echo "Installing fastnn, and what its demo needs ..."
+	$(PIP) --no-build-isolation --editable ".[examples]"
 	cp fastnn/_build_info.json $@
 
 $(VENV)/.cuda_tools: $(VENV)/.torch
@@ -173,6 +173,11 @@ $(VENV)/.cuda_tools: $(VENV)/.torch
 	touch $@
 
 # fastnn itself is already installed, so pip adds only the packages of the extra.
+$(VENV)/.test_tools: $(VENV)/.built
+	@echo "Installing what the tests need ..."
+	$(PIP) --quiet "fastnn[test]"
+	touch $@
+
 $(VENV)/.docs: $(VENV)/.built
 	@echo "Installing Sphinx ..."
 	$(PIP) --quiet "fastnn[docs]"
