@@ -16,10 +16,10 @@ at::Tensor log_softmax_cuda(const at::Tensor& input, int64_t dim,
   if (!can_fuse_log_softmax(input, dtype)) return log_softmax_composite(input, dim, dtype);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const c10::cuda::CUDAGuard guard(input.device());
-  const at::ScalarType of_output = dtype.value_or(input.scalar_type());
-  const bool widened = of_output != input.scalar_type();
-  const at::Tensor x = widened ? from_vector_boundary(input.contiguous()) : input.contiguous();
-  const at::Tensor output = at::empty(input.sizes(), input.options().dtype(of_output));
+  at::Tensor x = input.contiguous();
+  const at::Tensor output =
+      at::empty(input.sizes(), input.options().dtype(dtype.value_or(input.scalar_type())));
+  if (output.scalar_type() != x.scalar_type()) x = from_vector_boundary(x);
   if (output.numel() == 0) return output;
 
   const Layout layout = log_softmax_layout(x, dim);

@@ -106,7 +106,7 @@ def test_too_few_loads_before_a_store_are_a_problem(cuda_build, monkeypatch) -> 
 
 
 def test_spills_are_a_problem(cuda_build, capsys) -> None:
-    with pytest.raises(SystemExit, match="row spills registers for sm_75: its stack has 8 bytes"):
+    with pytest.raises(SystemExit, match="row spills registers for sm_75: 8 bytes of local memory"):
         cuda_build.check_spills(list(cuda_build.read_resource_usages(USAGES)))
     cuda_build.check_spills(
         list(cuda_build.read_resource_usages(USAGES.replace("STACK:8", "STACK:0")))
